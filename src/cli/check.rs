@@ -1,0 +1,226 @@
+//! `check`: everything `run` needs, tried without consuming. One line a check, all of them even
+//! after one fails; those that cannot be tried say why.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::producer::{BaseProducer, Producer};
+use rdkafka::topic_partition_list::TopicPartitionList;
+
+use super::AlreadySaid;
+use crate::cluster::Cluster;
+use crate::settings::{Loaded, Settings};
+use crate::task::Task;
+use crate::telemetry::Metrics;
+
+const ATTEMPT: Duration = Duration::from_secs(8);
+
+/// Prints a line a check and remembers whether one failed.
+#[derive(Default)]
+struct Lines {
+    failed: bool,
+}
+
+impl Lines {
+    fn say(&mut self, what: &str, result: Result<String, String>) {
+        match result {
+            Ok(found) => println!("ok    {what}: {found}"),
+            Err(reason) => {
+                self.failed = true;
+                println!("FAIL  {what}: {reason}");
+            }
+        }
+    }
+
+    fn skip(&self, what: &str, why: &str) {
+        println!("skip  {what}: {why}");
+    }
+}
+
+pub fn check(loaded: Loaded) -> anyhow::Result<()> {
+    let settings = loaded.settings;
+    let mut lines = Lines::default();
+    lines.say("configuration", Ok("every key is known, every rule holds".to_owned()));
+    kafka(&settings, &mut lines);
+    model(&settings, &mut lines);
+    if lines.failed { Err(AlreadySaid.into()) } else { Ok(()) }
+}
+
+fn kafka(settings: &Settings, lines: &mut Lines) {
+    let cluster = match Cluster::connect(settings) {
+        Ok(cluster) => cluster,
+        Err(error) => return lines.say("kafka client", Err(error.to_string())),
+    };
+    let transport = settings
+        .kafka
+        .properties
+        .get("security.protocol")
+        .map_or("plaintext".to_owned(), |protocol| protocol.0.to_lowercase());
+    let reached = cluster.reach();
+    let away = reached.is_err();
+    let what = format!("brokers {} ({transport})", settings.kafka.brokers);
+    lines.say(&what, reached.map(|count| format!("{count} in the cluster")).map_err(|e| e.to_string()));
+    if away {
+        for what in ["topics", "group", "producer", "largest message"] {
+            lines.skip(what, "the brokers cannot be reached");
+        }
+        return;
+    }
+    for topic in &settings.input.topics {
+        let what = format!("input topic {topic}");
+        if topic.starts_with('^') {
+            lines.skip(&what, "a pattern: whatever matches when it runs");
+            continue;
+        }
+        let found = cluster.partitions("input.topics", topic).map_err(|e| e.to_string()).and_then(|partitions| {
+            let range = cluster.client().fetch_watermarks(topic, 0, ATTEMPT);
+            range.map(|_| format!("{partitions} partitions, readable")).map_err(|e| e.to_string())
+        });
+        lines.say(&what, found);
+    }
+    for (key, topic) in [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)] {
+        let found = cluster.partitions(key, topic);
+        lines.say(
+            &format!("{key} {topic}"),
+            found.map(|n| format!("{n} partitions")).map_err(|e| e.to_string()),
+        );
+    }
+    lines.say(&format!("group {}", settings.input.group), group(settings));
+    lines.say("producer", producer(settings));
+    largest(settings, lines);
+}
+
+/// Reads the group's offsets, which needs the right to read the group.
+fn group(settings: &Settings) -> Result<String, String> {
+    let mut config = base(settings);
+    config.set("group.id", &settings.input.group);
+    for (name, value) in &settings.input.properties {
+        config.set(name, &value.0);
+    }
+    let consumer: BaseConsumer = config.create().map_err(|e| e.to_string())?;
+    let mut list = TopicPartitionList::new();
+    for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
+        let metadata = consumer.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| e.to_string())?;
+        for partition in metadata.topics().iter().flat_map(|t| t.partitions()) {
+            list.add_partition(topic, partition.id());
+        }
+    }
+    let offsets = consumer.committed_offsets(list, ATTEMPT).map_err(|e| e.to_string())?;
+    let known = offsets.elements().iter().filter(|e| e.offset().to_raw().is_some_and(|o| o >= 0)).count();
+    Ok(match known {
+        0 => format!("no offsets yet: starts at input.start, {:?}", settings.input.start).to_lowercase(),
+        n => format!("offsets for {n} of {} partitions", offsets.count()),
+    })
+}
+
+/// Gets an idempotent producer's id, which needs the right to write; nothing is written.
+fn producer(settings: &Settings) -> Result<String, String> {
+    let mut config = base(settings);
+    config.set("enable.idempotence", "true");
+    for (name, value) in &settings.output.properties {
+        config.set(name, &value.0);
+    }
+    let producer: BaseProducer = config.create().map_err(|e| e.to_string())?;
+    producer.client().fetch_metadata(Some(&settings.output.topic), ATTEMPT).map_err(|e| e.to_string())?;
+    // The id is asked for in the background; a refusal is fatal to the client.
+    producer.poll(Duration::from_millis(500));
+    match producer.client().fatal_error() {
+        Some((code, reason)) => Err(format!("{code}: {reason}")),
+        None => Ok("idempotent; nothing was written to try it".to_owned()),
+    }
+}
+
+fn base(settings: &Settings) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", &settings.kafka.brokers);
+    for (name, value) in &settings.kafka.properties {
+        config.set(name, &value.0);
+    }
+    config
+}
+
+/// A dead letter holds its record's bytes and a few headers more: the topics written must take what
+/// the topics read let in.
+fn largest(settings: &Settings, lines: &mut Lines) {
+    let admin: AdminClient<DefaultClientContext> = match base(settings).create() {
+        Ok(admin) => admin,
+        Err(error) => return lines.say("largest message", Err(error.to_string())),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return lines.say("largest message", Err(error.to_string())),
+    };
+    let limit = |topic: &str| -> Result<u64, String> {
+        let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
+        let answer = runtime.block_on(admin.describe_configs(&[ResourceSpecifier::Topic(topic)], &options));
+        let resources = answer.map_err(|e| e.to_string())?;
+        let resource = resources.into_iter().next().ok_or("no answer")?.map_err(|e| e.to_string())?;
+        let entry = resource.get("max.message.bytes").and_then(|e| e.value.clone());
+        entry.and_then(|v| v.parse().ok()).ok_or_else(|| "max.message.bytes is not shown".to_owned())
+    };
+    let inputs = settings.input.topics.iter().filter(|topic| !topic.starts_with('^'));
+    let read: Result<Vec<u64>, String> = inputs.map(|topic| limit(topic)).collect();
+    let (read, dead) = match (read, limit(&settings.dead_letters.topic)) {
+        (Ok(read), Ok(dead)) => (read.into_iter().max().unwrap_or(0), dead),
+        (Err(reason), _) | (_, Err(reason)) => {
+            return lines.skip("largest message", &format!("the topics' limits are not readable: {reason}"));
+        }
+    };
+    let own = settings.output.properties.get("message.max.bytes").or(settings.kafka.properties.get("message.max.bytes"));
+    let client: u64 = own.and_then(|v| v.0.parse().ok()).unwrap_or(1_000_000);
+    let takes = dead.min(client);
+    // Not a failure: larger ones leave their bytes behind, and the dead letter says so.
+    let note = if takes < read + 1024 {
+        format!("records up to {read} bytes come in, dead letters up to {takes} go out (topic {dead}, message.max.bytes {client}): of larger ones only the headers")
+    } else {
+        format!("records up to {read} bytes, dead letters up to {takes}")
+    };
+    lines.say("largest message", Ok(note));
+}
+
+fn model(settings: &Settings, lines: &mut Lines) {
+    let metrics = Arc::new(Metrics::new());
+    let what = format!("model {}", settings.model.source.as_deref().unwrap_or("(none)"));
+    match Task::load(settings, &metrics) {
+        Err(error) => {
+            lines.say(&what, Err(error.to_string()));
+            lines.skip("memory", "the model did not load");
+        }
+        Ok(task) => {
+            let found = format!(
+                "{}, one forward done on {} in {}, digest {}",
+                task.model_name, task.device, task.dtype, task.digest
+            );
+            lines.say(&what, Ok(found));
+            memory(settings, &task, lines);
+        }
+    }
+}
+
+/// Model and `memory.limit` against what the machine or the container has.
+fn memory(settings: &Settings, task: &Task, lines: &mut Lines) {
+    let Some(room) = room() else { return lines.skip("memory", "the machine does not say how much it has") };
+    let width = if task.dtype == "f32" { 4 } else { 2 };
+    let model = match &task.text {
+        Some(text) if text.model.placement.is_cpu() => text.model.parameters as u64 * width,
+        _ => 0,
+    };
+    let need = model + settings.memory.limit.0;
+    let mib = |bytes: u64| bytes >> 20;
+    let found = format!("model {} MiB + memory.limit {} MiB, of {} MiB", mib(model), mib(settings.memory.limit.0), mib(room));
+    lines.say("memory", if need <= room { Ok(found) } else { Err(format!("{found}: lower memory.limit")) });
+}
+
+/// The container's limit (cgroup v2) or the machine's memory, in bytes.
+fn room() -> Option<u64> {
+    let machine = std::fs::read_to_string("/proc/meminfo").ok()?.lines().find_map(|line| {
+        let kib: u64 = line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        Some(kib * 1024)
+    })?;
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    Some(group.map_or(machine, |limit: u64| limit.min(machine)))
+}

@@ -1,0 +1,4 @@
+use clap::Args;
+#[derive(Args)]
+pub struct Options {}
+pub fn demo(_: &Options) -> anyhow::Result<()> { Ok(()) }

@@ -1,0 +1,175 @@
+//! The commands. Exit codes: 0 done; 1 failed while running; 2 the command line or configuration is
+//! wrong.
+
+mod bench;
+mod check;
+mod demo;
+mod model;
+mod predict;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::settings::{self, Loaded, Sources};
+
+const FAILED: u8 = 1;
+const WRONG: u8 = 2;
+
+#[derive(Parser)]
+#[command(name = "kandle", version, about, long_about = None, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed while running; 2 the command line or the configuration is wrong.
+Settings: defaults < -c FILE (YAML, TOML or JSON; repeatable, later wins) < KANDLE__SECTION__KEY < --set section.key=value.
+config/default.yaml lists every key; `kandle config schema` is the same for machines.";
+
+#[derive(Args, Clone)]
+struct Configuration {
+    /// Configuration file (YAML, TOML or JSON); later ones win
+    #[arg(short = 'c', long = "config", value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// One setting, over everything else
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Consume, predict and publish for ever; SIGTERM finishes what is in flight, commits and exits 0
+    Run(Configuration),
+    /// Try everything `run` needs without consuming: one line a check
+    Check(Configuration),
+    /// The model and codec without Kafka: one record a line in, one prediction a line out
+    Predict {
+        #[command(flatten)]
+        configuration: Configuration,
+        /// Files of records, one a line; standard input where none is given
+        inputs: Vec<PathBuf>,
+    },
+    /// The model alone
+    #[command(subcommand)]
+    Model(ModelCommand),
+    /// The configuration alone
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Measure
+    #[command(subcommand)]
+    Bench(bench::Command),
+    /// No set-up at all: an embedded broker, the bundled model, example tickets classified
+    Demo(demo::Options),
+}
+
+#[derive(Subcommand)]
+enum ModelCommand {
+    /// Fetch the model to the cache
+    Pull(Configuration),
+    /// Architecture, parameters, precision, token limit, labels, digest
+    Show(Configuration),
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// The effective settings, with where each came from; secrets hidden
+    Show(Configuration),
+    /// The JSON Schema of the configuration
+    Schema,
+}
+
+pub fn main() -> ExitCode {
+    // clap itself exits with 2 where the command line is wrong.
+    let result = match Cli::parse().command {
+        Command::Run(configuration) => with(&configuration, run::run),
+        Command::Check(configuration) => with(&configuration, check::check),
+        Command::Predict { configuration, inputs } => with(&configuration, |loaded| predict::predict(loaded, &inputs)),
+        Command::Model(ModelCommand::Pull(configuration)) => with(&configuration, model::pull),
+        Command::Model(ModelCommand::Show(configuration)) => with(&configuration, model::show),
+        Command::Config(ConfigCommand::Show(configuration)) => with(&configuration, show_config),
+        Command::Config(ConfigCommand::Schema) => {
+            println!("{}", pretty(&settings::schema()));
+            Ok(())
+        }
+        Command::Bench(command) => bench::bench(command),
+        Command::Demo(options) => demo::demo(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            if let Some(Misconfigured) = error.downcast_ref() {
+                return ExitCode::from(WRONG);
+            }
+            if error.downcast_ref::<AlreadySaid>().is_none() {
+                eprintln!("kandle: {error:#}");
+            }
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// The faults have been printed.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration is wrong")]
+struct Misconfigured;
+
+/// What failed has been printed.
+#[derive(Debug, thiserror::Error)]
+#[error("failed")]
+struct AlreadySaid;
+
+fn with(configuration: &Configuration, command: impl FnOnce(Loaded) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let sources = Sources {
+        files: configuration.files.clone(),
+        set: configuration.set.clone(),
+        environment: std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect(),
+    };
+    match settings::load(&sources) {
+        Ok(loaded) => command(loaded),
+        Err(faults) => {
+            eprintln!("kandle: {} fault{} in the configuration:", faults.len(), if faults.len() == 1 { "" } else { "s" });
+            for fault in faults {
+                eprintln!("  {fault}");
+            }
+            Err(Misconfigured.into())
+        }
+    }
+}
+
+fn pretty(value: &serde_json::Value) -> String {
+    serde_json::to_string_pretty(value).expect("a JSON value has a text")
+}
+
+fn show_config(loaded: Loaded) -> anyhow::Result<()> {
+    let mut rows = Vec::new();
+    flatten(&loaded.shown, String::new(), &mut rows);
+    let width = rows.iter().map(|(key, value)| key.len() + value.len() + 2).max().unwrap_or(0).min(60);
+    for (key, value) in rows {
+        // A list has one origin.
+        let origin = loaded
+            .origins
+            .get(&key)
+            .or_else(|| loaded.origins.iter().find(|(k, _)| k.starts_with(&format!("{key}."))).map(|(_, v)| v));
+        let origin = origin.map_or("default", String::as_str);
+        println!("{:width$}  # {origin}", format!("{key}: {value}"));
+    }
+    Ok(())
+}
+
+fn flatten(value: &serde_json::Value, key: String, rows: &mut Vec<(String, String)>) {
+    match value {
+        serde_json::Value::Object(object) if !object.is_empty() => {
+            for (name, child) in object {
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                flatten(child, key, rows);
+            }
+        }
+        other => rows.push((key, other.to_string())),
+    }
+}

@@ -1,0 +1,62 @@
+//! `model pull` and `model show`.
+
+use anyhow::{Context, bail};
+
+use crate::model::{Digest, Files, Model, Output, Placement};
+use crate::settings::{Loaded, TaskKind};
+
+fn files(loaded: &Loaded) -> anyhow::Result<Files> {
+    if loaded.settings.task.kind == TaskKind::Noop {
+        bail!("task.kind noop has no model");
+    }
+    Files::find(&loaded.settings.model).with_context(|| format!("model {}", loaded.settings.model.source.as_deref().unwrap_or_default()))
+}
+
+pub fn pull(loaded: Loaded) -> anyhow::Result<()> {
+    crate::telemetry::logging::start(&loaded.settings.log);
+    let files = files(&loaded)?;
+    println!("{}", files.name());
+    for name in files.names()? {
+        println!("  {name}");
+    }
+    Ok(())
+}
+
+pub fn show(loaded: Loaded) -> anyhow::Result<()> {
+    crate::telemetry::logging::start(&loaded.settings.log);
+    let settings = &loaded.settings;
+    let files = files(&loaded)?;
+    let name = files.name();
+    let placement =
+        Placement::choose(settings.model.device, settings.model.dtype).map_err(|e| anyhow::anyhow!("model.device: {e}"))?;
+    let output =
+        if settings.task.kind == TaskKind::TextClassification { Output::Logits } else { Output::Embedding };
+    let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;
+    let model = Model::load(files, placement, output).with_context(|| format!("model {name}"))?;
+    let a = model.architecture();
+    let mut rows = vec![
+        ("model", name),
+        ("digest", digest.full().to_owned()),
+        ("architecture", a.name.clone()),
+        ("layers", format!("{}, {} wide, {} heads", a.layers.len(), a.hidden, a.heads)),
+        ("parameters", model.parameters.to_string()),
+        ("dtype", model.placement.dtype_name().to_owned()),
+        ("device", model.placement.name.clone()),
+        ("max tokens", model.tokenizer.max_tokens().to_string()),
+    ];
+    match output {
+        Output::Logits => {
+            rows.push(("labels", model.labels.join(", ")));
+            rows.push(("scores", if model.independent_labels { "sigmoid" } else { "softmax" }.to_owned()));
+        }
+        Output::Embedding => {
+            rows.push(("embedding", a.hidden.to_string()));
+            rows.push(("pooling", format!("{:?}", model.embedding.pooling).to_lowercase()));
+            rows.push(("normalized", model.embedding.normalize.to_string()));
+        }
+    }
+    for (name, value) in rows {
+        println!("{name:14}{value}");
+    }
+    Ok(())
+}

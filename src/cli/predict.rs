@@ -1,0 +1,100 @@
+//! `predict`: the same codec, task and engine as `run`, fed from files or standard input.
+
+use std::io::{BufRead, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use crate::codec::decoder;
+use crate::engine::Request;
+use crate::flow::{Inferred, Outcome, State};
+use crate::pipeline::{Shared, Worker};
+use crate::record::{Arrival, Partition};
+use crate::settings::Loaded;
+use crate::task::Task;
+use crate::telemetry::logging;
+use crate::window::{ClosedBy, Gatherer, Limits, Window};
+
+pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
+    let settings = loaded.settings;
+    logging::start(&settings.log);
+    let shared = Shared::new(&settings);
+    let task = Arc::new(Task::load(&settings, &shared.metrics)?);
+    let decoder = decoder(&settings)?;
+    let worker = Worker { task, metrics: shared.metrics, health: shared.health };
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+
+    let mut gatherer = Gatherer::new(Limits {
+        max_records: settings.window.max_records,
+        max_bytes: settings.window.max_bytes.0 as usize,
+        // Lines are there or not: nothing is waited for.
+        max_wait: Duration::MAX,
+    });
+    let partition = Partition::new("line", 0);
+    let mut number = 0;
+    let mut feed = |reader: &mut dyn BufRead| -> anyhow::Result<()> {
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line)? > 0 {
+            let value = line.strip_suffix(b"\n").unwrap_or(&line);
+            let value = value.strip_suffix(b"\r").unwrap_or(value);
+            let arrival = Arrival { offset: number, value: Some(value), ..Arrival::default() };
+            number += 1;
+            if let Some(window) = gatherer.push(&partition, 0, arrival, Instant::now()) {
+                answer(&worker, &*decoder, window, &mut out)?;
+            }
+            line.clear();
+        }
+        Ok(())
+    };
+    if inputs.is_empty() {
+        feed(&mut std::io::stdin().lock())?;
+    }
+    for path in inputs {
+        let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+        feed(&mut std::io::BufReader::new(file)).with_context(|| path.display().to_string())?;
+    }
+    if let Some(window) = gatherer.close(ClosedBy::Stop) {
+        answer(&worker, &*decoder, window, &mut out)?;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+/// One line a record: its prediction, or `{"error":…,"message":…}`.
+fn answer(
+    worker: &Worker,
+    decoder: &dyn crate::codec::Decoder,
+    window: Window,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let prepared = worker.prepare(decoder, window);
+    let mut states = prepared.states;
+    let (mut rows, mut width) = (Vec::new(), 0);
+    if let Some(task) = &worker.task.text {
+        let request = Request { window: (), tokens: prepared.tokens, batches: prepared.batches };
+        let response = task.engine.answer(request).map_err(anyhow::Error::msg)?;
+        for (record, error) in response.failed {
+            states[record as usize] = State::Failed(error);
+        }
+        (rows, width) = (response.rows, response.width);
+    }
+    let inferred = Inferred { window: prepared.window, states, includes: prepared.includes, rows, width };
+    let encoded = worker.encode(inferred);
+    for (record, outcome) in encoded.window.records.iter().zip(&encoded.outcomes) {
+        match outcome {
+            Outcome::Prediction { part, bytes } => {
+                out.write_all(&encoded.memory[*part as usize][bytes.start as usize..bytes.end as usize])?;
+            }
+            Outcome::Unchanged => out.write_all(encoded.window.value(record).unwrap_or_default())?,
+            Outcome::Tombstone => out.write_all(b"null")?,
+            Outcome::Dead(error) => {
+                let line = serde_json::json!({ "error": error.fault.name(), "message": error.message });
+                out.write_all(line.to_string().as_bytes())?;
+            }
+        }
+        out.write_all(b"\n")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,161 @@
+//! Looking at the cluster before anything is consumed: can it be reached, are the topics there.
+
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::client::ClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaErrorCode;
+
+use crate::pipeline::Shared;
+use crate::settings::Settings;
+
+/// How long one attempt may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// Waits between attempts: doubled from the first to the last.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+
+/// Partitions of the topics that are written.
+#[derive(Debug, Clone, Copy)]
+pub struct Topics {
+    pub output: i32,
+    pub dead_letters: i32,
+}
+
+/// Why the cluster cannot be used now.
+#[derive(Debug, thiserror::Error)]
+pub enum Trouble {
+    #[error("kafka.brokers {brokers}: cannot be reached: {reason}")]
+    Unreachable { brokers: String, reason: String },
+    #[error("{key}: topic {topic} does not exist; create it, for instance: kafka-topics.sh --bootstrap-server {brokers} --create --topic {topic} --partitions 4")]
+    Missing { key: &'static str, topic: String, brokers: String },
+    #[error("{key}: topic {topic}: {reason}")]
+    Topic { key: &'static str, topic: String, reason: String },
+}
+
+/// Remembers what the client last complained of: metadata calls themselves only say "timed out".
+#[derive(Debug, Default)]
+pub struct Complaints(Mutex<Option<String>>);
+
+impl ClientContext for Complaints {
+    fn error(&self, _: KafkaError, reason: &str) {
+        self.keep(reason);
+    }
+
+    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, _: &str, message: &str) {
+        if (level as i32) <= rdkafka::config::RDKafkaLogLevel::Error as i32 {
+            self.keep(message);
+        }
+    }
+}
+
+impl ConsumerContext for Complaints {}
+
+impl Complaints {
+    fn keep(&self, reason: &str) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(reason.to_owned());
+    }
+
+    fn last(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+}
+
+/// A client that asks and consumes nothing.
+pub struct Cluster<'a> {
+    settings: &'a Settings,
+    client: BaseConsumer<Complaints>,
+}
+
+impl<'a> Cluster<'a> {
+    pub fn connect(settings: &'a Settings) -> Result<Self, KafkaError> {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &settings.kafka.brokers).set("client.id", "kandle");
+        // Brokers that create topics on demand shall do so for those we write; see `topics`.
+        config.set("allow.auto.create.topics", "true");
+        for (name, value) in &settings.kafka.properties {
+            config.set(name, &value.0);
+        }
+        Ok(Self { settings, client: config.create_with_context(Complaints::default())? })
+    }
+
+    pub fn client(&self) -> &BaseConsumer<Complaints> {
+        &self.client
+    }
+
+    /// Number of brokers.
+    pub fn reach(&self) -> Result<usize, Trouble> {
+        // Any answer will do; asking for one topic keeps it short.
+        let topic = self.settings.output.topic.as_str();
+        match self.client.fetch_metadata(Some(topic), ATTEMPT) {
+            Ok(metadata) => Ok(metadata.brokers().len()),
+            Err(error) => Err(self.unreachable(&error)),
+        }
+    }
+
+    fn unreachable(&self, error: &KafkaError) -> Trouble {
+        // Complaints are served by polling.
+        self.client.poll(Duration::ZERO);
+        let reason = self.client.context().last().unwrap_or_else(|| error.to_string());
+        Trouble::Unreachable { brokers: self.settings.kafka.brokers.clone(), reason }
+    }
+
+    /// Partitions of a topic.
+    pub fn partitions(&self, key: &'static str, topic: &str) -> Result<i32, Trouble> {
+        let metadata = self.client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| self.unreachable(&e))?;
+        let found = metadata.topics().iter().find(|t| t.name() == topic);
+        let error = found.and_then(|t| t.error()).map(RDKafkaErrorCode::from);
+        match (found, error) {
+            (Some(found), None) if !found.partitions().is_empty() => Ok(found.partitions().len() as i32),
+            (_, Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) | None) => {
+                Err(Trouble::Missing { key, topic: topic.to_owned(), brokers: self.settings.kafka.brokers.clone() })
+            }
+            (_, Some(code)) => Err(Trouble::Topic { key, topic: topic.to_owned(), reason: code.to_string() }),
+        }
+    }
+
+    /// The topics of the settings, all that is wrong with them at once.
+    pub fn topics(&self) -> Result<Topics, Vec<Trouble>> {
+        let mut troubles = Vec::new();
+        for topic in self.settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
+            troubles.extend(self.partitions("input.topics", topic).err());
+        }
+        let mut count = |key, topic| self.partitions(key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
+        let topics = Topics {
+            output: count("output.topic", &self.settings.output.topic),
+            dead_letters: count("dead_letters.topic", &self.settings.dead_letters.topic),
+        };
+        if troubles.is_empty() { Ok(topics) } else { Err(troubles) }
+    }
+}
+
+/// Waits until the cluster can be used, and says what it waits for; `None` when asked to stop.
+pub fn wait(settings: &Settings, shared: &Shared) -> Result<Option<Topics>, KafkaError> {
+    let cluster = Cluster::connect(settings)?;
+    let mut backoff = BACKOFF.0;
+    loop {
+        let troubles = match cluster.reach() {
+            Ok(_) => match cluster.topics() {
+                Ok(topics) => return Ok(Some(topics)),
+                Err(troubles) => troubles,
+            },
+            Err(trouble) => vec![trouble],
+        };
+        for trouble in &troubles {
+            tracing::error!("{trouble}; trying again in {}", humantime::format_duration(backoff));
+            shared.health.error(&trouble.to_string());
+        }
+        shared.metrics.retries.with_label_values(&["topics"]).inc();
+        let until = Instant::now() + backoff;
+        while Instant::now() < until {
+            if shared.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+        backoff = (backoff * 2).min(BACKOFF.1);
+    }
+}

@@ -1,0 +1,360 @@
+//! Running a model over windows: the plan of batches, the lanes they run on, and what happens when
+//! one fails. Nothing here knows Kafka.
+
+mod budget;
+mod lane;
+mod plan;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
+
+pub use budget::Budget;
+pub use lane::{Forward, ForwardError};
+pub use plan::{Batch, plan};
+
+use crate::model::{Model, Tokens};
+use crate::record::RecordError;
+use crate::telemetry::Metrics;
+use lane::{Done, Lanes, Work};
+
+/// Tokens of a batch on a CPU core: more gain nothing there (256 are nearly as fast, 128 a tenth
+/// slower, 1024 no faster), and small batches spread evenly over the cores.
+const CORE_TOKENS: usize = 512;
+
+/// Windows on the lanes at a time: while the last batches of one run, the next one fills idle lanes.
+const WINDOWS: usize = 2;
+
+/// What the engine is asked: the batches of one window.
+pub struct Request<W> {
+    /// Travels along untouched.
+    pub window: W,
+    pub tokens: Vec<Option<Tokens>>,
+    pub batches: Vec<Batch>,
+}
+
+/// What it answers: one row of `width` numbers per place in the window.
+pub struct Response<W> {
+    pub window: W,
+    pub rows: Vec<f32>,
+    pub width: usize,
+    pub failed: Vec<(u32, RecordError)>,
+}
+
+/// A model on its lanes.
+pub struct Engine {
+    model: Arc<dyn Forward>,
+    budget: Arc<Budget>,
+    lanes: usize,
+    single_threaded: bool,
+    device: String,
+    metrics: Arc<Metrics>,
+}
+
+impl Engine {
+    /// A lane for each core the process may use, or one for a GPU.
+    pub fn new(model: Arc<Model>, canary: Tokens, max_tokens: usize, metrics: Arc<Metrics>) -> Self {
+        let cpu = model.placement.is_cpu();
+        let (lanes, budget) = match cpu {
+            true => (cores(), max_tokens.min(CORE_TOKENS)),
+            false => (1, max_tokens),
+        };
+        let device = model.placement.name.clone();
+        Self::with(Arc::new(OnDevice { model, canary }), lanes, budget, cpu, device, metrics)
+    }
+
+    fn with(
+        model: Arc<dyn Forward>,
+        lanes: usize,
+        budget: usize,
+        single_threaded: bool,
+        device: String,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { model, budget: Arc::new(Budget::new(budget)), lanes, single_threaded, device, metrics }
+    }
+
+    pub fn lanes(&self) -> usize {
+        self.lanes
+    }
+
+    /// The plan for a window whose records have these tokens.
+    pub fn plan(&self, tokens: &[Option<Tokens>]) -> Vec<Batch> {
+        let lengths = tokens.iter().enumerate().filter_map(|(i, t)| Some((i as u32, t.as_ref()?.ids.len()))).collect();
+        plan(lengths, self.budget.tokens(), self.lanes)
+    }
+
+    /// Serves what comes in until the channel closes; answers leave in the order of the requests.
+    /// `open` makes the request of what came, `close` takes the answer and says whether to go on,
+    /// `activity` is told when batches move (true) and when there is nothing to do (false). The error
+    /// is one after which nothing more can be computed.
+    pub fn serve<T, W>(
+        &self,
+        incoming: &Receiver<T>,
+        open: impl Fn(T) -> Request<W>,
+        mut close: impl FnMut(Response<W>) -> bool,
+        activity: impl Fn(bool),
+    ) -> Result<(), String> {
+        let lanes = Lanes::start(
+            self.lanes,
+            self.single_threaded,
+            &self.device,
+            Arc::clone(&self.model),
+            Arc::clone(&self.budget),
+            Arc::clone(&self.metrics),
+        );
+        let (done, finished) = unbounded::<Done>();
+        let closed = never();
+        let mut more = true;
+        let mut next = 0u64;
+        let mut running: VecDeque<Running<W>> = VecDeque::new();
+        while more || !running.is_empty() {
+            let source = if more && running.len() < WINDOWS { incoming } else { &closed };
+            activity(!running.is_empty());
+            select! {
+                recv(source) -> window => match window {
+                    Ok(window) => {
+                        activity(true);
+                        running.push_back(Running::start(next, open(window), self.model.width(), &lanes.work, &done));
+                        next += 1;
+                    }
+                    Err(_) => more = false,
+                },
+                recv(finished) -> part => {
+                    let part = part.expect("this end holds a sender");
+                    if let Some(message) = part.fatal {
+                        return Err(message);
+                    }
+                    let at = (part.window - running[0].id) as usize;
+                    running[at].take(part);
+                }
+            }
+            while running.front().is_some_and(|first| first.left == 0) {
+                let first = running.pop_front().expect("there is a first");
+                // While the next stage is full the lanes go on with what they have.
+                activity(false);
+                if !close(first.response) {
+                    more = false;
+                    running.clear();
+                }
+            }
+        }
+        activity(false);
+        lanes.join();
+        Ok(())
+    }
+
+    /// Plans and runs one window by itself.
+    pub fn run(&self, tokens: Vec<Option<Tokens>>) -> Result<Response<()>, String> {
+        let batches = self.plan(&tokens);
+        self.answer(Request { window: (), tokens, batches })
+    }
+
+    /// Runs one window by itself.
+    pub fn answer(&self, request: Request<()>) -> Result<Response<()>, String> {
+        let (ask, requests) = unbounded();
+        ask.send(request).expect("the receiver is here");
+        drop(ask);
+        let mut response = None;
+        self.serve(&requests, |request| request, |answer| response.replace(answer).is_none(), |_| {})?;
+        Ok(response.expect("one request has one answer"))
+    }
+}
+
+/// As many lanes as the process may use cores (its cgroup's quota counted).
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+struct Running<W> {
+    id: u64,
+    /// Batches not yet done.
+    left: usize,
+    response: Response<W>,
+}
+
+impl<W> Running<W> {
+    fn start(id: u64, request: Request<W>, width: usize, work: &Sender<Work>, done: &Sender<Done>) -> Self {
+        let Request { window, tokens, batches } = request;
+        let rows = if batches.is_empty() { Vec::new() } else { vec![0.0; tokens.len() * width] };
+        let tokens = Arc::new(tokens);
+        let left = batches.len();
+        for batch in batches {
+            let sent = work.send(Work { window: id, tokens: Arc::clone(&tokens), batch, done: done.clone() });
+            assert!(sent.is_ok(), "lanes live as long as the engine serves");
+        }
+        Self { id, left, response: Response { window, rows, width, failed: Vec::new() } }
+    }
+
+    fn take(&mut self, done: Done) {
+        let width = self.response.width;
+        for (row, &record) in done.rows.chunks_exact(width).zip(&done.records) {
+            self.response.rows[record as usize * width..][..width].copy_from_slice(row);
+        }
+        self.response.failed.extend(done.failed);
+        self.left -= 1;
+    }
+}
+
+/// The model as it is on its device.
+struct OnDevice {
+    model: Arc<Model>,
+    canary: Tokens,
+}
+
+impl Forward for OnDevice {
+    fn width(&self) -> usize {
+        self.model.width()
+    }
+
+    fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
+        self.model.forward(batch).map_err(|e| classify(&e.to_string()))
+    }
+
+    fn canary(&self) -> &Tokens {
+        &self.canary
+    }
+}
+
+/// Candle has one error type for all; the driver's names tell them apart.
+fn classify(message: &str) -> ForwardError {
+    let first = message.lines().next().unwrap_or_default().to_owned();
+    let lower = message.to_lowercase();
+    if lower.contains("out of memory") || lower.contains("out_of_memory") || lower.contains("alloc_failed") {
+        ForwardError::OutOfMemory(first)
+    } else if lower.contains("cuda_error") || lower.contains("cublas_status") || lower.contains("metal error") {
+        ForwardError::Device(first)
+    } else {
+        ForwardError::Batch(first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::record::Fault;
+
+    /// A device with `memory` tokens of room that fails on the token 666 and gives each record the
+    /// sum of its ids.
+    struct Fake {
+        memory: usize,
+        broken: bool,
+        forwards: AtomicUsize,
+        canary: Tokens,
+    }
+
+    impl Forward for Fake {
+        fn width(&self) -> usize {
+            2
+        }
+
+        fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
+            self.forwards.fetch_add(1, Ordering::Relaxed);
+            let total: usize = batch.iter().map(|t| t.ids.len()).sum();
+            if total > self.memory {
+                return Err(ForwardError::OutOfMemory(format!("{total} tokens")));
+            }
+            if self.broken || batch.iter().any(|t| t.ids.contains(&666)) {
+                return Err(ForwardError::Batch("a bad token".to_owned()));
+            }
+            Ok(batch
+                .iter()
+                .flat_map(|t| {
+                    let sum: u32 = t.ids.iter().sum();
+                    [if sum == 1300 { f32::NAN } else { sum as f32 }, t.ids.len() as f32]
+                })
+                .collect())
+        }
+
+        fn canary(&self) -> &Tokens {
+            &self.canary
+        }
+    }
+
+    fn tokens(ids: &[u32]) -> Option<Tokens> {
+        Some(Tokens { ids: ids.to_vec(), type_ids: None, truncated: false })
+    }
+
+    fn engine(memory: usize, broken: bool, lanes: usize) -> (Engine, Arc<Fake>, Arc<Metrics>) {
+        let fake = Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
+        let metrics = Arc::new(Metrics::new());
+        let model: Arc<dyn Forward> = Arc::clone(&fake) as _;
+        (Engine::with(model, lanes, 10_000, false, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
+    }
+
+    #[test]
+    fn bisects_down_to_the_records_at_fault() {
+        let (engine, _, metrics) = engine(10_000, false, 2);
+        let mut window: Vec<_> = (1..=64).map(|i| tokens(&[i, 1])).collect();
+        window[10] = tokens(&[666]);
+        window[40] = tokens(&[5, 666]);
+        window[50] = None;
+        window[51] = tokens(&[1299, 1]);
+        let response = engine.run(window).unwrap();
+        let mut failed: Vec<(u32, Fault)> = response.failed.iter().map(|(i, e)| (*i, e.fault)).collect();
+        failed.sort_by_key(|(i, _)| *i);
+        assert_eq!(failed, [(10, Fault::Infer), (40, Fault::Infer), (51, Fault::Infer)]);
+        for i in (0..64).filter(|i| ![10, 40, 50, 51].contains(i)) {
+            assert_eq!(response.rows[i * 2..i * 2 + 2], [(i + 2) as f32, 2.0], "record {i}");
+        }
+        assert!(metrics.bisections.with_label_values(&["forward"]).get() > 0);
+    }
+
+    #[test]
+    fn halves_when_out_of_memory_and_remembers() {
+        let (engine, fake, metrics) = engine(100, false, 1);
+        let window = || (0..50).map(|i| tokens(&[i, i, i, i, i, i, i, i])).collect::<Vec<_>>();
+        let response = engine.run(window()).unwrap();
+        assert!(response.failed.is_empty());
+        assert_eq!(response.rows[49 * 2], 49.0 * 8.0);
+        assert!(metrics.oom_splits.with_label_values(&["forward"]).get() > 0);
+        let before = metrics.oom_splits.with_label_values(&["forward"]).get();
+        let forwards = fake.forwards.load(Ordering::Relaxed);
+        engine.run(window()).unwrap();
+        assert_eq!(metrics.oom_splits.with_label_values(&["forward"]).get(), before, "planned to fit now");
+        assert!(fake.forwards.load(Ordering::Relaxed) - forwards <= 5);
+    }
+
+    #[test]
+    fn one_record_that_does_not_fit_is_fatal() {
+        let (engine, ..) = engine(4, false, 1);
+        let message = engine.run(vec![tokens(&[1, 2, 3, 4, 5])]).err().expect("does not fit");
+        assert!(message.contains("one record of 5 tokens"), "{message}");
+    }
+
+    #[test]
+    fn a_device_that_fails_everything_dead_letters_nothing() {
+        let (engine, ..) = engine(10_000, true, 1);
+        let message = engine.run(vec![tokens(&[1]), tokens(&[2])]).err().expect("fatal");
+        assert!(message.contains("even a plain text fails"), "{message}");
+    }
+
+    #[test]
+    fn windows_leave_in_the_order_they_came() {
+        let (engine, ..) = engine(10_000, false, 3);
+        let (ask, requests) = unbounded();
+        for id in 0..20u32 {
+            let tokens: Vec<_> = (0..id % 5 * 30).map(|i| tokens(&[i + 100, 1, 1])).collect();
+            let batches = plan(tokens.iter().enumerate().map(|(i, _)| (i as u32, 3)).collect(), 64, 3);
+            ask.send(Request { window: id, tokens, batches }).unwrap();
+        }
+        drop(ask);
+        let mut order = Vec::new();
+        let close = |answer: Response<u32>| {
+            order.push(answer.window);
+            true
+        };
+        engine.serve(&requests, |request| request, close, |_| {}).unwrap();
+        assert_eq!(order, (0..20).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn errors_are_told_apart() {
+        assert!(matches!(classify("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"), ForwardError::OutOfMemory(_)));
+        assert!(matches!(classify("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS)"), ForwardError::Device(_)));
+        assert!(matches!(classify("token id 9 is outside\n  0: candle"), ForwardError::Batch(m) if m == "token id 9 is outside"));
+    }
+}

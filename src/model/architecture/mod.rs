@@ -1,0 +1,206 @@
+//! What differs between architectures, as data: sizes, tensor names, where norms stand, how
+//! positions are told. One file each; the one [`super::Encoder`] runs them all.
+
+mod bert;
+mod distilbert;
+mod modernbert;
+mod roberta;
+
+use serde_json::Value;
+
+/// The architectures, by config.json's `model_type`: an architecture is one line here and a file.
+const KNOWN: &[(&str, Describe)] = &[
+    ("bert", bert::describe),
+    ("distilbert", distilbert::describe),
+    ("modernbert", modernbert::describe),
+    ("roberta", roberta::describe),
+    ("xlm-roberta", roberta::describe),
+];
+
+type Describe = fn(&Config<'_>) -> Result<Architecture, ConfigError>;
+
+/// What is wrong with a config.json.
+#[derive(Debug, thiserror::Error)]
+#[error("config.json: {0}")]
+pub struct ConfigError(pub String);
+
+/// All the encoder needs to know.
+#[derive(Debug, Clone)]
+pub struct Architecture {
+    /// config.json's `model_type`.
+    pub name: String,
+    /// What a checkpoint with a head puts before the encoder's tensor names.
+    pub prefix: &'static str,
+    pub vocabulary: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub intermediate: usize,
+    pub norm_eps: f64,
+    pub embeddings: Embeddings,
+    pub positions: Positions,
+    pub layers: Vec<Layer>,
+    pub norms: Norms,
+    pub feed_forward: FeedForward,
+    /// Whether linear layers have a bias.
+    pub attention_bias: bool,
+    pub mlp_bias: bool,
+    pub norm_bias: bool,
+    /// A norm after the last layer.
+    pub final_norm: Option<&'static str>,
+    pub classifier: Classifier,
+}
+
+#[derive(Debug, Clone)]
+pub struct Embeddings {
+    pub word: &'static str,
+    /// Name and number of types.
+    pub token_type: Option<(&'static str, usize)>,
+    pub norm: &'static str,
+}
+
+#[derive(Debug, Clone)]
+pub enum Positions {
+    /// A table of `count` rows; a sequence's first token has row `first`.
+    Learned { name: &'static str, count: usize, first: usize },
+    /// Rotated queries and keys (RoPE, arXiv:2104.09864), `theta` by layer.
+    Rotary { count: usize },
+}
+
+/// The tensors of one layer, names complete but for the prefix, and how it attends.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    pub qkv: Qkv,
+    pub attention_out: String,
+    /// Before attention where norms come first (`None` for no norm), after it where they come last.
+    pub attention_norm: Option<String>,
+    pub up: String,
+    pub down: String,
+    pub mlp_norm: String,
+    /// RoPE's base.
+    pub theta: Option<f64>,
+    /// Tokens see others at most this far away.
+    pub reach: Option<usize>,
+}
+
+#[derive(Debug, Clone)]
+pub enum Qkv {
+    Separate([String; 3]),
+    Fused(String),
+}
+
+/// Where norms stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Norms {
+    /// After the residual, as in BERT.
+    Last,
+    /// Before attention and feed-forward, as in ModernBERT.
+    First,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FeedForward {
+    Plain(Activation),
+    /// `up` gives two halves; the activated first is multiplied by the second (GeGLU, arXiv:2002.05202).
+    Gated(Activation),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x Φ(x), by the error function.
+    Gelu,
+    /// Its approximation by tanh.
+    GeluTanh,
+    Relu,
+    Silu,
+    Tanh,
+}
+
+/// The tensors between a pooled sequence and its logits.
+#[derive(Debug, Clone)]
+pub struct Classifier {
+    /// Pooled by the mean instead of the first token.
+    pub mean: bool,
+    pub dense: &'static str,
+    /// `dense` is under the encoder's prefix.
+    pub dense_in_encoder: bool,
+    pub dense_bias: bool,
+    pub activation: Activation,
+    pub norm: Option<&'static str>,
+    pub out: &'static str,
+}
+
+impl Architecture {
+    pub fn from_config(json: &Value) -> Result<Self, ConfigError> {
+        let known = || KNOWN.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let Some(name) = json["model_type"].as_str() else {
+            return Err(ConfigError(format!("has no model_type; kandle knows {}", known())));
+        };
+        match KNOWN.iter().find(|(known, _)| *known == name) {
+            Some((_, describe)) => describe(&Config(json)),
+            None => Err(ConfigError(format!("model_type {name:?} is not known; kandle knows {}", known()))),
+        }
+    }
+
+    /// The longest sequence, in tokens with the special ones.
+    pub fn max_tokens(&self) -> usize {
+        match self.positions {
+            Positions::Learned { count, first, .. } => count - first,
+            Positions::Rotary { count } => count,
+        }
+    }
+}
+
+/// A config.json, read with messages that name the key.
+pub struct Config<'a>(&'a Value);
+
+impl Config<'_> {
+    fn name(&self) -> String {
+        self.0["model_type"].as_str().unwrap_or_default().to_owned()
+    }
+
+    fn size(&self, key: &str) -> Result<usize, ConfigError> {
+        match self.0[key].as_u64() {
+            Some(n) if n > 0 => Ok(n as usize),
+            _ => Err(ConfigError(format!("{key} is {}, not a size", self.0[key]))),
+        }
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
+        if self.0[key].is_null() { Ok(default) } else { self.size(key) }
+    }
+
+    fn number_or(&self, key: &str, default: f64) -> f64 {
+        self.0[key].as_f64().unwrap_or(default)
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> bool {
+        self.0[key].as_bool().unwrap_or(default)
+    }
+
+    fn activation(&self, key: &str, default: &str) -> Result<Activation, ConfigError> {
+        Ok(match self.0[key].as_str().unwrap_or(default) {
+            "gelu" | "gelu_python" => Activation::Gelu,
+            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+            "relu" => Activation::Relu,
+            "silu" | "swish" => Activation::Silu,
+            "tanh" => Activation::Tanh,
+            other => return Err(ConfigError(format!("{key} {other:?} is not known: gelu, gelu_new, relu, silu, tanh"))),
+        })
+    }
+
+    /// Heads that divide the width.
+    fn heads(&self, key: &str, hidden: usize) -> Result<usize, ConfigError> {
+        let heads = self.size(key)?;
+        if !hidden.is_multiple_of(heads) {
+            return Err(ConfigError(format!("{key} {heads} does not divide the width {hidden}")));
+        }
+        Ok(heads)
+    }
+
+    fn absolute_positions(&self) -> Result<(), ConfigError> {
+        match self.0["position_embedding_type"].as_str() {
+            None | Some("absolute") => Ok(()),
+            Some(other) => Err(ConfigError(format!("position_embedding_type {other:?} is not supported: absolute"))),
+        }
+    }
+}

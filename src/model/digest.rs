@@ -1,0 +1,62 @@
+//! The model digest: same digest, same predictions.
+//!
+//! SHA-256 over a list of lines, sorted: `name <SHA-256 of the file>` for each file of the model,
+//! and `setting <JSON>` for the settings that change a prediction. Batch sizes, topics and the
+//! like are not in it.
+
+use std::fmt;
+
+use sha2::{Digest as _, Sha256};
+
+use super::files::{Files, FilesError};
+use crate::settings::Settings;
+
+/// 64 hex digits; shown as the first 16 everywhere but in `model show`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Digest(String);
+
+impl Digest {
+    /// `files` is `None` for a task without a model; `dtype` is the resolved one.
+    pub fn new(files: Option<&Files>, settings: &Settings, dtype: &str) -> Result<Self, FilesError> {
+        let mut lines = Vec::new();
+        if let Some(files) = files {
+            for name in files.names()? {
+                lines.push(format!("{name} {}", hex(&Sha256::digest(files.require(&name)?))));
+            }
+        }
+        if let Some(path) = &settings.task.candidates {
+            let bytes = std::fs::read(path).map_err(|error| FilesError::Io { path: path.clone(), error })?;
+            lines.push(format!("candidates {}", hex(&Sha256::digest(bytes))));
+        }
+        let (task, input) = (&settings.task, &settings.input);
+        let settings = serde_json::json!({
+            "task": { "kind": task.kind, "top_k": task.top_k, "overflow": task.overflow },
+            "input": { "format": input.format, "field": input.field, "join": input.join, "template": input.template },
+            "output": { "format": settings.output.format, "include": settings.output.include },
+            "dtype": dtype,
+        });
+        lines.push(format!("setting {settings}"));
+        lines.sort();
+        Ok(Self(hex(&Sha256::digest(lines.join("\n")))))
+    }
+
+    /// All 64 digits.
+    pub fn full(&self) -> &str {
+        &self.0
+    }
+
+    /// The first 16.
+    pub fn short(&self) -> &str {
+        &self.0[..16]
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.short())
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

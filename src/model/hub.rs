@@ -1,0 +1,154 @@
+//! Models from a hub that speaks Hugging Face's protocol: the revision is resolved to a commit
+//! once, what is missing is downloaded into the cache that Hugging Face's own tools share, and
+//! without a network the cache is enough.
+
+use std::path::PathBuf;
+
+use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+
+use super::files::{FilesError, HUB_FILES, pooling_file};
+use crate::settings;
+
+/// A commit's files in the cache.
+pub(super) struct Snapshot {
+    pub commit: String,
+    pub directory: PathBuf,
+}
+
+/// `name` or `org/name`, as the hub allows them.
+pub(super) fn is_id(source: &str) -> bool {
+    let legal = |part: &str| {
+        !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')) && part != "." && part != ".."
+    };
+    let parts: Vec<&str> = source.split('/').collect();
+    parts.len() <= 2 && parts.iter().all(|part| legal(part))
+}
+
+pub(super) fn snapshot(model: &settings::Model, id: &str) -> Result<Snapshot, FilesError> {
+    let revision = model.revision.clone().unwrap_or_else(|| "main".to_owned());
+    let cache = model.cache.clone().map_or_else(Cache::from_env, Cache::new);
+    let offline = model.offline || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
+    if offline {
+        return cached(&cache, id, &revision)
+            .ok_or_else(|| FilesError::Hub(format!("{id}@{revision} is not in the cache {}, and the hub may not be asked (offline)", cache.path().display())));
+    }
+    match download(model, &cache, id, &revision) {
+        Ok(snapshot) => Ok(snapshot),
+        Err(Asked::Unreachable(reason)) => match cached(&cache, id, &revision) {
+            Some(snapshot) => {
+                tracing::warn!(model = id, commit = snapshot.commit, reason, "the hub cannot be reached; using the cache");
+                Ok(snapshot)
+            }
+            None => Err(FilesError::Hub(format!("{id}@{revision}: {reason}; and it is not in the cache {}", cache.path().display()))),
+        },
+        Err(Asked::Refused(error)) => Err(error),
+    }
+}
+
+enum Asked {
+    /// The cache may still have it.
+    Unreachable(String),
+    Refused(FilesError),
+}
+
+fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) -> Result<Snapshot, Asked> {
+    let refused = |message: String| Asked::Refused(FilesError::Hub(message));
+    let mut builder = ApiBuilder::from_env().with_cache_dir(cache.path().clone()).with_progress(false).with_retries(3);
+    if let Some(token) = model.token.clone().or_else(|| std::env::var("HF_TOKEN").ok()) {
+        builder = builder.with_token(Some(token));
+    }
+    let api = builder.build().map_err(|e| refused(format!("{id}: {e}")))?;
+    let named = api.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
+    let info = named.info().map_err(|e| {
+        let message = e.to_string();
+        match status(&message) {
+            Some(401 | 403) => refused(format!("{id}@{revision}: access denied; set model.token or HF_TOKEN ({message})")),
+            Some(404) => refused(format!("{id}@{revision}: no such model or revision ({message})")),
+            _ => Asked::Unreachable(message),
+        }
+    })?;
+    // From here on the commit, so that no file can come from a later one.
+    let repo = api.repo(Repo::with_revision(id.to_owned(), RepoType::Model, info.sha.clone()));
+    let there = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
+    let fetch = |repo: &ApiRepo, name: &str| {
+        repo.get(name).map_err(|e| Asked::Unreachable(format!("{id}/{name}: {e}")))
+    };
+    let mut config = None;
+    for name in HUB_FILES.iter().filter(|name| there(name)) {
+        let path = fetch(&repo, name)?;
+        if *name == "config.json" {
+            config = Some(path);
+        } else if *name == "modules.json"
+            && let Some(pooling) = pooling_file(read_json(&path)?.as_ref())
+        {
+            fetch(&repo, &pooling)?;
+        }
+    }
+    let Some(config) = config else { return Err(refused(format!("{id}@{revision} has no config.json"))) };
+    if there("model.safetensors") {
+        fetch(&repo, "model.safetensors")?;
+    } else if there("model.safetensors.index.json") {
+        let index = read_json(&fetch(&repo, "model.safetensors.index.json")?)?.unwrap_or_default();
+        let mut shards: Vec<&str> =
+            index["weight_map"].as_object().into_iter().flatten().filter_map(|(_, s)| s.as_str()).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        for shard in shards {
+            fetch(&repo, shard)?;
+        }
+    } else {
+        return Err(refused(format!("{id}@{revision} has no *.safetensors weights")));
+    }
+    // The branch or tag now stands for this commit, also offline.
+    let reference = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
+    if let Err(e) = reference.create_ref(&info.sha) {
+        tracing::warn!(model = id, error = %e, "the cache cannot remember which commit the revision is");
+    }
+    let directory = config.parent().map(PathBuf::from).unwrap_or_default();
+    Ok(Snapshot { commit: info.sha, directory })
+}
+
+fn read_json(path: &std::path::Path) -> Result<Option<serde_json::Value>, Asked> {
+    let bytes = std::fs::read(path)
+        .map_err(|error| Asked::Refused(FilesError::Io { path: path.to_owned(), error }))?;
+    Ok(serde_json::from_slice(&bytes).ok())
+}
+
+fn cached(cache: &Cache, id: &str, revision: &str) -> Option<Snapshot> {
+    let repo = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
+    if let Some(config) = repo.get("config.json") {
+        let directory = config.parent()?.to_owned();
+        let commit = directory.file_name()?.to_str()?.to_owned();
+        return Some(Snapshot { commit, directory });
+    }
+    // A commit is its own name.
+    let directory = repo.pointer_path(revision);
+    directory.join("config.json").exists().then(|| Snapshot { commit: revision.to_owned(), directory })
+}
+
+/// The HTTP status in a message of the hub's client, which has no type for it.
+fn status(message: &str) -> Option<u16> {
+    message.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).find(|n| (400..500).contains(n))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids() {
+        assert!(is_id("org/name-1.5"));
+        assert!(is_id("bert"));
+        assert!(!is_id("./model"));
+        assert!(!is_id("/srv/model"));
+        assert!(!is_id("a/b/c"));
+        assert!(!is_id(""));
+    }
+
+    #[test]
+    fn statuses() {
+        assert_eq!(status("request error: https://x: status code 404"), Some(404));
+        assert_eq!(status("connection refused on 127.0.0.1:8080"), None);
+    }
+}

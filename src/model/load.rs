@@ -1,0 +1,194 @@
+//! A model: files, placement, tokenizer, encoder and head together.
+
+use candle_core::DType;
+use candle_nn::VarBuilder;
+use std::collections::HashMap;
+
+use super::architecture::{Architecture, ConfigError};
+use super::device::Placement;
+use super::encoder::{Encoder, Packed};
+use super::files::{Files, FilesError, pooling_file};
+use super::head::{Head, Pooling};
+use super::tokenize::{Tokenizer, Tokens};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("weights: {0}")]
+    Weights(String),
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// What of a model a task wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// One logit per label.
+    Logits,
+    /// The pooled sequence.
+    Embedding,
+}
+
+/// How a model turns a text into a vector, from its modules.json and pooling's config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Embedding {
+    pub pooling: Pooling,
+    /// To length 1.
+    pub normalize: bool,
+}
+
+pub struct Model {
+    pub files: Files,
+    pub placement: Placement,
+    pub tokenizer: Tokenizer,
+    /// Label names by index, for a classifier.
+    pub labels: Vec<String>,
+    /// Each label is its own yes or no: sigmoid instead of softmax.
+    pub independent_labels: bool,
+    pub embedding: Embedding,
+    pub parameters: usize,
+    encoder: Encoder,
+    head: Head,
+    width: usize,
+}
+
+impl Model {
+    pub fn load(files: Files, placement: Placement, output: Output) -> Result<Self, ModelError> {
+        let config = files.json("config.json")?.ok_or_else(|| FilesError::Missing {
+            source_name: files.source.clone(),
+            file: "config.json".to_owned(),
+        })?;
+        let architecture = Architecture::from_config(&config)?;
+        let tokenizer = Tokenizer::load(&files, architecture.max_tokens())?;
+        let embedding = embedding(&files)?;
+        let mut tensors = HashMap::new();
+        for name in files.weights()? {
+            let bytes = files.require(&name)?;
+            let loaded = candle_core::safetensors::load_buffer(&bytes, &placement.device)
+                .map_err(|e| ModelError::Weights(format!("{name}: {e}")))?;
+            // Converted one file at a time, so that both precisions never stand side by side in full.
+            for (key, tensor) in loaded {
+                let tensor = if tensor.dtype().is_float() { tensor.to_dtype(placement.dtype) } else { Ok(tensor) };
+                tensors.insert(key, tensor.map_err(|e| ModelError::Weights(format!("{name}: {e}")))?);
+            }
+        }
+        let parameters = tensors.values().filter(|t| t.dtype().is_float()).map(|t| t.elem_count()).sum();
+        let root = VarBuilder::from_tensors(tensors, placement.dtype, &placement.device);
+        let word = format!("{}.weight", architecture.embeddings.word);
+        let inner = root.pp(architecture.prefix);
+        let vb = if inner.contains_tensor(&word) { inner } else { root.clone() };
+        let weights = |e: candle_core::Error| ModelError::Weights(first_line(&e.to_string()));
+
+        let labels = labels(&config);
+        let (head, width) = match output {
+            Output::Embedding => (Head::Embedding { pooling: embedding.pooling }, architecture.hidden),
+            Output::Logits => {
+                let out = format!("{}.weight", architecture.classifier.out);
+                if !root.contains_tensor(&out) {
+                    return Err(ModelError::Unsupported(format!(
+                        "{} is no text classifier: its weights have no {out}",
+                        files.source
+                    )));
+                }
+                (Head::classifier(&architecture, labels.len(), &root, &vb).map_err(weights)?, labels.len())
+            }
+        };
+        let encoder = Encoder::load(architecture, &vb).map_err(weights)?;
+        let independent_labels =
+            labels.len() == 1 || config["problem_type"].as_str() == Some("multi_label_classification");
+        Ok(Self { files, placement, tokenizer, labels, independent_labels, embedding, parameters, encoder, head, width })
+    }
+
+    pub fn architecture(&self) -> &Architecture {
+        self.encoder.architecture()
+    }
+
+    /// Numbers per record.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// `[batch, width]`, row after row, in the order of the batch.
+    pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Vec<f32>> {
+        let packed = Packed::new(batch);
+        let hidden = self.encoder.forward(&packed)?;
+        let rows = self.head.forward(&hidden, &packed)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut out = vec![0.0; rows.len()];
+        for (place, &i) in packed.order().iter().enumerate() {
+            out[i * self.width..][..self.width].copy_from_slice(&rows[place * self.width..][..self.width]);
+        }
+        Ok(out)
+    }
+}
+
+/// config.json's `id2label` in order of the ids; `LABEL_n` where it has none, as transformers does.
+fn labels(config: &serde_json::Value) -> Vec<String> {
+    match config["id2label"].as_object() {
+        Some(map) => (0..map.len())
+            .map(|i| map.get(&i.to_string()).and_then(|v| v.as_str()).map_or_else(|| format!("LABEL_{i}"), str::to_owned))
+            .collect(),
+        None => (0..config["num_labels"].as_u64().unwrap_or(2)).map(|i| format!("LABEL_{i}")).collect(),
+    }
+}
+
+/// As sentence-transformers keeps it; the mean, not normalised, where a model says nothing.
+fn embedding(files: &Files) -> Result<Embedding, ModelError> {
+    let Some(modules) = files.json("modules.json")? else {
+        return Ok(Embedding { pooling: Pooling::Mean, normalize: false });
+    };
+    let mut normalize = false;
+    for module in modules.as_array().into_iter().flatten() {
+        let kind = module["type"].as_str().unwrap_or_default();
+        match kind.rsplit('.').next().unwrap_or_default() {
+            "Transformer" | "Pooling" => {}
+            "Normalize" => normalize = true,
+            _ => {
+                return Err(ModelError::Unsupported(format!(
+                    "modules.json: {kind} is not supported; kandle knows Transformer, Pooling and Normalize"
+                )));
+            }
+        }
+    }
+    let pooling = match pooling_file(Some(&modules)) {
+        None => Pooling::Mean,
+        Some(name) => pooling(&name, &files.json(&name)?.unwrap_or_default())?,
+    };
+    Ok(Embedding { pooling, normalize })
+}
+
+/// `pooling_mode: "mean"`, or the older one flag a mode.
+fn pooling(file: &str, config: &serde_json::Value) -> Result<Pooling, ModelError> {
+    const MODES: [(&str, &str, Pooling); 3] = [
+        ("mean", "pooling_mode_mean_tokens", Pooling::Mean),
+        ("cls", "pooling_mode_cls_token", Pooling::First),
+        ("lasttoken", "pooling_mode_lasttoken", Pooling::Last),
+    ];
+    if let Some(mode) = config["pooling_mode"].as_str() {
+        return match MODES.iter().find(|(name, ..)| *name == mode) {
+            Some((.., pooling)) => Ok(*pooling),
+            None => Err(ModelError::Unsupported(format!("{file}: pooling_mode {mode:?} is not supported; mean, cls, lasttoken"))),
+        };
+    }
+    let set: Vec<&str> = config
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, value)| key.starts_with("pooling_mode_") && value.as_bool() == Some(true))
+        .map(|(key, _)| key.as_str())
+        .collect();
+    match set.as_slice() {
+        [] => Ok(Pooling::Mean),
+        [one] => MODES.iter().find(|(_, flag, _)| flag == one).map(|(.., pooling)| *pooling).ok_or_else(|| {
+            ModelError::Unsupported(format!("{file}: {one} is not supported; mean, cls, lasttoken"))
+        }),
+        many => Err(ModelError::Unsupported(format!("{file}: {} together are not supported", many.join(" and ")))),
+    }
+}
+
+/// Candle's errors carry a backtrace below their message.
+fn first_line(message: &str) -> String {
+    message.lines().next().unwrap_or_default().to_owned()
+}

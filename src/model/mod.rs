@@ -1,0 +1,20 @@
+//! Models: finding and reading their files, their digest, the tokenizer, and the packed encoder.
+//! Nothing here knows Kafka.
+
+pub mod architecture;
+mod device;
+mod digest;
+mod encoder;
+mod files;
+mod head;
+mod hub;
+mod load;
+mod tokenize;
+
+pub use device::Placement;
+pub use digest::Digest;
+pub use encoder::{Encoder, Packed};
+pub use files::{Files, FilesError};
+pub use head::{Head, Pooling};
+pub use load::{Embedding, Model, ModelError, Output};
+pub use tokenize::{Tokenizer, Tokens};

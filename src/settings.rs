@@ -1,0 +1,395 @@
+//! The typed configuration: one struct per section, from which the JSON Schema, the defaults and
+//! the checks are made. How files, environment and flags become it is in [`load`].
+
+pub mod load;
+mod rules;
+mod units;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use load::{Fault, Loaded, Sources, load};
+pub use units::{ByteSize, Wait};
+
+/// The settings of one kandle job.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// How to reach Kafka.
+    pub kafka: Kafka,
+    /// What is read.
+    pub input: Input,
+    /// When the records gathered are passed on: whichever limit comes first.
+    #[serde(default)]
+    pub window: Window,
+    /// What is predicted.
+    pub task: Task,
+    /// The model that predicts.
+    #[serde(default)]
+    pub model: Model,
+    /// What goes through the model in one forward.
+    #[serde(default)]
+    pub batch: Batch,
+    /// Where predictions go.
+    pub output: Output,
+    /// Where records go that cannot become a prediction.
+    pub dead_letters: DeadLetters,
+    /// What is promised about each record.
+    #[serde(default)]
+    pub delivery: Delivery,
+    /// How much may be in flight.
+    #[serde(default)]
+    pub memory: Memory,
+    /// The admin server: /metrics, /livez, /readyz, /status.
+    #[serde(default)]
+    pub server: Server,
+    /// What is written to standard error.
+    #[serde(default)]
+    pub log: Log,
+}
+
+/// Properties of librdkafka, name to value.
+pub type Properties = BTreeMap<String, units::Scalar>;
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Kafka {
+    /// Bootstrap brokers, host:port, comma-separated.
+    #[schemars(example = "localhost:9092")]
+    pub brokers: String,
+    /// librdkafka properties for both clients. What kandle itself sets is refused with the reason.
+    #[serde(default)]
+    pub properties: Properties,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Input {
+    /// Topics by name, or one pattern that starts with ^.
+    #[schemars(example = ["tickets"], length(min = 1))]
+    pub topics: Vec<String>,
+    /// The consumer group.
+    #[schemars(example = "kandle-tickets")]
+    pub group: String,
+    /// Where to begin in a partition for which the group has no offset.
+    #[serde(default)]
+    pub start: Start,
+    /// How values are read.
+    #[serde(default)]
+    pub format: Format,
+    /// json: JSON Pointer to the text, or a list of them, joined by `join`.
+    #[serde(default)]
+    pub field: Fields,
+    /// json: what stands between the texts of several fields.
+    #[serde(default = "default_join")]
+    pub join: String,
+    /// json: a template (Jinja) over the value's fields, instead of `field`.
+    #[serde(default)]
+    pub template: Option<String>,
+    /// librdkafka properties for the consumer alone.
+    #[serde(default)]
+    pub properties: Properties,
+}
+
+fn default_join() -> String {
+    "\n".to_owned()
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum Start {
+    #[default]
+    Earliest,
+    Latest,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    #[default]
+    Json,
+    Text,
+    Bytes,
+}
+
+/// One JSON Pointer or several; empty where none is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "units::OneOrMany", into = "units::OneOrMany")]
+pub struct Fields(pub Vec<String>);
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Window {
+    /// Records in a window at most.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_records: usize,
+    /// Bytes of keys and values: the record that reaches it closes the window.
+    pub max_bytes: ByteSize,
+    /// How long the oldest record waits at most for others.
+    pub max_wait: Wait,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { max_records: 1024, max_bytes: ByteSize::mib(8), max_wait: Wait::millis(200) }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Task {
+    /// What is predicted about a record. `noop` runs no model and publishes the value as it came:
+    /// for measuring.
+    #[schemars(example = "text-classification")]
+    pub kind: TaskKind,
+    /// text-classification: how many labels `scores` has (all of them where unset);
+    /// similarity: how many matches a prediction has (one where unset).
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub top_k: Option<usize>,
+    /// What becomes of a text with more tokens than the model takes.
+    #[serde(default)]
+    pub overflow: Overflow,
+    /// similarity: a file of candidates, one JSON object a line with `id` and `text`.
+    #[serde(default)]
+    pub candidates: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskKind {
+    TextClassification,
+    TextEmbedding,
+    Similarity,
+    Noop,
+}
+
+impl TaskKind {
+    /// The name in configuration and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            TaskKind::TextClassification => "text-classification",
+            TaskKind::TextEmbedding => "text-embedding",
+            TaskKind::Similarity => "similarity",
+            TaskKind::Noop => "noop",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Overflow {
+    #[default]
+    Truncate,
+    DeadLetter,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// A hub id (`org/name`), a directory with config.json, tokenizer.json and *.safetensors, or
+    /// `bundled`: the ticket classifier that is part of kandle.
+    pub source: Option<String>,
+    /// Hub: branch, tag or commit; the commit it stands for is resolved once and named everywhere.
+    pub revision: Option<String>,
+    /// Hub: the cache directory ($HF_HOME/hub or ~/.cache/huggingface/hub where unset).
+    pub cache: Option<PathBuf>,
+    /// Hub: access token ($HF_TOKEN or the cache's token file where unset).
+    pub token: Option<String>,
+    /// Hub: use the cache alone ($HF_HUB_OFFLINE=1 does the same).
+    pub offline: bool,
+    /// Where it runs: auto, cpu, cuda, cuda:N or metal. auto takes the best that build and machine have.
+    pub device: DeviceChoice,
+    /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16 or f16.
+    pub dtype: Dtype,
+    /// What to do when another model made the group's last commit.
+    pub on_change: OnChange,
+}
+
+/// auto, cpu, cuda, cuda:N or metal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceChoice {
+    #[default]
+    Auto,
+    Cpu,
+    Cuda(usize),
+    Metal,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnChange {
+    Refuse,
+    #[default]
+    Warn,
+    Allow,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Batch {
+    /// Tokens of one forward on a GPU at most, halved while the device is out of memory. A CPU core
+    /// takes 512 at a time, or this where it is less: more gains nothing there.
+    #[schemars(range(min = 1))]
+    pub max_tokens: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { max_tokens: 16384 }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Output {
+    /// The topic of the predictions.
+    #[schemars(example = "tickets-predictions")]
+    pub topic: String,
+    /// How predictions are written.
+    #[serde(default)]
+    pub format: OutputFormat,
+    /// JSON Pointers whose values are copied from the input into the prediction, under their last name.
+    #[serde(default)]
+    pub include: Vec<String>,
+    /// Which partition: by the key's murmur2 hash as Java's clients do, or the input's number.
+    /// A record without a key keeps its input partition's number (modulo the output's count).
+    #[serde(default)]
+    pub partition: Partitioning,
+    /// librdkafka properties for the producer alone.
+    #[serde(default)]
+    pub properties: Properties,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputFormat {
+    #[default]
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Partitioning {
+    #[default]
+    Key,
+    Source,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeadLetters {
+    /// The topic of the dead letters.
+    #[schemars(example = "tickets-dead")]
+    pub topic: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Delivery {
+    /// at_least_once: offsets are committed only when every prediction and dead letter before them
+    /// is acknowledged; after a crash some are published again.
+    pub guarantee: Guarantee,
+    /// How often offsets are committed.
+    pub commit_interval: Wait,
+    /// When partitions are taken away: how long windows in flight may take to finish.
+    pub revoke_timeout: Wait,
+}
+
+impl Default for Delivery {
+    fn default() -> Self {
+        Self {
+            guarantee: Guarantee::AtLeastOnce,
+            commit_interval: Wait::millis(1000),
+            revoke_timeout: Wait::millis(30_000),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Guarantee {
+    #[default]
+    AtLeastOnce,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Memory {
+    /// Bytes in flight: a quarter for what librdkafka prefetches, a quarter for what waits for the
+    /// broker's acknowledgement, half for windows. Consumption pauses at the limit.
+    pub limit: ByteSize,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { limit: ByteSize::mib(1024) }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Address of the admin server; port 0 takes a free one, which the log names.
+    pub listen: String,
+    /// /livez turns false when a stage has been at one window for longer than this.
+    pub stall_after: Wait,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self { listen: "0.0.0.0:9464".to_owned(), stall_after: Wait::millis(300_000) }
+    }
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// text or json.
+    pub format: LogFormat,
+    /// error, warn, info, debug or trace.
+    pub level: LogLevel,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// The JSON Schema of [`Settings`], without references.
+pub fn schema() -> serde_json::Value {
+    let mut generator =
+        schemars::generate::SchemaSettings::draft2020_12().with(|s| s.inline_subschemas = true).into_generator();
+    let mut schema = generator.root_schema_for::<Settings>().to_value();
+    schema["title"] = "kandle".into();
+    schema
+}

@@ -1,0 +1,503 @@
+//! Defaults < files < `KANDLE__SECTION__KEY` < `--set section.key=value`, every fault at once,
+//! each with the key, where it was set, and what is allowed.
+//!
+//! The layers are merged by the config crate, which remembers where each value came from; the
+//! merged tree is checked against the schema, then against the rules between keys (`rules`).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use config::{Map, Source, Value as Layered, ValueKind};
+use jsonschema::error::ValidationErrorKind;
+use serde_json::Value;
+
+use super::{Settings, rules, schema};
+
+/// Where settings come from.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// YAML, TOML or JSON; later ones win.
+    pub files: Vec<PathBuf>,
+    /// `section.key=value`.
+    pub set: Vec<String>,
+    /// The process's environment, or a test's.
+    pub environment: Vec<(String, String)>,
+}
+
+/// What is wrong with the configuration, and where.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fault {
+    /// `section.key`; empty where it is not one key's fault.
+    pub key: String,
+    pub message: String,
+    /// The file, variable or flag that set it.
+    pub origin: Option<String>,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.key.is_empty() {
+            write!(f, "{}: ", self.key)?;
+        }
+        f.write_str(&self.message)?;
+        match &self.origin {
+            Some(origin) => write!(f, " (set by {origin})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Settings, and where each came from.
+#[derive(Debug)]
+pub struct Loaded {
+    pub settings: Settings,
+    /// The merged tree with defaults filled in and secrets replaced by `<hidden>`.
+    pub shown: Value,
+    /// `section.key` to file, variable or flag; what is not in it is a default.
+    pub origins: BTreeMap<String, String>,
+}
+
+/// Reads, merges and checks. All faults are returned, not only the first.
+pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
+    let mut faults = Vec::new();
+    let mut builder = config::Config::builder();
+    for path in &sources.files {
+        match read(path) {
+            Ok(file) => builder = builder.add_source(file),
+            Err(message) => faults.push(Fault { key: String::new(), message, origin: None }),
+        }
+    }
+    builder = builder.add_source(Assignments::from_environment(&sources.environment));
+    match Assignments::from_flags(&sources.set) {
+        Ok(flags) => builder = builder.add_source(flags),
+        Err(fault) => faults.push(fault),
+    }
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let merged = builder.build().map_err(|e| vec![Fault { key: String::new(), message: e.to_string(), origin: None }])?;
+
+    let schema = schema();
+    let mut tree = Tree { origins: BTreeMap::new(), secrets: Vec::new(), faults: Vec::new(), environment: &sources.environment };
+    let mut value = tree.value(&merged.cache, &schema, "");
+    let Tree { mut origins, secrets, mut faults, .. } = tree;
+    fill_defaults(&mut value, &schema);
+    check(&value, &schema, &mut origins, &mut faults);
+    mend(&mut value, &schema, &faults);
+    match serde_json::from_value::<Settings>(value.clone()) {
+        Ok(settings) => {
+            for fault in rules::check(&settings) {
+                // A key that is already wrong is not wrong twice.
+                if !faults.iter().any(|f| covers(&f.key, &fault.0)) {
+                    faults.push(Fault { origin: origin_of(&origins, &fault.0), key: fault.0, message: fault.1 });
+                }
+            }
+            if faults.is_empty() {
+                hide(&mut value, &secrets);
+                return Ok(Loaded { settings, shown: value, origins });
+            }
+        }
+        Err(e) if faults.is_empty() => {
+            faults.push(Fault { key: String::new(), message: e.to_string(), origin: None })
+        }
+        Err(_) => {}
+    }
+    Err(faults)
+}
+
+fn covers(faulty: &str, key: &str) -> bool {
+    key == faulty || key.strip_prefix(faulty).is_some_and(|rest| rest.starts_with('.'))
+}
+
+fn origin_of(origins: &BTreeMap<String, String>, key: &str) -> Option<String> {
+    origins.get(key).or_else(|| origins.iter().find(|(k, _)| covers(key, k)).map(|(_, v)| v)).cloned()
+}
+
+fn read(path: &Path) -> Result<config::File<config::FileSourceFile, config::FileFormat>, String> {
+    let format = match path.extension().and_then(|e| e.to_str()) {
+        Some("yaml" | "yml") => config::FileFormat::Yaml,
+        Some("toml") => config::FileFormat::Toml,
+        Some("json") => config::FileFormat::Json,
+        _ => return Err(format!("{}: a configuration file ends in .yaml, .yml, .toml or .json", path.display())),
+    };
+    if !path.is_file() {
+        return Err(format!("{}: no such file", path.display()));
+    }
+    let file = config::File::from(path).format(format);
+    // Built once by itself: the message of a file that does not parse is its own fault.
+    config::Config::builder()
+        .add_source(file.clone())
+        .build()
+        .map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(file)
+}
+
+/// Single assignments, from the environment or from flags.
+#[derive(Debug, Clone)]
+struct Assignments(Vec<(Vec<String>, String, String)>);
+
+impl Assignments {
+    /// `KANDLE__SECTION__KEY`; a property of librdkafka is written with `_` for `.`:
+    /// `KANDLE__KAFKA__PROPERTIES__SASL_USERNAME`.
+    fn from_environment(environment: &[(String, String)]) -> Self {
+        let mut list = Vec::new();
+        for (name, value) in environment {
+            let Some(rest) = name.strip_prefix("KANDLE__") else { continue };
+            let mut path: Vec<String> = rest.split("__").map(str::to_lowercase).collect();
+            if path.len() > 2 && path[1] == "properties" {
+                let property = path.split_off(2).join(".").replace('_', ".");
+                path.push(property);
+            }
+            list.push((path, value.clone(), format!("environment variable {name}")));
+        }
+        list.sort();
+        Self(list)
+    }
+
+    fn from_flags(set: &[String]) -> Result<Self, Fault> {
+        let mut list = Vec::new();
+        for assignment in set {
+            let Some((key, value)) = assignment.split_once('=') else {
+                let message = format!("--set {assignment}: expected section.key=value");
+                return Err(Fault { key: String::new(), message, origin: None });
+            };
+            let mut path: Vec<String> = key.split('.').map(str::to_owned).collect();
+            if path.len() > 2 && path[1] == "properties" {
+                let property = path.split_off(2).join(".");
+                path.push(property);
+            }
+            list.push((path, value.to_owned(), format!("--set {key}")));
+        }
+        Ok(Self(list))
+    }
+}
+
+impl Source for Assignments {
+    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
+        Box::new(self.clone())
+    }
+
+    fn collect(&self) -> Result<Map<String, Layered>, config::ConfigError> {
+        let mut root = Map::new();
+        for (path, value, origin) in &self.0 {
+            insert(&mut root, path, Layered::new(Some(origin), ValueKind::String(value.clone())));
+        }
+        Ok(root)
+    }
+}
+
+fn insert(table: &mut Map<String, Layered>, path: &[String], value: Layered) {
+    let [first, rest @ ..] = path else { return };
+    if rest.is_empty() {
+        table.insert(first.clone(), value);
+        return;
+    }
+    let child = table.entry(first.clone()).or_insert_with(|| Layered::new(None, ValueKind::Table(Map::new())));
+    if !matches!(child.kind, ValueKind::Table(_)) {
+        child.kind = ValueKind::Table(Map::new());
+    }
+    if let ValueKind::Table(inner) = &mut child.kind {
+        insert(inner, rest, value);
+    }
+}
+
+/// Turns the merged tree into JSON, remembers origins, puts secrets in, and reads the text of
+/// variables and flags as the type the schema asks for.
+struct Tree<'a> {
+    origins: BTreeMap<String, String>,
+    /// Keys whose values are not to be shown.
+    secrets: Vec<String>,
+    faults: Vec<Fault>,
+    environment: &'a [(String, String)],
+}
+
+impl Tree<'_> {
+    fn value(&mut self, layered: &Layered, schema: &Value, key: &str) -> Value {
+        if let Some(origin) = layered.origin() {
+            self.origins.insert(key.to_owned(), origin.to_owned());
+        }
+        match &layered.kind {
+            ValueKind::Nil => Value::Null,
+            ValueKind::Boolean(v) => (*v).into(),
+            ValueKind::I64(v) => (*v).into(),
+            ValueKind::I128(v) => (*v as i64).into(),
+            ValueKind::U64(v) => (*v).into(),
+            ValueKind::U128(v) => (*v as u64).into(),
+            ValueKind::Float(v) => (*v).into(),
+            ValueKind::String(text) => self.text(text, layered.origin(), schema, key),
+            ValueKind::Array(items) => {
+                let schema = &schema["items"];
+                items.iter().enumerate().map(|(i, item)| self.value(item, schema, &join(key, &i.to_string()))).collect()
+            }
+            ValueKind::Table(table) => Value::Object(
+                table
+                    .iter()
+                    .map(|(name, child)| (name.clone(), self.value(child, property(schema, name), &join(key, name))))
+                    .collect(),
+            ),
+        }
+    }
+
+    fn text(&mut self, text: &str, origin: Option<&str>, schema: &Value, key: &str) -> Value {
+        let last = key.rsplit('.').next().unwrap_or(key);
+        if ["password", "secret", "token", "jaas"].iter().any(|word| last.contains(word)) || key.ends_with("key.pem") {
+            self.secrets.push(key.to_owned());
+        }
+        let (text, replaced) = match interpolate(text, self.environment) {
+            Ok(done) => done,
+            Err(message) => {
+                self.faults.push(Fault { key: key.to_owned(), message, origin: origin.map(str::to_owned) });
+                return text.into();
+            }
+        };
+        if replaced {
+            self.secrets.push(key.to_owned());
+        }
+        let typed = replaced || origin.is_some_and(|o| o.starts_with("environment ") || o.starts_with("--set "));
+        if typed { coerce(&text, schema) } else { text.into() }
+    }
+}
+
+fn join(key: &str, name: &str) -> String {
+    if key.is_empty() { name.to_owned() } else { format!("{key}.{name}") }
+}
+
+fn property<'a>(schema: &'a Value, name: &str) -> &'a Value {
+    let named = &schema["properties"][name];
+    if named.is_null() { &schema["additionalProperties"] } else { named }
+}
+
+/// Replaces `${env:NAME}` and `${file:/path}`; says whether there was any.
+fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, bool), String> {
+    let mut out = String::new();
+    let mut rest = text;
+    let mut replaced = false;
+    while let Some(start) = rest.find("${") {
+        let Some(length) = rest[start..].find('}') else { break };
+        let name = &rest[start + 2..start + length];
+        out.push_str(&rest[..start]);
+        if let Some(variable) = name.strip_prefix("env:") {
+            let found = environment.iter().find(|(k, _)| k == variable);
+            let (_, value) = found.ok_or_else(|| format!("environment variable {variable} is not set"))?;
+            out.push_str(value);
+        } else if let Some(path) = name.strip_prefix("file:") {
+            let value = std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
+            out.push_str(value.trim_end_matches(['\n', '\r']));
+        } else {
+            return Err(format!("${{{name}}}: only ${{env:NAME}} and ${{file:/path}} are known"));
+        }
+        replaced = true;
+        rest = &rest[start + length + 1..];
+    }
+    out.push_str(rest);
+    Ok((out, replaced))
+}
+
+fn types(schema: &Value) -> Vec<&str> {
+    match &schema["type"] {
+        Value::String(one) => vec![one],
+        Value::Array(many) => many.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn coerce(text: &str, schema: &Value) -> Value {
+    let types = types(schema);
+    let parsed = || serde_json::from_str::<Value>(text).ok();
+    if types.contains(&"array") {
+        if text.trim_start().starts_with('[')
+            && let Some(list) = parsed()
+        {
+            return list;
+        }
+        if !types.contains(&"string") {
+            return text.split(',').map(|item| Value::from(item.trim())).collect();
+        }
+    }
+    if types.contains(&"string") || types.is_empty() {
+        return text.into();
+    }
+    parsed().unwrap_or_else(|| text.into())
+}
+
+fn fill_defaults(value: &mut Value, schema: &Value) {
+    let (Value::Object(object), Some(properties)) = (value, schema["properties"].as_object()) else { return };
+    for (name, property) in properties {
+        match object.get_mut(name) {
+            Some(child) if child.is_object() => fill_defaults(child, property),
+            // `section:` with nothing under it.
+            Some(child) if child.is_null() && types(property) == ["object"] => {
+                *child = Value::Object(Default::default());
+                fill_defaults(child, property);
+            }
+            Some(_) => {}
+            None => {
+                if let Some(default) = property.get("default") {
+                    object.insert(name.clone(), default.clone());
+                }
+            }
+        }
+    }
+}
+
+/// What the interface names and this version does not have yet.
+const PLANNED: &[(&str, &str)] = &[
+    ("delivery.guarantee", "exactly_once"),
+    ("input.format", "image"),
+    ("input.format", "avro"),
+    ("input.format", "protobuf"),
+    ("input.format", "json_schema"),
+    ("task.kind", "image-classification"),
+    ("task.kind", "image-embedding"),
+    ("task.kind", "token-classification"),
+    ("task.kind", "reranking"),
+    ("task.kind", "zero-shot-classification"),
+    ("task.kind", "tensor"),
+];
+const PLANNED_SECTIONS: &[&str] = &["schedule", "cost", "otel"];
+
+fn check(value: &Value, schema: &Value, origins: &mut BTreeMap<String, String>, faults: &mut Vec<Fault>) {
+    let validator = jsonschema::validator_for(schema).expect("the schema made from the struct is a schema");
+    for error in validator.iter_errors(value) {
+        let key = error.instance_path().to_string().trim_start_matches('/').replace("~1", "/").replace('/', ".");
+        let at = schema_at(schema, &key);
+        let mut report = |key: String, message: String| {
+            faults.push(Fault { origin: origin_of(origins, &key), key, message });
+        };
+        match error.kind() {
+            ValidationErrorKind::AdditionalProperties { unexpected } => {
+                for name in unexpected {
+                    report(join(&key, name), unknown(name, &key, at, schema));
+                }
+            }
+            ValidationErrorKind::Required { property: name } => {
+                let name = name.as_str().unwrap_or_default();
+                let mut missing = Vec::new();
+                required_leaves(property(at, name), &join(&key, name), &mut missing);
+                for (key, description) in missing {
+                    report(key, format!("is required: {description}"));
+                }
+            }
+            ValidationErrorKind::Enum { options } => {
+                let given = error.instance().as_str().unwrap_or_default().to_owned();
+                let planned = PLANNED.contains(&(key.as_str(), given.as_str()));
+                let options: Vec<&str> =
+                    options.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+                let mut message = format!("{} is not allowed", error.instance());
+                if planned {
+                    message = format!("{given} is planned, but not in this version");
+                } else if let Some(near) = nearest(&given, options.iter().copied()) {
+                    message.push_str(&format!("; did you mean {near}?"));
+                }
+                report(key, format!("{message}; allowed: {}", options.join(", ")));
+            }
+            ValidationErrorKind::Type { .. } | ValidationErrorKind::Pattern { .. } => {
+                let wanted = match at["description"].as_str() {
+                    Some(text) => format!("{} ({})", types(at).join(" or "), text.lines().next().unwrap_or_default()),
+                    None => types(at).join(" or "),
+                };
+                report(key, format!("{} is not {wanted}", error.instance()));
+            }
+            _ => report(key, error.to_string()),
+        }
+    }
+}
+
+fn schema_at<'a>(schema: &'a Value, key: &str) -> &'a Value {
+    key.split('.').filter(|part| !part.is_empty()).fold(schema, |at, part| {
+        if part.parse::<usize>().is_ok() && at["items"].is_object() { &at["items"] } else { property(at, part) }
+    })
+}
+
+fn required_leaves(schema: &Value, key: &str, out: &mut Vec<(String, String)>) {
+    match (schema["required"].as_array(), schema["properties"].as_object()) {
+        (Some(required), Some(_)) => {
+            for name in required.iter().filter_map(Value::as_str) {
+                required_leaves(property(schema, name), &join(key, name), out);
+            }
+        }
+        _ => out.push((key.to_owned(), schema["description"].as_str().unwrap_or_default().replace('\n', " "))),
+    }
+}
+
+fn unknown(name: &str, section: &str, at: &Value, root: &Value) -> String {
+    let key = join(section, name);
+    if section.is_empty() && PLANNED_SECTIONS.contains(&name) {
+        return format!("{name} is planned, but not in this version");
+    }
+    let here: Vec<String> =
+        at["properties"].as_object().into_iter().flatten().map(|(known, _)| join(section, known)).collect();
+    let mut all = Vec::new();
+    all_keys(root, "", &mut all);
+    // The same name in another section, else the nearest here, else the nearest anywhere.
+    let moved = all.iter().find(|known| known.rsplit('.').next() == Some(name)).map(String::as_str);
+    let near = nearest(&key, here.iter().map(String::as_str))
+        .or(moved)
+        .or_else(|| nearest(&key, all.iter().map(String::as_str)));
+    match near {
+        Some(near) => format!("unknown key; did you mean {near}?"),
+        None => format!("unknown key; known here: {}", here.join(", ")),
+    }
+}
+
+fn all_keys(schema: &Value, key: &str, out: &mut Vec<String>) {
+    for (name, child) in schema["properties"].as_object().into_iter().flatten() {
+        let key = join(key, name);
+        all_keys(child, &key, out);
+        out.push(key);
+    }
+}
+
+fn nearest<'a>(given: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .map(|candidate| (strsim::damerau_levenshtein(given, candidate), candidate))
+        .filter(|(distance, candidate)| *distance <= 1 + candidate.len().min(given.len()) / 5)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Puts something readable where a key is at fault, so that the other rules can still be checked.
+fn mend(value: &mut Value, schema: &Value, faults: &[Fault]) {
+    for fault in faults {
+        let (section, name) = fault.key.rsplit_once('.').unwrap_or(("", &fault.key));
+        let stand_in = exemplar(schema_at(schema, &fault.key));
+        let mut at = &mut *value;
+        for part in section.split('.').filter(|part| !part.is_empty()) {
+            if let Value::Array(items) = at {
+                // An item of a list: the list itself stands for it.
+                items.clear();
+                break;
+            }
+            if !at[part].is_object() && !at[part].is_array() {
+                at[part] = Value::Object(Default::default());
+            }
+            at = &mut at[part];
+        }
+        match (at, stand_in) {
+            (Value::Object(object), Some(stand_in)) => drop(object.insert(name.to_owned(), stand_in)),
+            (Value::Object(object), None) => drop(object.remove(name)),
+            (Value::Array(items), _) => items.clear(),
+            _ => {}
+        }
+    }
+    fill_defaults(value, schema);
+}
+
+fn exemplar(schema: &Value) -> Option<Value> {
+    schema.get("default").cloned().or_else(|| schema["examples"].get(0).cloned())
+}
+
+fn hide(value: &mut Value, secrets: &[String]) {
+    for key in secrets {
+        // Properties hold dots themselves: the section is two names, the rest is the property.
+        let parts: Vec<&str> = match key.split_once(".properties.") {
+            Some((section, name)) => vec![section, "properties", name],
+            None => key.split('.').collect(),
+        };
+        let pointer: String = parts.iter().map(|p| format!("/{}", p.replace('~', "~0").replace('/', "~1"))).collect();
+        if let Some(found) = value.pointer_mut(&pointer).filter(|v| !v.is_null()) {
+            *found = "<hidden>".into();
+        }
+    }
+}

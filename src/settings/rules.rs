@@ -1,0 +1,193 @@
+//! What the schema cannot say: rules between keys, and what kandle itself sets in librdkafka.
+
+use rdkafka::ClientConfig;
+
+use super::{Fields, Format, Properties, Settings, TaskKind};
+
+/// Properties of librdkafka that kandle owns, and why.
+const OWNED: &[(&str, &str)] = &[
+    ("bootstrap.servers", "set kafka.brokers"),
+    ("metadata.broker.list", "set kafka.brokers"),
+    ("group.id", "set input.group"),
+    ("auto.offset.reset", "set input.start"),
+    ("enable.auto.commit", "kandle commits what is published, not what was read"),
+    ("auto.commit.interval.ms", "set delivery.commit_interval"),
+    ("enable.auto.offset.store", "kandle commits what is published, not what was read"),
+    ("enable.partition.eof", "kandle decides when a partition is at its end"),
+    ("enable.idempotence", "delivery.guarantee rests on it"),
+    ("acks", "the idempotent producer needs all of them"),
+    ("request.required.acks", "the idempotent producer needs all of them"),
+    ("max.in.flight.requests.per.connection", "order per partition rests on it"),
+    ("max.in.flight", "order per partition rests on it"),
+    ("message.timeout.ms", "a prediction is sent until the broker has it"),
+    ("delivery.timeout.ms", "a prediction is sent until the broker has it"),
+    ("retries", "a prediction is sent until the broker has it"),
+    ("message.send.max.retries", "a prediction is sent until the broker has it"),
+    ("transactional.id", "delivery.guarantee decides about transactions"),
+    ("partitioner", "set output.partition"),
+    ("statistics.interval.ms", "the lag metrics are made from it"),
+    ("queued.max.messages.kbytes", "set memory.limit"),
+    ("queue.buffering.max.kbytes", "set memory.limit"),
+    ("log_level", "set log.level"),
+];
+
+/// Key and message of each broken rule.
+pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
+    let mut faults = Vec::new();
+    let mut fault = |key: &str, message: String| faults.push((key.to_owned(), message));
+
+    for (section, properties) in [
+        ("kafka.properties", &settings.kafka.properties),
+        ("input.properties", &settings.input.properties),
+        ("output.properties", &settings.output.properties),
+    ] {
+        for (key, message) in check_properties(section, properties) {
+            fault(&key, message);
+        }
+    }
+    if settings.kafka.brokers.trim().is_empty() {
+        fault("kafka.brokers", "names no broker".to_owned());
+    }
+    let input = &settings.input;
+    let patterns = input.topics.iter().filter(|topic| topic.starts_with('^')).count();
+    if patterns > 0 && input.topics.len() > 1 {
+        fault("input.topics", "holds names or one pattern that starts with ^, not both".to_owned());
+    }
+    for (key, topic) in [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)] {
+        if let Err(message) = check_topic(topic) {
+            fault(key, message);
+        } else if input.topics.contains(topic) {
+            fault(key, format!("{topic} is also in input.topics: kandle would read what it wrote"));
+        }
+    }
+    if settings.output.topic == settings.dead_letters.topic {
+        fault("dead_letters.topic", "is the same as output.topic: readers could not tell them apart".to_owned());
+    }
+    if input.group.is_empty() {
+        fault("input.group", "is empty".to_owned());
+    }
+    match input.format {
+        Format::Json => match (&input.field, &input.template) {
+            (Fields(fields), None) if fields.is_empty() => {
+                fault("input.field", "json needs a field or a template: say where the text is, such as /text".to_owned());
+            }
+            (Fields(fields), Some(_)) if !fields.is_empty() => {
+                fault("input.template", "stands instead of input.field, not beside it".to_owned());
+            }
+            (Fields(fields), None) => {
+                for field in fields {
+                    if let Err(message) = check_pointer(field) {
+                        fault("input.field", message);
+                    }
+                }
+            }
+            (_, Some(template)) => {
+                if let Err(e) = crate::codec::json::Template::new(template) {
+                    fault("input.template", format!("is no template: {e}"));
+                }
+            }
+        },
+        Format::Text | Format::Bytes => {
+            let format = format!("{:?}", input.format).to_lowercase();
+            if !input.field.0.is_empty() {
+                fault("input.field", format!("means nothing with input.format: {format}"));
+            }
+            if input.template.is_some() {
+                fault("input.template", format!("means nothing with input.format: {format}"));
+            }
+            if !settings.output.include.is_empty() {
+                fault("output.include", format!("needs input.format: json, not {format}"));
+            }
+        }
+    }
+    let mut names: Vec<String> = ["label", "score", "scores", "embedding", "matches"].map(str::to_owned).into();
+    for pointer in &settings.output.include {
+        match check_pointer(pointer) {
+            Ok(()) if pointer.is_empty() => fault("output.include", "\"\" is the whole input: name its fields".to_owned()),
+            Ok(()) => {
+                let name = crate::codec::json::last_name(pointer);
+                if names.contains(&name) {
+                    fault("output.include", format!("{pointer}: a prediction already has a field {name:?}"));
+                }
+                names.push(name);
+            }
+            Err(message) => fault("output.include", message),
+        }
+    }
+    let task = &settings.task;
+    if task.kind == TaskKind::Noop {
+        if !settings.output.include.is_empty() {
+            fault("output.include", "noop publishes the value as it came: there is nothing to add to".to_owned());
+        }
+        if settings.model.source.is_some() {
+            fault("model.source", "noop runs no model".to_owned());
+        }
+    } else if settings.model.source.as_deref().unwrap_or_default().is_empty() {
+        let message = "is required: a hub id (org/name), a directory, or bundled".to_owned();
+        fault("model.source", message);
+    }
+    match (task.kind, &task.candidates) {
+        (TaskKind::Similarity, None) => {
+            fault("task.candidates", "similarity needs a file of candidates, one {\"id\":…,\"text\":…} a line".to_owned());
+        }
+        (TaskKind::Similarity, Some(_)) | (_, None) => {}
+        (kind, Some(_)) => fault("task.candidates", format!("means nothing with task.kind: {}", kind.name())),
+    }
+    if task.top_k.is_some() && !matches!(task.kind, TaskKind::TextClassification | TaskKind::Similarity) {
+        fault("task.top_k", format!("means nothing with task.kind: {}", task.kind.name()));
+    }
+    if settings.window.max_wait.0.is_zero() {
+        fault("window.max_wait", "is zero".to_owned());
+    }
+    if settings.window.max_bytes.0 == 0 {
+        fault("window.max_bytes", "is zero".to_owned());
+    }
+    // Half the limit is for windows, and at least three overlap.
+    if settings.memory.limit.0 < 8 * settings.window.max_bytes.0 {
+        let least = super::ByteSize(8 * settings.window.max_bytes.0);
+        let message = format!("{} is less than eight windows of window.max_bytes: at least {least}", settings.memory.limit);
+        fault("memory.limit", message);
+    }
+    if settings.memory.limit.0 < 16 << 20 {
+        fault("memory.limit", "is less than 16MiB, which librdkafka's queues alone need".to_owned());
+    }
+    if settings.server.listen.parse::<std::net::SocketAddr>().is_err() {
+        fault("server.listen", format!("{:?} is not address:port, such as 0.0.0.0:9464", settings.server.listen));
+    }
+    if settings.delivery.commit_interval.0.is_zero() {
+        fault("delivery.commit_interval", "is zero".to_owned());
+    }
+    faults
+}
+
+fn check_properties(section: &str, properties: &Properties) -> Vec<(String, String)> {
+    let mut faults = Vec::new();
+    for (name, value) in properties {
+        let key = format!("{section}.{name}");
+        if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| owned == name) {
+            faults.push((key, format!("is kandle's to set: {reason}")));
+            continue;
+        }
+        if let Err(e) = ClientConfig::new().set(name, &value.0).create_native_config() {
+            faults.push((key, e.to_string()));
+        }
+    }
+    faults
+}
+
+/// Kafka's own rule for names: `[a-zA-Z0-9._-]{1,249}`.
+fn check_topic(topic: &str) -> Result<(), String> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if topic.is_empty() || topic.len() > 249 || !topic.chars().all(legal) || topic == "." || topic == ".." {
+        return Err(format!("{topic:?} is not a topic's name: letters, digits, '.', '_' and '-', at most 249"));
+    }
+    Ok(())
+}
+
+/// RFC 6901: empty, or starting with `/`.
+fn check_pointer(pointer: &str) -> Result<(), String> {
+    if pointer.is_empty() || pointer.starts_with('/') {
+        return Ok(());
+    }
+    Err(format!("{pointer:?} is not a JSON Pointer: /{pointer}?"))
+}

@@ -1,0 +1,8 @@
+//! Publishing: predictions and dead letters to Kafka, in input order, and the word to the source
+//! once a window is acknowledged in full. Nothing here knows models.
+
+mod acks;
+mod message;
+mod publish;
+
+pub use publish::{Publisher, Wiring};

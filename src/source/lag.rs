@@ -1,0 +1,139 @@
+//! How far behind: the lag metrics and the source's part of /status, made once a second from the
+//! client's statistics and the ledger.
+
+use std::collections::HashSet;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use rdkafka::statistics::{Partition as PartitionStatistics, Statistics};
+use serde_json::{Value, json};
+
+use super::ledger::{Ledger, Owned};
+use crate::record::Partition;
+use crate::telemetry::Metrics;
+
+/// Weight of the newest second in the mean rate.
+const NEWEST: f64 = 0.3;
+
+#[derive(Debug)]
+pub(super) struct Lag {
+    shown: HashSet<Partition>,
+    /// Records published since the start.
+    pub published: u64,
+    last: Option<(Instant, u64)>,
+    /// Records per second.
+    rate: f64,
+}
+
+impl Lag {
+    pub fn new() -> Self {
+        Self { shown: HashSet::new(), published: 0, last: None, rate: 0.0 }
+    }
+
+    /// Updates the metrics; returns what /status shows.
+    pub fn update(&mut self, statistics: &Statistics, ledger: &Ledger, metrics: &Metrics) -> Value {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        let mut total = 0;
+        let mut prefetched = 0;
+        let mut partitions = Vec::new();
+        let mut seen = HashSet::new();
+        for owned in ledger.iter() {
+            let Partition { topic, number } = &owned.partition;
+            let Some(known) = statistics.topics.get(&**topic).and_then(|t| t.partitions.get(number)) else { continue };
+            prefetched += known.fetchq_size;
+            let (records, seconds) = behind(owned, known, now);
+            let labels = [&**topic, &number.to_string()];
+            metrics.lag_records.with_label_values(&labels).set(records);
+            metrics.lag_seconds.with_label_values(&labels).set(seconds);
+            total += records;
+            seen.insert(owned.partition.clone());
+            partitions.push(json!({
+                "topic": &**topic, "partition": number,
+                "published": owned.published.or(owned.start), "committed": owned.committed,
+                "end": Some(known.hi_offset).filter(|&o| o >= 0),
+                "lag_records": records, "lag_seconds": seconds,
+                "windows_in_flight": owned.windows_in_flight(),
+            }));
+        }
+        for gone in self.shown.difference(&seen) {
+            forget(gone, metrics);
+        }
+        self.shown = seen;
+        metrics.memory.with_label_values(&["prefetched"]).set(prefetched as i64);
+        self.tick(Instant::now());
+        let remaining = match (total, self.rate) {
+            (0, _) => 0.0,
+            (_, rate) if rate > 0.01 => total as f64 / rate,
+            _ => f64::INFINITY,
+        };
+        metrics.drain_remaining.set(remaining);
+        partitions.sort_by_key(|p| (p["topic"].to_string(), p["partition"].as_i64()));
+        json!({ "assignment": partitions, "lag_records": total, "records_per_second": (self.rate * 10.0).round() / 10.0 })
+    }
+
+    /// The partition is no longer ours: its lag is another member's to show.
+    pub fn forget(&mut self, partition: &Partition, metrics: &Metrics) {
+        self.shown.remove(partition);
+        forget(partition, metrics);
+    }
+
+    fn tick(&mut self, now: Instant) {
+        if let Some((then, before)) = self.last {
+            let seconds = (now - then).as_secs_f64().max(1e-3);
+            let rate = (self.published - before) as f64 / seconds;
+            self.rate += NEWEST * (rate - self.rate);
+        }
+        self.last = Some((now, self.published));
+    }
+}
+
+fn forget(partition: &Partition, metrics: &Metrics) {
+    let labels = [&*partition.topic, &partition.number.to_string()];
+    // They may never have been shown.
+    let _ = metrics.lag_records.remove_label_values(&labels);
+    let _ = metrics.lag_seconds.remove_label_values(&labels);
+}
+
+/// Records and seconds that a partition is behind; `now` in seconds since the epoch.
+fn behind(owned: &Owned, known: &PartitionStatistics, now: f64) -> (i64, f64) {
+    let end = known.hi_offset;
+    if end < 0 {
+        // Not asked yet.
+        return (0, 0.0);
+    }
+    // The fetcher is past the end although less was published: what lies between are transaction
+    // markers or records compacted away, which nobody will ever see.
+    if owned.is_idle() && known.next_offset >= end && known.fetchq_cnt == 0 {
+        return (0, 0.0);
+    }
+    let next = owned.published.or(owned.start).unwrap_or_else(|| known.lo_offset.max(0));
+    let records = (end - next).max(0);
+    let seconds = match owned.oldest() {
+        Some(timestamp) if records > 0 => (now - timestamp as f64 / 1000.0).max(0.0),
+        _ => 0.0,
+    };
+    (records, seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(next: i64, end: i64, queued: i64) -> PartitionStatistics {
+        PartitionStatistics { next_offset: next, hi_offset: end, fetchq_cnt: queued, lo_offset: 0, ..Default::default() }
+    }
+
+    #[test]
+    fn an_idle_partition_is_not_behind() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        let generation = ledger.assign(p.clone(), Some(4));
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (0, 0.0), "markers at the end");
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 6), 100.0).0, 6, "prefetched");
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(-1001, -1001, 0), 100.0), (0, 0.0), "unknown");
+        let span = crate::window::Span { partition: p.clone(), generation, first: 4, last: 9 };
+        ledger.gathered(std::slice::from_ref(&span), &[Some(90_000)]);
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (6, 10.0));
+        ledger.published(&[span]);
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (0, 0.0));
+    }
+}

@@ -1,0 +1,604 @@
+//! The source for `run`: consumes for ever.
+//!
+//! One loop: read the callbacks' notes, book what is published, pass on a closed window, poll,
+//! commit. What cannot be passed on because the stages behind are full is held, the partitions are
+//! paused, and polling goes on.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, TryRecvError};
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::lag::Lag;
+use super::ledger::Ledger;
+use super::rebalance::{Note, Notes, give_up, take_up};
+use crate::flow::{Ownership, Published, Queued};
+use crate::record::{Arrival, Partition};
+use crate::settings::{OnChange, Settings, Start};
+use crate::telemetry::health::Stage;
+use crate::telemetry::{Health, Metrics};
+use crate::window::{ClosedBy, Gatherer, Limits, Window};
+
+/// Messages taken from the client between two looks at everything else.
+const BURST: usize = 1024;
+/// The longest wait for a message; rebalances and acknowledgements are seen within it.
+const POLL: Duration = Duration::from_millis(50);
+/// How long a full pipeline may hold up polling before partitions are paused. Pausing throws away
+/// what the client has prefetched, so it is for pipelines that stay full.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How long the last commit and the group's coordinator may take at the end.
+const FAREWELL: Duration = Duration::from_secs(10);
+/// Errors of the client are logged at most this often while they repeat.
+const REPEAT: Duration = Duration::from_secs(10);
+
+/// What ends the source, and with it the process.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("the consumer cannot be made: {0}")]
+    Client(KafkaError),
+    #[error("the consumer failed for good: {0}")]
+    Fatal(String),
+    #[error("{0}")]
+    ModelChanged(String),
+}
+
+/// What the source is given.
+pub struct Wiring {
+    pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
+    pub ownership: Arc<Ownership>,
+    /// 16 hex digits, and `source@revision`: kept with the committed offsets.
+    pub digest: String,
+    pub model: String,
+    /// Set when the process is asked to stop.
+    pub stop: Arc<AtomicBool>,
+}
+
+pub struct Source {
+    consumer: BaseConsumer<Notes>,
+    wiring: Wiring,
+    on_change: OnChange,
+    commit_interval: Duration,
+    revoke_timeout: Duration,
+    /// Bytes that windows may hold in all.
+    window_bytes: usize,
+    gatherer: Gatherer,
+    ledger: Ledger,
+    lag: Lag,
+    /// Closed and not yet passed on.
+    held: VecDeque<Queued<Window>>,
+    /// Bytes of windows passed on and not yet published.
+    in_flight: usize,
+    full_since: Option<Instant>,
+    paused: bool,
+    revoking: Option<Revoking>,
+    last_commit: Instant,
+    /// When the commit under way was sent.
+    committing: Option<Instant>,
+    last_error: Option<(String, Instant)>,
+}
+
+/// Partitions asked back, whose windows in flight may still finish.
+struct Revoking {
+    list: TopicPartitionList,
+    partitions: Vec<Partition>,
+    deadline: Instant,
+    /// The last commit for them is on its way.
+    committing: bool,
+}
+
+impl Source {
+    pub fn new(settings: &Settings, wiring: Wiring) -> Result<Self, SourceError> {
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", &settings.kafka.brokers)
+            .set("client.id", "kandle")
+            .set("group.id", &settings.input.group)
+            .set("auto.offset.reset", match settings.input.start {
+                Start::Earliest => "earliest",
+                Start::Latest => "latest",
+            })
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("statistics.interval.ms", "1000")
+            .set("queued.max.messages.kbytes", (settings.memory.limit.0 / 4 / 1024).min(2_097_151).to_string());
+        let own = settings.kafka.properties.iter().chain(&settings.input.properties);
+        if !own.clone().any(|(name, value)| name == "group.protocol" && value.0.eq_ignore_ascii_case("consumer")) {
+            config.set("partition.assignment.strategy", "cooperative-sticky");
+        }
+        for (name, value) in own {
+            config.set(name, &value.0);
+        }
+        let consumer: BaseConsumer<Notes> =
+            config.create_with_context(Notes::default()).map_err(SourceError::Client)?;
+        let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
+        consumer.subscribe(&topics).map_err(SourceError::Client)?;
+        wiring.metrics.memory_limit.set(settings.memory.limit.0 as f64);
+        Ok(Self {
+            consumer,
+            on_change: settings.model.on_change,
+            commit_interval: settings.delivery.commit_interval.0,
+            revoke_timeout: settings.delivery.revoke_timeout.0,
+            window_bytes: (settings.memory.limit.0 / 2) as usize,
+            gatherer: Gatherer::new(Limits {
+                max_records: settings.window.max_records,
+                max_bytes: settings.window.max_bytes.0 as usize,
+                max_wait: settings.window.max_wait.0,
+            }),
+            ledger: Ledger::default(),
+            lag: Lag::new(),
+            held: VecDeque::new(),
+            in_flight: 0,
+            full_since: None,
+            paused: false,
+            revoking: None,
+            last_commit: Instant::now(),
+            committing: None,
+            last_error: None,
+            wiring,
+        })
+    }
+
+    /// Consumes until it is asked to stop and everything in flight is committed.
+    pub fn serve(mut self, windows: Sender<Queued<Window>>, published: &Receiver<Published>) -> Result<(), SourceError> {
+        while !self.wiring.stop.load(Ordering::Relaxed) {
+            self.wiring.health.busy(Stage::Source);
+            self.settle(published)?;
+            self.pass_on(&windows);
+            let now = Instant::now();
+            if self.full_since.is_some() {
+                // Events alone; the wait was in passing on.
+                self.poll_events(Duration::ZERO)?;
+            } else {
+                self.poll(now)?;
+            }
+            if let Some(window) = self.gatherer.due(Instant::now()) {
+                self.hold(window);
+            }
+            if now - self.last_commit >= self.commit_interval {
+                self.commit(None);
+            }
+        }
+        self.finish(windows, published)
+    }
+
+    /// SIGTERM: the window that gathers goes too, all in flight is published and committed, and the
+    /// member leaves the group.
+    fn finish(mut self, windows: Sender<Queued<Window>>, published: &Receiver<Published>) -> Result<(), SourceError> {
+        tracing::info!("stopping: finishing what is in flight");
+        self.pause();
+        if let Some(window) = self.gatherer.close(ClosedBy::Stop) {
+            self.hold(window);
+        }
+        while !self.held.is_empty() {
+            self.settle(published)?;
+            self.pass_on(&windows);
+            self.poll_events(Duration::ZERO)?;
+        }
+        // The stages end one after the other, and the last of them closes `published`.
+        drop(windows);
+        loop {
+            self.wiring.health.busy(Stage::Source);
+            self.rebalances()?;
+            match published.try_recv() {
+                Ok(done) => self.book(&done),
+                Err(TryRecvError::Empty) => self.poll_events(Duration::from_millis(10))?,
+                Err(TryRecvError::Disconnected) => break,
+            }
+            if self.last_commit.elapsed() >= self.commit_interval {
+                self.commit(None);
+            }
+        }
+        let deadline = Instant::now() + FAREWELL;
+        while self.ledger.commits_open() && Instant::now() < deadline {
+            self.commit(None);
+            self.poll_events(Duration::from_millis(10))?;
+            self.rebalances()?;
+        }
+        if self.ledger.commits_open() {
+            tracing::warn!("the last offsets could not be committed: their records will be predicted again");
+        }
+        self.consumer.context().close();
+        self.wiring.health.idle(Stage::Source);
+        drop(self.consumer);
+        tracing::info!("left the group");
+        Ok(())
+    }
+
+    /// Notes of the callbacks, and what is published.
+    fn settle(&mut self, published: &Receiver<Published>) -> Result<(), SourceError> {
+        while let Ok(done) = published.try_recv() {
+            self.book(&done);
+        }
+        self.rebalances()
+    }
+
+    fn book(&mut self, done: &Published) {
+        self.ledger.published(&done.spans);
+        self.lag.published += done.records as u64;
+        self.in_flight -= done.bytes;
+        self.show_memory();
+    }
+
+    fn show_memory(&self) {
+        let held: usize = self.held.iter().map(|window| window.get().bytes()).sum();
+        let bytes = self.in_flight + held + self.gatherer.bytes();
+        self.wiring.metrics.memory.with_label_values(&["windows"]).set(bytes as i64);
+    }
+
+    // Gathering.
+
+    /// Takes messages until none is there, a window is full, or the burst is over.
+    fn poll(&mut self, now: Instant) -> Result<(), SourceError> {
+        let mut wait = match self.gatherer.deadline() {
+            Some(deadline) => deadline.saturating_duration_since(now).min(POLL),
+            None => POLL,
+        };
+        let mut now = now;
+        let mut last: Option<(Partition, u64)> = None;
+        for i in 0..BURST {
+            let Self { consumer, gatherer, ledger, .. } = self;
+            let message = match consumer.poll(wait) {
+                None => break,
+                Some(Ok(message)) => message,
+                Some(Err(error)) => return self.error(error, ""),
+            };
+            if i % 64 == 0 {
+                now = Instant::now();
+            }
+            wait = Duration::ZERO;
+            let known = last.as_ref().is_some_and(|(p, _)| p.number == message.partition() && &*p.topic == message.topic());
+            if !known {
+                let partition = Partition::new(message.topic(), message.partition());
+                // Not ours: left in the queue from before a revocation.
+                let Some(owned) = ledger.get(&partition) else { continue };
+                last = Some((owned.partition.clone(), owned.generation));
+            }
+            let Some((partition, generation)) = &last else { continue };
+            let arrival = arrival(&message);
+            if let Some(owned) = ledger.get_mut(partition).filter(|owned| owned.gathering.is_none()) {
+                owned.gathering = Some(arrival.timestamp.unwrap_or_default());
+            }
+            if let Some(window) = gatherer.push(partition, *generation, arrival, now) {
+                drop(message);
+                self.hold(window);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves the client without taking messages, as far as it lets us: one that comes all the same
+    /// is gathered.
+    fn poll_events(&mut self, wait: Duration) -> Result<(), SourceError> {
+        let Self { consumer, gatherer, ledger, .. } = self;
+        let window = match consumer.poll(wait) {
+            None => None,
+            Some(Err(error)) => return self.error(error, ""),
+            Some(Ok(message)) => {
+                let partition = Partition::new(message.topic(), message.partition());
+                match ledger.get(&partition) {
+                    Some(owned) => gatherer.push(&owned.partition, owned.generation, arrival(&message), Instant::now()),
+                    None => None,
+                }
+            }
+        };
+        if let Some(window) = window {
+            self.hold(window);
+        }
+        Ok(())
+    }
+
+    fn hold(&mut self, window: Window) {
+        let mut oldest = vec![None; window.spans.len()];
+        for record in window.records.iter().rev() {
+            oldest[record.span as usize] = record.timestamp;
+        }
+        self.ledger.gathered(&window.spans, &oldest);
+        let metrics = &self.wiring.metrics;
+        metrics.windows.with_label_values(&[window.closed_by.name()]).inc();
+        metrics.window_records.observe(window.records.len() as f64);
+        self.held.push_back(Queued::new(window));
+        self.show_memory();
+    }
+
+    /// Hands held windows on; while the next stage is full, waits for it, but not for long.
+    fn pass_on(&mut self, windows: &Sender<Queued<Window>>) {
+        while let Some(window) = self.held.pop_front() {
+            let bytes = window.get().bytes();
+            if self.in_flight > 0 && self.in_flight + bytes > self.window_bytes {
+                self.held.push_front(window);
+                // Nothing tells when room is there but `published`, read by the caller.
+                std::thread::park_timeout(Duration::from_millis(5));
+                return self.full();
+            }
+            match windows.send_timeout(window, POLL) {
+                Ok(()) => self.in_flight += bytes,
+                Err(SendTimeoutError::Timeout(window)) => {
+                    self.held.push_front(window);
+                    return self.full();
+                }
+                Err(SendTimeoutError::Disconnected(_)) => {
+                    // The stage behind has failed and says so itself.
+                    self.wiring.stop.store(true, Ordering::Relaxed);
+                    return;
+                }
+            }
+        }
+        self.full_since = None;
+        if self.paused && !self.wiring.stop.load(Ordering::Relaxed) {
+            self.resume();
+        }
+    }
+
+    fn full(&mut self) {
+        let since = *self.full_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= PATIENCE && !self.paused {
+            self.pause();
+        }
+    }
+
+    fn pause(&mut self) {
+        tracing::debug!("paused: the pipeline is full");
+        self.paused = true;
+        if let Err(error) = self.consumer.assignment().and_then(|all| self.consumer.pause(&all)) {
+            tracing::debug!(%error, "pausing");
+        }
+    }
+
+    fn resume(&mut self) {
+        tracing::debug!("resumed");
+        self.paused = false;
+        let resumed = self.consumer.assignment().and_then(|mut all| {
+            if let Some(revoking) = &self.revoking {
+                let mut kept = TopicPartitionList::new();
+                for e in all.elements() {
+                    if revoking.list.find_partition(e.topic(), e.partition()).is_none() {
+                        kept.add_partition(e.topic(), e.partition());
+                    }
+                }
+                all = kept;
+            }
+            self.consumer.resume(&all)
+        });
+        if let Err(error) = resumed {
+            tracing::debug!(%error, "resuming");
+        }
+    }
+
+    // The assignment.
+
+    fn rebalances(&mut self) -> Result<(), SourceError> {
+        for note in self.consumer.context().take() {
+            match note {
+                Note::Assign(list) => self.assign(&list)?,
+                Note::Revoke(list) => self.revoke(list),
+                Note::Committed(result, offsets) => self.committed(result, &offsets),
+                Note::Statistics(statistics) => {
+                    let status = self.lag.update(&statistics, &self.ledger, &self.wiring.metrics);
+                    self.wiring.health.set_source(status);
+                    // A member without partitions stands by.
+                    if statistics.cgrp.is_some_and(|group| group.join_state == "steady") {
+                        self.wiring.health.set_ready();
+                    }
+                }
+                Note::Error(error, reason) => self.error(error, &reason)?,
+            }
+        }
+        self.finish_revoking();
+        Ok(())
+    }
+
+    fn assign(&mut self, list: &TopicPartitionList) -> Result<(), SourceError> {
+        let partitions = partitions(list);
+        // What the group has, to compare models and to show lag before the first window.
+        let known = self.consumer.committed_offsets(list.clone(), Duration::from_secs(10));
+        let known = match known {
+            Ok(known) => known,
+            Err(error) => {
+                tracing::warn!(%error, "the group's offsets cannot be read now: the model that made them is not compared");
+                list.clone()
+            }
+        };
+        self.compare_models(&known)?;
+        for partition in &partitions {
+            let start = known.find_partition(&partition.topic, partition.number).and_then(|e| match e.offset() {
+                Offset::Offset(offset) => Some(offset),
+                _ => None,
+            });
+            let generation = self.ledger.assign(partition.clone(), start);
+            self.wiring.ownership.take(partition.clone(), generation);
+        }
+        if let Err(error) = take_up(&self.consumer, list) {
+            return Err(SourceError::Fatal(format!("partitions cannot be taken up: {error}")));
+        }
+        if self.paused {
+            self.pause();
+        }
+        self.wiring.metrics.rebalances.with_label_values(&["assigned"]).inc();
+        self.wiring.health.set_ready();
+        tracing::info!(partitions = %names(&partitions), "assigned");
+        Ok(())
+    }
+
+    /// `model.on_change`: the digest in the committed offsets' metadata against ours.
+    fn compare_models(&self, known: &TopicPartitionList) -> Result<(), SourceError> {
+        if self.on_change == OnChange::Allow {
+            return Ok(());
+        }
+        for element in known.elements() {
+            let Ok(kept) = serde_json::from_str::<serde_json::Value>(element.metadata()) else { continue };
+            let (Some(digest), Offset::Offset(offset)) = (kept["digest"].as_str(), element.offset()) else { continue };
+            if digest == self.wiring.digest {
+                continue;
+            }
+            let message = format!(
+                "{}/{}: records before offset {offset} were predicted by {} (digest {digest}); from there on {} (digest {})",
+                element.topic(),
+                element.partition(),
+                kept["model"].as_str().unwrap_or("another model"),
+                self.wiring.model,
+                self.wiring.digest,
+            );
+            if self.on_change == OnChange::Refuse {
+                return Err(SourceError::ModelChanged(format!(
+                    "{message}: model.on_change is refuse; set it to warn or allow, or use another group"
+                )));
+            }
+            tracing::warn!("the model changed: {message}");
+        }
+        Ok(())
+    }
+
+    fn revoke(&mut self, list: TopicPartitionList) {
+        let partitions = partitions(&list);
+        // Records that only wait go to the next owner.
+        self.gatherer.forget(|p| partitions.contains(p));
+        for partition in &partitions {
+            if let Some(owned) = self.ledger.get_mut(partition) {
+                owned.gathering = None;
+            }
+        }
+        let lost = self.consumer.assignment_lost();
+        let cause = if lost { "lost" } else { "revoked" };
+        self.wiring.metrics.rebalances.with_label_values(&[cause]).inc();
+        tracing::info!(partitions = %names(&partitions), cause, "partitions go");
+        let timeout = if lost { Duration::ZERO } else { self.revoke_timeout };
+        if lost {
+            for partition in &partitions {
+                self.wiring.ownership.release(partition);
+            }
+        } else if let Err(error) = self.consumer.pause(&list) {
+            tracing::debug!(%error, "pausing what is revoked");
+        }
+        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + timeout, committing: lost });
+    }
+
+    /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
+    /// or time is up.
+    fn finish_revoking(&mut self) {
+        let Some(mut revoking) = self.revoking.take() else { return };
+        let late = Instant::now() >= revoking.deadline;
+        let in_flight = |ledger: &Ledger| {
+            revoking.partitions.iter().any(|p| ledger.get(p).is_some_and(|owned| owned.windows_in_flight() > 0))
+        };
+        if !late && in_flight(&self.ledger) {
+            self.revoking = Some(revoking);
+            return;
+        }
+        if !revoking.committing {
+            revoking.committing = true;
+            self.commit(Some(&revoking.partitions));
+        }
+        let open = revoking.partitions.iter().any(|p| {
+            self.ledger.get(p).is_some_and(|owned| owned.published.is_some() && owned.published != owned.committed)
+        });
+        if !late && open {
+            self.revoking = Some(revoking);
+            return;
+        }
+        if late && in_flight(&self.ledger) {
+            tracing::warn!(partitions = %names(&revoking.partitions), "windows in flight did not finish: dropped, not committed");
+        }
+        for partition in &revoking.partitions {
+            self.wiring.ownership.release(partition);
+            self.ledger.remove(partition);
+            self.lag.forget(partition, &self.wiring.metrics);
+        }
+        if let Err(error) = give_up(&self.consumer, &revoking.list) {
+            tracing::warn!(%error, "partitions could not be given up");
+        }
+    }
+
+    // Commits.
+
+    fn commit(&mut self, only: Option<&[Partition]>) {
+        self.last_commit = Instant::now();
+        let offsets = self.ledger.to_commit(only);
+        if offsets.is_empty() {
+            return;
+        }
+        let metadata = serde_json::json!({ "model": self.wiring.model, "digest": self.wiring.digest }).to_string();
+        let mut list = TopicPartitionList::with_capacity(offsets.len());
+        for (partition, offset) in &offsets {
+            let mut element = list.add_partition(&partition.topic, partition.number);
+            element.set_metadata(&metadata);
+            if let Err(error) = element.set_offset(Offset::Offset(*offset)) {
+                tracing::warn!(%partition, offset, %error, "an offset that cannot be committed");
+            }
+        }
+        self.committing = Some(Instant::now());
+        if let Err(error) = self.consumer.commit(&list, CommitMode::Async) {
+            self.committed(Err(error), &list);
+        }
+    }
+
+    fn committed(&mut self, result: Result<(), KafkaError>, offsets: &TopicPartitionList) {
+        if let Some(sent) = self.committing.take() {
+            self.wiring.metrics.stage.with_label_values(&["commit"]).observe(sent.elapsed().as_secs_f64());
+        }
+        if let Err(error) = &result
+            && offsets.count() > 0
+        {
+            tracing::warn!(%error, "a commit failed and will be made again");
+            self.wiring.metrics.retries.with_label_values(&["commit"]).inc();
+            self.wiring.health.error(&format!("commit: {error}"));
+        }
+        for element in offsets.elements() {
+            if let Offset::Offset(offset) = element.offset() {
+                let taken = result.is_ok() && element.error().is_ok();
+                self.ledger.committed(&Partition::new(element.topic(), element.partition()), offset, taken);
+            }
+        }
+    }
+
+    /// Errors of the client: most pass, and librdkafka tries again by itself.
+    fn error(&mut self, error: KafkaError, reason: &str) -> Result<(), SourceError> {
+        if let KafkaError::MessageConsumptionFatal(code) = error {
+            return Err(SourceError::Fatal(code.to_string()));
+        }
+        if let Some((code, reason)) = self.consumer.client().fatal_error() {
+            return Err(SourceError::Fatal(format!("{code}: {reason}")));
+        }
+        let hint = match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::UnknownTopicOrPartition) => " (an input topic does not exist)",
+            Some(RDKafkaErrorCode::TopicAuthorizationFailed) => " (this user may not read an input topic)",
+            Some(RDKafkaErrorCode::GroupAuthorizationFailed) => " (this user may not use the group)",
+            _ => "",
+        };
+        let message = format!("{error}{hint} {reason}").trim_end().to_owned();
+        let again = self.last_error.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
+        if !again {
+            tracing::warn!("Kafka: {message}; trying again");
+            self.wiring.health.error(&message);
+            self.last_error = Some((message, Instant::now()));
+        }
+        Ok(())
+    }
+}
+
+fn arrival<'a>(message: &'a BorrowedMessage<'_>) -> Arrival<'a> {
+    Arrival {
+        offset: message.offset(),
+        timestamp: message.timestamp().to_millis().filter(|&t| t >= 0),
+        key: message.key(),
+        value: message.payload(),
+        headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
+    }
+}
+
+fn partitions(list: &TopicPartitionList) -> Vec<Partition> {
+    list.elements().iter().map(|e| Partition::new(e.topic(), e.partition())).collect()
+}
+
+fn names(partitions: &[Partition]) -> String {
+    partitions.iter().map(Partition::to_string).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,10 @@
+//! Reading: one thread owns the consumer, the window that gathers, the assignment and the commits.
+//! It never waits for anything without polling the consumer, so the group never loses the member,
+//! however long the model takes. Nothing here knows models.
+
+mod ledger;
+mod live;
+mod lag;
+mod rebalance;
+
+pub use live::{Source, SourceError, Wiring};

@@ -1,0 +1,96 @@
+//! text-classification: `{"label":…,"score":…,"scores":{label: score, …}}`, best first.
+
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
+use super::{Predict, to_json};
+use crate::model::Model;
+use crate::record::RecordError;
+
+pub(super) struct Classification {
+    labels: Vec<String>,
+    /// Sigmoid of each instead of softmax over all.
+    independent: bool,
+    top_k: usize,
+}
+
+impl Classification {
+    pub fn new(model: &Model, top_k: Option<usize>) -> Self {
+        let labels = model.labels.clone();
+        Self { independent: model.independent_labels, top_k: top_k.unwrap_or(usize::MAX).min(labels.len()), labels }
+    }
+}
+
+impl Predict for Classification {
+    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let scores = if self.independent { sigmoid(row) } else { softmax(row) };
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        let best = order[0];
+        order.truncate(self.top_k);
+        let scores = Scores { labels: &self.labels, scores: &scores, order: &order, best };
+        to_json(&scores, out)
+    }
+}
+
+struct Scores<'a> {
+    labels: &'a [String],
+    scores: &'a [f32],
+    order: &'a [usize],
+    best: usize,
+}
+
+impl Serialize for Scores<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        struct Map<'a>(&'a Scores<'a>);
+        impl Serialize for Map<'_> {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_map(self.0.order.iter().map(|&i| (&self.0.labels[i], self.0.scores[i])))
+            }
+        }
+        let mut map = serializer.serialize_map(Some(3))?;
+        map.serialize_entry("label", &self.labels[self.best])?;
+        map.serialize_entry("score", &self.scores[self.best])?;
+        map.serialize_entry("scores", &Map(self))?;
+        map.end()
+    }
+}
+
+/// e^(x_i - max) / sum.
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let powers: Vec<f32> = logits.iter().map(|x| (x - max).exp()).collect();
+    let sum: f32 = powers.iter().sum();
+    powers.into_iter().map(|p| p / sum).collect()
+}
+
+fn sigmoid(logits: &[f32]) -> Vec<f32> {
+    logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(independent: bool, top_k: usize, row: &[f32]) -> String {
+        let labels = ["a", "b", "c"].map(str::to_owned).into();
+        let mut out = Vec::new();
+        Classification { labels, independent, top_k }.write(row, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn best_label_first() {
+        let json: serde_json::Value = serde_json::from_str(&written(false, 3, &[0.0, 2.0, 1.0])).unwrap();
+        assert_eq!(json["label"], "b");
+        assert!((json["score"].as_f64().unwrap() - 0.665_240_94).abs() < 1e-6);
+        let names: Vec<&String> = json["scores"].as_object().unwrap().keys().collect();
+        assert_eq!(names, ["b", "c", "a"]);
+        let sum: f64 = json["scores"].as_object().unwrap().values().map(|v| v.as_f64().unwrap()).sum();
+        assert!((sum - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn top_k_limits_the_scores() {
+        assert_eq!(written(true, 1, &[0.0, -1000.0, -9.0]), r#"{"label":"a","score":0.5,"scores":{"a":0.5}}"#);
+    }
+}

@@ -1,0 +1,37 @@
+//! text-embedding: `{"embedding":[…]}`, of length 1 where the model's modules.json says so.
+
+use serde::Serialize;
+
+use super::{Predict, to_json};
+use crate::model::Model;
+use crate::record::RecordError;
+
+pub(super) struct Embed {
+    normalize: bool,
+}
+
+impl Embed {
+    pub fn new(model: &Model) -> Self {
+        Self { normalize: model.embedding.normalize }
+    }
+}
+
+#[derive(Serialize)]
+struct Embedding<'a> {
+    embedding: &'a [f32],
+}
+
+impl Predict for Embed {
+    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        if !self.normalize {
+            return to_json(&Embedding { embedding: row }, out);
+        }
+        to_json(&Embedding { embedding: &normalized(row) }, out)
+    }
+}
+
+/// To length 1, as torch's `normalize` does it: a zero vector stays one.
+pub(super) fn normalized(row: &[f32]) -> Vec<f32> {
+    let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
+    row.iter().map(|x| (f64::from(*x) / length) as f32).collect()
+}

@@ -1,0 +1,84 @@
+//! similarity: the candidates nearest to a record by cosine, `{"matches":[{"id":…,"score":…},…]}`.
+//! Candidates are a file of JSON lines, `id` and `text`, embedded by the same model at the start.
+
+use std::collections::HashSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::embedding::normalized;
+use super::{Predict, TaskError, to_json};
+use crate::engine::Engine;
+use crate::model::Model;
+use crate::record::RecordError;
+use crate::settings;
+
+#[derive(Deserialize)]
+struct Candidate {
+    id: String,
+    text: String,
+}
+
+pub(super) struct Similarity {
+    ids: Vec<String>,
+    /// `[candidates, width]`, each of length 1.
+    vectors: Vec<f32>,
+    top_k: usize,
+}
+
+impl Similarity {
+    pub fn load(model: &Model, engine: &Engine, task: &settings::Task) -> Result<Self, TaskError> {
+        let path = task.candidates.clone().unwrap_or_default();
+        let wrong = |line: usize, message: String| TaskError::Candidates(format!("{}:{line}: {message}", path.display()));
+        let text =
+            std::fs::read_to_string(&path).map_err(|e| TaskError::Candidates(format!("{}: {e}", path.display())))?;
+        let (mut ids, mut tokens, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
+        for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let candidate: Candidate = serde_json::from_str(line).map_err(|e| wrong(i + 1, e.to_string()))?;
+            if !seen.insert(candidate.id.clone()) {
+                return Err(wrong(i + 1, format!("id {:?} is there twice", candidate.id)));
+            }
+            tokens.push(Some(model.tokenizer.encode(&candidate.text).map_err(|e| wrong(i + 1, e))?));
+            ids.push(candidate.id);
+        }
+        if ids.is_empty() {
+            return Err(wrong(1, "no candidates".to_owned()));
+        }
+        let response = engine.run(tokens).map_err(TaskError::Forward)?;
+        if let Some((at, error)) = response.failed.first() {
+            return Err(TaskError::Candidates(format!("{}: candidate {:?}: {error}", path.display(), ids[*at as usize])));
+        }
+        let vectors = response.rows.chunks_exact(response.width).flat_map(normalized).collect();
+        Ok(Self { ids, vectors, top_k: task.top_k.unwrap_or(1) })
+    }
+}
+
+#[derive(Serialize)]
+struct Matches<'a> {
+    matches: Vec<Match<'a>>,
+}
+
+#[derive(Serialize)]
+struct Match<'a> {
+    id: &'a str,
+    score: f32,
+}
+
+impl Predict for Similarity {
+    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let row = normalized(row);
+        let mut matches: Vec<Match<'_>> = self
+            .vectors
+            .chunks_exact(row.len())
+            .zip(&self.ids)
+            .map(|(candidate, id)| Match { id, score: candidate.iter().zip(&row).map(|(a, b)| a * b).sum() })
+            .collect();
+        let best_first = |a: &Match<'_>, b: &Match<'_>| b.score.total_cmp(&a.score);
+        if self.top_k < matches.len() {
+            matches.select_nth_unstable_by(self.top_k - 1, best_first);
+            matches.truncate(self.top_k);
+        }
+        // Stable, so that equal scores keep the file's order wherever that decides nothing else.
+        matches.sort_by(best_first);
+        to_json(&Matches { matches }, out)
+    }
+}

@@ -1,0 +1,202 @@
+//! Every metric, in one table: name, labels, help. Tests hold documentation and code to it.
+
+use prometheus::{
+    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts,
+    Registry,
+};
+
+/// What a metric is; histograms carry their buckets.
+#[derive(Debug, Clone, Copy)]
+pub enum Kind {
+    Counter,
+    Gauge,
+    Histogram(&'static [f64]),
+}
+
+/// Name, kind, labels, help.
+pub type Row = (&'static str, Kind, &'static [&'static str], &'static str);
+
+const SECONDS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+const AGES: &[f64] = &[0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0, 259_200.0];
+const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0];
+const TOKENS: &[f64] = &[16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0];
+const RATIOS: &[f64] = &[0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9];
+
+use Kind::{Counter as C, Gauge as G, Histogram as H};
+
+#[rustfmt::skip]
+pub const TABLE: &[Row] = &[
+    ("kandle_records_total", C, &["topic", "outcome"], "Records whose outcome is acknowledged: predicted, dead_lettered or tombstone, by input topic."),
+    ("kandle_dead_letters_total", C, &["error"], "Dead letters acknowledged, by what was wrong."),
+    ("kandle_record_latency_seconds", H(SECONDS), &[], "From a record's arrival in kandle to the acknowledgement of its window."),
+    ("kandle_record_age_seconds", H(AGES), &[], "From a record's own timestamp to the acknowledgement of its window."),
+    ("kandle_stage_seconds", H(SECONDS), &["stage"], "A window's time in a stage, and waiting for it (stage wait_*)."),
+    ("kandle_windows_total", C, &["closed_by"], "Windows, by what closed them."),
+    ("kandle_window_records", H(COUNTS), &[], "Records in a window."),
+    ("kandle_batch_records", H(COUNTS), &[], "Records in a batch."),
+    ("kandle_batch_tokens", H(TOKENS), &[], "Tokens in a batch."),
+    ("kandle_batch_padding_ratio", H(RATIOS), &[], "Padding among a batch's tokens."),
+    ("kandle_tokens_total", C, &[], "Tokens of the records that went to the model."),
+    ("kandle_truncated_records_total", C, &[], "Records cut to the model's limit."),
+    ("kandle_device_busy_seconds_total", C, &["device"], "Time the device computed; a CPU's is the mean over its lanes."),
+    ("kandle_lag_records", G, &["topic", "partition"], "Records after the last one published."),
+    ("kandle_lag_seconds", G, &["topic", "partition"], "Age of the oldest record not yet published, 0 where there is none."),
+    ("kandle_drain_remaining_seconds", G, &[], "Records behind, at the present rate; +Inf where there is a backlog and no progress."),
+    ("kandle_memory_bytes", G, &["kind"], "Bytes in flight: prefetched by the consumer, windows, predictions waiting for acknowledgement."),
+    ("kandle_memory_limit_bytes", G, &[], "memory.limit."),
+    ("kandle_retries_total", C, &["cause"], "What was tried again."),
+    ("kandle_rebalances_total", C, &["cause"], "Changes of the assignment: assigned, revoked, lost."),
+    ("kandle_oom_splits_total", C, &["cause"], "Batches halved because the device was out of memory."),
+    ("kandle_bisections_total", C, &["cause"], "Batches halved in search of a record at fault."),
+    ("kandle_model_info", G, &["model", "digest", "task", "device", "dtype"], "1; what predicts."),
+    ("kandle_build_info", G, &["version"], "1; this build."),
+];
+
+/// The metrics, registered.
+pub struct Metrics {
+    registry: Registry,
+    pub records: IntCounterVec,
+    pub dead_letters: IntCounterVec,
+    pub record_latency: Histogram,
+    pub record_age: Histogram,
+    pub stage: HistogramVec,
+    pub windows: IntCounterVec,
+    pub window_records: Histogram,
+    pub batch_records: Histogram,
+    pub batch_tokens: Histogram,
+    pub batch_padding: Histogram,
+    pub tokens: IntCounter,
+    pub truncated: IntCounter,
+    pub device_busy: CounterVec,
+    pub lag_records: IntGaugeVec,
+    pub lag_seconds: GaugeVec,
+    pub drain_remaining: Gauge,
+    pub memory: IntGaugeVec,
+    pub memory_limit: Gauge,
+    pub retries: IntCounterVec,
+    pub rebalances: IntCounterVec,
+    pub oom_splits: IntCounterVec,
+    pub bisections: IntCounterVec,
+    pub model_info: IntGaugeVec,
+}
+
+/// Makes and registers one metric of the table.
+fn register<M: prometheus::core::Collector + Clone + 'static>(
+    registry: &Registry,
+    name: &str,
+    make: impl FnOnce(Opts, &'static [f64], &[&str]) -> prometheus::Result<M>,
+) -> M {
+    let (_, kind, labels, help) =
+        TABLE.iter().find(|(known, ..)| *known == name).unwrap_or_else(|| panic!("{name} is not in the table"));
+    let buckets = if let Kind::Histogram(buckets) = kind { buckets } else { &[][..] };
+    let metric = make(Opts::new(name, *help), buckets, labels).expect("names and labels of the table are legal");
+    registry.register(Box::new(metric.clone())).expect("a name is registered once");
+    metric
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let r = &registry;
+        let counters = |name: &str| register(r, name, |o, _, l| IntCounterVec::new(o, l));
+        let counter = |name: &str| register(r, name, |o, _, _| IntCounter::with_opts(o));
+        let gauges = |name: &str| register(r, name, |o, _, l| IntGaugeVec::new(o, l));
+        let gauge = |name: &str| register(r, name, |o, _, _| Gauge::with_opts(o));
+        let histogram = |name: &str| {
+            register(r, name, |o, b, _| Histogram::with_opts(HistogramOpts::from(o).buckets(b.to_vec())))
+        };
+        let metrics = Self {
+            records: counters("kandle_records_total"),
+            dead_letters: counters("kandle_dead_letters_total"),
+            record_latency: histogram("kandle_record_latency_seconds"),
+            record_age: histogram("kandle_record_age_seconds"),
+            stage: register(r, "kandle_stage_seconds", |o, b, l| {
+                HistogramVec::new(HistogramOpts::from(o).buckets(b.to_vec()), l)
+            }),
+            windows: counters("kandle_windows_total"),
+            window_records: histogram("kandle_window_records"),
+            batch_records: histogram("kandle_batch_records"),
+            batch_tokens: histogram("kandle_batch_tokens"),
+            batch_padding: histogram("kandle_batch_padding_ratio"),
+            tokens: counter("kandle_tokens_total"),
+            truncated: counter("kandle_truncated_records_total"),
+            device_busy: register(r, "kandle_device_busy_seconds_total", |o, _, l| CounterVec::new(o, l)),
+            lag_records: gauges("kandle_lag_records"),
+            lag_seconds: register(r, "kandle_lag_seconds", |o, _, l| GaugeVec::new(o, l)),
+            drain_remaining: gauge("kandle_drain_remaining_seconds"),
+            memory: gauges("kandle_memory_bytes"),
+            memory_limit: gauge("kandle_memory_limit_bytes"),
+            retries: counters("kandle_retries_total"),
+            rebalances: counters("kandle_rebalances_total"),
+            oom_splits: counters("kandle_oom_splits_total"),
+            bisections: counters("kandle_bisections_total"),
+            model_info: gauges("kandle_model_info"),
+            registry,
+        };
+        register(&metrics.registry, "kandle_build_info", |o, _, l| IntGaugeVec::new(o, l))
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1);
+        metrics.start_at_zero();
+        metrics
+    }
+
+    /// Label values that are known ahead show from the start, so that a rate has a first point.
+    fn start_at_zero(&self) {
+        for fault in crate::record::Fault::ALL {
+            self.dead_letters.with_label_values(&[fault.name()]);
+        }
+        for closed_by in ["records", "bytes", "wait", "stop"] {
+            self.windows.with_label_values(&[closed_by]);
+        }
+        for kind in ["prefetched", "windows", "predictions"] {
+            self.memory.with_label_values(&[kind]);
+        }
+        for cause in ["assigned", "revoked", "lost"] {
+            self.rebalances.with_label_values(&[cause]);
+        }
+        for cause in ["commit", "produce", "topics"] {
+            self.retries.with_label_values(&[cause]);
+        }
+        self.oom_splits.with_label_values(&["forward"]);
+        self.bisections.with_label_values(&["forward"]);
+    }
+
+    /// The Prometheus text format, version 0.0.4.
+    pub fn text(&self) -> String {
+        prometheus::TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+
+    /// OpenMetrics 1.0.
+    pub fn openmetrics(&self) -> String {
+        super::openmetrics::encode(&self.registry.gather())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_of_the_table_is_registered() {
+        let metrics = Metrics::new();
+        // Vectors without a known label value show nothing until they have one.
+        metrics.records.with_label_values(&["t", "predicted"]);
+        metrics.stage.with_label_values(&["decode"]);
+        metrics.device_busy.with_label_values(&["cpu"]);
+        metrics.lag_records.with_label_values(&["t", "0"]);
+        metrics.lag_seconds.with_label_values(&["t", "0"]);
+        metrics.model_info.with_label_values(&["m", "d", "t", "cpu", "f32"]);
+        let text = metrics.text();
+        for (name, ..) in TABLE {
+            assert!(text.contains(&format!("# TYPE {name} ")), "{name} is in the table but not registered");
+        }
+        assert_eq!(text.matches("# TYPE ").count(), TABLE.len());
+    }
+}

@@ -1,0 +1,10 @@
+//! What kandle shows of itself: metrics, health, logs, and the admin server that serves them.
+
+pub mod health;
+pub mod logging;
+mod metrics;
+mod openmetrics;
+pub mod server;
+
+pub use health::Health;
+pub use metrics::{Metrics, TABLE};

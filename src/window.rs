@@ -1,0 +1,343 @@
+//! Windows and the rule by which records are gathered into them. Pure: no Kafka, no clock.
+//!
+//! A window closes by the first of three limits: records, bytes, or the age of its oldest record.
+//! It gathers across partitions and is contiguous in each of them.
+
+use std::time::{Duration, Instant};
+
+use crate::record::{Arrival, Partition, Position, Record};
+
+/// When a window closes.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub max_records: usize,
+    /// Keys and values. The record that reaches it is the window's last.
+    pub max_bytes: usize,
+    /// Counted from the arrival of the window's oldest record.
+    pub max_wait: Duration,
+}
+
+/// Why a window closed: the label of `kandle_windows_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClosedBy {
+    Records,
+    Bytes,
+    Wait,
+    Stop,
+}
+
+impl ClosedBy {
+    pub fn name(self) -> &'static str {
+        match self {
+            ClosedBy::Records => "records",
+            ClosedBy::Bytes => "bytes",
+            ClosedBy::Wait => "wait",
+            ClosedBy::Stop => "stop",
+        }
+    }
+}
+
+/// The records of one partition in a window: contiguous, `first..=last` (offsets that Kafka
+/// itself skips, as compaction leaves them, are not gaps).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    pub partition: Partition,
+    /// Which of the times this partition was assigned to us the records were read in.
+    pub generation: u64,
+    pub first: i64,
+    pub last: i64,
+}
+
+/// The unit of progress: published in input order, committed as one.
+#[derive(Debug)]
+pub struct Window {
+    pub id: u64,
+    pub spans: Vec<Span>,
+    pub records: Vec<Record>,
+    pub closed_by: ClosedBy,
+    /// Keys and values, in the order they arrived.
+    memory: Vec<u8>,
+}
+
+impl Window {
+    pub fn key(&self, record: &Record) -> Option<&[u8]> {
+        record.key.clone().map(|range| &self.memory[range])
+    }
+
+    /// `None` is a tombstone.
+    pub fn value(&self, record: &Record) -> Option<&[u8]> {
+        record.value.clone().map(|range| &self.memory[range])
+    }
+
+    pub fn position(&self, record: &Record) -> Position {
+        Position { partition: self.spans[record.span as usize].partition.clone(), offset: record.offset }
+    }
+
+    /// Bytes of memory this window holds.
+    pub fn bytes(&self) -> usize {
+        self.memory.capacity() + self.records.capacity() * size_of::<Record>()
+    }
+}
+
+/// Gathers records into windows.
+#[derive(Debug)]
+pub struct Gatherer {
+    limits: Limits,
+    next_id: u64,
+    spans: Vec<Span>,
+    records: Vec<Record>,
+    memory: Vec<u8>,
+}
+
+impl Gatherer {
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, next_id: 0, spans: Vec::new(), records: Vec::new(), memory: Vec::new() }
+    }
+
+    /// Adds a record; returns the window that it completes.
+    pub fn push(
+        &mut self,
+        partition: &Partition,
+        generation: u64,
+        arrival: Arrival<'_>,
+        now: Instant,
+    ) -> Option<Window> {
+        let span = self.span(partition, generation, arrival.offset);
+        let key = arrival.key.map(|bytes| self.keep(bytes));
+        let value = arrival.value.map(|bytes| self.keep(bytes));
+        self.records.push(Record {
+            span,
+            offset: arrival.offset,
+            timestamp: arrival.timestamp,
+            arrived: now,
+            headers: arrival.headers,
+            key,
+            value,
+        });
+        if self.records.len() >= self.limits.max_records {
+            self.close(ClosedBy::Records)
+        } else if self.memory.len() >= self.limits.max_bytes {
+            self.close(ClosedBy::Bytes)
+        } else {
+            None
+        }
+    }
+
+    /// When the window that gathers now has waited long enough.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.records.first().map(|oldest| oldest.arrived + self.limits.max_wait)
+    }
+
+    /// Closes the window that gathers now if its oldest record has waited `max_wait`.
+    pub fn due(&mut self, now: Instant) -> Option<Window> {
+        if self.deadline()? <= now { self.close(ClosedBy::Wait) } else { None }
+    }
+
+    /// Closes the window that gathers now, if it holds any record.
+    pub fn close(&mut self, closed_by: ClosedBy) -> Option<Window> {
+        if self.records.is_empty() {
+            return None;
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let records = std::mem::take(&mut self.records);
+        let memory = std::mem::take(&mut self.memory);
+        if closed_by == ClosedBy::Records || closed_by == ClosedBy::Bytes {
+            // The next one will be much like it.
+            self.records.reserve(records.len());
+            self.memory.reserve(memory.len());
+        }
+        Some(Window { id, spans: std::mem::take(&mut self.spans), records, closed_by, memory })
+    }
+
+    /// Forgets the records of partitions that are no longer ours; whoever owns them now reads
+    /// them again. Returns how many records went.
+    pub fn forget(&mut self, gone: impl Fn(&Partition) -> bool) -> usize {
+        let before = self.records.len();
+        let keep: Vec<bool> = self.spans.iter().map(|span| !gone(&span.partition)).collect();
+        if keep.iter().all(|&keep| keep) {
+            return 0;
+        }
+        let mut index = Vec::with_capacity(keep.len());
+        let mut kept = 0;
+        for &keep in &keep {
+            index.push(kept);
+            kept += u32::from(keep);
+        }
+        self.records.retain(|record| keep[record.span as usize]);
+        for record in &mut self.records {
+            record.span = index[record.span as usize];
+        }
+        let mut at = 0;
+        self.spans.retain(|_| {
+            at += 1;
+            keep[at - 1]
+        });
+        before - self.records.len()
+    }
+
+    /// Bytes of memory the window that gathers now holds.
+    pub fn bytes(&self) -> usize {
+        self.memory.capacity() + self.records.capacity() * size_of::<Record>()
+    }
+
+    fn span(&mut self, partition: &Partition, generation: u64, offset: i64) -> u32 {
+        // Consecutive records mostly come from the partition of the one before them.
+        let found = self.spans.iter().rposition(|s| s.generation == generation && s.partition == *partition);
+        match found {
+            Some(at) => {
+                debug_assert!(self.spans[at].last < offset, "records of a partition arrive in order");
+                self.spans[at].last = offset;
+                at as u32
+            }
+            None => {
+                self.spans.push(Span {
+                    partition: partition.clone(),
+                    generation,
+                    first: offset,
+                    last: offset,
+                });
+                (self.spans.len() - 1) as u32
+            }
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8]) -> std::ops::Range<usize> {
+        let start = self.memory.len();
+        self.memory.extend_from_slice(bytes);
+        start..self.memory.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn limits(max_records: usize, max_bytes: usize, max_wait_ms: u64) -> Limits {
+        Limits { max_records, max_bytes, max_wait: Duration::from_millis(max_wait_ms) }
+    }
+
+    fn arrival(offset: i64, value: &[u8]) -> Arrival<'_> {
+        Arrival { offset, value: Some(value), ..Arrival::default() }
+    }
+
+    #[test]
+    fn closes_by_records_and_spans_partitions() {
+        let (a, b) = (Partition::new("t", 0), Partition::new("t", 1));
+        let mut gatherer = Gatherer::new(limits(3, 1000, 1000));
+        let now = Instant::now();
+        assert!(gatherer.push(&a, 1, arrival(10, b"x"), now).is_none());
+        assert!(gatherer.push(&b, 1, arrival(7, b"yy"), now).is_none());
+        let window = gatherer.push(&a, 1, arrival(11, b"zzz"), now).expect("third record closes");
+        assert_eq!(window.closed_by, ClosedBy::Records);
+        assert_eq!(window.spans.len(), 2);
+        assert_eq!((window.spans[0].first, window.spans[0].last), (10, 11));
+        assert_eq!(window.value(&window.records[2]), Some(&b"zzz"[..]));
+        assert_eq!(window.position(&window.records[1]).to_string(), "t/1/7");
+    }
+
+    #[test]
+    fn closes_by_bytes_with_the_record_that_reaches_them() {
+        let a = Partition::new("t", 0);
+        let mut gatherer = Gatherer::new(limits(100, 4, 1000));
+        let now = Instant::now();
+        assert!(gatherer.push(&a, 1, arrival(0, b"xxx"), now).is_none());
+        let window = gatherer.push(&a, 1, arrival(1, b"y"), now).expect("four bytes close");
+        assert_eq!(window.closed_by, ClosedBy::Bytes);
+    }
+
+    #[test]
+    fn waits_from_the_oldest_record_not_from_the_last_window() {
+        let a = Partition::new("t", 0);
+        let mut gatherer = Gatherer::new(limits(100, 1000, 200));
+        let start = Instant::now();
+        assert!(gatherer.due(start + Duration::from_secs(9)).is_none(), "an empty window never closes");
+        let first = start + Duration::from_secs(10);
+        gatherer.push(&a, 1, arrival(0, b"x"), first);
+        gatherer.push(&a, 1, arrival(1, b"x"), first + Duration::from_millis(150));
+        assert!(gatherer.due(first + Duration::from_millis(199)).is_none());
+        let window = gatherer.due(first + Duration::from_millis(200)).expect("due");
+        assert_eq!(window.closed_by, ClosedBy::Wait);
+        assert!(gatherer.deadline().is_none());
+    }
+
+    #[test]
+    fn a_tombstone_and_an_empty_value_differ() {
+        let a = Partition::new("t", 0);
+        let mut gatherer = Gatherer::new(limits(2, 1000, 200));
+        let now = Instant::now();
+        gatherer.push(&a, 1, Arrival { offset: 0, key: Some(b""), ..Arrival::default() }, now);
+        let window = gatherer.push(&a, 1, arrival(1, b""), now).expect("closed");
+        assert_eq!(window.value(&window.records[0]), None);
+        assert_eq!(window.key(&window.records[0]), Some(&b""[..]));
+        assert_eq!(window.value(&window.records[1]), Some(&b""[..]));
+        assert_eq!(window.key(&window.records[1]), None);
+    }
+
+    proptest! {
+        /// Whatever comes and whichever partitions go: each kept record appears once, in order,
+        /// with its own bytes, inside its span; a forgotten partition's open records do not.
+        #[test]
+        fn every_record_is_in_exactly_one_window(
+            steps in proptest::collection::vec((0u8..10, 0i32..3, 0usize..9), 1..200),
+            max_records in 1usize..12, max_bytes in 1usize..60, max_wait in 1u64..50,
+        ) {
+            let mut gatherer = Gatherer::new(limits(max_records, max_bytes, max_wait));
+            let mut now = Instant::now();
+            let mut next = [0i64; 3];
+            let mut generation = [1u64; 3];
+            let mut expected: Vec<Vec<(u64, i64)>> = vec![Vec::new(); 3];
+            let mut open: Vec<(usize, u64, i64)> = Vec::new();
+            let mut windows = Vec::new();
+            for (what, partition, size) in steps {
+                let number = partition as usize;
+                let closed = match what {
+                    0 => {
+                        gatherer.forget(|p| p.number == partition);
+                        open.retain(|(p, ..)| *p != number);
+                        generation[number] += 1;
+                        None
+                    }
+                    1 => {
+                        now += Duration::from_millis(size as u64 * 8);
+                        gatherer.due(now)
+                    }
+                    _ => {
+                        let offset = next[number];
+                        next[number] += 1 + i64::from(size == 3);
+                        let value = vec![offset as u8; size];
+                        open.push((number, generation[number], offset));
+                        gatherer.push(&Partition::new("t", partition), generation[number],
+                                      Arrival { offset, value: Some(&value), ..Arrival::default() }, now)
+                    }
+                };
+                if let Some(window) = closed {
+                    for (p, g, o) in open.drain(..) {
+                        expected[p].push((g, o));
+                    }
+                    prop_assert!(window.records.len() <= max_records);
+                    windows.push(window);
+                }
+            }
+            if let Some(window) = gatherer.close(ClosedBy::Stop) {
+                for (p, g, o) in open.drain(..) {
+                    expected[p].push((g, o));
+                }
+                windows.push(window);
+            }
+            let mut seen: Vec<Vec<(u64, i64)>> = vec![Vec::new(); 3];
+            for (at, window) in windows.iter().enumerate() {
+                prop_assert_eq!(window.id, at as u64);
+                for record in &window.records {
+                    let span = &window.spans[record.span as usize];
+                    prop_assert!(span.first <= record.offset && record.offset <= span.last);
+                    prop_assert!(window.value(record).unwrap().iter().all(|&b| b == record.offset as u8));
+                    seen[span.partition.number as usize].push((span.generation, record.offset));
+                }
+            }
+            prop_assert_eq!(seen, expected);
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Every architecture against what Hugging Face's library says (tests/fixtures/make.py): within
+//! 1e-4, and the same for a record whatever batch it is in, within 1e-5.
+
+use std::path::{Path, PathBuf};
+
+use kandle::model::{Files, Model, Output, Placement, Pooling, Tokens};
+use kandle::settings::{self, DeviceChoice, Dtype};
+use serde::Deserialize;
+
+const ARCHITECTURES: [&str; 5] = ["bert", "roberta", "xlm-roberta", "distilbert", "modernbert"];
+
+#[derive(Deserialize)]
+struct Golden {
+    text: String,
+    ids: Vec<u32>,
+    truncated: bool,
+    logits: Vec<f32>,
+    mean: Vec<f32>,
+    first: Vec<f32>,
+    last: Vec<f32>,
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn golden(name: &str) -> Vec<Golden> {
+    let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
+    serde_json::from_str(&text).expect("golden.json")
+}
+
+/// KANDLE_TEST_DEVICE runs these on another device than the CPU.
+fn load(directory: &Path, output: Output) -> Model {
+    let device = std::env::var("KANDLE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    let placement = Placement::choose(DeviceChoice::try_from(device).expect("a device"), Dtype::F32).expect("a device");
+    let model = settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
+    Model::load(Files::find(&model).expect("files"), placement, output).expect("a model")
+}
+
+fn tokens(model: &Model, golden: &[Golden]) -> Vec<Tokens> {
+    golden.iter().map(|g| model.tokenizer.encode(&g.text).expect("tokens")).collect()
+}
+
+#[track_caller]
+fn close(got: &[f32], want: &[f32], within: f32, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!((g - w).abs() <= within, "{what}[{i}]: {g} is not {w} within {within}");
+    }
+}
+
+/// A copy of a fixture with other files, as a directory of its own.
+fn with(name: &str, files: &[(&str, String)]) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("a directory");
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        std::fs::copy(fixture(name).join(file), directory.path().join(file)).expect("copied");
+    }
+    for (file, content) in files {
+        let path = directory.path().join(file);
+        std::fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
+        std::fs::write(path, content).expect("written");
+    }
+    directory
+}
+
+#[test]
+fn tokens_and_logits_are_as_transformers_gives_them() {
+    for name in ARCHITECTURES {
+        let model = load(&fixture(name), Output::Logits);
+        assert_eq!(model.labels, ["calm", "urgent", "spam"], "{name}");
+        for golden in golden(name) {
+            let tokens = model.tokenizer.encode(&golden.text).expect("tokens");
+            assert_eq!(tokens.ids, golden.ids, "{name}: {:?}", golden.text);
+            assert_eq!(tokens.truncated, golden.truncated, "{name}: {:?}", golden.text);
+            let logits = model.forward(&[&tokens]).expect("logits");
+            close(&logits, &golden.logits, 1e-4, &format!("{name}: {:?}", golden.text));
+        }
+    }
+}
+
+#[test]
+fn config_json_as_transformers_4_writes_it_means_the_same() {
+    for name in ARCHITECTURES {
+        let old = std::fs::read_to_string(fixture(name).join("config.v4.json")).expect("config.v4.json");
+        assert!(old.contains("torch_dtype"), "{name}");
+        let directory = with(name, &[("config.json", old)]);
+        let model = load(directory.path(), Output::Logits);
+        for golden in golden(name).iter().take(30) {
+            let tokens = model.tokenizer.encode(&golden.text).expect("tokens");
+            close(&model.forward(&[&tokens]).expect("logits"), &golden.logits, 1e-4, name);
+        }
+    }
+}
+
+#[test]
+fn embeddings_for_every_pooling() {
+    let modules = |normalize: bool| {
+        let mut list = vec![
+            serde_json::json!({"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}),
+            serde_json::json!({"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}),
+        ];
+        if normalize {
+            list.push(serde_json::json!({"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}));
+        }
+        serde_json::Value::from(list).to_string()
+    };
+    let old = |mode: &str| {
+        let mut config = serde_json::json!({ "word_embedding_dimension": 32 });
+        for known in ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"] {
+            config[format!("pooling_mode_{known}")] = (known == mode).into();
+        }
+        config.to_string()
+    };
+    let new = |mode: &str| serde_json::json!({ "embedding_dimension": 32, "pooling_mode": mode }).to_string();
+    for name in ARCHITECTURES {
+        for (pooling, configs) in [
+            (Pooling::Mean, [old("mean_tokens"), new("mean")]),
+            (Pooling::First, [old("cls_token"), new("cls")]),
+            (Pooling::Last, [old("lasttoken"), new("lasttoken")]),
+        ] {
+            for (i, config) in configs.into_iter().enumerate() {
+                let normalize = i == 1;
+                let directory = with(name, &[("modules.json", modules(normalize)), ("1_Pooling/config.json", config)]);
+                let model = load(directory.path(), Output::Embedding);
+                assert_eq!((model.embedding.pooling, model.embedding.normalize), (pooling, normalize), "{name}");
+                let golden = golden(name);
+                let tokens = tokens(&model, &golden);
+                let rows = model.forward(&tokens.iter().collect::<Vec<_>>()).expect("rows");
+                for (row, golden) in rows.chunks_exact(model.width()).zip(&golden) {
+                    let want = match pooling {
+                        Pooling::Mean => &golden.mean,
+                        Pooling::First => &golden.first,
+                        Pooling::Last => &golden.last,
+                    };
+                    close(row, want, 1e-4, &format!("{name} {pooling:?}: {:?}", golden.text));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_record_is_predicted_the_same_in_any_batch() {
+    for name in ARCHITECTURES {
+        let model = load(&fixture(name), Output::Logits);
+        let golden = golden(name);
+        let mut batch = tokens(&model, &golden);
+        let more: Vec<Tokens> = batch.iter().cycle().take(64 - batch.len()).cloned().collect();
+        batch.extend(more);
+        let all: Vec<&Tokens> = batch.iter().collect();
+        assert_eq!(all.len(), 64);
+        let width = model.width();
+        let together = model.forward(&all).expect("rows");
+        // As bisection would run them.
+        let mut halves = model.forward(&all[..32]).expect("rows");
+        halves.extend(model.forward(&all[32..]).expect("rows"));
+        let mut reversed = all.clone();
+        reversed.reverse();
+        let backwards = model.forward(&reversed).expect("rows");
+        for (i, tokens) in all.iter().enumerate() {
+            let alone = model.forward(&[tokens]).expect("row");
+            let row = |rows: &[f32], i: usize| rows[i * width..][..width].to_vec();
+            let what = format!("{name} record {i}");
+            close(&row(&together, i), &alone, 1e-5, &what);
+            close(&row(&halves, i), &alone, 1e-5, &what);
+            close(&row(&backwards, 63 - i), &alone, 1e-5, &what);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_loaded_says_why() {
+    let error = |directory: &Path, output| {
+        let model = settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
+        let placement = Placement::choose(DeviceChoice::Cpu, Dtype::F32).expect("cpu");
+        match Files::find(&model).map_err(|e| e.to_string()).and_then(|f| Model::load(f, placement, output).map_err(|e| e.to_string())) {
+            Ok(_) => panic!("loaded"),
+            Err(message) => message,
+        }
+    };
+    let bare = with("bert", &[]);
+    std::fs::remove_file(bare.path().join("model.safetensors")).expect("removed");
+    assert!(error(bare.path(), Output::Logits).contains("no weights"));
+
+    let config = std::fs::read_to_string(fixture("bert").join("config.json")).expect("config");
+    let wide = with("bert", &[("config.json", config.replace("\"intermediate_size\": 64", "\"intermediate_size\": 96"))]);
+    let message = error(wide.path(), Output::Logits);
+    assert!(message.contains("shape mismatch") && message.contains("intermediate.dense"), "{message}");
+
+    let deep = with("bert", &[("config.json", config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3"))]);
+    let message = error(deep.path(), Output::Logits);
+    assert!(message.contains("cannot find tensor") && message.contains("layer.2"), "{message}");
+
+    let strange = with("bert", &[("config.json", config.replace("\"model_type\": \"bert\"", "\"model_type\": \"llama\""))]);
+    let message = error(strange.path(), Output::Logits);
+    assert!(message.contains("\"llama\"") && message.contains("bert, distilbert, modernbert, roberta, xlm-roberta"), "{message}");
+
+    let message = error(Path::new("/no/such/model"), Output::Logits);
+    assert!(message.contains("/no/such/model") && message.contains("no such directory"), "{message}");
+}

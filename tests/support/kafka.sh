@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# A real Apache Kafka (KRaft, one node) for tests, on loopback.
+#
+#   kafka.sh fetch            Kafka's published jars, into .cache/kafka
+#   kafka.sh run DIR PORT     runs a broker with its data in DIR on PORT, and PORT+1 for its
+#                             controller, until standard input closes: a broker never outlives
+#                             the test that holds the other end
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+libs=${KANDLE_KAFKA_LIBS:-$here/../../.cache/kafka/4.1.0}
+
+need() {
+  command -v "$1" >/dev/null && return
+  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    echo "kafka.sh: installing $2" >&2
+    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$2"; } >&2
+  else
+    echo "kafka.sh: $1 is missing; type: sudo apt-get install -y $2" >&2
+    exit 1
+  fi
+}
+
+fetch() {
+  [ -e "$libs/.complete" ] && return
+  need java default-jre-headless
+  need mvn maven
+  mkdir -p "$libs"
+  mvn -q -B -f "$here/pom.xml" dependency:copy-dependencies -DoutputDirectory="$libs" >&2
+  touch "$libs/.complete"
+}
+
+run() {
+  local dir=$1 port=$2
+  need java default-jre-headless
+  mkdir -p "$dir"
+  cat > "$dir/server.properties" <<EOF
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:$((port + 1))
+listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$((port + 1))
+advertised.listeners=PLAINTEXT://127.0.0.1:$port
+controller.listener.names=CONTROLLER
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+log.dirs=$dir/data
+offsets.topic.replication.factor=1
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+offsets.topic.num.partitions=4
+transaction.state.log.num.partitions=4
+group.initial.rebalance.delay.ms=0
+auto.create.topics.enable=false
+message.max.bytes=20000000
+EOF
+  cat > "$dir/log4j2.properties" <<EOF
+rootLogger.level=warn
+rootLogger.appenderRef.out.ref=out
+appender.out.type=Console
+appender.out.name=out
+appender.out.layout.type=PatternLayout
+appender.out.layout.pattern=%d %p %c: %m%n
+EOF
+  local java=(java -Xmx512m -XX:+UseSerialGC "-Dlog4j2.configurationFile=$dir/log4j2.properties" -cp "$libs/*")
+  "${java[@]}" kafka.tools.StorageTool format -t kandle-tests-0000000000 -c "$dir/server.properties" >"$dir/format.log" 2>&1 </dev/null \
+    || { cat "$dir/format.log" >&2; exit 1; }
+  "${java[@]}" kafka.Kafka "$dir/server.properties" >"$dir/server.log" 2>&1 </dev/null &
+  local broker=$!
+  trap 'kill -9 $broker 2>/dev/null; wait $broker 2>/dev/null' EXIT
+  # Ends when the other end of standard input is closed, or the broker dies.
+  while kill -0 $broker 2>/dev/null; do
+    if read -r -t 1; then continue; elif [ $? -le 128 ]; then break; fi
+  done
+}
+
+case ${1:-} in
+  fetch) fetch ;;
+  run) run "$2" "$3" ;;
+  *) sed -n '2,8p' "$0"; exit 2 ;;
+esac
