@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
@@ -18,12 +19,22 @@ const ATTEMPT: Duration = Duration::from_secs(5);
 /// Waits between attempts: doubled from the first to the last.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
-/// Partitions of the topics that are written.
+/// A topic that is written.
+#[derive(Debug, Clone, Copy)]
+pub struct Written {
+    pub partitions: i32,
+    /// `max.message.bytes`; librdkafka's own default where the cluster does not say.
+    pub max_bytes: u64,
+}
+
 #[derive(Debug, Clone, Copy)]
 pub struct Topics {
-    pub output: i32,
-    pub dead_letters: i32,
+    pub output: Written,
+    pub dead_letters: Written,
 }
+
+/// What librdkafka takes where nothing else is said.
+const MESSAGE_MAX_BYTES: u64 = 1_000_000;
 
 /// Why the cluster cannot be used now.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +79,7 @@ impl Complaints {
 pub struct Cluster<'a> {
     settings: &'a Settings,
     client: BaseConsumer<Complaints>,
+    admin: AdminClient<Complaints>,
 }
 
 impl<'a> Cluster<'a> {
@@ -79,7 +91,10 @@ impl<'a> Cluster<'a> {
         for (name, value) in &settings.kafka.properties {
             config.set(name, &value.0);
         }
-        Ok(Self { settings, client: config.create_with_context(Complaints::default())? })
+        let client = config.create_with_context(Complaints::default())?;
+        config.remove("allow.auto.create.topics");
+        let admin = config.create_with_context(Complaints::default())?;
+        Ok(Self { settings, client, admin })
     }
 
     pub fn client(&self) -> &BaseConsumer<Complaints> {
@@ -117,16 +132,35 @@ impl<'a> Cluster<'a> {
         }
     }
 
+    /// The largest batch, and so the largest message, that a topic takes.
+    pub fn max_bytes(&self, topic: &str) -> Result<u64, String> {
+        let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
+        let resources = [ResourceSpecifier::Topic(topic)];
+        let asked = self.admin.describe_configs(&resources, &options);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(|e| e.to_string())?;
+        let resources = runtime.block_on(asked).map_err(|e| e.to_string())?;
+        let resource = resources.into_iter().next().ok_or("no answer")?.map_err(|e| e.to_string())?;
+        let entry = resource.get("max.message.bytes").and_then(|entry| entry.value.as_deref());
+        entry.and_then(|value| value.parse().ok()).ok_or_else(|| "max.message.bytes is not shown".to_owned())
+    }
+
     /// The topics of the settings, all that is wrong with them at once.
     pub fn topics(&self) -> Result<Topics, Vec<Trouble>> {
         let mut troubles = Vec::new();
         for topic in self.settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
             troubles.extend(self.partitions("input.topics", topic).err());
         }
-        let mut count = |key, topic| self.partitions(key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
+        let mut written = |key, topic: &str| {
+            let partitions = self.partitions(key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
+            let max_bytes = self.max_bytes(topic).unwrap_or_else(|reason| {
+                tracing::info!(topic, reason, "max.message.bytes is not readable: {MESSAGE_MAX_BYTES} is taken");
+                MESSAGE_MAX_BYTES
+            });
+            Written { partitions, max_bytes }
+        };
         let topics = Topics {
-            output: count("output.topic", &self.settings.output.topic),
-            dead_letters: count("dead_letters.topic", &self.settings.dead_letters.topic),
+            output: written("output.topic", &self.settings.output.topic),
+            dead_letters: written("dead_letters.topic", &self.settings.dead_letters.topic),
         };
         if troubles.is_empty() { Ok(topics) } else { Err(troubles) }
     }

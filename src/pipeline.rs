@@ -78,8 +78,7 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
         ownership,
         model: task.model_name.clone(),
         digest: task.digest.short().to_owned(),
-        output_partitions: topics.output,
-        dead_partitions: topics.dead_letters,
+        topics: *topics,
     })
     .map_err(|e| format!("the producer cannot be made: {e}"))?;
 

@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
@@ -91,7 +89,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     }
     lines.say(&format!("group {}", settings.input.group), group(settings));
     lines.say("producer", producer(settings));
-    largest(settings, lines);
+    largest(&cluster, settings, lines);
 }
 
 /// Reads the group's offsets, which needs the right to read the group.
@@ -145,40 +143,20 @@ fn base(settings: &Settings) -> ClientConfig {
 
 /// A dead letter holds its record's bytes and a few headers more: the topics written must take what
 /// the topics read let in.
-fn largest(settings: &Settings, lines: &mut Lines) {
-    let admin: AdminClient<DefaultClientContext> = match base(settings).create() {
-        Ok(admin) => admin,
-        Err(error) => return lines.say("largest message", Err(error.to_string())),
-    };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return lines.say("largest message", Err(error.to_string())),
-    };
-    let limit = |topic: &str| -> Result<u64, String> {
-        let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
-        let answer = runtime.block_on(admin.describe_configs(&[ResourceSpecifier::Topic(topic)], &options));
-        let resources = answer.map_err(|e| e.to_string())?;
-        let resource = resources.into_iter().next().ok_or("no answer")?.map_err(|e| e.to_string())?;
-        let entry = resource.get("max.message.bytes").and_then(|e| e.value.clone());
-        entry.and_then(|v| v.parse().ok()).ok_or_else(|| "max.message.bytes is not shown".to_owned())
-    };
+fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let inputs = settings.input.topics.iter().filter(|topic| !topic.starts_with('^'));
-    let read: Result<Vec<u64>, String> = inputs.map(|topic| limit(topic)).collect();
-    let (read, dead) = match (read, limit(&settings.dead_letters.topic)) {
+    let read: Result<Vec<u64>, String> = inputs.map(|topic| cluster.max_bytes(topic)).collect();
+    let (read, dead) = match (read, cluster.max_bytes(&settings.dead_letters.topic)) {
         (Ok(read), Ok(dead)) => (read.into_iter().max().unwrap_or(0), dead),
         (Err(reason), _) | (_, Err(reason)) => {
             return lines.skip("largest message", &format!("the topics' limits are not readable: {reason}"));
         }
     };
-    let own = settings.output.properties.get("message.max.bytes").or(settings.kafka.properties.get("message.max.bytes"));
-    let client: u64 = own.and_then(|v| v.0.parse().ok()).unwrap_or(1_000_000);
-    let takes = dead.min(client);
     // Not a failure: larger ones leave their bytes behind, and the dead letter says so.
-    let note = if takes < read + 1024 {
-        format!("records up to {read} bytes come in, dead letters up to {takes} go out (topic {dead}, message.max.bytes {client}): of larger ones only the headers")
-    } else {
-        format!("records up to {read} bytes, dead letters up to {takes}")
-    };
+    let mut note = format!("records up to {read} bytes come in, dead letters up to {dead} go out");
+    if dead < read + 1024 {
+        note.push_str(": of larger ones only the headers");
+    }
     lines.say("largest message", Ok(note));
 }
 

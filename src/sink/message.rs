@@ -41,6 +41,17 @@ pub(super) fn dead_letter(headers: Option<&Headers>, source: &str, error: &Recor
     add(headers, "kandle-model-digest", &stamp.digest)
 }
 
+/// Bytes of a batch around its one record: batch header, lengths, attributes.
+pub(super) const OVERHEAD: usize = 128;
+
+/// Bytes that headers take, about: the client's reader insists on UTF-8 names, which a record's own
+/// need not have, so they are counted and not read. A batch that is too large all the same comes
+/// back from the broker and is settled then.
+pub(super) fn size(headers: &OwnedHeaders) -> usize {
+    use rdkafka::message::Headers as _;
+    headers.count() * 64
+}
+
 /// The partition to name; `None` leaves it to the hash of the key (murmur2, as Java's clients).
 /// A record without a key keeps its input partition's number, so that its order holds.
 pub(super) fn partition(by: Partitioning, key: Option<&[u8]>, source: &Position, count: i32) -> Option<i32> {

@@ -19,6 +19,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::{Reports, Ticket};
 use super::message::{self, Stamp};
+use crate::cluster::Topics;
 use crate::flow::{Encoded, Outcome, Ownership, Published, Queued};
 use crate::record::{Fault, Record, RecordError};
 use crate::settings::{Partitioning, Settings};
@@ -35,9 +36,7 @@ pub struct Wiring {
     /// `source@revision` and 16 hex digits.
     pub model: String,
     pub digest: String,
-    /// Partitions of the output and the dead-letter topic.
-    pub output_partitions: i32,
-    pub dead_partitions: i32,
+    pub topics: Topics,
 }
 
 pub struct Publisher {
@@ -73,6 +72,8 @@ impl Publisher {
             .set("enable.idempotence", "true")
             // For ever: a message is given up by the process, never silently.
             .set("message.timeout.ms", "0")
+            // Sizes are checked here, against each topic's own limit; see `produce`.
+            .set("message.max.bytes", "1000000000")
             .set("queue.buffering.max.messages", "1000000")
             .set("queue.buffering.max.kbytes", (settings.memory.limit.0 / 4 / 1024).to_string());
         for (name, value) in settings.kafka.properties.iter().chain(&settings.output.properties) {
@@ -162,10 +163,10 @@ impl Publisher {
         source.clear();
         // Writing to a String cannot fail.
         let _ = write!(source, "{position}");
-        let (topic, count, value, headers) = match &outcomes[place] {
+        let (topic, written, value, headers) = match &outcomes[place] {
             Outcome::Dead(error) => {
                 let headers = message::dead_letter(record.headers.as_ref(), source, error, &self.stamp);
-                (&self.dead_letters, self.wiring.dead_partitions, window.value(record), headers)
+                (&self.dead_letters, self.wiring.topics.dead_letters, window.value(record), headers)
             }
             outcome => {
                 let value = match outcome {
@@ -176,11 +177,18 @@ impl Publisher {
                     Outcome::Tombstone | Outcome::Dead(_) => None,
                 };
                 let headers = message::prediction(record.headers.as_ref(), source, &self.stamp);
-                (&self.output, self.wiring.output_partitions, value, headers)
+                (&self.output, self.wiring.topics.output, value, headers)
             }
         };
         let key = window.key(record);
-        let partition = message::partition(self.partitioning, key, &position, count);
+        let partition = message::partition(self.partitioning, key, &position, written.partitions);
+        // A batch with a message that is too large is refused as a whole, its neighbours too: what
+        // may be too large never gets that far.
+        let bytes = value.map_or(0, <[u8]>::len) + key.map_or(0, <[u8]>::len) + message::OVERHEAD + message::size(&headers);
+        if bytes as u64 > written.max_bytes {
+            self.producer.context().refuse(ticket.word(), RDKafkaErrorCode::MessageSizeTooLarge);
+            return Ok(());
+        }
         self.produce(BaseRecord {
             topic,
             partition,
@@ -201,11 +209,6 @@ impl Publisher {
                     self.wiring.metrics.retries.with_label_values(&["produce"]).inc();
                     self.producer.poll(Duration::from_millis(10));
                     self.check_fatal()?;
-                }
-                // As if the broker had said so: the record's reports are in one place.
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::MessageSizeTooLarge), back)) => {
-                    self.producer.context().refuse(back.delivery_opaque, RDKafkaErrorCode::MessageSizeTooLarge);
-                    return Ok(());
                 }
                 Err((error, back)) => return Err(format!("cannot publish to {}: {error}", back.topic)),
             }

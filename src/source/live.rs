@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, SendTimeoutError, Sender, TryRecvError};
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
 
+use super::commit::Committer;
 use super::lag::Lag;
 use super::ledger::Ledger;
 use super::rebalance::{Note, Notes, give_up, take_up};
@@ -63,7 +64,9 @@ pub struct Wiring {
 }
 
 pub struct Source {
-    consumer: BaseConsumer<Notes>,
+    /// Dropped before the consumer, which it shares.
+    committer: Committer,
+    consumer: Arc<BaseConsumer<Notes>>,
     wiring: Wiring,
     on_change: OnChange,
     commit_interval: Duration,
@@ -81,9 +84,17 @@ pub struct Source {
     paused: bool,
     revoking: Option<Revoking>,
     last_commit: Instant,
-    /// When the commit under way was sent.
-    committing: Option<Instant>,
     last_error: Option<(String, Instant)>,
+}
+
+impl Drop for Source {
+    /// Dropping the consumer leaves the group, which ends in a revocation that nobody else answers.
+    fn drop(&mut self) {
+        self.consumer.context().close();
+        if let Some(revoking) = self.revoking.take() {
+            let _ = give_up(&self.consumer, &revoking.list);
+        }
+    }
 }
 
 /// Partitions asked back, whose windows in flight may still finish.
@@ -91,8 +102,6 @@ struct Revoking {
     list: TopicPartitionList,
     partitions: Vec<Partition>,
     deadline: Instant,
-    /// The last commit for them is on its way.
-    committing: bool,
 }
 
 impl Source {
@@ -119,10 +128,13 @@ impl Source {
         }
         let consumer: BaseConsumer<Notes> =
             config.create_with_context(Notes::default()).map_err(SourceError::Client)?;
+        let consumer = Arc::new(consumer);
+        let committer = Committer::start(&consumer).map_err(|e| SourceError::Fatal(e.to_string()))?;
         let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
         consumer.subscribe(&topics).map_err(SourceError::Client)?;
         wiring.metrics.memory_limit.set(settings.memory.limit.0 as f64);
         Ok(Self {
+            committer,
             consumer,
             on_change: settings.model.on_change,
             commit_interval: settings.delivery.commit_interval.0,
@@ -141,7 +153,6 @@ impl Source {
             paused: false,
             revoking: None,
             last_commit: Instant::now(),
-            committing: None,
             last_error: None,
             wiring,
         })
@@ -206,10 +217,7 @@ impl Source {
         if self.ledger.commits_open() {
             tracing::warn!("the last offsets could not be committed: their records will be predicted again");
         }
-        self.consumer.context().close();
         self.wiring.health.idle(Stage::Source);
-        drop(self.consumer);
-        tracing::info!("left the group");
         Ok(())
     }
 
@@ -408,7 +416,11 @@ impl Source {
                 list.clone()
             }
         };
-        self.compare_models(&known)?;
+        if let Err(changed) = self.compare_models(&known) {
+            // The client waits for an answer, also when it is about to leave.
+            let _ = take_up(&self.consumer, list);
+            return Err(changed);
+        }
         for partition in &partitions {
             let start = known.find_partition(&partition.topic, partition.number).and_then(|e| match e.offset() {
                 Offset::Offset(offset) => Some(offset),
@@ -479,13 +491,13 @@ impl Source {
         } else if let Err(error) = self.consumer.pause(&list) {
             tracing::debug!(%error, "pausing what is revoked");
         }
-        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + timeout, committing: lost });
+        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + timeout });
     }
 
     /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
     /// or time is up.
     fn finish_revoking(&mut self) {
-        let Some(mut revoking) = self.revoking.take() else { return };
+        let Some(revoking) = self.revoking.take() else { return };
         let late = Instant::now() >= revoking.deadline;
         let in_flight = |ledger: &Ledger| {
             revoking.partitions.iter().any(|p| ledger.get(p).is_some_and(|owned| owned.windows_in_flight() > 0))
@@ -494,8 +506,7 @@ impl Source {
             self.revoking = Some(revoking);
             return;
         }
-        if !revoking.committing {
-            revoking.committing = true;
+        if !late {
             self.commit(Some(&revoking.partitions));
         }
         let open = revoking.partitions.iter().any(|p| {
@@ -521,6 +532,9 @@ impl Source {
     // Commits.
 
     fn commit(&mut self, only: Option<&[Partition]>) {
+        if self.committer.is_busy() {
+            return;
+        }
         self.last_commit = Instant::now();
         let offsets = self.ledger.to_commit(only);
         if offsets.is_empty() {
@@ -535,27 +549,21 @@ impl Source {
                 tracing::warn!(%partition, offset, %error, "an offset that cannot be committed");
             }
         }
-        self.committing = Some(Instant::now());
-        if let Err(error) = self.consumer.commit(&list, CommitMode::Async) {
-            self.committed(Err(error), &list);
-        }
+        self.committer.commit(list);
     }
 
     fn committed(&mut self, result: Result<(), KafkaError>, offsets: &TopicPartitionList) {
-        if let Some(sent) = self.committing.take() {
-            self.wiring.metrics.stage.with_label_values(&["commit"]).observe(sent.elapsed().as_secs_f64());
+        if let Some(time) = self.committer.done() {
+            self.wiring.metrics.stage.with_label_values(&["commit"]).observe(time.as_secs_f64());
         }
-        if let Err(error) = &result
-            && offsets.count() > 0
-        {
+        if let Err(error) = &result {
             tracing::warn!(%error, "a commit failed and will be made again");
             self.wiring.metrics.retries.with_label_values(&["commit"]).inc();
             self.wiring.health.error(&format!("commit: {error}"));
         }
         for element in offsets.elements() {
             if let Offset::Offset(offset) = element.offset() {
-                let taken = result.is_ok() && element.error().is_ok();
-                self.ledger.committed(&Partition::new(element.topic(), element.partition()), offset, taken);
+                self.ledger.committed(&Partition::new(element.topic(), element.partition()), offset, result.is_ok());
             }
         }
     }

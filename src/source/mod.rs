@@ -2,9 +2,10 @@
 //! It never waits for anything without polling the consumer, so the group never loses the member,
 //! however long the model takes. Nothing here knows models.
 
+mod commit;
+mod lag;
 mod ledger;
 mod live;
-mod lag;
 mod rebalance;
 
 pub use live::{Source, SourceError, Wiring};

@@ -42,7 +42,7 @@ impl Notes {
         self.closing.store(true, Ordering::Relaxed);
     }
 
-    fn leave(&self, note: Note) {
+    pub fn leave(&self, note: Note) {
         self.notes.lock().unwrap_or_else(|e| e.into_inner()).push_back(note);
     }
 }
@@ -68,10 +68,6 @@ impl ConsumerContext for Notes {
         }
         let partitions = partitions.clone();
         self.leave(if assign { Note::Assign(partitions) } else { Note::Revoke(partitions) });
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        self.leave(Note::Committed(result, offsets.clone()));
     }
 }
 

@@ -65,7 +65,7 @@ EOF
   "${java[@]}" kafka.tools.StorageTool format -t kandle-tests-0000000000 -c "$dir/server.properties" >"$dir/format.log" 2>&1 </dev/null \
     || { cat "$dir/format.log" >&2; exit 1; }
   "${java[@]}" kafka.Kafka "$dir/server.properties" >"$dir/server.log" 2>&1 </dev/null &
-  local broker=$!
+  broker=$!
   trap 'kill -9 $broker 2>/dev/null; wait $broker 2>/dev/null' EXIT
   # Ends when the other end of standard input is closed, or the broker dies.
   while kill -0 $broker 2>/dev/null; do

@@ -1,0 +1,500 @@
+//! Real parts for tests: an Apache Kafka, topics and groups of one's own, the daemon as a process.
+
+#![allow(dead_code)] // Each test binary uses its part.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+/// Machines are slow at times; a condition that does not come within this is a failure.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Waits for a condition; says what it waited for when it does not come.
+#[track_caller]
+pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = check() {
+            return found;
+        }
+        assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+/// A broker of this test process, or the one that KANDLE_TEST_BROKERS names.
+pub fn brokers() -> &'static str {
+    static BROKERS: OnceLock<String> = OnceLock::new();
+    BROKERS.get_or_init(|| match std::env::var("KANDLE_TEST_BROKERS") {
+        Ok(brokers) => brokers,
+        Err(_) => {
+            let broker = Broker::start();
+            let brokers = broker.brokers.clone();
+            // Lives as long as this process: its standard input closes with it.
+            std::mem::forget(broker);
+            brokers
+        }
+    })
+}
+
+/// A real Kafka as a child process.
+pub struct Broker {
+    pub brokers: String,
+    child: Child,
+    _input: ChildStdin,
+    _directory: tempfile::TempDir,
+}
+
+impl Broker {
+    pub fn start() -> Self {
+        let script = root().join("tests/support/kafka.sh");
+        let fetched = Command::new(&script).arg("fetch").status().expect("kafka.sh runs");
+        assert!(fetched.success(), "kafka.sh fetch failed");
+        let directory = tempfile::tempdir().expect("a directory");
+        let port = free_ports();
+        let mut child = Command::new(&script)
+            .args(["run", &directory.path().display().to_string(), &port.to_string()])
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("kafka.sh runs");
+        let input = child.stdin.take().expect("piped");
+        let brokers = format!("127.0.0.1:{port}");
+        let client: BaseConsumer =
+            ClientConfig::new().set("bootstrap.servers", &brokers).set("log_level", "0").create().expect("a client");
+        until("the broker", || client.fetch_metadata(None, Duration::from_secs(2)).ok().filter(|m| !m.brokers().is_empty()));
+        Self { brokers, child, _input: input, _directory: directory }
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Two neighbouring free ports.
+fn free_ports() -> u16 {
+    for _ in 0..100 {
+        let first = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = first.local_addr().expect("an address").port();
+        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no two free ports");
+}
+
+/// A name that no other test has, in this run or an earlier one.
+pub fn unique(name: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let millis = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_millis();
+    format!("{name}-{}-{millis}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Topics and a group of one test.
+pub struct Place {
+    pub brokers: String,
+    pub input: String,
+    pub output: String,
+    pub dead: String,
+    pub group: String,
+}
+
+impl Place {
+    pub fn new(name: &str, partitions: i32) -> Self {
+        let name = unique(name);
+        let place = Self {
+            brokers: brokers().to_owned(),
+            input: format!("{name}-in"),
+            output: format!("{name}-out"),
+            dead: format!("{name}-dead"),
+            group: format!("{name}-group"),
+        };
+        place.create(&place.input, partitions, &[]);
+        place.create(&place.output, partitions, &[]);
+        place.create(&place.dead, 1, &[]);
+        place
+    }
+
+    pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
+        let admin: AdminClient<DefaultClientContext> =
+            ClientConfig::new().set("bootstrap.servers", &self.brokers).create().expect("a client");
+        let mut topic_ = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
+        for (key, value) in config {
+            topic_ = topic_.set(key, value);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let made = runtime.block_on(admin.create_topics([&topic_], &AdminOptions::new())).expect("an answer");
+        made.into_iter().for_each(|result| drop(result.expect("a topic")));
+    }
+
+    /// The settings of a daemon here, as YAML; `more` replaces or adds sections.
+    pub fn config(&self, more: &[(&str, &str)]) -> String {
+        let mut sections: Vec<(&str, String)> = vec![
+            ("kafka", format!("{{ brokers: \"{}\" }}", self.brokers)),
+            ("input", format!("{{ topics: [{}], group: {}, format: json, field: /text }}", self.input, self.group)),
+            ("task", "{ kind: text-classification }".to_owned()),
+            ("model", "{ source: bundled }".to_owned()),
+            ("output", format!("{{ topic: {}, include: [/id] }}", self.output)),
+            ("dead_letters", format!("{{ topic: {} }}", self.dead)),
+            ("server", "{ listen: \"127.0.0.1:0\" }".to_owned()),
+            ("window", "{ max_wait: 50ms }".to_owned()),
+        ];
+        for (name, value) in more {
+            let value = value
+                .replace("$INPUT", &self.input)
+                .replace("$OUTPUT", &self.output)
+                .replace("$DEAD", &self.dead)
+                .replace("$GROUP", &self.group);
+            sections.retain(|(known, _)| known != name);
+            sections.push((name, value));
+        }
+        sections.into_iter().filter(|(_, v)| !v.is_empty()).map(|(name, value)| format!("{name}: {value}\n")).collect()
+    }
+
+    pub fn producer(&self) -> BaseProducer {
+        ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .set("message.max.bytes", "20000000")
+            .set("linger.ms", "20")
+            .create()
+            .expect("a producer")
+    }
+
+    /// Produces and waits for the acknowledgement of all.
+    pub fn produce(&self, records: impl IntoIterator<Item = Sent>) {
+        let producer = self.producer();
+        for record in records {
+            loop {
+                let mut headers = OwnedHeaders::new();
+                for (key, value) in &record.headers {
+                    headers = headers.insert(Header { key, value: Some(value) });
+                }
+                let message = BaseRecord::<[u8], [u8]> {
+                    topic: &self.input,
+                    partition: Some(record.partition),
+                    payload: record.value.as_deref(),
+                    key: record.key.as_deref(),
+                    timestamp: record.timestamp,
+                    headers: Some(headers),
+                    delivery_opaque: (),
+                };
+                match producer.send(message) {
+                    Ok(()) => break,
+                    Err(_) => producer.poll(Duration::from_millis(20)),
+                }
+            }
+        }
+        producer.flush(PATIENCE).expect("all acknowledged");
+    }
+
+    /// Reads a topic from its beginning until `enough` says so.
+    pub fn read(&self, topic: &str, what: &str, mut enough: impl FnMut(&[Got]) -> bool) -> Vec<Got> {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .set("group.id", unique("reader"))
+            .set("enable.auto.commit", "false")
+            .set("fetch.message.max.bytes", "20000000")
+            .create()
+            .expect("a consumer");
+        let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).expect("metadata");
+        let mut list = TopicPartitionList::new();
+        for partition in metadata.topics()[0].partitions() {
+            list.add_partition_offset(topic, partition.id(), Offset::Beginning).expect("an offset");
+        }
+        consumer.assign(&list).expect("assigned");
+        let mut got = Vec::new();
+        let started = Instant::now();
+        while !enough(&got) {
+            assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; {} records are there", got.len());
+            let mut wait = Duration::from_millis(100);
+            while let Some(message) = consumer.poll(wait) {
+                got.push(Got::from(&message.expect("a message")));
+                wait = Duration::ZERO;
+            }
+        }
+        got
+    }
+
+    pub fn predictions(&self, count: usize) -> Vec<Got> {
+        self.read(&self.output, &format!("{count} predictions"), |got| got.len() >= count)
+    }
+
+    pub fn dead_letters(&self, count: usize) -> Vec<Got> {
+        self.read(&self.dead, &format!("{count} dead letters"), |got| got.len() >= count)
+    }
+
+    /// The offset that the group has in a partition, with its metadata.
+    pub fn committed(&self, partition: i32) -> Option<(i64, String)> {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .set("group.id", &self.group)
+            .create()
+            .expect("a consumer");
+        let mut list = TopicPartitionList::new();
+        list.add_partition(&self.input, partition);
+        let offsets = consumer.committed_offsets(list, Duration::from_secs(10)).ok()?;
+        let elements = offsets.elements();
+        let offset = elements[0].offset().to_raw().filter(|&o| o >= 0)?;
+        Some((offset, elements[0].metadata().to_owned()))
+    }
+}
+
+/// A record to produce.
+#[derive(Debug, Clone, Default)]
+pub struct Sent {
+    pub partition: i32,
+    pub key: Option<Vec<u8>>,
+    pub value: Option<Vec<u8>>,
+    pub timestamp: Option<i64>,
+    pub headers: Vec<(String, String)>,
+}
+
+impl Sent {
+    pub fn new(partition: i32, value: impl Into<Vec<u8>>) -> Self {
+        Self { partition, value: Some(value.into()), ..Self::default() }
+    }
+
+    /// `{"id":…,"text":…}`.
+    pub fn ticket(partition: i32, id: usize, text: &str) -> Self {
+        Self::new(partition, serde_json::json!({ "id": id, "text": text }).to_string())
+    }
+}
+
+/// A record that was read.
+#[derive(Debug, Clone)]
+pub struct Got {
+    pub partition: i32,
+    pub offset: i64,
+    pub key: Option<Vec<u8>>,
+    pub value: Option<Vec<u8>>,
+    pub timestamp: Option<i64>,
+    pub headers: Vec<(String, String)>,
+}
+
+impl From<&rdkafka::message::BorrowedMessage<'_>> for Got {
+    fn from(message: &rdkafka::message::BorrowedMessage<'_>) -> Self {
+        Self {
+            partition: message.partition(),
+            offset: message.offset(),
+            key: message.key().map(<[u8]>::to_vec),
+            value: message.payload().map(<[u8]>::to_vec),
+            timestamp: message.timestamp().to_millis(),
+            headers: message
+                .headers()
+                .map(|headers| {
+                    headers
+                        .iter()
+                        .map(|h| (h.key.to_owned(), String::from_utf8_lossy(h.value.unwrap_or_default()).into_owned()))
+                        .collect()
+                })
+                .unwrap_or_default(),
+        }
+    }
+}
+
+impl Got {
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(self.value.as_deref().expect("a value")).expect("JSON")
+    }
+
+    /// The last one, as Kafka's lastHeader does it.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Partition and offset of `kandle-source`.
+    pub fn source(&self) -> (i32, i64) {
+        let source = self.header("kandle-source").expect("kandle-source");
+        let mut parts = source.rsplit('/');
+        let offset = parts.next().and_then(|p| p.parse().ok()).expect("an offset");
+        (parts.next().and_then(|p| p.parse().ok()).expect("a partition"), offset)
+    }
+}
+
+/// The first occurrence of each position, per partition, must come in order.
+pub fn assert_order(got: &[Got]) {
+    let mut seen: HashMap<i32, (i32, i64)> = HashMap::new();
+    let mut known = std::collections::HashSet::new();
+    for record in got {
+        let (partition, offset) = record.source();
+        if !known.insert((partition, offset)) {
+            continue;
+        }
+        let last = seen.entry(partition).or_insert((record.partition, -1));
+        if last.0 == record.partition {
+            assert!(offset > last.1, "{partition}/{offset} came after {partition}/{}", last.1);
+            last.1 = offset;
+        }
+    }
+}
+
+/// The kandle binary of this build.
+pub fn kandle() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kandle"));
+    // Only what a test sets.
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("KANDLE__")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Runs to the end; exit code, standard output, standard error.
+pub fn finish(command: &mut Command, input: &[u8]) -> (i32, String, String) {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kandle starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    let input = input.to_vec();
+    // A full pipe must not stop either side.
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let output = child.wait_with_output().expect("kandle ends");
+    let _ = writer.join();
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+/// A file that lives as long as the test.
+pub struct File {
+    _directory: tempfile::TempDir,
+    pub path: PathBuf,
+}
+
+pub fn file(name: &str, content: &str) -> File {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join(name);
+    std::fs::write(&path, content).expect("written");
+    File { _directory: directory, path }
+}
+
+/// `kandle run` as a process, its log kept.
+pub struct Daemon {
+    child: Child,
+    log: Arc<Mutex<String>>,
+    _config: File,
+}
+
+impl Daemon {
+    pub fn start(config: &str) -> Self {
+        Self::start_with(config, |_| {})
+    }
+
+    pub fn start_with(config: &str, more: impl FnOnce(&mut Command)) -> Self {
+        let config = file("kandle.yaml", config);
+        let mut command = kandle();
+        command.args(["run", "-c"]).arg(&config.path).stderr(Stdio::piped()).stdout(Stdio::null()).stdin(Stdio::null());
+        more(&mut command);
+        let mut child = command.spawn().expect("kandle starts");
+        let log = Arc::new(Mutex::new(String::new()));
+        let (kept, stderr) = (Arc::clone(&log), child.stderr.take().expect("piped"));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let mut log = kept.lock().expect("the log");
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        Self { child, log, _config: config }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn log(&self) -> String {
+        self.log.lock().expect("the log").clone()
+    }
+
+    /// Waits for a line in the log that holds `text`.
+    #[track_caller]
+    pub fn wait_log(&mut self, text: &str) -> String {
+        let started = Instant::now();
+        loop {
+            if let Some(line) = self.log().lines().find(|line| line.contains(text)) {
+                return line.to_owned();
+            }
+            let ended = self.child.try_wait().expect("a status");
+            assert!(
+                ended.is_none() && started.elapsed() < PATIENCE,
+                "{text:?} is not in the log ({ended:?}):\n{}",
+                self.log()
+            );
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+
+    pub fn address(&mut self) -> String {
+        let line = self.wait_log("admin server listens");
+        line.rsplit("address=").next().expect("an address").trim().to_owned()
+    }
+
+    /// Status and body of a GET.
+    pub fn get(&mut self, path: &str) -> (u16, String) {
+        self.get_as(path, "*/*")
+    }
+
+    pub fn get_as(&mut self, path: &str, accept: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(self.address()).expect("the admin server answers");
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nConnection: close\r\n\r\n").expect("asked");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).expect("a status");
+        (status, body.to_owned())
+    }
+
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status().expect("kill");
+        assert!(status.success(), "kill -{name}");
+    }
+
+    /// Waits for the end.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let child = &mut self.child;
+        let started = Instant::now();
+        loop {
+            if let Some(status) = child.try_wait().expect("a status") {
+                return status;
+            }
+            assert!(started.elapsed() < PATIENCE, "kandle does not end:\n{}", self.log.lock().expect("the log"));
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+
+    /// SIGTERM; it must end with 0.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        self.signal("TERM");
+        let status = self.wait();
+        assert!(status.success(), "{status}:\n{}", self.log());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
