@@ -34,7 +34,7 @@ pub struct Topics {
 }
 
 /// What librdkafka takes where nothing else is said.
-const MESSAGE_MAX_BYTES: u64 = 1_000_000;
+pub const MESSAGE_MAX_BYTES: u64 = 1_000_000;
 
 /// Why the cluster cannot be used now.
 #[derive(Debug, thiserror::Error)]

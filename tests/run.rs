@@ -241,15 +241,13 @@ fn a_full_pipeline_pauses_and_stays_in_the_group() {
     let total = 6000;
     place.produce((0..total).map(|i| Sent::ticket((i % 2) as i32, i, &format!("{i} {long}"))));
     let config = place.config(&[("input", input), ("window", "{ max_records: 2000 }"), ("log", "{ level: debug }")]);
-    let mut daemon = Daemon::start_with(&config, |command| {
-        // One slow core.
-        command.env("RAYON_NUM_THREADS", "1");
-    });
+    let mut daemon = Daemon::start(&config);
     let got = place.predictions(total);
     let log = daemon.log();
     daemon.stop();
     assert_order(&got);
     assert_eq!(got.len(), total);
+    assert!(log.contains("paused: the pipeline is full"), "it was never full:\n{log}");
     assert!(!log.contains("partitions go"), "the member was put out:\n{log}");
 }
 

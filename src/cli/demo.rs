@@ -1,4 +1,277 @@
+//! `demo`: librdkafka's mock cluster in this process, the bundled model, tickets produced at a
+//! steady pace. Everything between the topics is what `run` does.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
 use clap::Args;
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::{Headers, Message};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::{BaseProducer, BaseRecord};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use crate::cluster::{MESSAGE_MAX_BYTES, Topics, Written};
+use crate::pipeline::{self, Shared};
+use crate::settings::{self, Settings, Sources};
+use crate::task::Task;
+use crate::telemetry::{logging, server};
+
 #[derive(Args)]
-pub struct Options {}
-pub fn demo(_: &Options) -> anyhow::Result<()> { Ok(()) }
+pub struct Options {
+    /// How long it runs
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(3..=3600))]
+    seconds: u64,
+    /// Tickets produced per second
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    rate: u64,
+    /// Address of /metrics, /livez, /readyz and /status; port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:9464")]
+    listen: String,
+}
+
+/// Made by demo/train.py from templates that the model was not trained on.
+const TICKETS: &str = include_str!("../../demo/tickets.jsonl");
+const INPUT: &str = "tickets";
+const OUTPUT: &str = "tickets-predictions";
+const DEAD: &str = "tickets-dead";
+/// Every so many tickets one that is broken.
+const BROKEN: u64 = 150;
+/// Predictions shown in full.
+const SHOWN: usize = 6;
+
+pub fn demo(options: &Options) -> anyhow::Result<()> {
+    let cluster = MockCluster::new(1).context("the embedded broker")?;
+    for (topic, partitions) in [(INPUT, 4), (OUTPUT, 4), (DEAD, 1)] {
+        cluster.create_topic(topic, partitions, 1).with_context(|| format!("topic {topic}"))?;
+    }
+    let settings = settings(&cluster.bootstrap_servers())?;
+    logging::start(&settings.log);
+    let shared = Shared::new(&settings);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let serve = |listen: &str| {
+        runtime.block_on(server::serve(listen, Arc::clone(&shared.metrics), Arc::clone(&shared.health)))
+    };
+    // Its own port may be taken by a kandle that runs here.
+    let address = serve(&options.listen).or_else(|_| serve("127.0.0.1:0")).context("the admin server")?;
+
+    let started = Instant::now();
+    let task = Arc::new(Task::load(&settings, &shared.metrics)?);
+    println!("kandle demo: support tickets from a Kafka topic, routed to a team by a small BERT, back to Kafka");
+    println!("  model    {} (digest {}), loaded in {} ms on {}", task.model_name, task.digest, started.elapsed().as_millis(), task.device);
+    println!("  kafka    {} (embedded, gone when this ends)", settings.kafka.brokers);
+    println!("  topics   {INPUT} -> {OUTPUT}, {DEAD}");
+    println!("  metrics  http://{address}/metrics\n");
+
+    // The embedded broker has no configuration to ask for.
+    let topics = Topics {
+        output: Written { partitions: 4, max_bytes: MESSAGE_MAX_BYTES },
+        dead_letters: Written { partitions: 1, max_bytes: MESSAGE_MAX_BYTES },
+    };
+    let device = task.device.clone();
+    let running = {
+        let (settings, shared) = (settings.clone(), shared.clone());
+        std::thread::Builder::new()
+            .name("kandle-demo".to_owned())
+            .spawn(move || pipeline::run(&settings, task, &topics, &shared))?
+    };
+    let shown = show(options, &settings, &shared, &device, || running.is_finished());
+    shared.stop.store(true, Ordering::Relaxed);
+    running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))?.map_err(anyhow::Error::msg)?;
+    shown?;
+    println!("\nOn your own Kafka:");
+    println!("  kandle config show --set kafka.brokers=HOST:9092 --set input.topics=IN --set input.group=kandle --set input.field=/text --set task.kind=text-classification --set model.source=bundled --set output.topic=OUT --set dead_letters.topic=DEAD > kandle.yaml");
+    println!("  kandle check -c kandle.yaml");
+    println!("  kandle run -c kandle.yaml");
+    Ok(())
+}
+
+fn settings(brokers: &str) -> anyhow::Result<Settings> {
+    let set = [
+        format!("kafka.brokers={brokers}"),
+        format!("input.topics={INPUT}"),
+        "input.group=kandle-demo".to_owned(),
+        "input.field=/text".to_owned(),
+        "task.kind=text-classification".to_owned(),
+        "model.source=bundled".to_owned(),
+        format!("output.topic={OUTPUT}"),
+        "output.include=/id,/text".to_owned(),
+        format!("dead_letters.topic={DEAD}"),
+        "log.level=error".to_owned(),
+    ];
+    let sources = Sources { set: set.into(), ..Sources::default() };
+    let loaded = settings::load(&sources)
+        .map_err(|faults| anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
+    Ok(loaded.settings)
+}
+
+/// What has been seen so far.
+#[derive(Default)]
+struct Seen {
+    produced: u64,
+    predicted: u64,
+    dead: u64,
+    shown: usize,
+    dead_shown: bool,
+}
+
+/// Produces, reads what comes back, and shows both until time is up and all has come back.
+fn show(
+    options: &Options,
+    settings: &Settings,
+    shared: &Shared,
+    device: &str,
+    failed: impl Fn() -> bool,
+) -> anyhow::Result<()> {
+    let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", &settings.kafka.brokers).create()?;
+    let reader = reader(&settings.kafka.brokers)?;
+    let tickets: Vec<&str> = TICKETS.lines().collect();
+    let terminal = std::io::stdout().is_terminal();
+    let mut seen = Seen::default();
+    let mut line = Line { terminal, last: Instant::now(), windows: (0, 0.0), width: 0 };
+    let started = Instant::now();
+    let end = Duration::from_secs(options.seconds);
+    // What is in flight at the end gets a moment more.
+    while started.elapsed() < end || (seen.predicted + seen.dead < seen.produced && started.elapsed() < end * 2) {
+        anyhow::ensure!(!failed(), "the pipeline ended early");
+        let due = (started.elapsed().min(end).as_millis() as u64 * options.rate) / 1000;
+        while seen.produced < due {
+            let ticket = tickets[seen.produced as usize % tickets.len()];
+            // Cut off in the middle, as a producer's bug would.
+            let value = if seen.produced % BROKEN == BROKEN / 4 { &ticket[..ticket.len() / 2] } else { ticket };
+            let key = format!("customer-{}", seen.produced % 97);
+            let sent = producer.send(BaseRecord::to(INPUT).key(&key).payload(value));
+            sent.map_err(|(e, _)| e).context("producing")?;
+            seen.produced += 1;
+        }
+        producer.poll(Duration::ZERO);
+        let mut wait = Duration::from_millis(20);
+        while let Some(message) = reader.poll(wait) {
+            wait = Duration::ZERO;
+            match message {
+                Ok(message) if message.topic() == DEAD => {
+                    seen.dead += 1;
+                    if !seen.dead_shown {
+                        seen.dead_shown = true;
+                        line.clear();
+                        dead_letter(&message);
+                    }
+                }
+                Ok(message) => {
+                    seen.predicted += 1;
+                    // A few, spread over the first seconds.
+                    if seen.shown < SHOWN && seen.predicted >= 1 + seen.shown as u64 * options.rate / 2 {
+                        seen.shown += 1;
+                        line.clear();
+                        prediction(&message);
+                    }
+                }
+                Err(_) => {}
+            }
+        }
+        line.show(&seen, shared, started, device);
+    }
+    line.clear();
+    let seconds = started.elapsed().as_secs_f64();
+    println!(
+        "\n{} tickets in {seconds:.0} s: {} predictions, {} dead letters, nothing lost",
+        seen.produced, seen.predicted, seen.dead
+    );
+    anyhow::ensure!(seen.predicted + seen.dead == seen.produced, "{} tickets did not come back", seen.produced - seen.predicted - seen.dead);
+    Ok(())
+}
+
+fn reader(brokers: &str) -> anyhow::Result<BaseConsumer> {
+    let reader: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("group.id", "kandle-demo-reader")
+        .set("enable.auto.commit", "false")
+        .create()?;
+    let mut all = TopicPartitionList::new();
+    for (topic, partitions) in [(OUTPUT, 4), (DEAD, 1)] {
+        for partition in 0..partitions {
+            all.add_partition_offset(topic, partition, Offset::Beginning)?;
+        }
+    }
+    reader.assign(&all)?;
+    Ok(reader)
+}
+
+fn prediction(message: &impl Message) {
+    let value: serde_json::Value = serde_json::from_slice(message.payload().unwrap_or_default()).unwrap_or_default();
+    let text = value["text"].as_str().unwrap_or_default();
+    let short: String = text.chars().take(72).collect();
+    let more = if text.chars().count() > 72 { "…" } else { "" };
+    println!(
+        "  {:9} {:4.0} %  {short}{more}",
+        value["label"].as_str().unwrap_or_default(),
+        value["score"].as_f64().unwrap_or_default() * 100.0
+    );
+}
+
+fn dead_letter(message: &impl Message) {
+    let header = |name: &str| {
+        let headers = message.headers()?;
+        let found = headers.iter().find(|h| h.key == name)?;
+        Some(String::from_utf8_lossy(found.value?).into_owned())
+    };
+    let value = String::from_utf8_lossy(message.payload().unwrap_or_default()).into_owned();
+    println!("  dead letter from {}: {value}", header("kandle-source").unwrap_or_default());
+    println!(
+        "    why: {}: {}",
+        header("kandle-error").unwrap_or_default(),
+        header("kandle-error-message").unwrap_or_default()
+    );
+}
+
+/// The live line: rewritten in place on a terminal, now and then elsewhere.
+struct Line {
+    terminal: bool,
+    last: Instant,
+    /// Windows and their records at the last line.
+    windows: (u64, f64),
+    width: usize,
+}
+
+impl Line {
+    fn show(&mut self, seen: &Seen, shared: &Shared, started: Instant, device: &str) {
+        let every = if self.terminal { Duration::from_millis(250) } else { Duration::from_secs(2) };
+        if self.last.elapsed() < every {
+            return;
+        }
+        self.last = Instant::now();
+        let histogram = &shared.metrics.window_records;
+        let now = (histogram.get_sample_count(), histogram.get_sample_sum());
+        let window = match now.0 - self.windows.0 {
+            0 => "-".to_owned(),
+            closed => format!("{:.0} records", (now.1 - self.windows.1) / closed as f64),
+        };
+        self.windows = now;
+        let seconds = started.elapsed().as_secs_f64();
+        let done = seen.predicted + seen.dead;
+        let text = format!(
+            "[{seconds:4.0} s] {:.0} tickets/s, lag {}, window {window}, {device}, {} predicted, {} dead",
+            done as f64 / seconds,
+            seen.produced - done,
+            seen.predicted,
+            seen.dead
+        );
+        if self.terminal {
+            print!("\r{text:width$}", width = self.width);
+            let _ = std::io::stdout().flush();
+        } else {
+            println!("{text}");
+        }
+        self.width = text.len();
+    }
+
+    fn clear(&mut self) {
+        if self.terminal {
+            print!("\r{:width$}\r", "", width = self.width);
+        }
+    }
+}

@@ -146,30 +146,37 @@ fn pretty(value: &serde_json::Value) -> String {
     serde_json::to_string_pretty(value).expect("a JSON value has a text")
 }
 
+/// YAML that `-c` reads again, each value with its origin behind it.
 fn show_config(loaded: Loaded) -> anyhow::Result<()> {
-    let mut rows = Vec::new();
-    flatten(&loaded.shown, String::new(), &mut rows);
-    let width = rows.iter().map(|(key, value)| key.len() + value.len() + 2).max().unwrap_or(0).min(60);
-    for (key, value) in rows {
-        // A list has one origin.
-        let origin = loaded
-            .origins
-            .get(&key)
-            .or_else(|| loaded.origins.iter().find(|(k, _)| k.starts_with(&format!("{key}."))).map(|(_, v)| v));
-        let origin = origin.map_or("default", String::as_str);
-        println!("{:width$}  # {origin}", format!("{key}: {value}"));
+    let mut lines = Vec::new();
+    yaml(&loaded.shown, "", 0, &mut lines);
+    let width = lines.iter().map(|(line, _)| line.len()).max().unwrap_or(0).min(56);
+    for (line, key) in lines {
+        let Some(key) = key else {
+            println!("{line}");
+            continue;
+        };
+        // A list has the origin of its items.
+        let inside = format!("{key}.");
+        let origin = loaded.origins.get(&key).or_else(|| {
+            loaded.origins.iter().find(|(known, _)| known.starts_with(&inside)).map(|(_, origin)| origin)
+        });
+        println!("{line:width$}  # {}", origin.map_or("default", String::as_str));
     }
     Ok(())
 }
 
-fn flatten(value: &serde_json::Value, key: String, rows: &mut Vec<(String, String)>) {
-    match value {
-        serde_json::Value::Object(object) if !object.is_empty() => {
-            for (name, child) in object {
-                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-                flatten(child, key, rows);
+/// Lines, and the key of each that has a value. JSON's scalars and lists are YAML's too.
+fn yaml(value: &serde_json::Value, key: &str, depth: usize, lines: &mut Vec<(String, Option<String>)>) {
+    for (name, child) in value.as_object().into_iter().flatten() {
+        let indent = "  ".repeat(depth);
+        let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+        match child {
+            serde_json::Value::Object(object) if !object.is_empty() => {
+                lines.push((format!("{indent}{name}:"), None));
+                yaml(child, &key, depth + 1, lines);
             }
+            leaf => lines.push((format!("{indent}{name}: {leaf}"), Some(key))),
         }
-        other => rows.push((key, other.to_string())),
     }
 }

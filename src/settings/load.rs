@@ -392,6 +392,7 @@ fn check(value: &Value, schema: &Value, origins: &mut BTreeMap<String, String>, 
                 }
                 report(key, format!("{message}; allowed: {}", options.join(", ")));
             }
+            ValidationErrorKind::Type { .. } if at["enum"].is_array() => {}
             ValidationErrorKind::Type { .. } | ValidationErrorKind::Pattern { .. } => {
                 let wanted = match at["description"].as_str() {
                     Some(text) => format!("{} ({})", types(at).join(" or "), text.lines().next().unwrap_or_default()),

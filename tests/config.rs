@@ -1,0 +1,261 @@
+//! Configuration as a user meets it: layers, faults, `config show`, `config schema`, default.yaml.
+
+mod support;
+
+use std::path::PathBuf;
+
+use kandle::settings::{self, Fault, Loaded, Sources};
+use serde_json::Value;
+use support::{file, finish, kandle, root};
+
+const MINIMAL: &str = "
+kafka: { brokers: 'localhost:9092' }
+input: { topics: [in], group: g, field: /text }
+task: { kind: text-classification }
+model: { source: bundled }
+output: { topic: out }
+dead_letters: { topic: dead }
+";
+
+fn load(files: &[PathBuf], set: &[&str], environment: &[(&str, &str)]) -> Result<Loaded, Vec<Fault>> {
+    settings::load(&Sources {
+        files: files.to_vec(),
+        set: set.iter().map(|s| s.to_string()).collect(),
+        environment: environment.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+    })
+}
+
+/// The faults of the minimal file with `more` over it, as lines.
+fn faults(more: &str) -> Vec<String> {
+    let (base, over) = (file("base.yaml", MINIMAL), file("over.yaml", more));
+    match load(&[base.path.clone(), over.path.clone()], &[], &[]) {
+        Ok(_) => Vec::new(),
+        Err(faults) => faults.iter().map(ToString::to_string).collect(),
+    }
+}
+
+#[track_caller]
+fn one_fault(more: &str, parts: &[&str]) {
+    let faults = faults(more);
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    for part in parts {
+        assert!(faults[0].contains(part), "{part:?} is not in {:?}", faults[0]);
+    }
+}
+
+/// Keys of a schema that hold a value, `section.key`.
+fn leaves(schema: &Value, key: &str, out: &mut Vec<(String, Value)>) {
+    match schema["properties"].as_object() {
+        None => out.push((key.to_owned(), schema.clone())),
+        Some(properties) => {
+            for (name, child) in properties {
+                leaves(child, &if key.is_empty() { name.clone() } else { format!("{key}.{name}") }, out);
+            }
+        }
+    }
+}
+
+#[test]
+fn default_yaml_the_schema_and_the_struct_say_the_same() {
+    let path = root().join("config/default.yaml");
+    let loaded = load(std::slice::from_ref(&path), &[], &[]).expect("default.yaml is a configuration");
+    let text = std::fs::read_to_string(&path).expect("read");
+    let mut keys = Vec::new();
+    leaves(&settings::schema(), "", &mut keys);
+    assert!(keys.len() > 35, "{keys:?}");
+    for (key, schema) in &keys {
+        // Every key of the schema is in the file, with a comment right above it.
+        let name = key.rsplit('.').next().expect("a name");
+        let lines: Vec<&str> = text.lines().collect();
+        let section = key.split('.').next().expect("a section");
+        let start = lines.iter().position(|l| *l == format!("{section}:")).unwrap_or_else(|| panic!("{section}:"));
+        let at = lines[start..]
+            .iter()
+            .position(|l| l.starts_with(&format!("  {name}:")))
+            .unwrap_or_else(|| panic!("{key} is not in default.yaml"));
+        assert!(lines[start + at - 1].trim_start().starts_with('#'), "{key} has no comment");
+        assert!(loaded.origins.keys().any(|k| k == key || k.starts_with(&format!("{key}."))) || schema["type"] == "object" || loaded.shown.pointer(&format!("/{}", key.replace('.', "/"))).is_some_and(|v| v.is_null() || v == &serde_json::json!([])), "{key} is not set by default.yaml");
+        // Every key is described in the schema.
+        assert!(schema["description"].is_string(), "{key} has no description");
+        // What has a default has that one in the file.
+        let value = loaded.shown.pointer(&format!("/{}", key.replace('.', "/"))).expect("a value");
+        if let Some(default) = schema.get("default") {
+            let examples = ["input.field", "model.source"];
+            assert!(value == default || examples.contains(&key.as_str()), "{key}: {value} is not the default {default}");
+        } else {
+            assert!(text.contains("Required"), "{key}");
+            let comment: String = lines[start..start + at].iter().rev().take_while(|l| l.trim_start().starts_with('#')).copied().collect();
+            assert!(comment.contains("Required") , "{key} has no default, and its comment does not say Required");
+        }
+    }
+    // And nothing else is in it: an unknown key would have been a fault. The struct reads what it
+    // writes.
+    let again = serde_json::to_value(&loaded.settings).expect("JSON");
+    for (key, _) in &keys {
+        let pointer = format!("/{}", key.replace('.', "/"));
+        assert_eq!(again.pointer(&pointer), loaded.shown.pointer(&pointer), "{key}");
+    }
+}
+
+#[test]
+fn the_examples_are_configurations() {
+    for entry in std::fs::read_dir(root().join("config/examples")).expect("examples") {
+        let path = entry.expect("an example").path();
+        if let Err(faults) = load(std::slice::from_ref(&path), &[], &[("KAFKA_PASSWORD", "x")]) {
+            panic!("{}: {faults:#?}", path.display());
+        }
+    }
+}
+
+#[test]
+fn later_layers_win_and_origins_are_known() {
+    let (first, second) = (
+        file("first.yaml", &format!("{MINIMAL}\nwindow: {{ max_records: 10, max_bytes: 1MiB }}")),
+        file("second.toml", "[window]\nmax_records = 20\nmax_wait = \"1s\"\n"),
+    );
+    let loaded = load(
+        &[first.path.clone(), second.path.clone()],
+        &["window.max_wait=3s", "kafka.properties.client.rack=a,b"],
+        &[("KANDLE__WINDOW__MAX_WAIT", "2s"), ("KANDLE__INPUT__TOPICS", "x,y"), ("KANDLE__INPUT__GROUP", "123"),
+          ("KANDLE__KAFKA__PROPERTIES__SASL_USERNAME", "me"), ("KANDLE__SERVER__LISTEN", "127.0.0.1:1")],
+    )
+    .expect("a configuration");
+    let s = &loaded.settings;
+    assert_eq!((s.window.max_records, s.window.max_bytes.to_string().as_str()), (20, "1MiB"));
+    assert_eq!(s.window.max_wait.to_string(), "3s");
+    assert_eq!((s.input.topics.join("+"), s.input.group.as_str()), ("x+y".to_owned(), "123"));
+    assert_eq!(s.kafka.properties["client.rack"].0, "a,b");
+    assert_eq!(s.kafka.properties["sasl.username"].0, "me");
+    assert!(loaded.origins["window.max_records"].contains("second.toml"));
+    assert!(loaded.origins["window.max_bytes"].contains("first.yaml"));
+    assert_eq!(loaded.origins["window.max_wait"], "--set window.max_wait");
+    assert_eq!(loaded.origins["server.listen"], "environment variable KANDLE__SERVER__LISTEN");
+    assert!(!loaded.origins.contains_key("batch.max_tokens"));
+}
+
+#[test]
+fn all_faults_at_once_each_with_its_key_and_origin() {
+    let base = file("base.yaml", "
+kafka: { properties: { enable.auto.commit: true, nonsense: 1 } }
+input: { topics: [in], gruop: g, format: jsn, start: 7 }
+window: { max_records: 0, max_wait: soon }
+task: { kind: text-classificaton }
+output: { topic: 'bad name', partition: sauce }
+delivery: { guarantee: exactly_once }
+batch: { max_token: 5 }
+");
+    let faults = load(std::slice::from_ref(&base.path), &["memory.limit=1MiB"], &[("KANDLE__LOG__LEVEL", "loud")]).expect_err("faults");
+    let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    for (key, parts) in [
+        ("kafka.brokers", &["is required"][..]),
+        ("kafka.properties.enable.auto.commit", &["kandle's to set"]),
+        ("kafka.properties.nonsense", &["nonsense", "base.yaml"]),
+        ("input.gruop", &["did you mean input.group?", "base.yaml"]),
+        ("input.group", &["is required"]),
+        ("input.format", &["did you mean json?", "allowed: json, text, bytes"]),
+        ("input.start", &["7", "allowed: earliest, latest"]),
+        ("window.max_records", &["0"]),
+        ("window.max_wait", &["soon", "200ms"]),
+        ("task.kind", &["did you mean text-classification?"]),
+        ("model.source", &["is required"]),
+        ("output.topic", &["bad name"]),
+        ("output.partition", &["did you mean source?", "allowed: key, source"]),
+        ("dead_letters.topic", &["is required"]),
+        ("delivery.guarantee", &["exactly_once is planned, but not in this version", "allowed: at_least_once"]),
+        ("batch.max_token", &["did you mean batch.max_tokens?"]),
+        ("memory.limit", &["1MiB", "--set memory.limit"]),
+        ("log.level", &["loud", "KANDLE__LOG__LEVEL"]),
+    ] {
+        let line = lines.iter().find(|l| l.starts_with(&format!("{key}: "))).unwrap_or_else(|| panic!("{key} has no fault: {lines:#?}"));
+        for part in parts {
+            assert!(line.contains(part), "{part:?} is not in {line:?}");
+        }
+    }
+}
+
+#[test]
+fn rules_between_keys() {
+    assert!(faults("").is_empty());
+    one_fault("input: { field: null }", &["input.field", "needs a field or a template"]);
+    one_fault("input: { template: '{{ x }}' }", &["input.template", "instead of input.field"]);
+    one_fault("input: { field: null, template: '{{ x' }", &["input.template", "no template"]);
+    one_fault("input: { field: text }", &["input.field", "JSON Pointer: /text?"]);
+    one_fault("input: { format: text }", &["input.field", "means nothing with input.format: text"]);
+    one_fault("input: { topics: [out] }", &["output.topic", "would read what it wrote"]);
+    one_fault("input: { topics: [] }", &["input.topics"]);
+    one_fault("input: { topics: ['^a.*', b] }", &["input.topics", "not both"]);
+    one_fault("dead_letters: { topic: out }", &["dead_letters.topic", "the same as output.topic"]);
+    one_fault("output: { include: [/a/label] }", &["output.include", "already has a field \"label\""]);
+    one_fault("output: { include: [/a/id, /b/id] }", &["output.include", "already has a field \"id\""]);
+    one_fault("task: { kind: similarity }", &["task.candidates", "needs a file"]);
+    one_fault("task: { candidates: x }", &["task.candidates", "means nothing"]);
+    one_fault("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "means nothing"]);
+    one_fault("task: { kind: noop }", &["model.source", "noop runs no model"]);
+    one_fault("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
+    one_fault("server: { listen: here }", &["server.listen", "address:port"]);
+    one_fault("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
+    one_fault("max_records: 5", &["max_records", "did you mean window.max_records?"]);
+    one_fault("schedule: {}", &["schedule", "planned"]);
+    one_fault("kafka: { properties: { sasl.password: '${env:NOT_SET}' } }", &["kafka.properties.sasl.password", "NOT_SET is not set"]);
+    one_fault("kafka: { properties: { sasl.password: '${file:/no/such}' } }", &["/no/such"]);
+}
+
+#[test]
+fn secrets_come_from_elsewhere_and_are_not_shown() {
+    let secret = file("secret", "hunter2\n");
+    let config = file("kandle.yaml", &format!(
+        "{MINIMAL}\nlog: {{ level: \"${{env:LEVEL}}\" }}\nbatch: {{ max_tokens: \"${{env:TOKENS}}\" }}\n"
+    ).replace("kafka: { brokers: 'localhost:9092' }", &format!(
+        "kafka: {{ brokers: 'localhost:9092', properties: {{ sasl.password: '${{file:{}}}', ssl.key.password: plain }} }}", secret.path.display()
+    )));
+    let loaded = load(std::slice::from_ref(&config.path), &[], &[("LEVEL", "warn"), ("TOKENS", "77")]).expect("a configuration");
+    assert_eq!(loaded.settings.kafka.properties["sasl.password"].0, "hunter2");
+    assert_eq!(loaded.settings.batch.max_tokens, 77);
+    let (code, out, _) = finish(kandle().args(["config", "show", "-c"]).arg(&config.path).env("LEVEL", "warn").env("TOKENS", "77"), b"");
+    assert_eq!(code, 0);
+    assert!(!out.contains("hunter2") && !out.contains("plain") && out.matches("<hidden>").count() >= 3, "{out}");
+}
+
+#[test]
+fn config_show_is_yaml_that_means_the_same() {
+    let config = file("kandle.yaml", MINIMAL);
+    let (code, out, _) = finish(kandle().args(["config", "show", "-c"]).arg(&config.path).args(["--set", "log.level=debug"]), b"");
+    assert_eq!(code, 0);
+    assert!(out.lines().any(|l| l.trim_start().starts_with("level: \"debug\"") && l.ends_with("# --set log.level")), "{out}");
+    assert!(out.lines().any(|l| l.trim_start().starts_with("max_records: 1024") && l.ends_with("# default")), "{out}");
+    assert!(out.lines().any(|l| l.trim_start().starts_with("group: \"g\"") && l.contains("kandle.yaml")), "{out}");
+    let shown = file("shown.yaml", &out);
+    let again = load(std::slice::from_ref(&shown.path), &[], &[]).expect("what is shown is a configuration");
+    let first = load(std::slice::from_ref(&config.path), &["log.level=debug"], &[]).expect("a configuration");
+    assert_eq!(again.shown, first.shown);
+}
+
+#[test]
+fn exit_codes() {
+    let config = file("kandle.yaml", &format!("{MINIMAL}\nwindw: {{}}\n"));
+    for command in [["run", "-c"], ["check", "-c"], ["predict", "-c"]] {
+        let (code, out, err) = finish(kandle().args(command).arg(&config.path), b"");
+        assert_eq!(code, 2, "{out}{err}");
+        assert!(err.contains("1 fault") && err.contains("windw: unknown key; did you mean window?"), "{err}");
+    }
+    let (code, _, err) = finish(kandle().args(["run", "-c", "/no/such.yaml"]), b"");
+    assert_eq!(code, 2);
+    assert!(err.contains("/no/such.yaml: no such file"), "{err}");
+    let broken = file("broken.yaml", "a: [1,\nb: 2");
+    let (code, _, err) = finish(kandle().args(["run", "-c"]).arg(&broken.path), b"");
+    assert_eq!(code, 2);
+    assert!(err.contains("broken.yaml"), "{err}");
+    assert_eq!(finish(kandle().arg("rnu"), b"").0, 2);
+    let (code, out, _) = finish(kandle().args(["config", "schema"]), b"");
+    assert_eq!(code, 0);
+    assert_eq!(serde_json::from_str::<Value>(&out).expect("JSON"), settings::schema());
+}
+
+#[test]
+fn help_names_every_command() {
+    let (code, out, _) = finish(kandle().arg("--help"), b"");
+    assert_eq!(code, 0);
+    for command in ["run", "check", "predict", "model", "config", "bench", "demo", "Exit codes"] {
+        assert!(out.contains(command), "{out}");
+    }
+}
