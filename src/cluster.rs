@@ -41,7 +41,9 @@ pub const MESSAGE_MAX_BYTES: u64 = 1_000_000;
 pub enum Trouble {
     #[error("kafka.brokers {brokers}: cannot be reached: {reason}")]
     Unreachable { brokers: String, reason: String },
-    #[error("{key}: topic {topic} does not exist; create it, for instance: kafka-topics.sh --bootstrap-server {brokers} --create --topic {topic} --partitions 4")]
+    #[error(
+        "{key}: topic {topic} does not exist; create it, for instance: kafka-topics.sh --bootstrap-server {brokers} --create --topic {topic} --partitions 4"
+    )]
     Missing { key: &'static str, topic: String, brokers: String },
     #[error("{key}: topic {topic}: {reason}")]
     Topic { key: &'static str, topic: String, reason: String },
@@ -126,7 +128,11 @@ impl<'a> Cluster<'a> {
         match (found, error) {
             (Some(found), None) if !found.partitions().is_empty() => Ok(found.partitions().len() as i32),
             (_, Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) | None) => {
-                Err(Trouble::Missing { key, topic: topic.to_owned(), brokers: self.settings.kafka.brokers.clone() })
+                Err(Trouble::Missing {
+                    key,
+                    topic: topic.to_owned(),
+                    brokers: self.settings.kafka.brokers.clone(),
+                })
             }
             (_, Some(code)) => Err(Trouble::Topic { key, topic: topic.to_owned(), reason: code.to_string() }),
         }
@@ -153,7 +159,11 @@ impl<'a> Cluster<'a> {
         let mut written = |key, topic: &str| {
             let partitions = self.partitions(key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
             let max_bytes = self.max_bytes(topic).unwrap_or_else(|reason| {
-                tracing::info!(topic, reason, "max.message.bytes is not readable: {MESSAGE_MAX_BYTES} is taken");
+                tracing::info!(
+                    topic,
+                    reason,
+                    "max.message.bytes is not readable: {MESSAGE_MAX_BYTES} is taken"
+                );
                 MESSAGE_MAX_BYTES
             });
             Written { partitions, max_bytes }

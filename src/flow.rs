@@ -46,7 +46,10 @@ pub struct Inferred {
 #[derive(Debug)]
 pub enum Outcome {
     /// Bytes of [`Encoded::memory`]: the part and the range in it.
-    Prediction { part: u32, bytes: Range<u32> },
+    Prediction {
+        part: u32,
+        bytes: Range<u32>,
+    },
     /// The record's own value (`noop`).
     Unchanged,
     Tombstone,

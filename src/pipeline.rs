@@ -63,23 +63,29 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
     let (metrics, health) = (&shared.metrics, &shared.health);
     let decoder = decoder(settings).map_err(|e| e.to_string())?;
     let ownership = Arc::new(Ownership::default());
-    let source = Source::new(settings, source::Wiring {
-        metrics: Arc::clone(metrics),
-        health: Arc::clone(health),
-        ownership: Arc::clone(&ownership),
-        digest: task.digest.short().to_owned(),
-        model: task.model_name.clone(),
-        stop: Arc::clone(&shared.stop),
-    })
+    let source = Source::new(
+        settings,
+        source::Wiring {
+            metrics: Arc::clone(metrics),
+            health: Arc::clone(health),
+            ownership: Arc::clone(&ownership),
+            digest: task.digest.short().to_owned(),
+            model: task.model_name.clone(),
+            stop: Arc::clone(&shared.stop),
+        },
+    )
     .map_err(|e| e.to_string())?;
-    let publisher = Publisher::new(settings, sink::Wiring {
-        metrics: Arc::clone(metrics),
-        health: Arc::clone(health),
-        ownership,
-        model: task.model_name.clone(),
-        digest: task.digest.short().to_owned(),
-        topics: *topics,
-    })
+    let publisher = Publisher::new(
+        settings,
+        sink::Wiring {
+            metrics: Arc::clone(metrics),
+            health: Arc::clone(health),
+            ownership,
+            model: task.model_name.clone(),
+            digest: task.digest.short().to_owned(),
+            topics: *topics,
+        },
+    )
     .map_err(|e| format!("the producer cannot be made: {e}"))?;
 
     let (gathered, to_prepare) = bounded::<Queued<Window>>(1);
@@ -118,8 +124,12 @@ fn describe(task: &Task, shared: &Shared) {
         "device": task.device, "dtype": task.dtype,
     }));
     tracing::info!(
-        model = task.model_name, digest = task.digest.short(), task = task.kind.name(), device = task.device,
-        dtype = task.dtype, "model loaded"
+        model = task.model_name,
+        digest = task.digest.short(),
+        task = task.kind.name(),
+        device = task.device,
+        dtype = task.dtype,
+        "model loaded"
     );
 }
 
@@ -162,7 +172,8 @@ impl Worker {
             .map(|record| window.value(record).map(|value| decoder.decode(value)))
             .collect();
         let decoded = self.observe("decode", started);
-        let (mut states, mut includes, mut tokens, mut batches) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut states, mut includes, mut tokens, mut batches) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         match &self.task.text {
             None => states.extend(inputs.into_iter().map(|input| match input {
                 None => State::Tombstone,
@@ -189,7 +200,11 @@ impl Worker {
         Prepared { window, states, includes, tokens, batches }
     }
 
-    fn infer_all(&self, windows: &Receiver<Queued<Prepared>>, inferred: &Sender<Queued<Inferred>>) -> Result<(), String> {
+    fn infer_all(
+        &self,
+        windows: &Receiver<Queued<Prepared>>,
+        inferred: &Sender<Queued<Inferred>>,
+    ) -> Result<(), String> {
         let Some(task) = &self.task.text else {
             for window in windows {
                 let Prepared { window, states, includes, .. } = window.take(&self.metrics, "wait_infer");
@@ -203,8 +218,13 @@ impl Worker {
         task.engine.serve(
             windows,
             |window| {
-                let Prepared { window, states, includes, tokens, batches } = window.take(&self.metrics, "wait_infer");
-                Request { window: InFlight { window, states, includes, started: Instant::now() }, tokens, batches }
+                let Prepared { window, states, includes, tokens, batches } =
+                    window.take(&self.metrics, "wait_infer");
+                Request {
+                    window: InFlight { window, states, includes, started: Instant::now() },
+                    tokens,
+                    batches,
+                }
             },
             |Response { window: InFlight { window, mut states, includes, started }, rows, width, failed }| {
                 for (record, error) in failed {
@@ -220,7 +240,11 @@ impl Worker {
         )
     }
 
-    fn encode_all(&self, windows: &Receiver<Queued<Inferred>>, encoded: &Sender<Queued<Encoded>>) -> Result<(), String> {
+    fn encode_all(
+        &self,
+        windows: &Receiver<Queued<Inferred>>,
+        encoded: &Sender<Queued<Encoded>>,
+    ) -> Result<(), String> {
         for window in windows {
             self.health.busy(Stage::Encode);
             let window = self.encode(window.take(&self.metrics, "wait_encode"));
@@ -237,7 +261,10 @@ impl Worker {
         let started = Instant::now();
         let Inferred { window, states, includes, rows, width } = inferred;
         let (outcomes, memory) = match &self.task.text {
-            None => (states.into_iter().map(|state| outcome(state, || Ok(Outcome::Unchanged))).collect(), Vec::new()),
+            None => (
+                states.into_iter().map(|state| outcome(state, || Ok(Outcome::Unchanged))).collect(),
+                Vec::new(),
+            ),
             Some(task) => {
                 let parts: Vec<(Vec<Outcome>, Vec<u8>)> = states
                     .into_par_iter()
@@ -269,7 +296,10 @@ struct InFlight {
     started: Instant,
 }
 
-fn tokenize(task: &TextTask, input: Option<Result<Input<'_>, RecordError>>) -> (State, String, Option<Tokens>) {
+fn tokenize(
+    task: &TextTask,
+    input: Option<Result<Input<'_>, RecordError>>,
+) -> (State, String, Option<Tokens>) {
     match input {
         None => (State::Tombstone, String::new(), None),
         Some(Err(error)) => (State::Failed(error), String::new(), None),
@@ -309,7 +339,10 @@ fn encode_part(
                 if written.is_err() {
                     memory.truncate(start);
                 }
-                written.map(|()| Outcome::Prediction { part: part as u32, bytes: start as u32..memory.len() as u32 })
+                written.map(|()| Outcome::Prediction {
+                    part: part as u32,
+                    bytes: start as u32..memory.len() as u32,
+                })
             })
         })
         .collect();

@@ -387,8 +387,9 @@ pub enum LogLevel {
 
 /// The JSON Schema of [`Settings`], without references.
 pub fn schema() -> serde_json::Value {
-    let mut generator =
-        schemars::generate::SchemaSettings::draft2020_12().with(|s| s.inline_subschemas = true).into_generator();
+    let mut generator = schemars::generate::SchemaSettings::draft2020_12()
+        .with(|s| s.inline_subschemas = true)
+        .into_generator();
     let mut schema = generator.root_schema_for::<Settings>().to_value();
     schema["title"] = "kandle".into();
     schema

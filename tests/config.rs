@@ -68,24 +68,44 @@ fn default_yaml_the_schema_and_the_struct_say_the_same() {
         let name = key.rsplit('.').next().expect("a name");
         let lines: Vec<&str> = text.lines().collect();
         let section = key.split('.').next().expect("a section");
-        let start = lines.iter().position(|l| *l == format!("{section}:")).unwrap_or_else(|| panic!("{section}:"));
+        let start =
+            lines.iter().position(|l| *l == format!("{section}:")).unwrap_or_else(|| panic!("{section}:"));
         let at = lines[start..]
             .iter()
             .position(|l| l.starts_with(&format!("  {name}:")))
             .unwrap_or_else(|| panic!("{key} is not in default.yaml"));
         assert!(lines[start + at - 1].trim_start().starts_with('#'), "{key} has no comment");
-        assert!(loaded.origins.keys().any(|k| k == key || k.starts_with(&format!("{key}."))) || schema["type"] == "object" || loaded.shown.pointer(&format!("/{}", key.replace('.', "/"))).is_some_and(|v| v.is_null() || v == &serde_json::json!([])), "{key} is not set by default.yaml");
+        assert!(
+            loaded.origins.keys().any(|k| k == key || k.starts_with(&format!("{key}.")))
+                || schema["type"] == "object"
+                || loaded
+                    .shown
+                    .pointer(&format!("/{}", key.replace('.', "/")))
+                    .is_some_and(|v| v.is_null() || v == &serde_json::json!([])),
+            "{key} is not set by default.yaml"
+        );
         // Every key is described in the schema.
         assert!(schema["description"].is_string(), "{key} has no description");
         // What has a default has that one in the file.
         let value = loaded.shown.pointer(&format!("/{}", key.replace('.', "/"))).expect("a value");
         if let Some(default) = schema.get("default") {
             let examples = ["input.field", "model.source"];
-            assert!(value == default || examples.contains(&key.as_str()), "{key}: {value} is not the default {default}");
+            assert!(
+                value == default || examples.contains(&key.as_str()),
+                "{key}: {value} is not the default {default}"
+            );
         } else {
             assert!(text.contains("Required"), "{key}");
-            let comment: String = lines[start..start + at].iter().rev().take_while(|l| l.trim_start().starts_with('#')).copied().collect();
-            assert!(comment.contains("Required") , "{key} has no default, and its comment does not say Required");
+            let comment: String = lines[start..start + at]
+                .iter()
+                .rev()
+                .take_while(|l| l.trim_start().starts_with('#'))
+                .copied()
+                .collect();
+            assert!(
+                comment.contains("Required"),
+                "{key} has no default, and its comment does not say Required"
+            );
         }
     }
     // And nothing else is in it: an unknown key would have been a fault. The struct reads what it
@@ -116,8 +136,13 @@ fn later_layers_win_and_origins_are_known() {
     let loaded = load(
         &[first.path.clone(), second.path.clone()],
         &["window.max_wait=3s", "kafka.properties.client.rack=a,b"],
-        &[("KANDLE__WINDOW__MAX_WAIT", "2s"), ("KANDLE__INPUT__TOPICS", "x,y"), ("KANDLE__INPUT__GROUP", "123"),
-          ("KANDLE__KAFKA__PROPERTIES__SASL_USERNAME", "me"), ("KANDLE__SERVER__LISTEN", "127.0.0.1:1")],
+        &[
+            ("KANDLE__WINDOW__MAX_WAIT", "2s"),
+            ("KANDLE__INPUT__TOPICS", "x,y"),
+            ("KANDLE__INPUT__GROUP", "123"),
+            ("KANDLE__KAFKA__PROPERTIES__SASL_USERNAME", "me"),
+            ("KANDLE__SERVER__LISTEN", "127.0.0.1:1"),
+        ],
     )
     .expect("a configuration");
     let s = &loaded.settings;
@@ -135,7 +160,9 @@ fn later_layers_win_and_origins_are_known() {
 
 #[test]
 fn all_faults_at_once_each_with_its_key_and_origin() {
-    let base = file("base.yaml", "
+    let base = file(
+        "base.yaml",
+        "
 kafka: { properties: { enable.auto.commit: true, nonsense: 1 } }
 input: { topics: [in], gruop: g, format: jsn, start: 7 }
 window: { max_records: 0, max_wait: soon }
@@ -143,8 +170,11 @@ task: { kind: text-classificaton }
 output: { topic: 'bad name', partition: sauce }
 delivery: { guarantee: exactly_once }
 batch: { max_token: 5 }
-");
-    let faults = load(std::slice::from_ref(&base.path), &["memory.limit=1MiB"], &[("KANDLE__LOG__LEVEL", "loud")]).expect_err("faults");
+",
+    );
+    let faults =
+        load(std::slice::from_ref(&base.path), &["memory.limit=1MiB"], &[("KANDLE__LOG__LEVEL", "loud")])
+            .expect_err("faults");
     let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
     for (key, parts) in [
         ("kafka.brokers", &["is required"][..]),
@@ -161,12 +191,18 @@ batch: { max_token: 5 }
         ("output.topic", &["bad name"]),
         ("output.partition", &["did you mean source?", "allowed: key, source"]),
         ("dead_letters.topic", &["is required"]),
-        ("delivery.guarantee", &["exactly_once is planned, but not in this version", "allowed: at_least_once"]),
+        (
+            "delivery.guarantee",
+            &["exactly_once is planned, but not in this version", "allowed: at_least_once"],
+        ),
         ("batch.max_token", &["did you mean batch.max_tokens?"]),
         ("memory.limit", &["1MiB", "--set memory.limit"]),
         ("log.level", &["loud", "KANDLE__LOG__LEVEL"]),
     ] {
-        let line = lines.iter().find(|l| l.starts_with(&format!("{key}: "))).unwrap_or_else(|| panic!("{key} has no fault: {lines:#?}"));
+        let line = lines
+            .iter()
+            .find(|l| l.starts_with(&format!("{key}: ")))
+            .unwrap_or_else(|| panic!("{key} has no fault: {lines:#?}"));
         for part in parts {
             assert!(line.contains(part), "{part:?} is not in {line:?}");
         }
@@ -196,7 +232,10 @@ fn rules_between_keys() {
     one_fault("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
     one_fault("max_records: 5", &["max_records", "did you mean window.max_records?"]);
     one_fault("schedule: {}", &["schedule", "planned"]);
-    one_fault("kafka: { properties: { sasl.password: '${env:NOT_SET}' } }", &["kafka.properties.sasl.password", "NOT_SET is not set"]);
+    one_fault(
+        "kafka: { properties: { sasl.password: '${env:NOT_SET}' } }",
+        &["kafka.properties.sasl.password", "NOT_SET is not set"],
+    );
     one_fault("kafka: { properties: { sasl.password: '${file:/no/such}' } }", &["/no/such"]);
 }
 
@@ -208,22 +247,42 @@ fn secrets_come_from_elsewhere_and_are_not_shown() {
     ).replace("kafka: { brokers: 'localhost:9092' }", &format!(
         "kafka: {{ brokers: 'localhost:9092', properties: {{ sasl.password: '${{file:{}}}', ssl.key.password: plain }} }}", secret.path.display()
     )));
-    let loaded = load(std::slice::from_ref(&config.path), &[], &[("LEVEL", "warn"), ("TOKENS", "77")]).expect("a configuration");
+    let loaded = load(std::slice::from_ref(&config.path), &[], &[("LEVEL", "warn"), ("TOKENS", "77")])
+        .expect("a configuration");
     assert_eq!(loaded.settings.kafka.properties["sasl.password"].0, "hunter2");
     assert_eq!(loaded.settings.batch.max_tokens, 77);
-    let (code, out, _) = finish(kandle().args(["config", "show", "-c"]).arg(&config.path).env("LEVEL", "warn").env("TOKENS", "77"), b"");
+    let (code, out, _) = finish(
+        kandle().args(["config", "show", "-c"]).arg(&config.path).env("LEVEL", "warn").env("TOKENS", "77"),
+        b"",
+    );
     assert_eq!(code, 0);
-    assert!(!out.contains("hunter2") && !out.contains("plain") && out.matches("<hidden>").count() >= 3, "{out}");
+    assert!(
+        !out.contains("hunter2") && !out.contains("plain") && out.matches("<hidden>").count() >= 3,
+        "{out}"
+    );
 }
 
 #[test]
 fn config_show_is_yaml_that_means_the_same() {
     let config = file("kandle.yaml", MINIMAL);
-    let (code, out, _) = finish(kandle().args(["config", "show", "-c"]).arg(&config.path).args(["--set", "log.level=debug"]), b"");
+    let (code, out, _) = finish(
+        kandle().args(["config", "show", "-c"]).arg(&config.path).args(["--set", "log.level=debug"]),
+        b"",
+    );
     assert_eq!(code, 0);
-    assert!(out.lines().any(|l| l.trim_start().starts_with("level: \"debug\"") && l.ends_with("# --set log.level")), "{out}");
-    assert!(out.lines().any(|l| l.trim_start().starts_with("max_records: 1024") && l.ends_with("# default")), "{out}");
-    assert!(out.lines().any(|l| l.trim_start().starts_with("group: \"g\"") && l.contains("kandle.yaml")), "{out}");
+    assert!(
+        out.lines()
+            .any(|l| l.trim_start().starts_with("level: \"debug\"") && l.ends_with("# --set log.level")),
+        "{out}"
+    );
+    assert!(
+        out.lines().any(|l| l.trim_start().starts_with("max_records: 1024") && l.ends_with("# default")),
+        "{out}"
+    );
+    assert!(
+        out.lines().any(|l| l.trim_start().starts_with("group: \"g\"") && l.contains("kandle.yaml")),
+        "{out}"
+    );
     let shown = file("shown.yaml", &out);
     let again = load(std::slice::from_ref(&shown.path), &[], &[]).expect("what is shown is a configuration");
     let first = load(std::slice::from_ref(&config.path), &["log.level=debug"], &[]).expect("a configuration");

@@ -32,7 +32,8 @@ fn golden(name: &str) -> Vec<Golden> {
 /// KANDLE_TEST_DEVICE runs these on another device than the CPU.
 fn load(directory: &Path, output: Output) -> Model {
     let device = std::env::var("KANDLE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    let placement = Placement::choose(DeviceChoice::try_from(device).expect("a device"), Dtype::F32).expect("a device");
+    let placement =
+        Placement::choose(DeviceChoice::try_from(device).expect("a device"), Dtype::F32).expect("a device");
     let model = settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
     Model::load(Files::find(&model).expect("files"), placement, output).expect("a model")
 }
@@ -106,7 +107,14 @@ fn embeddings_for_every_pooling() {
     };
     let old = |mode: &str| {
         let mut config = serde_json::json!({ "word_embedding_dimension": 32 });
-        for known in ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"] {
+        for known in [
+            "cls_token",
+            "mean_tokens",
+            "max_tokens",
+            "mean_sqrt_len_tokens",
+            "weightedmean_tokens",
+            "lasttoken",
+        ] {
             config[format!("pooling_mode_{known}")] = (known == mode).into();
         }
         config.to_string()
@@ -120,9 +128,14 @@ fn embeddings_for_every_pooling() {
         ] {
             for (i, config) in configs.into_iter().enumerate() {
                 let normalize = i == 1;
-                let directory = with(name, &[("modules.json", modules(normalize)), ("1_Pooling/config.json", config)]);
+                let directory =
+                    with(name, &[("modules.json", modules(normalize)), ("1_Pooling/config.json", config)]);
                 let model = load(directory.path(), Output::Embedding);
-                assert_eq!((model.embedding.pooling, model.embedding.normalize), (pooling, normalize), "{name}");
+                assert_eq!(
+                    (model.embedding.pooling, model.embedding.normalize),
+                    (pooling, normalize),
+                    "{name}"
+                );
                 let golden = golden(name);
                 let tokens = tokens(&model, &golden);
                 let rows = model.forward(&tokens.iter().collect::<Vec<_>>()).expect("rows");
@@ -173,7 +186,10 @@ fn what_cannot_be_loaded_says_why() {
     let error = |directory: &Path, output| {
         let model = settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
         let placement = Placement::choose(DeviceChoice::Cpu, Dtype::F32).expect("cpu");
-        match Files::find(&model).map_err(|e| e.to_string()).and_then(|f| Model::load(f, placement, output).map_err(|e| e.to_string())) {
+        match Files::find(&model)
+            .map_err(|e| e.to_string())
+            .and_then(|f| Model::load(f, placement, output).map_err(|e| e.to_string()))
+        {
             Ok(_) => panic!("loaded"),
             Err(message) => message,
         }
@@ -183,17 +199,30 @@ fn what_cannot_be_loaded_says_why() {
     assert!(error(bare.path(), Output::Logits).contains("no weights"));
 
     let config = std::fs::read_to_string(fixture("bert").join("config.json")).expect("config");
-    let wide = with("bert", &[("config.json", config.replace("\"intermediate_size\": 64", "\"intermediate_size\": 96"))]);
+    let wide = with(
+        "bert",
+        &[("config.json", config.replace("\"intermediate_size\": 64", "\"intermediate_size\": 96"))],
+    );
     let message = error(wide.path(), Output::Logits);
     assert!(message.contains("shape mismatch") && message.contains("intermediate.dense"), "{message}");
 
-    let deep = with("bert", &[("config.json", config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3"))]);
+    let deep = with(
+        "bert",
+        &[("config.json", config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3"))],
+    );
     let message = error(deep.path(), Output::Logits);
     assert!(message.contains("cannot find tensor") && message.contains("layer.2"), "{message}");
 
-    let strange = with("bert", &[("config.json", config.replace("\"model_type\": \"bert\"", "\"model_type\": \"llama\""))]);
+    let strange = with(
+        "bert",
+        &[("config.json", config.replace("\"model_type\": \"bert\"", "\"model_type\": \"llama\""))],
+    );
     let message = error(strange.path(), Output::Logits);
-    assert!(message.contains("\"llama\"") && message.contains("bert, distilbert, modernbert, roberta, xlm-roberta"), "{message}");
+    assert!(
+        message.contains("\"llama\"")
+            && message.contains("bert, distilbert, modernbert, roberta, xlm-roberta"),
+        "{message}"
+    );
 
     let message = error(Path::new("/no/such/model"), Output::Logits);
     assert!(message.contains("/no/such/model") && message.contains("no such directory"), "{message}");

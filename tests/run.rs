@@ -22,7 +22,8 @@ fn two_daemons_one_stopped_midway_lose_nothing() {
     let mut second = Daemon::start(&config);
     first.wait_log("assigned");
     second.wait_log("assigned");
-    place.produce((0..total).map(|i| Sent::ticket((i % 4) as i32, i, &format!("{} ({i})", TEXTS[i / 4 % 4]))));
+    place
+        .produce((0..total).map(|i| Sent::ticket((i % 4) as i32, i, &format!("{} ({i})", TEXTS[i / 4 % 4]))));
     // Midway: some predictions are there, not all.
     place.predictions(total / 4);
     first.stop();
@@ -146,7 +147,8 @@ fn a_record_that_breaks_the_forward_is_found_by_bisection() {
         "normalized": false, "special": true
     }));
     std::fs::write(model.path().join("tokenizer.json"), tokenizer.to_string()).expect("written");
-    let texts = |i: usize| if i == 37 || i == 90 { "a poison b".to_owned() } else { format!("order {i} is late") };
+    let texts =
+        |i: usize| if i == 37 || i == 90 { "a poison b".to_owned() } else { format!("order {i} is late") };
     place.produce((0..120).map(|i| Sent::ticket(0, i, &texts(i))));
     let model = format!("{{ source: \"{}\" }}", model.path().display());
     let mut daemon = Daemon::start(&place.config(&[("model", &model)]));
@@ -156,7 +158,10 @@ fn a_record_that_breaks_the_forward_is_found_by_bisection() {
     daemon.stop();
     assert_order(&good);
     assert_eq!(dead.iter().map(|d| d.source().1).collect::<Vec<_>>(), [37, 90]);
-    assert!(dead.iter().all(|d| d.header("kandle-error") == Some("infer") && d.header("kandle-stage") == Some("infer")));
+    assert!(
+        dead.iter()
+            .all(|d| d.header("kandle-error") == Some("infer") && d.header("kandle-stage") == Some("infer"))
+    );
     assert!(dead[0].header("kandle-error-message").is_some_and(|m| m.contains("token id")));
     assert!(!metrics.contains("kandle_bisections_total{cause=\"forward\"} 0"));
 }
@@ -165,11 +170,15 @@ fn a_record_that_breaks_the_forward_is_found_by_bisection() {
 fn texts_over_the_limit_become_dead_letters_where_the_settings_say_so() {
     let place = Place::new("overflow", 1);
     place.produce([Sent::ticket(0, 0, TEXTS[0]), Sent::ticket(0, 1, &"late parcel ".repeat(200))]);
-    let mut daemon = Daemon::start(&place.config(&[("task", "{ kind: text-classification, overflow: dead_letter }")]));
+    let mut daemon =
+        Daemon::start(&place.config(&[("task", "{ kind: text-classification, overflow: dead_letter }")]));
     let dead = place.dead_letters(1);
     assert_eq!(place.predictions(1)[0].source(), (0, 0));
     daemon.stop();
-    assert_eq!((dead[0].header("kandle-error"), dead[0].header("kandle-stage")), (Some("too_long"), Some("prepare")));
+    assert_eq!(
+        (dead[0].header("kandle-error"), dead[0].header("kandle-stage")),
+        (Some("too_long"), Some("prepare"))
+    );
 }
 
 #[test]
@@ -198,7 +207,10 @@ fn similarity_routes_to_the_nearest_candidates() {
          {\"id\":\"parcel\",\"text\":\"My parcel has not arrived, where is the delivery?\"}\n\
          {\"id\":\"login\",\"text\":\"I cannot log in to my account with my password.\"}\n",
     );
-    place.produce([Sent::ticket(0, 0, "Where is my package? The delivery is late."), Sent::ticket(0, 1, "I forgot my password, please unlock my account.")]);
+    place.produce([
+        Sent::ticket(0, 0, "Where is my package? The delivery is late."),
+        Sent::ticket(0, 1, "I forgot my password, please unlock my account."),
+    ]);
     let task = format!("{{ kind: similarity, candidates: \"{}\", top_k: 2 }}", candidates.path.display());
     let mut daemon = Daemon::start(&place.config(&[("task", &task)]));
     let got = place.predictions(2);
@@ -225,7 +237,10 @@ fn windows_close_by_wait_counted_from_the_oldest_record() {
     let (_, metrics) = daemon.get("/metrics");
     daemon.stop();
     let value = |name: &str| -> f64 {
-        metrics.lines().find_map(|l| l.strip_prefix(name)?.trim().parse().ok()).unwrap_or_else(|| panic!("{name}\n{metrics}"))
+        metrics
+            .lines()
+            .find_map(|l| l.strip_prefix(name)?.trim().parse().ok())
+            .unwrap_or_else(|| panic!("{name}\n{metrics}"))
     };
     assert_eq!(value("kandle_windows_total{closed_by=\"wait\"}"), 3.0);
     let mean = value("kandle_record_latency_seconds_sum") / value("kandle_record_latency_seconds_count");
@@ -240,7 +255,8 @@ fn a_full_pipeline_pauses_and_stays_in_the_group() {
     let long = TEXTS[3].repeat(8);
     let total = 6000;
     place.produce((0..total).map(|i| Sent::ticket((i % 2) as i32, i, &format!("{i} {long}"))));
-    let config = place.config(&[("input", input), ("window", "{ max_records: 2000 }"), ("log", "{ level: debug }")]);
+    let config =
+        place.config(&[("input", input), ("window", "{ max_records: 2000 }"), ("log", "{ level: debug }")]);
     let mut daemon = Daemon::start(&config);
     let got = place.predictions(total);
     let log = daemon.log();
@@ -265,7 +281,8 @@ fn another_model_is_noticed() {
     warned.wait_log("the model changed");
     warned.wait_log("before offset 1");
     warned.stop();
-    let mut refused = Daemon::start(&place.config(&[task, ("model", "{ source: bundled, on_change: refuse }")]));
+    let mut refused =
+        Daemon::start(&place.config(&[task, ("model", "{ source: bundled, on_change: refuse }")]));
     let status = refused.wait();
     assert_eq!(status.code(), Some(1));
     assert!(refused.log().contains("model.on_change is refuse"), "{}", refused.log());
@@ -289,8 +306,10 @@ fn keys_decide_the_partition_as_javas_clients_hash_them() {
     let mut daemon = Daemon::start(&place.config(&[]));
     let got = place.predictions(java.len());
     daemon.stop();
-    let mut by_key: Vec<(String, i32)> =
-        got.iter().map(|g| (String::from_utf8_lossy(g.key.as_deref().unwrap_or_default()).into_owned(), g.partition)).collect();
+    let mut by_key: Vec<(String, i32)> = got
+        .iter()
+        .map(|g| (String::from_utf8_lossy(g.key.as_deref().unwrap_or_default()).into_owned(), g.partition))
+        .collect();
     by_key.sort();
     let mut want: Vec<(String, i32)> = java.iter().map(|(k, p)| (k.to_string(), *p)).collect();
     want.sort();
@@ -308,7 +327,8 @@ fn the_admin_server_shows_health_status_and_both_metric_formats() {
     until("readiness", || (daemon.get("/readyz").0 == 200).then_some(()));
     let status = until("the assignment in /status", || {
         let status: serde_json::Value = serde_json::from_str(&daemon.get("/status").1).expect("JSON");
-        let caught_up = status["source"]["lag_records"] == 0 && status["source"]["assignment"][0]["committed"] == 5;
+        let caught_up =
+            status["source"]["lag_records"] == 0 && status["source"]["assignment"][0]["committed"] == 5;
         caught_up.then_some(status)
     });
     assert_eq!(status["source"]["assignment"].as_array().map(Vec::len), Some(2));
@@ -331,7 +351,8 @@ fn the_admin_server_shows_health_status_and_both_metric_formats() {
 fn kafka_away_at_the_start_is_said_and_waited_for() {
     let place = Place::new("away", 1);
     // A port that nobody listens on.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
+    let port =
+        std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
     let started = std::time::Instant::now();
     let kafka = format!("{{ brokers: \"127.0.0.1:{port}\" }}");
     let mut daemon = Daemon::start(&place.config(&[("kafka", &kafka)]));

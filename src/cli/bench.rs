@@ -79,8 +79,10 @@ pub fn bench(command: Command) -> anyhow::Result<()> {
     let topics = [format!("{name}-in"), format!("{name}-out"), format!("{name}-dead")];
     let admin: AdminClient<DefaultClientContext> = client(&options).create()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let new: Vec<NewTopic<'_>> =
-        topics.iter().map(|topic| NewTopic::new(topic, options.partitions, TopicReplication::Fixed(-1))).collect();
+    let new: Vec<NewTopic<'_>> = topics
+        .iter()
+        .map(|topic| NewTopic::new(topic, options.partitions, TopicReplication::Fixed(-1)))
+        .collect();
     let wait = AdminOptions::new().operation_timeout(Some(Duration::from_secs(30)));
     for made in runtime.block_on(admin.create_topics(&new, &wait))? {
         made.map_err(|(topic, code)| anyhow::anyhow!("topic {topic}: {code}"))?;
@@ -95,11 +97,18 @@ pub fn bench(command: Command) -> anyhow::Result<()> {
         println!("{}", super::pretty(&serde_json::to_value(&report)?));
     } else {
         for round in &report.rounds {
-            println!("bare {:>9.0}/s   pipeline {:>9.0}/s", round.bare_records_per_second, round.pipeline_records_per_second);
+            println!(
+                "bare {:>9.0}/s   pipeline {:>9.0}/s",
+                round.bare_records_per_second, round.pipeline_records_per_second
+            );
         }
         println!(
             "{} records of {} bytes: bare {:.0}/s, pipeline {:.0}/s (medians), ratio {:.2}",
-            report.records, report.value_bytes, report.bare_records_per_second, report.pipeline_records_per_second, report.ratio
+            report.records,
+            report.value_bytes,
+            report.bare_records_per_second,
+            report.pipeline_records_per_second,
+            report.ratio
         );
     }
     Ok(())
@@ -138,7 +147,8 @@ fn measure(options: &Options, [input, output, dead]: &[String; 3]) -> anyhow::Re
 }
 
 fn fill(options: &Options, topic: &str) -> anyhow::Result<()> {
-    let producer: BaseProducer = client(options).set("linger.ms", "50").set("batch.size", "500000").create()?;
+    let producer: BaseProducer =
+        client(options).set("linger.ms", "50").set("batch.size", "500000").create()?;
     for i in 0..options.records {
         let mut value = format!("ticket {i}: the parcel with order {} has not arrived; ", i * 7919 % 100_003);
         while value.len() < options.value_bytes {
@@ -152,7 +162,13 @@ fn fill(options: &Options, topic: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn send(producer: &BaseProducer, topic: &str, key: Option<&[u8]>, value: Option<&[u8]>, timestamp: Option<i64>) -> anyhow::Result<()> {
+fn send(
+    producer: &BaseProducer,
+    topic: &str,
+    key: Option<&[u8]>,
+    value: Option<&[u8]>,
+    timestamp: Option<i64>,
+) -> anyhow::Result<()> {
     let mut record = BaseRecord::<[u8], [u8]>::to(topic);
     (record.key, record.payload, record.timestamp) = (key, value, timestamp);
     loop {
@@ -226,7 +242,11 @@ fn kandle(options: &Options, [input, output, dead]: [&String; 3], round: usize) 
     Ok(options.records as f64 / seconds)
 }
 
-fn pipeline_settings(options: &Options, [input, output, dead]: [&String; 3], round: usize) -> anyhow::Result<Settings> {
+fn pipeline_settings(
+    options: &Options,
+    [input, output, dead]: [&String; 3],
+    round: usize,
+) -> anyhow::Result<Settings> {
     let mut set = vec![
         format!("kafka.brokers={}", options.brokers),
         format!("input.topics={input}"),
@@ -238,7 +258,7 @@ fn pipeline_settings(options: &Options, [input, output, dead]: [&String; 3], rou
     ];
     set.extend(options.set.iter().cloned());
     let loaded = settings::load(&Sources { set, ..Sources::default() });
-    loaded
-        .map(|loaded| loaded.settings)
-        .map_err(|faults| anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))
+    loaded.map(|loaded| loaded.settings).map_err(|faults| {
+        anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+    })
 }

@@ -74,13 +74,16 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
             lines.skip(&what, "a pattern: whatever matches when it runs");
             continue;
         }
-        let found = cluster.partitions("input.topics", topic).map_err(|e| e.to_string()).and_then(|partitions| {
-            let range = cluster.client().fetch_watermarks(topic, 0, ATTEMPT);
-            range.map(|_| format!("{partitions} partitions, readable")).map_err(|e| e.to_string())
-        });
+        let found =
+            cluster.partitions("input.topics", topic).map_err(|e| e.to_string()).and_then(|partitions| {
+                let range = cluster.client().fetch_watermarks(topic, 0, ATTEMPT);
+                range.map(|_| format!("{partitions} partitions, readable")).map_err(|e| e.to_string())
+            });
         lines.say(&what, found);
     }
-    for (key, topic) in [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)] {
+    for (key, topic) in
+        [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)]
+    {
         let found = cluster.partitions(key, topic);
         lines.say(
             &format!("{key} {topic}"),
@@ -189,7 +192,12 @@ fn memory(settings: &Settings, task: &Task, lines: &mut Lines) {
     };
     let need = model + settings.memory.limit.0;
     let mib = |bytes: u64| bytes >> 20;
-    let found = format!("model {} MiB + memory.limit {} MiB, of {} MiB", mib(model), mib(settings.memory.limit.0), mib(room));
+    let found = format!(
+        "model {} MiB + memory.limit {} MiB, of {} MiB",
+        mib(model),
+        mib(settings.memory.limit.0),
+        mib(room)
+    );
     lines.say("memory", if need <= room { Ok(found) } else { Err(format!("{found}: lower memory.limit")) });
 }
 
@@ -199,6 +207,7 @@ fn room() -> Option<u64> {
         let kib: u64 = line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok()?;
         Some(kib * 1024)
     })?;
-    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    let group =
+        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
     Some(group.map_or(machine, |limit: u64| limit.min(machine)))
 }

@@ -61,8 +61,16 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
 
     let started = Instant::now();
     let task = Arc::new(Task::load(&settings, &shared.metrics)?);
-    println!("kandle demo: support tickets from a Kafka topic, routed to a team by a small BERT, back to Kafka");
-    println!("  model    {} (digest {}), loaded in {} ms on {}", task.model_name, task.digest, started.elapsed().as_millis(), task.device);
+    println!(
+        "kandle demo: support tickets from a Kafka topic, routed to a team by a small BERT, back to Kafka"
+    );
+    println!(
+        "  model    {} (digest {}), loaded in {} ms on {}",
+        task.model_name,
+        task.digest,
+        started.elapsed().as_millis(),
+        task.device
+    );
     println!("  kafka    {} (embedded, gone when this ends)", settings.kafka.brokers);
     println!("  topics   {INPUT} -> {OUTPUT}, {DEAD}");
     println!("  metrics  http://{address}/metrics\n");
@@ -84,7 +92,9 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))?.map_err(anyhow::Error::msg)?;
     shown?;
     println!("\nOn your own Kafka:");
-    println!("  kandle config show --set kafka.brokers=HOST:9092 --set input.topics=IN --set input.group=kandle --set input.field=/text --set task.kind=text-classification --set model.source=bundled --set output.topic=OUT --set dead_letters.topic=DEAD > kandle.yaml");
+    println!(
+        "  kandle config show --set kafka.brokers=HOST:9092 --set input.topics=IN --set input.group=kandle --set input.field=/text --set task.kind=text-classification --set model.source=bundled --set output.topic=OUT --set dead_letters.topic=DEAD > kandle.yaml"
+    );
     println!("  kandle check -c kandle.yaml");
     println!("  kandle run -c kandle.yaml");
     Ok(())
@@ -104,8 +114,9 @@ fn settings(brokers: &str) -> anyhow::Result<Settings> {
         "log.level=error".to_owned(),
     ];
     let sources = Sources { set: set.into(), ..Sources::default() };
-    let loaded = settings::load(&sources)
-        .map_err(|faults| anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
+    let loaded = settings::load(&sources).map_err(|faults| {
+        anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+    })?;
     Ok(loaded.settings)
 }
 
@@ -127,7 +138,8 @@ fn show(
     device: &str,
     failed: impl Fn() -> bool,
 ) -> anyhow::Result<()> {
-    let producer: BaseProducer = ClientConfig::new().set("bootstrap.servers", &settings.kafka.brokers).create()?;
+    let producer: BaseProducer =
+        ClientConfig::new().set("bootstrap.servers", &settings.kafka.brokers).create()?;
     let reader = reader(&settings.kafka.brokers)?;
     let tickets: Vec<&str> = TICKETS.lines().collect();
     let terminal = std::io::stdout().is_terminal();
@@ -136,13 +148,16 @@ fn show(
     let started = Instant::now();
     let end = Duration::from_secs(options.seconds);
     // What is in flight at the end gets a moment more.
-    while started.elapsed() < end || (seen.predicted + seen.dead < seen.produced && started.elapsed() < end * 2) {
+    while started.elapsed() < end
+        || (seen.predicted + seen.dead < seen.produced && started.elapsed() < end * 2)
+    {
         anyhow::ensure!(!failed(), "the pipeline ended early");
         let due = (started.elapsed().min(end).as_millis() as u64 * options.rate) / 1000;
         while seen.produced < due {
             let ticket = tickets[seen.produced as usize % tickets.len()];
             // Cut off in the middle, as a producer's bug would.
-            let value = if seen.produced % BROKEN == BROKEN / 4 { &ticket[..ticket.len() / 2] } else { ticket };
+            let value =
+                if seen.produced % BROKEN == BROKEN / 4 { &ticket[..ticket.len() / 2] } else { ticket };
             let key = format!("customer-{}", seen.produced % 97);
             let sent = producer.send(BaseRecord::to(INPUT).key(&key).payload(value));
             sent.map_err(|(e, _)| e).context("producing")?;
@@ -164,7 +179,7 @@ fn show(
                 Ok(message) => {
                     seen.predicted += 1;
                     // A few, spread over the first seconds.
-                    if seen.shown < SHOWN && seen.predicted >= 1 + seen.shown as u64 * options.rate / 2 {
+                    if seen.shown < SHOWN && seen.predicted > seen.shown as u64 * options.rate / 2 {
                         seen.shown += 1;
                         line.clear();
                         prediction(&message);
@@ -181,7 +196,11 @@ fn show(
         "\n{} tickets in {seconds:.0} s: {} predictions, {} dead letters, nothing lost",
         seen.produced, seen.predicted, seen.dead
     );
-    anyhow::ensure!(seen.predicted + seen.dead == seen.produced, "{} tickets did not come back", seen.produced - seen.predicted - seen.dead);
+    anyhow::ensure!(
+        seen.predicted + seen.dead == seen.produced,
+        "{} tickets did not come back",
+        seen.produced - seen.predicted - seen.dead
+    );
     Ok(())
 }
 
@@ -202,7 +221,8 @@ fn reader(brokers: &str) -> anyhow::Result<BaseConsumer> {
 }
 
 fn prediction(message: &impl Message) {
-    let value: serde_json::Value = serde_json::from_slice(message.payload().unwrap_or_default()).unwrap_or_default();
+    let value: serde_json::Value =
+        serde_json::from_slice(message.payload().unwrap_or_default()).unwrap_or_default();
     let text = value["text"].as_str().unwrap_or_default();
     let short: String = text.chars().take(72).collect();
     let more = if text.chars().count() > 72 { "…" } else { "" };

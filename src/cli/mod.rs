@@ -87,7 +87,9 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(configuration) => with(&configuration, run::run),
         Command::Check(configuration) => with(&configuration, check::check),
-        Command::Predict { configuration, inputs } => with(&configuration, |loaded| predict::predict(loaded, &inputs)),
+        Command::Predict { configuration, inputs } => {
+            with(&configuration, |loaded| predict::predict(loaded, &inputs))
+        }
         Command::Model(ModelCommand::Pull(configuration)) => with(&configuration, model::pull),
         Command::Model(ModelCommand::Show(configuration)) => with(&configuration, model::show),
         Command::Config(ConfigCommand::Show(configuration)) => with(&configuration, show_config),
@@ -122,7 +124,10 @@ struct Misconfigured;
 #[error("failed")]
 struct AlreadySaid;
 
-fn with(configuration: &Configuration, command: impl FnOnce(Loaded) -> anyhow::Result<()>) -> anyhow::Result<()> {
+fn with(
+    configuration: &Configuration,
+    command: impl FnOnce(Loaded) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let sources = Sources {
         files: configuration.files.clone(),
         set: configuration.set.clone(),
@@ -133,7 +138,11 @@ fn with(configuration: &Configuration, command: impl FnOnce(Loaded) -> anyhow::R
     match settings::load(&sources) {
         Ok(loaded) => command(loaded),
         Err(faults) => {
-            eprintln!("kandle: {} fault{} in the configuration:", faults.len(), if faults.len() == 1 { "" } else { "s" });
+            eprintln!(
+                "kandle: {} fault{} in the configuration:",
+                faults.len(),
+                if faults.len() == 1 { "" } else { "s" }
+            );
             for fault in faults {
                 eprintln!("  {fault}");
             }

@@ -9,7 +9,8 @@ fn files(loaded: &Loaded) -> anyhow::Result<Files> {
     if loaded.settings.task.kind == TaskKind::Noop {
         bail!("task.kind noop has no model");
     }
-    Files::find(&loaded.settings.model).with_context(|| format!("model {}", loaded.settings.model.source.as_deref().unwrap_or_default()))
+    Files::find(&loaded.settings.model)
+        .with_context(|| format!("model {}", loaded.settings.model.source.as_deref().unwrap_or_default()))
 }
 
 pub fn pull(loaded: Loaded) -> anyhow::Result<()> {
@@ -27,8 +28,8 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let settings = &loaded.settings;
     let files = files(&loaded)?;
     let name = files.name();
-    let placement =
-        Placement::choose(settings.model.device, settings.model.dtype).map_err(|e| anyhow::anyhow!("model.device: {e}"))?;
+    let placement = Placement::choose(settings.model.device, settings.model.dtype)
+        .map_err(|e| anyhow::anyhow!("model.device: {e}"))?;
     let output =
         if settings.task.kind == TaskKind::TextClassification { Output::Logits } else { Output::Embedding };
     let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;

@@ -17,7 +17,11 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let shared = Shared::new(&settings);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime
-        .block_on(server::serve(&settings.server.listen, Arc::clone(&shared.metrics), Arc::clone(&shared.health)))
+        .block_on(server::serve(
+            &settings.server.listen,
+            Arc::clone(&shared.metrics),
+            Arc::clone(&shared.health),
+        ))
         .with_context(|| format!("server.listen {}", settings.server.listen))?;
     runtime.spawn(signals(shared.clone()));
     let result = consume(&settings, &shared);
@@ -35,13 +39,14 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
 /// The first SIGTERM or SIGINT asks for the end, the second takes it.
 async fn signals(shared: Shared) {
     use tokio::signal::unix::{SignalKind, signal};
-    let (mut terminate, mut interrupt) = match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-        (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
-        (Err(error), _) | (_, Err(error)) => {
-            tracing::error!(%error, "signals cannot be received: SIGTERM ends at once");
-            return;
-        }
-    };
+    let (mut terminate, mut interrupt) =
+        match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+            (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
+            (Err(error), _) | (_, Err(error)) => {
+                tracing::error!(%error, "signals cannot be received: SIGTERM ends at once");
+                return;
+            }
+        };
     loop {
         let name = tokio::select! {
             _ = terminate.recv() => "SIGTERM",

@@ -17,7 +17,7 @@ pub struct Json {
 
 enum TextFrom {
     Fields { pointers: Vec<String>, join: String },
-    Template(Template),
+    Template(Box<Template>),
 }
 
 /// A template over the fields of a JSON value; a field that is not there is an error.
@@ -44,7 +44,7 @@ pub fn last_name(pointer: &str) -> String {
 impl Json {
     pub fn new(input: &settings::Input, include: &[String]) -> Result<Self, minijinja::Error> {
         let text = match &input.template {
-            Some(template) => TextFrom::Template(Template::new(template)?),
+            Some(template) => TextFrom::Template(Box::new(Template::new(template)?)),
             None => TextFrom::Fields { pointers: input.field.0.clone(), join: input.join.clone() },
         };
         let include = include.iter().map(|pointer| (pointer.clone(), last_name(pointer))).collect();
@@ -112,7 +112,7 @@ mod tests {
 
     fn json(fields: &[&str], template: Option<&str>, include: &[&str]) -> Json {
         let text = match template {
-            Some(t) => TextFrom::Template(Template::new(t).unwrap()),
+            Some(t) => TextFrom::Template(Box::new(Template::new(t).unwrap())),
             None => TextFrom::Fields {
                 pointers: fields.iter().map(|f| f.to_string()).collect(),
                 join: " | ".to_owned(),

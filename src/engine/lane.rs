@@ -120,7 +120,11 @@ impl Lane {
         // Candle spreads multiplications over the rayon pool of the thread that asks: one of its
         // own keeps them on this core, so that lanes never wait for each other.
         let _pool = single_threaded.then(|| {
-            rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build().expect("a pool of this thread")
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(1)
+                .use_current_thread()
+                .build()
+                .expect("a pool of this thread")
         });
         for work in queue {
             let mut done = Done {
@@ -149,8 +153,10 @@ impl Lane {
 
     /// Rows for all of `records`, whatever it takes; an error ends the process.
     fn settle(&self, tokens: &[Option<Tokens>], records: &[u32], done: &mut Done) -> Result<(), String> {
-        let batch: Vec<&Tokens> =
-            records.iter().map(|&i| tokens[i as usize].as_ref().expect("a planned record has tokens")).collect();
+        let batch: Vec<&Tokens> = records
+            .iter()
+            .map(|&i| tokens[i as usize].as_ref().expect("a planned record has tokens"))
+            .collect();
         let total: usize = batch.iter().map(|t| t.ids.len()).sum();
         if records.len() > 1 && total > self.budget.tokens() {
             // Planned before the budget shrank.
@@ -172,7 +178,12 @@ impl Lane {
                 }
                 self.metrics.oom_splits.with_label_values(&["forward"]).inc();
                 self.budget.shrink(total);
-                tracing::warn!(tokens = total, budget = self.budget.tokens(), message, "the device is out of memory: halving the batch");
+                tracing::warn!(
+                    tokens = total,
+                    budget = self.budget.tokens(),
+                    message,
+                    "the device is out of memory: halving the batch"
+                );
                 self.halves(tokens, records, done)
             }
             Err(ForwardError::Batch(message)) if records.len() == 1 => {
@@ -200,7 +211,10 @@ impl Lane {
         let width = self.model.width();
         for (row, &record) in rows.chunks_exact(width).zip(records) {
             if let Some(bad) = row.iter().find(|x| !x.is_finite()) {
-                done.failed.push((record, RecordError::new(Fault::Infer, format!("the model's output has {bad} in it"))));
+                done.failed.push((
+                    record,
+                    RecordError::new(Fault::Infer, format!("the model's output has {bad} in it")),
+                ));
             }
         }
         done.rows.extend(rows);

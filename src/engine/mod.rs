@@ -81,7 +81,8 @@ impl Engine {
 
     /// The plan for a window whose records have these tokens.
     pub fn plan(&self, tokens: &[Option<Tokens>]) -> Vec<Batch> {
-        let lengths = tokens.iter().enumerate().filter_map(|(i, t)| Some((i as u32, t.as_ref()?.ids.len()))).collect();
+        let lengths =
+            tokens.iter().enumerate().filter_map(|(i, t)| Some((i as u32, t.as_ref()?.ids.len()))).collect();
         plan(lengths, self.budget.tokens(), self.lanes)
     }
 
@@ -223,7 +224,8 @@ fn classify(message: &str) -> ForwardError {
     let lower = message.to_lowercase();
     if lower.contains("out of memory") || lower.contains("out_of_memory") || lower.contains("alloc_failed") {
         ForwardError::OutOfMemory(first)
-    } else if lower.contains("cuda_error") || lower.contains("cublas_status") || lower.contains("metal error") {
+    } else if lower.contains("cuda_error") || lower.contains("cublas_status") || lower.contains("metal error")
+    {
         ForwardError::Device(first)
     } else {
         ForwardError::Batch(first)
@@ -279,7 +281,8 @@ mod tests {
     }
 
     fn engine(memory: usize, broken: bool, lanes: usize) -> (Engine, Arc<Fake>, Arc<Metrics>) {
-        let fake = Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
+        let fake =
+            Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
         let metrics = Arc::new(Metrics::new());
         let model: Arc<dyn Forward> = Arc::clone(&fake) as _;
         (Engine::with(model, lanes, 10_000, false, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
@@ -353,8 +356,13 @@ mod tests {
 
     #[test]
     fn errors_are_told_apart() {
-        assert!(matches!(classify("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"), ForwardError::OutOfMemory(_)));
+        assert!(matches!(
+            classify("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"),
+            ForwardError::OutOfMemory(_)
+        ));
         assert!(matches!(classify("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS)"), ForwardError::Device(_)));
-        assert!(matches!(classify("token id 9 is outside\n  0: candle"), ForwardError::Batch(m) if m == "token id 9 is outside"));
+        assert!(
+            matches!(classify("token id 9 is outside\n  0: candle"), ForwardError::Batch(m) if m == "token id 9 is outside")
+        );
     }
 }

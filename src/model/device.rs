@@ -46,7 +46,9 @@ fn auto() -> (Device, String, Option<String>) {
     let mut reasons = Vec::new();
     for (name, attempt) in attempts {
         match attempt {
-            Ok(device) => return (device, name.to_owned(), Some("the build and the machine have it".to_owned())),
+            Ok(device) => {
+                return (device, name.to_owned(), Some("the build and the machine have it".to_owned()));
+            }
             Err(reason) => reasons.push(reason),
         }
     }

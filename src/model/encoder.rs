@@ -139,7 +139,8 @@ fn linear(input: usize, output: usize, bias: bool, vb: VarBuilder<'_>) -> Result
 
 fn norm(size: usize, bias: bool, eps: f64, vb: VarBuilder<'_>) -> Result<Norm> {
     // Checkpoints from before PyTorch have the older names.
-    let (weight, bias_name) = if vb.contains_tensor("gamma") { ("gamma", "beta") } else { ("weight", "bias") };
+    let (weight, bias_name) =
+        if vb.contains_tensor("gamma") { ("gamma", "beta") } else { ("weight", "bias") };
     let weight = vb.get(size, weight)?;
     let bias = if bias { vb.get(size, bias_name)? } else { weight.zeros_like()? };
     Ok(Norm { weight, bias, eps: eps as f32 })
@@ -220,7 +221,17 @@ impl Encoder {
             None => None,
         };
         let embedding_norm = norm(h, a.norm_bias, a.norm_eps, vb.pp(a.embeddings.norm))?;
-        Ok(Self { word, positions, token_types, embedding_norm, blocks, rotations, final_norm, device, architecture })
+        Ok(Self {
+            word,
+            positions,
+            token_types,
+            embedding_norm,
+            blocks,
+            rotations,
+            final_norm,
+            device,
+            architecture,
+        })
     }
 
     pub fn architecture(&self) -> &Architecture {
@@ -247,7 +258,10 @@ impl Encoder {
         let total = batch.ids.len();
         // Checked here: a GPU would read past the table.
         if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= self.architecture.vocabulary) {
-            candle_core::bail!("token id {id} is outside the model's vocabulary of {}", self.architecture.vocabulary);
+            candle_core::bail!(
+                "token id {id} is outside the model's vocabulary of {}",
+                self.architecture.vocabulary
+            );
         }
         let longest = batch.runs.last().map_or(0, |run| run.length);
         if longest > self.architecture.max_tokens() {
@@ -255,7 +269,9 @@ impl Encoder {
         }
         let ids = Tensor::from_slice(&batch.ids, total, &self.device)?;
         let mut x = self.word.index_select(&ids, 0)?;
-        if let (Some(table), Positions::Learned { first, .. }) = (&self.positions, &self.architecture.positions) {
+        if let (Some(table), Positions::Learned { first, .. }) =
+            (&self.positions, &self.architecture.positions)
+        {
             let mut positions = Vec::with_capacity(total);
             for run in &batch.runs {
                 for _ in 0..run.sequences {

@@ -66,7 +66,10 @@ impl Files {
             return Ok(Self { place: Place::Directory(path.to_owned()), revision: None, source });
         }
         if !hub::is_id(&source) {
-            let error = std::io::Error::new(std::io::ErrorKind::NotFound, "no such directory, and not a hub id (org/name)");
+            let error = std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                "no such directory, and not a hub id (org/name)",
+            );
             return Err(FilesError::Io { path: path.to_owned(), error });
         }
         let snapshot = hub::snapshot(model, &source)?;
@@ -84,7 +87,9 @@ impl Files {
     /// The file's bytes, `None` where there is no such file.
     pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>, FilesError> {
         match &self.place {
-            Place::Bundled => Ok(BUNDLED.iter().find(|(n, _)| *n == name).map(|(_, bytes)| Cow::Borrowed(*bytes))),
+            Place::Bundled => {
+                Ok(BUNDLED.iter().find(|(n, _)| *n == name).map(|(_, bytes)| Cow::Borrowed(*bytes)))
+            }
             Place::Directory(directory) => {
                 let path = directory.join(name);
                 match std::fs::read(&path) {
@@ -112,10 +117,13 @@ impl Files {
 
     /// The names of the files with weights.
     pub fn weights(&self) -> Result<Vec<String>, FilesError> {
-        weight_names(|name| self.json(name), |name| match &self.place {
-            Place::Bundled => BUNDLED.iter().any(|(n, _)| *n == name),
-            Place::Directory(directory) => directory.join(name).is_file(),
-        })?
+        weight_names(
+            |name| self.json(name),
+            |name| match &self.place {
+                Place::Bundled => BUNDLED.iter().any(|(n, _)| *n == name),
+                Place::Directory(directory) => directory.join(name).is_file(),
+            },
+        )?
         .ok_or_else(|| FilesError::NoWeights { source_name: self.source.clone() })
     }
 

@@ -40,7 +40,8 @@ impl Head {
         let c = &a.classifier;
         let vb = if c.dense_in_encoder { encoder } else { root };
         let norm = c.norm.map(|name| (root.pp(name), a.norm_bias, a.norm_eps));
-        let hidden = Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(c.dense))?;
+        let hidden =
+            Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(c.dense))?;
         let out = Dense::new((a.hidden, labels), true, None, None, root.pp(c.out))?;
         let pooling = if c.mean { Pooling::Mean } else { Pooling::First };
         Ok(Head::Classifier { pooling, layers: ClassifierLayers { hidden, out }, labels })
@@ -86,7 +87,9 @@ fn edge(x: &Tensor, batch: &Packed, side: usize) -> Result<Tensor> {
     let rows: Vec<u32> = batch
         .runs()
         .iter()
-        .flat_map(|run| (0..run.sequences).map(|i| (run.start + i * run.length + side * (run.length - 1)) as u32))
+        .flat_map(|run| {
+            (0..run.sequences).map(|i| (run.start + i * run.length + side * (run.length - 1)) as u32)
+        })
         .collect();
     let count = rows.len();
     x.index_select(&Tensor::from_vec(rows, count, x.device())?, 0)

@@ -19,7 +19,10 @@ pub(super) struct Snapshot {
 /// `name` or `org/name`, as the hub allows them.
 pub(super) fn is_id(source: &str) -> bool {
     let legal = |part: &str| {
-        !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')) && part != "." && part != ".."
+        !part.is_empty()
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && part != "."
+            && part != ".."
     };
     let parts: Vec<&str> = source.split('/').collect();
     parts.len() <= 2 && parts.iter().all(|part| legal(part))
@@ -28,19 +31,32 @@ pub(super) fn is_id(source: &str) -> bool {
 pub(super) fn snapshot(model: &settings::Model, id: &str) -> Result<Snapshot, FilesError> {
     let revision = model.revision.clone().unwrap_or_else(|| "main".to_owned());
     let cache = model.cache.clone().map_or_else(Cache::from_env, Cache::new);
-    let offline = model.offline || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
+    let offline = model.offline
+        || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
     if offline {
-        return cached(&cache, id, &revision)
-            .ok_or_else(|| FilesError::Hub(format!("{id}@{revision} is not in the cache {}, and the hub may not be asked (offline)", cache.path().display())));
+        return cached(&cache, id, &revision).ok_or_else(|| {
+            FilesError::Hub(format!(
+                "{id}@{revision} is not in the cache {}, and the hub may not be asked (offline)",
+                cache.path().display()
+            ))
+        });
     }
     match download(model, &cache, id, &revision) {
         Ok(snapshot) => Ok(snapshot),
         Err(Asked::Unreachable(reason)) => match cached(&cache, id, &revision) {
             Some(snapshot) => {
-                tracing::warn!(model = id, commit = snapshot.commit, reason, "the hub cannot be reached; using the cache");
+                tracing::warn!(
+                    model = id,
+                    commit = snapshot.commit,
+                    reason,
+                    "the hub cannot be reached; using the cache"
+                );
                 Ok(snapshot)
             }
-            None => Err(FilesError::Hub(format!("{id}@{revision}: {reason}; and it is not in the cache {}", cache.path().display()))),
+            None => Err(FilesError::Hub(format!(
+                "{id}@{revision}: {reason}; and it is not in the cache {}",
+                cache.path().display()
+            ))),
         },
         Err(Asked::Refused(error)) => Err(error),
     }
@@ -54,7 +70,8 @@ enum Asked {
 
 fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) -> Result<Snapshot, Asked> {
     let refused = |message: String| Asked::Refused(FilesError::Hub(message));
-    let mut builder = ApiBuilder::from_env().with_cache_dir(cache.path().clone()).with_progress(false).with_retries(3);
+    let mut builder =
+        ApiBuilder::from_env().with_cache_dir(cache.path().clone()).with_progress(false).with_retries(3);
     if let Some(token) = model.token.clone().or_else(|| std::env::var("HF_TOKEN").ok()) {
         builder = builder.with_token(Some(token));
     }
@@ -63,7 +80,9 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
     let info = named.info().map_err(|e| {
         let message = e.to_string();
         match status(&message) {
-            Some(401 | 403) => refused(format!("{id}@{revision}: access denied; set model.token or HF_TOKEN ({message})")),
+            Some(401 | 403) => {
+                refused(format!("{id}@{revision}: access denied; set model.token or HF_TOKEN ({message})"))
+            }
             Some(404) => refused(format!("{id}@{revision}: no such model or revision ({message})")),
             _ => Asked::Unreachable(message),
         }
@@ -129,7 +148,10 @@ fn cached(cache: &Cache, id: &str, revision: &str) -> Option<Snapshot> {
 
 /// The HTTP status in a message of the hub's client, which has no type for it.
 fn status(message: &str) -> Option<u16> {
-    message.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).find(|n| (400..500).contains(n))
+    message
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|word| word.parse().ok())
+        .find(|n| (400..500).contains(n))
 }
 
 #[cfg(test)]

@@ -71,7 +71,8 @@ impl Model {
                 .map_err(|e| ModelError::Weights(format!("{name}: {e}")))?;
             // Converted one file at a time, so that both precisions never stand side by side in full.
             for (key, tensor) in loaded {
-                let tensor = if tensor.dtype().is_float() { tensor.to_dtype(placement.dtype) } else { Ok(tensor) };
+                let tensor =
+                    if tensor.dtype().is_float() { tensor.to_dtype(placement.dtype) } else { Ok(tensor) };
                 tensors.insert(key, tensor.map_err(|e| ModelError::Weights(format!("{name}: {e}")))?);
             }
         }
@@ -99,7 +100,18 @@ impl Model {
         let encoder = Encoder::load(architecture, &vb).map_err(weights)?;
         let independent_labels =
             labels.len() == 1 || config["problem_type"].as_str() == Some("multi_label_classification");
-        Ok(Self { files, placement, tokenizer, labels, independent_labels, embedding, parameters, encoder, head, width })
+        Ok(Self {
+            files,
+            placement,
+            tokenizer,
+            labels,
+            independent_labels,
+            embedding,
+            parameters,
+            encoder,
+            head,
+            width,
+        })
     }
 
     pub fn architecture(&self) -> &Architecture {
@@ -115,7 +127,8 @@ impl Model {
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Vec<f32>> {
         let packed = Packed::new(batch);
         let hidden = self.encoder.forward(&packed)?;
-        let rows = self.head.forward(&hidden, &packed)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let rows =
+            self.head.forward(&hidden, &packed)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let mut out = vec![0.0; rows.len()];
         for (place, &i) in packed.order().iter().enumerate() {
             out[i * self.width..][..self.width].copy_from_slice(&rows[place * self.width..][..self.width]);
@@ -128,7 +141,11 @@ impl Model {
 fn labels(config: &serde_json::Value) -> Vec<String> {
     match config["id2label"].as_object() {
         Some(map) => (0..map.len())
-            .map(|i| map.get(&i.to_string()).and_then(|v| v.as_str()).map_or_else(|| format!("LABEL_{i}"), str::to_owned))
+            .map(|i| {
+                map.get(&i.to_string())
+                    .and_then(|v| v.as_str())
+                    .map_or_else(|| format!("LABEL_{i}"), str::to_owned)
+            })
             .collect(),
         None => (0..config["num_labels"].as_u64().unwrap_or(2)).map(|i| format!("LABEL_{i}")).collect(),
     }
@@ -169,7 +186,9 @@ fn pooling(file: &str, config: &serde_json::Value) -> Result<Pooling, ModelError
     if let Some(mode) = config["pooling_mode"].as_str() {
         return match MODES.iter().find(|(name, ..)| *name == mode) {
             Some((.., pooling)) => Ok(*pooling),
-            None => Err(ModelError::Unsupported(format!("{file}: pooling_mode {mode:?} is not supported; mean, cls, lasttoken"))),
+            None => Err(ModelError::Unsupported(format!(
+                "{file}: pooling_mode {mode:?} is not supported; mean, cls, lasttoken"
+            ))),
         };
     }
     let set: Vec<&str> = config
@@ -181,10 +200,14 @@ fn pooling(file: &str, config: &serde_json::Value) -> Result<Pooling, ModelError
         .collect();
     match set.as_slice() {
         [] => Ok(Pooling::Mean),
-        [one] => MODES.iter().find(|(_, flag, _)| flag == one).map(|(.., pooling)| *pooling).ok_or_else(|| {
-            ModelError::Unsupported(format!("{file}: {one} is not supported; mean, cls, lasttoken"))
-        }),
-        many => Err(ModelError::Unsupported(format!("{file}: {} together are not supported", many.join(" and ")))),
+        [one] => {
+            MODES.iter().find(|(_, flag, _)| flag == one).map(|(.., pooling)| *pooling).ok_or_else(|| {
+                ModelError::Unsupported(format!("{file}: {one} is not supported; mean, cls, lasttoken"))
+            })
+        }
+        many => {
+            Err(ModelError::Unsupported(format!("{file}: {} together are not supported", many.join(" and "))))
+        }
     }
 }
 

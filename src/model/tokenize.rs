@@ -36,8 +36,12 @@ impl Tokenizer {
             Some(_) => TruncationDirection::Right,
             None => own.map_or(TruncationDirection::Right, |own| own.direction),
         };
-        let truncation =
-            TruncationParams { max_length: max_tokens, direction, strategy: TruncationStrategy::LongestFirst, stride: 0 };
+        let truncation = TruncationParams {
+            max_length: max_tokens,
+            direction,
+            strategy: TruncationStrategy::LongestFirst,
+            stride: 0,
+        };
         inner.with_truncation(Some(truncation)).map_err(|e| content(e.to_string()))?;
         inner.with_padding(None);
         Ok(Self { inner, max_tokens })

@@ -76,10 +76,17 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
     if !faults.is_empty() {
         return Err(faults);
     }
-    let merged = builder.build().map_err(|e| vec![Fault { key: String::new(), message: e.to_string(), origin: None }])?;
+    let merged = builder
+        .build()
+        .map_err(|e| vec![Fault { key: String::new(), message: e.to_string(), origin: None }])?;
 
     let schema = schema();
-    let mut tree = Tree { origins: BTreeMap::new(), secrets: Vec::new(), faults: Vec::new(), environment: &sources.environment };
+    let mut tree = Tree {
+        origins: BTreeMap::new(),
+        secrets: Vec::new(),
+        faults: Vec::new(),
+        environment: &sources.environment,
+    };
     let mut value = tree.value(&merged.cache, &schema, "");
     let Tree { mut origins, secrets, mut faults, .. } = tree;
     fill_defaults(&mut value, &schema);
@@ -90,7 +97,11 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
             for fault in rules::check(&settings) {
                 // A key that is already wrong is not wrong twice.
                 if !faults.iter().any(|f| covers(&f.key, &fault.0)) {
-                    faults.push(Fault { origin: origin_of(&origins, &fault.0), key: fault.0, message: fault.1 });
+                    faults.push(Fault {
+                        origin: origin_of(&origins, &fault.0),
+                        key: fault.0,
+                        message: fault.1,
+                    });
                 }
             }
             if faults.is_empty() {
@@ -119,7 +130,12 @@ fn read(path: &Path) -> Result<config::File<config::FileSourceFile, config::File
         Some("yaml" | "yml") => config::FileFormat::Yaml,
         Some("toml") => config::FileFormat::Toml,
         Some("json") => config::FileFormat::Json,
-        _ => return Err(format!("{}: a configuration file ends in .yaml, .yml, .toml or .json", path.display())),
+        _ => {
+            return Err(format!(
+                "{}: a configuration file ends in .yaml, .yml, .toml or .json",
+                path.display()
+            ));
+        }
     };
     if !path.is_file() {
         return Err(format!("{}: no such file", path.display()));
@@ -193,7 +209,8 @@ fn insert(table: &mut Map<String, Layered>, path: &[String], value: Layered) {
         table.insert(first.clone(), value);
         return;
     }
-    let child = table.entry(first.clone()).or_insert_with(|| Layered::new(None, ValueKind::Table(Map::new())));
+    let child =
+        table.entry(first.clone()).or_insert_with(|| Layered::new(None, ValueKind::Table(Map::new())));
     if !matches!(child.kind, ValueKind::Table(_)) {
         child.kind = ValueKind::Table(Map::new());
     }
@@ -228,12 +245,18 @@ impl Tree<'_> {
             ValueKind::String(text) => self.text(text, layered.origin(), schema, key),
             ValueKind::Array(items) => {
                 let schema = &schema["items"];
-                items.iter().enumerate().map(|(i, item)| self.value(item, schema, &join(key, &i.to_string()))).collect()
+                items
+                    .iter()
+                    .enumerate()
+                    .map(|(i, item)| self.value(item, schema, &join(key, &i.to_string())))
+                    .collect()
             }
             ValueKind::Table(table) => Value::Object(
                 table
                     .iter()
-                    .map(|(name, child)| (name.clone(), self.value(child, property(schema, name), &join(key, name))))
+                    .map(|(name, child)| {
+                        (name.clone(), self.value(child, property(schema, name), &join(key, name)))
+                    })
                     .collect(),
             ),
         }
@@ -241,7 +264,9 @@ impl Tree<'_> {
 
     fn text(&mut self, text: &str, origin: Option<&str>, schema: &Value, key: &str) -> Value {
         let last = key.rsplit('.').next().unwrap_or(key);
-        if ["password", "secret", "token", "jaas"].iter().any(|word| last.contains(word)) || key.ends_with("key.pem") {
+        if ["password", "secret", "token", "jaas"].iter().any(|word| last.contains(word))
+            || key.ends_with("key.pem")
+        {
             self.secrets.push(key.to_owned());
         }
         let (text, replaced) = match interpolate(text, self.environment) {
@@ -254,7 +279,8 @@ impl Tree<'_> {
         if replaced {
             self.secrets.push(key.to_owned());
         }
-        let typed = replaced || origin.is_some_and(|o| o.starts_with("environment ") || o.starts_with("--set "));
+        let typed =
+            replaced || origin.is_some_and(|o| o.starts_with("environment ") || o.starts_with("--set "));
         if typed { coerce(&text, schema) } else { text.into() }
     }
 }
@@ -304,6 +330,9 @@ fn types(schema: &Value) -> Vec<&str> {
 
 fn coerce(text: &str, schema: &Value) -> Value {
     let types = types(schema);
+    if text == "null" && types.contains(&"null") {
+        return Value::Null;
+    }
     let parsed = || serde_json::from_str::<Value>(text).ok();
     if types.contains(&"array") {
         if text.trim_start().starts_with('[')
@@ -360,7 +389,8 @@ const PLANNED_SECTIONS: &[&str] = &["schedule", "cost", "otel"];
 fn check(value: &Value, schema: &Value, origins: &mut BTreeMap<String, String>, faults: &mut Vec<Fault>) {
     let validator = jsonschema::validator_for(schema).expect("the schema made from the struct is a schema");
     for error in validator.iter_errors(value) {
-        let key = error.instance_path().to_string().trim_start_matches('/').replace("~1", "/").replace('/', ".");
+        let key =
+            error.instance_path().to_string().trim_start_matches('/').replace("~1", "/").replace('/', ".");
         let at = schema_at(schema, &key);
         let mut report = |key: String, message: String| {
             faults.push(Fault { origin: origin_of(origins, &key), key, message });
@@ -394,10 +424,14 @@ fn check(value: &Value, schema: &Value, origins: &mut BTreeMap<String, String>, 
             }
             ValidationErrorKind::Type { .. } if at["enum"].is_array() => {}
             ValidationErrorKind::Type { .. } | ValidationErrorKind::Pattern { .. } => {
-                let wanted = match at["description"].as_str() {
-                    Some(text) => format!("{} ({})", types(at).join(" or "), text.lines().next().unwrap_or_default()),
-                    None => types(at).join(" or "),
-                };
+                let mut wanted = types(at).join(" or ");
+                if let Some(examples) = at["examples"].as_array() {
+                    let examples: Vec<String> = examples
+                        .iter()
+                        .map(|e| e.as_str().map_or_else(|| e.to_string(), str::to_owned))
+                        .collect();
+                    wanted.push_str(&format!(" such as {}", examples.join(", ")));
+                }
                 report(key, format!("{} is not {wanted}", error.instance()));
             }
             _ => report(key, error.to_string()),
@@ -407,7 +441,11 @@ fn check(value: &Value, schema: &Value, origins: &mut BTreeMap<String, String>, 
 
 fn schema_at<'a>(schema: &'a Value, key: &str) -> &'a Value {
     key.split('.').filter(|part| !part.is_empty()).fold(schema, |at, part| {
-        if part.parse::<usize>().is_ok() && at["items"].is_object() { &at["items"] } else { property(at, part) }
+        if part.parse::<usize>().is_ok() && at["items"].is_object() {
+            &at["items"]
+        } else {
+            property(at, part)
+        }
     })
 }
 
@@ -418,7 +456,9 @@ fn required_leaves(schema: &Value, key: &str, out: &mut Vec<(String, String)>) {
                 required_leaves(property(schema, name), &join(key, name), out);
             }
         }
-        _ => out.push((key.to_owned(), schema["description"].as_str().unwrap_or_default().replace('\n', " "))),
+        _ => {
+            out.push((key.to_owned(), schema["description"].as_str().unwrap_or_default().replace('\n', " ")))
+        }
     }
 }
 
@@ -496,7 +536,8 @@ fn hide(value: &mut Value, secrets: &[String]) {
             Some((section, name)) => vec![section, "properties", name],
             None => key.split('.').collect(),
         };
-        let pointer: String = parts.iter().map(|p| format!("/{}", p.replace('~', "~0").replace('/', "~1"))).collect();
+        let pointer: String =
+            parts.iter().map(|p| format!("/{}", p.replace('~', "~0").replace('/', "~1"))).collect();
         if let Some(found) = value.pointer_mut(&pointer).filter(|v| !v.is_null()) {
             *found = "<hidden>".into();
         }

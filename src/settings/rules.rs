@@ -53,7 +53,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     if patterns > 0 && input.topics.len() > 1 {
         fault("input.topics", "holds names or one pattern that starts with ^, not both".to_owned());
     }
-    for (key, topic) in [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)] {
+    for (key, topic) in
+        [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)]
+    {
         if let Err(message) = check_topic(topic) {
             fault(key, message);
         } else if input.topics.contains(topic) {
@@ -61,7 +63,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         }
     }
     if settings.output.topic == settings.dead_letters.topic {
-        fault("dead_letters.topic", "is the same as output.topic: readers could not tell them apart".to_owned());
+        fault(
+            "dead_letters.topic",
+            "is the same as output.topic: readers could not tell them apart".to_owned(),
+        );
     }
     if input.group.is_empty() {
         fault("input.group", "is empty".to_owned());
@@ -69,7 +74,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     match input.format {
         Format::Json => match (&input.field, &input.template) {
             (Fields(fields), None) if fields.is_empty() => {
-                fault("input.field", "json needs a field or a template: say where the text is, such as /text".to_owned());
+                fault(
+                    "input.field",
+                    "json needs a field or a template: say where the text is, such as /text".to_owned(),
+                );
             }
             (Fields(fields), Some(_)) if !fields.is_empty() => {
                 fault("input.template", "stands instead of input.field, not beside it".to_owned());
@@ -100,10 +108,13 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             }
         }
     }
-    let mut names: Vec<String> = ["label", "score", "scores", "embedding", "matches"].map(str::to_owned).into();
+    let mut names: Vec<String> =
+        ["label", "score", "scores", "embedding", "matches"].map(str::to_owned).into();
     for pointer in &settings.output.include {
         match check_pointer(pointer) {
-            Ok(()) if pointer.is_empty() => fault("output.include", "\"\" is the whole input: name its fields".to_owned()),
+            Ok(()) if pointer.is_empty() => {
+                fault("output.include", "\"\" is the whole input: name its fields".to_owned())
+            }
             Ok(()) => {
                 let name = crate::codec::json::last_name(pointer);
                 if names.contains(&name) {
@@ -117,7 +128,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     let task = &settings.task;
     if task.kind == TaskKind::Noop {
         if !settings.output.include.is_empty() {
-            fault("output.include", "noop publishes the value as it came: there is nothing to add to".to_owned());
+            fault(
+                "output.include",
+                "noop publishes the value as it came: there is nothing to add to".to_owned(),
+            );
         }
         if settings.model.source.is_some() {
             fault("model.source", "noop runs no model".to_owned());
@@ -128,7 +142,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     }
     match (task.kind, &task.candidates) {
         (TaskKind::Similarity, None) => {
-            fault("task.candidates", "similarity needs a file of candidates, one {\"id\":…,\"text\":…} a line".to_owned());
+            fault(
+                "task.candidates",
+                "similarity needs a file of candidates, one {\"id\":…,\"text\":…} a line".to_owned(),
+            );
         }
         (TaskKind::Similarity, Some(_)) | (_, None) => {}
         (kind, Some(_)) => fault("task.candidates", format!("means nothing with task.kind: {}", kind.name())),
@@ -145,14 +162,20 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     // Half the limit is for windows, and at least three overlap.
     if settings.memory.limit.0 < 8 * settings.window.max_bytes.0 {
         let least = super::ByteSize(8 * settings.window.max_bytes.0);
-        let message = format!("{} is less than eight windows of window.max_bytes: at least {least}", settings.memory.limit);
+        let message = format!(
+            "{} is less than eight windows of window.max_bytes: at least {least}",
+            settings.memory.limit
+        );
         fault("memory.limit", message);
     }
     if settings.memory.limit.0 < 16 << 20 {
         fault("memory.limit", "is less than 16MiB, which librdkafka's queues alone need".to_owned());
     }
     if settings.server.listen.parse::<std::net::SocketAddr>().is_err() {
-        fault("server.listen", format!("{:?} is not address:port, such as 0.0.0.0:9464", settings.server.listen));
+        fault(
+            "server.listen",
+            format!("{:?} is not address:port, such as 0.0.0.0:9464", settings.server.listen),
+        );
     }
     if settings.delivery.commit_interval.0.is_zero() {
         fault("delivery.commit_interval", "is zero".to_owned());
@@ -179,7 +202,9 @@ fn check_properties(section: &str, properties: &Properties) -> Vec<(String, Stri
 fn check_topic(topic: &str) -> Result<(), String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if topic.is_empty() || topic.len() > 249 || !topic.chars().all(legal) || topic == "." || topic == ".." {
-        return Err(format!("{topic:?} is not a topic's name: letters, digits, '.', '_' and '-', at most 249"));
+        return Err(format!(
+            "{topic:?} is not a topic's name: letters, digits, '.', '_' and '-', at most 249"
+        ));
     }
     Ok(())
 }

@@ -61,7 +61,7 @@ impl JsonSchema for ByteSize {
             "type": ["string", "integer"],
             "minimum": 0,
             "pattern": r"^[0-9]+(\.[0-9]+)? ?([kKMGT]i?B?|B)?$",
-            "description": "a size in bytes such as 8MiB"
+            "examples": ["8MiB", "64kB", 1048576]
         })
     }
 }
@@ -112,7 +112,7 @@ impl JsonSchema for Wait {
         json_schema!({
             "type": "string",
             "pattern": r"^[0-9]+(ns|us|ms|s|m|h|d)( ?[0-9]+(ns|us|ms|s|m|h|d))*$",
-            "description": "a duration such as 200ms, 1s or 5m"
+            "examples": ["200ms", "1s", "5m"]
         })
     }
 }
@@ -249,7 +249,7 @@ impl JsonSchema for DeviceChoice {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "string", "pattern": "^(auto|cpu|cuda|cuda:[0-9]+|metal)$" })
+        json_schema!({ "type": "string", "pattern": "^(auto|cpu|cuda|cuda:[0-9]+|metal)$", "examples": ["auto", "cpu", "cuda", "cuda:1", "metal"] })
     }
 }
 
@@ -259,7 +259,9 @@ mod tests {
 
     #[test]
     fn sizes_and_waits_read_and_write() {
-        for (text, bytes) in [("8MiB", 8 << 20), ("1GiB", 1 << 30), ("64kB", 64_000), ("100", 100), ("1.5KiB", 1536)] {
+        for (text, bytes) in
+            [("8MiB", 8 << 20), ("1GiB", 1 << 30), ("64kB", 64_000), ("100", 100), ("1.5KiB", 1536)]
+        {
             let size = ByteSize::try_from(Scalar(text.to_owned())).unwrap();
             assert_eq!(size.0, bytes, "{text}");
             assert_eq!(ByteSize::try_from(Scalar(size.to_string())).unwrap(), size);

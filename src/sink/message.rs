@@ -33,7 +33,12 @@ pub(super) fn prediction(headers: Option<&Headers>, source: &str, stamp: &Stamp)
 }
 
 /// Of a dead letter.
-pub(super) fn dead_letter(headers: Option<&Headers>, source: &str, error: &RecordError, stamp: &Stamp) -> OwnedHeaders {
+pub(super) fn dead_letter(
+    headers: Option<&Headers>,
+    source: &str,
+    error: &RecordError,
+    stamp: &Stamp,
+) -> OwnedHeaders {
     let headers = add(own(headers, 5), "kandle-source", source);
     let headers = add(headers, "kandle-error", error.fault.name());
     let headers = add(headers, "kandle-error-message", &error.message);

@@ -93,7 +93,11 @@ impl Publisher {
     }
 
     /// Publishes windows until their channel closes and the last is acknowledged.
-    pub fn serve(mut self, windows: &Receiver<Queued<Encoded>>, published: &Sender<Published>) -> Result<(), String> {
+    pub fn serve(
+        mut self,
+        windows: &Receiver<Queued<Encoded>>,
+        published: &Sender<Published>,
+    ) -> Result<(), String> {
         let mut open = true;
         while open || !self.under_way.is_empty() {
             if open && self.under_way.len() < UNDER_WAY {
@@ -134,8 +138,13 @@ impl Publisher {
         self.next += 1;
         self.under_way.push_back(UnderWay { number, content, left: 0, sent: false, started: Instant::now() });
         let at = self.under_way.len() - 1;
-        let owned: Vec<bool> =
-            self.under_way[at].content.window.spans.iter().map(|span| self.wiring.ownership.holds(span)).collect();
+        let owned: Vec<bool> = self.under_way[at]
+            .content
+            .window
+            .spans
+            .iter()
+            .map(|span| self.wiring.ownership.holds(span))
+            .collect();
         let mut source = String::new();
         for place in 0..self.under_way[at].content.outcomes.len() {
             if !owned[self.under_way[at].content.window.records[place].span as usize] {
@@ -184,7 +193,10 @@ impl Publisher {
         let partition = message::partition(self.partitioning, key, &position, written.partitions);
         // A batch with a message that is too large is refused as a whole, its neighbours too: what
         // may be too large never gets that far.
-        let bytes = value.map_or(0, <[u8]>::len) + key.map_or(0, <[u8]>::len) + message::OVERHEAD + message::size(&headers);
+        let bytes = value.map_or(0, <[u8]>::len)
+            + key.map_or(0, <[u8]>::len)
+            + message::OVERHEAD
+            + message::size(&headers);
         if bytes as u64 > written.max_bytes {
             self.producer.context().refuse(ticket.word(), RDKafkaErrorCode::MessageSizeTooLarge);
             return Ok(());
@@ -260,7 +272,8 @@ impl Publisher {
             }
             _ => {
                 let message = format!("the prediction is larger than {} takes", self.output);
-                self.under_way[at].content.outcomes[place] = Outcome::Dead(RecordError::new(Fault::TooLarge, message));
+                self.under_way[at].content.outcomes[place] =
+                    Outcome::Dead(RecordError::new(Fault::TooLarge, message));
                 self.send_record(at, place, &mut String::new())
             }
         }
@@ -268,7 +281,11 @@ impl Publisher {
 
     /// A dead letter of headers alone.
     fn bare(&self, ticket: Ticket, source: &str, headers: OwnedHeaders) -> Result<(), String> {
-        tracing::warn!(source, topic = self.dead_letters, "too large even for a dead letter: only its headers are kept");
+        tracing::warn!(
+            source,
+            topic = self.dead_letters,
+            "too large even for a dead letter: only its headers are kept"
+        );
         self.produce(BaseRecord {
             topic: &self.dead_letters,
             partition: Some(0),
@@ -311,7 +328,9 @@ impl Publisher {
         }
         let mut totals = [0; 3];
         for (span, counts) in window.spans.iter().zip(counts) {
-            for (i, (outcome, count)) in ["predicted", "dead_lettered", "tombstone"].iter().zip(counts).enumerate() {
+            for (i, (outcome, count)) in
+                ["predicted", "dead_lettered", "tombstone"].iter().zip(counts).enumerate()
+            {
                 totals[i] += count;
                 if count > 0 {
                     metrics.records.with_label_values(&[&*span.partition.topic, *outcome]).inc_by(count);
@@ -321,8 +340,15 @@ impl Publisher {
         self.show_memory();
         let ms = (now - window.records[0].arrived).as_millis() as u64;
         tracing::debug!(
-            window = window.id, records = window.records.len(), partitions = window.spans.len(), predicted = totals[0],
-            dead_lettered = totals[1], tombstones = totals[2], closed_by = window.closed_by.name(), ms, "window published"
+            window = window.id,
+            records = window.records.len(),
+            partitions = window.spans.len(),
+            predicted = totals[0],
+            dead_lettered = totals[1],
+            tombstones = totals[2],
+            closed_by = window.closed_by.name(),
+            ms,
+            "window published"
         );
         Published { records: window.records.len(), bytes: window.bytes(), spans: window.spans.clone() }
     }

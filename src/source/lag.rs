@@ -38,7 +38,9 @@ impl Lag {
         let mut seen = HashSet::new();
         for owned in ledger.iter() {
             let Partition { topic, number } = &owned.partition;
-            let Some(known) = statistics.topics.get(&**topic).and_then(|t| t.partitions.get(number)) else { continue };
+            let Some(known) = statistics.topics.get(&**topic).and_then(|t| t.partitions.get(number)) else {
+                continue;
+            };
             prefetched += known.fetchq_size;
             let (records, seconds) = behind(owned, known, now);
             let labels = [&**topic, &number.to_string()];
@@ -119,7 +121,13 @@ mod tests {
     use super::*;
 
     fn known(next: i64, end: i64, queued: i64) -> PartitionStatistics {
-        PartitionStatistics { next_offset: next, hi_offset: end, fetchq_cnt: queued, lo_offset: 0, ..Default::default() }
+        PartitionStatistics {
+            next_offset: next,
+            hi_offset: end,
+            fetchq_cnt: queued,
+            lo_offset: 0,
+            ..Default::default()
+        }
     }
 
     #[test]

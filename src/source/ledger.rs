@@ -105,7 +105,7 @@ impl Ledger {
     }
 
     /// What is published and not yet sent to be committed; it now counts as sent.
-    pub fn to_commit(&mut self, only: Option<&[Partition]>) -> Vec<(Partition, i64)> {
+    pub fn take_commits(&mut self, only: Option<&[Partition]>) -> Vec<(Partition, i64)> {
         let mut offsets = Vec::new();
         for owned in self.owned.values_mut() {
             if only.is_some_and(|only| !only.contains(&owned.partition)) {
@@ -157,13 +157,13 @@ mod tests {
         let p = Partition::new("t", 0);
         let generation = ledger.assign(p.clone(), Some(5));
         ledger.gathered(&[span(0, generation, 5, 9)], &[Some(1)]);
-        assert!(ledger.to_commit(None).is_empty(), "nothing is published yet");
+        assert!(ledger.take_commits(None).is_empty(), "nothing is published yet");
         ledger.published(&[span(0, generation, 5, 9)]);
-        assert_eq!(ledger.to_commit(None), [(p.clone(), 10)]);
-        assert!(ledger.to_commit(None).is_empty());
+        assert_eq!(ledger.take_commits(None), [(p.clone(), 10)]);
+        assert!(ledger.take_commits(None).is_empty());
         assert!(ledger.commits_open());
         ledger.committed(&p, 10, false);
-        assert_eq!(ledger.to_commit(None), [(p.clone(), 10)], "a refused commit is made again");
+        assert_eq!(ledger.take_commits(None), [(p.clone(), 10)], "a refused commit is made again");
         ledger.committed(&p, 10, true);
         assert!(!ledger.commits_open());
         assert_eq!(ledger.get(&p).unwrap().committed, Some(10));
@@ -179,7 +179,7 @@ mod tests {
         let new = ledger.assign(p.clone(), None);
         assert_ne!(old, new);
         ledger.published(&[span(0, old, 0, 9)]);
-        assert!(ledger.to_commit(None).is_empty());
+        assert!(ledger.take_commits(None).is_empty());
         assert_eq!(ledger.get(&p).unwrap().windows_in_flight(), 0);
     }
 
@@ -224,7 +224,7 @@ mod tests {
                         }
                     }
                     _ => {
-                        for (partition, offset) in ledger.to_commit(None) {
+                        for (partition, offset) in ledger.take_commits(None) {
                             let taken = size > 1;
                             let j = partition.number as usize;
                             prop_assert!(offset <= done[j], "committed {offset}, published up to {}", done[j]);

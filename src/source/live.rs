@@ -111,16 +111,25 @@ impl Source {
             .set("bootstrap.servers", &settings.kafka.brokers)
             .set("client.id", "kandle")
             .set("group.id", &settings.input.group)
-            .set("auto.offset.reset", match settings.input.start {
-                Start::Earliest => "earliest",
-                Start::Latest => "latest",
-            })
+            .set(
+                "auto.offset.reset",
+                match settings.input.start {
+                    Start::Earliest => "earliest",
+                    Start::Latest => "latest",
+                },
+            )
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
             .set("statistics.interval.ms", "1000")
-            .set("queued.max.messages.kbytes", (settings.memory.limit.0 / 4 / 1024).min(2_097_151).to_string());
+            .set(
+                "queued.max.messages.kbytes",
+                (settings.memory.limit.0 / 4 / 1024).min(2_097_151).to_string(),
+            );
         let own = settings.kafka.properties.iter().chain(&settings.input.properties);
-        if !own.clone().any(|(name, value)| name == "group.protocol" && value.0.eq_ignore_ascii_case("consumer")) {
+        if !own
+            .clone()
+            .any(|(name, value)| name == "group.protocol" && value.0.eq_ignore_ascii_case("consumer"))
+        {
             config.set("partition.assignment.strategy", "cooperative-sticky");
         }
         for (name, value) in own {
@@ -159,7 +168,11 @@ impl Source {
     }
 
     /// Consumes until it is asked to stop and everything in flight is committed.
-    pub fn serve(mut self, windows: Sender<Queued<Window>>, published: &Receiver<Published>) -> Result<(), SourceError> {
+    pub fn serve(
+        mut self,
+        windows: Sender<Queued<Window>>,
+        published: &Receiver<Published>,
+    ) -> Result<(), SourceError> {
         while !self.wiring.stop.load(Ordering::Relaxed) {
             self.wiring.health.busy(Stage::Source);
             self.settle(published)?;
@@ -183,7 +196,11 @@ impl Source {
 
     /// SIGTERM: the window that gathers goes too, all in flight is published and committed, and the
     /// member leaves the group.
-    fn finish(mut self, windows: Sender<Queued<Window>>, published: &Receiver<Published>) -> Result<(), SourceError> {
+    fn finish(
+        mut self,
+        windows: Sender<Queued<Window>>,
+        published: &Receiver<Published>,
+    ) -> Result<(), SourceError> {
         tracing::info!("stopping: finishing what is in flight");
         self.pause();
         if let Some(window) = self.gatherer.close(ClosedBy::Stop) {
@@ -263,7 +280,9 @@ impl Source {
                 now = Instant::now();
             }
             wait = Duration::ZERO;
-            let known = last.as_ref().is_some_and(|(p, _)| p.number == message.partition() && &*p.topic == message.topic());
+            let known = last
+                .as_ref()
+                .is_some_and(|(p, _)| p.number == message.partition() && &*p.topic == message.topic());
             if !known {
                 let partition = Partition::new(message.topic(), message.partition());
                 // Not ours: left in the queue from before a revocation.
@@ -294,7 +313,9 @@ impl Source {
             Some(Ok(message)) => {
                 let partition = Partition::new(message.topic(), message.partition());
                 match ledger.get(&partition) {
-                    Some(owned) => gatherer.push(&owned.partition, owned.generation, arrival(&message), Instant::now()),
+                    Some(owned) => {
+                        gatherer.push(&owned.partition, owned.generation, arrival(&message), Instant::now())
+                    }
                     None => None,
                 }
             }
@@ -422,10 +443,11 @@ impl Source {
             return Err(changed);
         }
         for partition in &partitions {
-            let start = known.find_partition(&partition.topic, partition.number).and_then(|e| match e.offset() {
-                Offset::Offset(offset) => Some(offset),
-                _ => None,
-            });
+            let start =
+                known.find_partition(&partition.topic, partition.number).and_then(|e| match e.offset() {
+                    Offset::Offset(offset) => Some(offset),
+                    _ => None,
+                });
             let generation = self.ledger.assign(partition.clone(), start);
             self.wiring.ownership.take(partition.clone(), generation);
         }
@@ -448,7 +470,9 @@ impl Source {
         }
         for element in known.elements() {
             let Ok(kept) = serde_json::from_str::<serde_json::Value>(element.metadata()) else { continue };
-            let (Some(digest), Offset::Offset(offset)) = (kept["digest"].as_str(), element.offset()) else { continue };
+            let (Some(digest), Offset::Offset(offset)) = (kept["digest"].as_str(), element.offset()) else {
+                continue;
+            };
             if digest == self.wiring.digest {
                 continue;
             }
@@ -500,7 +524,10 @@ impl Source {
         let Some(revoking) = self.revoking.take() else { return };
         let late = Instant::now() >= revoking.deadline;
         let in_flight = |ledger: &Ledger| {
-            revoking.partitions.iter().any(|p| ledger.get(p).is_some_and(|owned| owned.windows_in_flight() > 0))
+            revoking
+                .partitions
+                .iter()
+                .any(|p| ledger.get(p).is_some_and(|owned| owned.windows_in_flight() > 0))
         };
         if !late && in_flight(&self.ledger) {
             self.revoking = Some(revoking);
@@ -510,7 +537,9 @@ impl Source {
             self.commit(Some(&revoking.partitions));
         }
         let open = revoking.partitions.iter().any(|p| {
-            self.ledger.get(p).is_some_and(|owned| owned.published.is_some() && owned.published != owned.committed)
+            self.ledger
+                .get(p)
+                .is_some_and(|owned| owned.published.is_some() && owned.published != owned.committed)
         });
         if !late && open {
             self.revoking = Some(revoking);
@@ -536,11 +565,12 @@ impl Source {
             return;
         }
         self.last_commit = Instant::now();
-        let offsets = self.ledger.to_commit(only);
+        let offsets = self.ledger.take_commits(only);
         if offsets.is_empty() {
             return;
         }
-        let metadata = serde_json::json!({ "model": self.wiring.model, "digest": self.wiring.digest }).to_string();
+        let metadata =
+            serde_json::json!({ "model": self.wiring.model, "digest": self.wiring.digest }).to_string();
         let mut list = TopicPartitionList::with_capacity(offsets.len());
         for (partition, offset) in &offsets {
             let mut element = list.add_partition(&partition.topic, partition.number);
@@ -563,7 +593,11 @@ impl Source {
         }
         for element in offsets.elements() {
             if let Offset::Offset(offset) = element.offset() {
-                self.ledger.committed(&Partition::new(element.topic(), element.partition()), offset, result.is_ok());
+                self.ledger.committed(
+                    &Partition::new(element.topic(), element.partition()),
+                    offset,
+                    result.is_ok(),
+                );
             }
         }
     }
@@ -583,7 +617,8 @@ impl Source {
             _ => "",
         };
         let message = format!("{error}{hint} {reason}").trim_end().to_owned();
-        let again = self.last_error.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
+        let again =
+            self.last_error.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
         if !again {
             tracing::warn!("Kafka: {message}; trying again");
             self.wiring.health.error(&message);

@@ -16,7 +16,11 @@ pub(super) struct Classification {
 impl Classification {
     pub fn new(model: &Model, top_k: Option<usize>) -> Self {
         let labels = model.labels.clone();
-        Self { independent: model.independent_labels, top_k: top_k.unwrap_or(usize::MAX).min(labels.len()), labels }
+        Self {
+            independent: model.independent_labels,
+            top_k: top_k.unwrap_or(usize::MAX).min(labels.len()),
+            labels,
+        }
     }
 }
 
@@ -91,6 +95,9 @@ mod tests {
 
     #[test]
     fn top_k_limits_the_scores() {
-        assert_eq!(written(true, 1, &[0.0, -1000.0, -9.0]), r#"{"label":"a","score":0.5,"scores":{"a":0.5}}"#);
+        assert_eq!(
+            written(true, 1, &[0.0, -1000.0, -9.0]),
+            r#"{"label":"a","score":0.5,"scores":{"a":0.5}}"#
+        );
     }
 }

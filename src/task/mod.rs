@@ -63,9 +63,15 @@ impl Task {
             let (model_name, device, dtype) = ("noop".to_owned(), "none".to_owned(), "none".to_owned());
             return Ok(Self { kind, model_name, digest, device, dtype, text: None });
         }
-        let placement = Placement::choose(settings.model.device, settings.model.dtype).map_err(TaskError::Device)?;
+        let placement =
+            Placement::choose(settings.model.device, settings.model.dtype).map_err(TaskError::Device)?;
         match &placement.reason {
-            Some(reason) => tracing::info!(device = placement.name, dtype = placement.dtype_name(), reason, "device chosen"),
+            Some(reason) => tracing::info!(
+                device = placement.name,
+                dtype = placement.dtype_name(),
+                reason,
+                "device chosen"
+            ),
             None => tracing::info!(device = placement.name, dtype = placement.dtype_name(), "device set"),
         }
         let files = Files::find(&settings.model).map_err(files_error)?;
@@ -74,14 +80,17 @@ impl Task {
             TaskKind::TextEmbedding | TaskKind::Similarity | TaskKind::Noop => Output::Embedding,
         };
         let digest = Digest::new(Some(&files), settings, placement.dtype_name()).map_err(files_error)?;
-        let loaded =
-            Model::load(files, placement, output).map_err(|error| TaskError::Model { model: model.clone(), error })?;
+        let loaded = Model::load(files, placement, output)
+            .map_err(|error| TaskError::Model { model: model.clone(), error })?;
         let loaded = Arc::new(loaded);
         let canary = loaded.tokenizer.encode("kandle").map_err(TaskError::Forward)?;
-        let engine = Engine::new(Arc::clone(&loaded), canary.clone(), settings.batch.max_tokens, Arc::clone(metrics));
+        let engine =
+            Engine::new(Arc::clone(&loaded), canary.clone(), settings.batch.max_tokens, Arc::clone(metrics));
         engine.run(vec![Some(canary)]).map_err(TaskError::Forward)?;
         let predict: Box<dyn Predict> = match kind {
-            TaskKind::TextClassification => Box::new(classification::Classification::new(&loaded, settings.task.top_k)),
+            TaskKind::TextClassification => {
+                Box::new(classification::Classification::new(&loaded, settings.task.top_k))
+            }
             TaskKind::TextEmbedding | TaskKind::Noop => Box::new(embedding::Embed::new(&loaded)),
             TaskKind::Similarity => Box::new(similarity::Similarity::load(&loaded, &engine, &settings.task)?),
         };

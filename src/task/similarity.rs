@@ -28,9 +28,11 @@ pub(super) struct Similarity {
 impl Similarity {
     pub fn load(model: &Model, engine: &Engine, task: &settings::Task) -> Result<Self, TaskError> {
         let path = task.candidates.clone().unwrap_or_default();
-        let wrong = |line: usize, message: String| TaskError::Candidates(format!("{}:{line}: {message}", path.display()));
-        let text =
-            std::fs::read_to_string(&path).map_err(|e| TaskError::Candidates(format!("{}: {e}", path.display())))?;
+        let wrong = |line: usize, message: String| {
+            TaskError::Candidates(format!("{}:{line}: {message}", path.display()))
+        };
+        let text = std::fs::read_to_string(&path)
+            .map_err(|e| TaskError::Candidates(format!("{}: {e}", path.display())))?;
         let (mut ids, mut tokens, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let candidate: Candidate = serde_json::from_str(line).map_err(|e| wrong(i + 1, e.to_string()))?;
@@ -45,7 +47,11 @@ impl Similarity {
         }
         let response = engine.run(tokens).map_err(TaskError::Forward)?;
         if let Some((at, error)) = response.failed.first() {
-            return Err(TaskError::Candidates(format!("{}: candidate {:?}: {error}", path.display(), ids[*at as usize])));
+            return Err(TaskError::Candidates(format!(
+                "{}: candidate {:?}: {error}",
+                path.display(),
+                ids[*at as usize]
+            )));
         }
         let vectors = response.rows.chunks_exact(response.width).flat_map(normalized).collect();
         Ok(Self { ids, vectors, top_k: task.top_k.unwrap_or(1) })

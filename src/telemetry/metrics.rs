@@ -1,8 +1,8 @@
 //! Every metric, in one table: name, labels, help. Tests hold documentation and code to it.
 
 use prometheus::{
-    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts,
-    Registry,
+    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGaugeVec, Opts, Registry,
 };
 
 /// What a metric is; histograms carry their buckets.
@@ -16,11 +16,15 @@ pub enum Kind {
 /// Name, kind, labels, help.
 pub type Row = (&'static str, Kind, &'static [&'static str], &'static str);
 
-const SECONDS: &[f64] =
-    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
-const AGES: &[f64] = &[0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0, 259_200.0];
-const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0];
-const TOKENS: &[f64] = &[16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0];
+const SECONDS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+const AGES: &[f64] =
+    &[0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0, 259_200.0];
+const COUNTS: &[f64] =
+    &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0];
+const TOKENS: &[f64] =
+    &[16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0];
 const RATIOS: &[f64] = &[0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9];
 
 use Kind::{Counter as C, Gauge as G, Histogram as H};
@@ -87,10 +91,13 @@ fn register<M: prometheus::core::Collector + Clone + 'static>(
     name: &str,
     make: impl FnOnce(Opts, &'static [f64], &[&str]) -> prometheus::Result<M>,
 ) -> M {
-    let (_, kind, labels, help) =
-        TABLE.iter().find(|(known, ..)| *known == name).unwrap_or_else(|| panic!("{name} is not in the table"));
+    let (_, kind, labels, help) = TABLE
+        .iter()
+        .find(|(known, ..)| *known == name)
+        .unwrap_or_else(|| panic!("{name} is not in the table"));
     let buckets = if let Kind::Histogram(buckets) = kind { buckets } else { &[][..] };
-    let metric = make(Opts::new(name, *help), buckets, labels).expect("names and labels of the table are legal");
+    let metric =
+        make(Opts::new(name, *help), buckets, labels).expect("names and labels of the table are legal");
     registry.register(Box::new(metric.clone())).expect("a name is registered once");
     metric
 }

@@ -22,7 +22,9 @@ pub(super) fn encode(families: &[MetricFamily]) -> String {
         for metric in family.get_metric() {
             let labels = metric.get_label();
             match family.get_field_type() {
-                MetricType::COUNTER => sample(&mut out, &format!("{base}_total"), labels, None, metric.get_counter().get_value()),
+                MetricType::COUNTER => {
+                    sample(&mut out, &format!("{base}_total"), labels, None, metric.get_counter().get_value())
+                }
                 MetricType::GAUGE => sample(&mut out, name, labels, None, metric.get_gauge().get_value()),
                 _ => {
                     let histogram = metric.get_histogram();
@@ -30,13 +32,25 @@ pub(super) fn encode(families: &[MetricFamily]) -> String {
                     for bucket in histogram.get_bucket() {
                         let bound = bucket.upper_bound();
                         closed |= bound.is_infinite();
-                        sample(&mut out, &format!("{name}_bucket"), labels, Some(bound), bucket.cumulative_count() as f64);
+                        sample(
+                            &mut out,
+                            &format!("{name}_bucket"),
+                            labels,
+                            Some(bound),
+                            bucket.cumulative_count() as f64,
+                        );
                     }
                     if !closed {
                         let all = histogram.get_sample_count() as f64;
                         sample(&mut out, &format!("{name}_bucket"), labels, Some(f64::INFINITY), all);
                     }
-                    sample(&mut out, &format!("{name}_count"), labels, None, histogram.get_sample_count() as f64);
+                    sample(
+                        &mut out,
+                        &format!("{name}_count"),
+                        labels,
+                        None,
+                        histogram.get_sample_count() as f64,
+                    );
                     sample(&mut out, &format!("{name}_sum"), labels, None, histogram.get_sample_sum());
                 }
             }

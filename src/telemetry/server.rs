@@ -42,7 +42,8 @@ async fn metrics_page(State(shared): State<Shared>, headers: HeaderMap) -> Respo
         let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         return ([(header::CONTENT_TYPE, kind)], shared.metrics.openmetrics()).into_response();
     }
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], shared.metrics.text()).into_response()
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], shared.metrics.text())
+        .into_response()
 }
 
 async fn livez(State(shared): State<Shared>) -> Response {

@@ -76,9 +76,14 @@ impl Broker {
             .expect("kafka.sh runs");
         let input = child.stdin.take().expect("piped");
         let brokers = format!("127.0.0.1:{port}");
-        let client: BaseConsumer =
-            ClientConfig::new().set("bootstrap.servers", &brokers).set("log_level", "0").create().expect("a client");
-        until("the broker", || client.fetch_metadata(None, Duration::from_secs(2)).ok().filter(|m| !m.brokers().is_empty()));
+        let client: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &brokers)
+            .set("log_level", "0")
+            .create()
+            .expect("a client");
+        until("the broker", || {
+            client.fetch_metadata(None, Duration::from_secs(2)).ok().filter(|m| !m.brokers().is_empty())
+        });
         Self { brokers, child, _input: input, _directory: directory }
     }
 }
@@ -105,7 +110,8 @@ fn free_ports() -> u16 {
 /// A name that no other test has, in this run or an earlier one.
 pub fn unique(name: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let millis = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_millis();
+    let millis =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_millis();
     format!("{name}-{}-{millis}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
@@ -150,7 +156,10 @@ impl Place {
     pub fn config(&self, more: &[(&str, &str)]) -> String {
         let mut sections: Vec<(&str, String)> = vec![
             ("kafka", format!("{{ brokers: \"{}\" }}", self.brokers)),
-            ("input", format!("{{ topics: [{}], group: {}, format: json, field: /text }}", self.input, self.group)),
+            (
+                "input",
+                format!("{{ topics: [{}], group: {}, format: json, field: /text }}", self.input, self.group),
+            ),
             ("task", "{ kind: text-classification }".to_owned()),
             ("model", "{ source: bundled }".to_owned()),
             ("output", format!("{{ topic: {}, include: [/id] }}", self.output)),
@@ -167,7 +176,11 @@ impl Place {
             sections.retain(|(known, _)| known != name);
             sections.push((name, value));
         }
-        sections.into_iter().filter(|(_, v)| !v.is_empty()).map(|(name, value)| format!("{name}: {value}\n")).collect()
+        sections
+            .into_iter()
+            .filter(|(_, v)| !v.is_empty())
+            .map(|(name, value)| format!("{name}: {value}\n"))
+            .collect()
     }
 
     pub fn producer(&self) -> BaseProducer {
@@ -224,7 +237,11 @@ impl Place {
         let mut got = Vec::new();
         let started = Instant::now();
         while !enough(&got) {
-            assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}; {} records are there", got.len());
+            assert!(
+                started.elapsed() < PATIENCE,
+                "waited {PATIENCE:?} for {what}; {} records are there",
+                got.len()
+            );
             let mut wait = Duration::from_millis(100);
             while let Some(message) = consumer.poll(wait) {
                 got.push(Got::from(&message.expect("a message")));
@@ -303,7 +320,12 @@ impl From<&rdkafka::message::BorrowedMessage<'_>> for Got {
                 .map(|headers| {
                     headers
                         .iter()
-                        .map(|h| (h.key.to_owned(), String::from_utf8_lossy(h.value.unwrap_or_default()).into_owned()))
+                        .map(|h| {
+                            (
+                                h.key.to_owned(),
+                                String::from_utf8_lossy(h.value.unwrap_or_default()).into_owned(),
+                            )
+                        })
                         .collect()
                 })
                 .unwrap_or_default(),
@@ -403,7 +425,12 @@ impl Daemon {
     pub fn start_with(config: &str, more: impl FnOnce(&mut Command)) -> Self {
         let config = file("kandle.yaml", config);
         let mut command = kandle();
-        command.args(["run", "-c"]).arg(&config.path).stderr(Stdio::piped()).stdout(Stdio::null()).stdin(Stdio::null());
+        command
+            .args(["run", "-c"])
+            .arg(&config.path)
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .stdin(Stdio::null());
         more(&mut command);
         let mut child = command.spawn().expect("kandle starts");
         let log = Arc::new(Mutex::new(String::new()));
@@ -456,7 +483,8 @@ impl Daemon {
 
     pub fn get_as(&mut self, path: &str, accept: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(self.address()).expect("the admin server answers");
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nConnection: close\r\n\r\n").expect("asked");
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nConnection: close\r\n\r\n")
+            .expect("asked");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
         let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
@@ -465,7 +493,8 @@ impl Daemon {
     }
 
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status().expect("kill");
+        let status =
+            Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status().expect("kill");
         assert!(status.success(), "kill -{name}");
     }
 
@@ -478,7 +507,11 @@ impl Daemon {
             if let Some(status) = child.try_wait().expect("a status") {
                 return status;
             }
-            assert!(started.elapsed() < PATIENCE, "kandle does not end:\n{}", self.log.lock().expect("the log"));
+            assert!(
+                started.elapsed() < PATIENCE,
+                "kandle does not end:\n{}",
+                self.log.lock().expect("the log")
+            );
             std::thread::park_timeout(Duration::from_millis(20));
         }
     }

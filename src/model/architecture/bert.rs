@@ -18,7 +18,11 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
 }
 
 /// BERT's encoder, which RoBERTa shares; positions count from `first`.
-pub(super) fn post_norm(config: &Config<'_>, prefix: &'static str, first: usize) -> Result<Architecture, ConfigError> {
+pub(super) fn post_norm(
+    config: &Config<'_>,
+    prefix: &'static str,
+    first: usize,
+) -> Result<Architecture, ConfigError> {
     config.absolute_positions()?;
     let hidden = config.size("hidden_size")?;
     let count = config.size("max_position_embeddings")?;
@@ -29,7 +33,9 @@ pub(super) fn post_norm(config: &Config<'_>, prefix: &'static str, first: usize)
         .map(|i| {
             let name = |tail: &str| format!("encoder.layer.{i}.{tail}");
             Layer {
-                qkv: Qkv::Separate(["query", "key", "value"].map(|part| name(&format!("attention.self.{part}")))),
+                qkv: Qkv::Separate(
+                    ["query", "key", "value"].map(|part| name(&format!("attention.self.{part}"))),
+                ),
                 attention_out: name("attention.output.dense"),
                 attention_norm: Some(name("attention.output.LayerNorm")),
                 up: name("intermediate.dense"),

@@ -8,7 +8,9 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         .map(|i| {
             let name = |tail: &str| format!("transformer.layer.{i}.{tail}");
             Layer {
-                qkv: Qkv::Separate(["q_lin", "k_lin", "v_lin"].map(|part| name(&format!("attention.{part}")))),
+                qkv: Qkv::Separate(
+                    ["q_lin", "k_lin", "v_lin"].map(|part| name(&format!("attention.{part}"))),
+                ),
                 attention_out: name("attention.out_lin"),
                 attention_norm: Some(name("sa_layer_norm")),
                 up: name("ffn.lin1"),
@@ -27,7 +29,11 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         heads: config.heads("n_heads", hidden)?,
         intermediate: config.size("hidden_dim")?,
         norm_eps: 1e-12,
-        embeddings: Embeddings { word: "embeddings.word_embeddings", token_type: None, norm: "embeddings.LayerNorm" },
+        embeddings: Embeddings {
+            word: "embeddings.word_embeddings",
+            token_type: None,
+            norm: "embeddings.LayerNorm",
+        },
         positions: Positions::Learned {
             name: "embeddings.position_embeddings",
             count: config.size("max_position_embeddings")?,

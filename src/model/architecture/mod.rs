@@ -184,7 +184,11 @@ impl Config<'_> {
             "relu" => Activation::Relu,
             "silu" | "swish" => Activation::Silu,
             "tanh" => Activation::Tanh,
-            other => return Err(ConfigError(format!("{key} {other:?} is not known: gelu, gelu_new, relu, silu, tanh"))),
+            other => {
+                return Err(ConfigError(format!(
+                    "{key} {other:?} is not known: gelu, gelu_new, relu, silu, tanh"
+                )));
+            }
         })
     }
 
@@ -200,7 +204,9 @@ impl Config<'_> {
     fn absolute_positions(&self) -> Result<(), ConfigError> {
         match self.0["position_embedding_type"].as_str() {
             None | Some("absolute") => Ok(()),
-            Some(other) => Err(ConfigError(format!("position_embedding_type {other:?} is not supported: absolute"))),
+            Some(other) => {
+                Err(ConfigError(format!("position_embedding_type {other:?} is not supported: absolute")))
+            }
         }
     }
 }

@@ -36,7 +36,11 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         heads: config.heads("num_attention_heads", hidden)?,
         intermediate: config.size("intermediate_size")?,
         norm_eps: config.number_or("norm_eps", 1e-5),
-        embeddings: Embeddings { word: "embeddings.tok_embeddings", token_type: None, norm: "embeddings.norm" },
+        embeddings: Embeddings {
+            word: "embeddings.tok_embeddings",
+            token_type: None,
+            norm: "embeddings.norm",
+        },
         positions: Positions::Rotary { count: config.size("max_position_embeddings")? },
         layers,
         norms: Norms::First,
@@ -49,7 +53,9 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             mean: match config.0["classifier_pooling"].as_str() {
                 None | Some("cls") => false,
                 Some("mean") => true,
-                Some(other) => return Err(ConfigError(format!("classifier_pooling {other:?} is not known: cls, mean"))),
+                Some(other) => {
+                    return Err(ConfigError(format!("classifier_pooling {other:?} is not known: cls, mean")));
+                }
             },
             dense: "head.dense",
             dense_in_encoder: false,
@@ -88,7 +94,11 @@ fn theta(config: &Config<'_>, sliding: bool) -> Result<f64, ConfigError> {
     let parameters = &config.0["rope_parameters"][kind];
     match parameters["rope_type"].as_str() {
         None | Some("default") => {}
-        Some(other) => return Err(ConfigError(format!("rope_parameters.{kind}.rope_type {other:?} is not supported: default"))),
+        Some(other) => {
+            return Err(ConfigError(format!(
+                "rope_parameters.{kind}.rope_type {other:?} is not supported: default"
+            )));
+        }
     }
     Ok(parameters["rope_theta"].as_f64().unwrap_or_else(|| config.number_or(old_key, default)))
 }

@@ -1,0 +1,76 @@
+# `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+
+.PHONY: help
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+.PHONY: demo
+demo: ## An embedded broker, the bundled model, tickets classified: no set-up
+	@scripts/setup.sh build
+	cargo run --quiet -- demo
+
+.PHONY: test
+test: ## Unit, golden and end-to-end tests on a real Kafka (KANDLE_TEST_BROKERS=host:port takes another)
+	@scripts/setup.sh test
+	cargo test
+
+.PHONY: test-repeat
+test-repeat: ## The tests 20 times in a row beside two busy loops (N=… for another count)
+	@scripts/setup.sh test
+	cargo test --no-run
+	(while :; do :; done) & one=$$!
+	(while :; do :; done) & two=$$!
+	trap "kill $$one $$two" EXIT
+	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet; done
+
+.PHONY: build
+build: ## The release binary: target/release/kandle
+	@scripts/setup.sh build
+	cargo build --release
+
+.PHONY: lint
+lint: ## rustfmt and clippy, warnings denied
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+
+.PHONY: fmt
+fmt: ## Formats the code
+	cargo fmt
+
+.PHONY: deps
+deps: ## Licences, bans and sources (cargo-deny), unused dependencies (cargo-machete)
+	scripts/deps.sh
+
+.PHONY: bench
+bench: ## The pipeline without a model against a bare loop, on a real Kafka; and the process's footprint
+	@scripts/setup.sh test
+	cargo build --release
+	benches/pipeline.sh
+	benches/footprint.sh
+
+.PHONY: cuda-check
+cuda-check: ## Compiles, links and starts with --features cuda, without a GPU
+	scripts/cuda-check.sh
+
+.PHONY: fixtures
+fixtures: ## Makes the golden tests' models and outputs again (Python: torch, transformers)
+	python3 tests/fixtures/make.py
+
+.PHONY: demo-model
+demo-model: ## Trains the bundled model again (Python: torch, transformers)
+	python3 demo/train.py
+
+.PHONY: kafka
+kafka: ## A real Kafka for trying things, on 127.0.0.1:9092, until Ctrl-C
+	@scripts/setup.sh test
+	dir=$$(mktemp -d); trap "rm -rf $$dir" EXIT
+	echo "Kafka on 127.0.0.1:9092, data in $$dir"
+	sleep infinity | tests/support/kafka.sh run $$dir 9092
+
+.PHONY: clean
+clean: ## Removes what was built and fetched
+	cargo clean
+	rm -rf .cache

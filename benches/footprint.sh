@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Start-up time, idle CPU and resident memory of `kandle run` with the bundled model on a real Kafka.
+# Prints one JSON line.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+kandle=${KANDLE:-${CARGO_TARGET_DIR:-$root/target}/release/kandle}
+dir=$(mktemp -d)
+port=${PORT:-19392}
+mkfifo "$dir/hold"
+"$root/tests/support/kafka.sh" run "$dir/kafka" "$port" <"$dir/hold" &
+exec 3>"$dir/hold"
+trap 'kill "${daemon:-}" 2>/dev/null || true; exec 3>&-; wait; rm -rf "$dir"' EXIT
+libs=${KANDLE_KAFKA_LIBS:-$root/.cache/kafka/4.1.0}
+for topic in in out dead; do
+  until java -cp "$libs/*" org.apache.kafka.tools.TopicCommand --bootstrap-server "127.0.0.1:$port" --create \
+    --if-not-exists --topic "$topic" --partitions 4 >/dev/null 2>&1; do kill -0 %1; done
+done
+started=$(date +%s%N)
+"$kandle" run --set "kafka.brokers=127.0.0.1:$port" --set input.topics=in --set input.group=footprint \
+  --set input.format=text --set task.kind=text-classification --set model.source=bundled --set output.topic=out \
+  --set dead_letters.topic=dead --set server.listen=127.0.0.1:0 2>"$dir/log" &
+daemon=$!
+until grep -q 'model loaded' "$dir/log"; do kill -0 "$daemon"; done
+loaded=$(date +%s%N)
+until grep -q ' assigned' "$dir/log"; do kill -0 "$daemon"; done
+assigned=$(date +%s%N)
+ticks() { awk '{ print $14 + $15 }' "/proc/$daemon/stat"; }
+sleep 5 # what starting leaves behind
+before=$(ticks)
+sleep 30
+after=$(ticks)
+rss=$(awk '/^VmRSS/ { print $2 }' "/proc/$daemon/status")
+awk -v l=$((loaded - started)) -v a=$((assigned - started)) -v t=$((after - before)) -v hz="$(getconf CLK_TCK)" -v rss="$rss" \
+  'BEGIN { printf "{\"model_loaded_seconds\": %.3f, \"assigned_seconds\": %.3f, \"idle_cpu_percent\": %.2f, \"rss_mib\": %.1f}\n",
+           l / 1e9, a / 1e9, 100 * t / hz / 30, rss / 1024 }'

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# What a build and the tests need beside Rust: installed where that is possible without asking, else
+# the one command to type is named.
+#
+#   setup.sh build      C and C++ compilers, make, perl (librdkafka and OpenSSL are built from source)
+#   setup.sh test       that, Java and Maven (a real Kafka), and Kafka's jars
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+if ! command -v cargo >/dev/null; then
+  echo "setup: Rust is missing; install it with rustup: https://rustup.rs" >&2
+  exit 1
+fi
+
+packages=()
+want() { command -v "$1" >/dev/null || packages+=("$2"); }
+want cc build-essential
+want c++ build-essential
+want make build-essential
+want perl perl
+if [ "${1:-build}" = test ]; then
+  want java default-jre-headless
+  want mvn maven
+fi
+
+if [ ${#packages[@]} -gt 0 ]; then
+  mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
+  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    echo "setup: installing ${packages[*]}"
+    apt-get update -q
+    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${packages[@]}"
+  else
+    echo "setup: missing; type: sudo apt-get install -y ${packages[*]}" >&2
+    exit 1
+  fi
+fi
+
+[ "${1:-build}" = test ] && "$here/../tests/support/kafka.sh" fetch
+exit 0

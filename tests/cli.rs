@@ -1,0 +1,370 @@
+//! The commands that need no running daemon: check, predict, model, demo; and models from a hub.
+
+mod support;
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use serde_json::Value;
+use support::{Place, file, finish, kandle, root};
+
+fn bundled() -> support::File {
+    file(
+        "kandle.yaml",
+        "
+kafka: { brokers: 'localhost:9092' }
+input: { topics: [in], group: g, field: /text }
+task: { kind: text-classification }
+model: { source: bundled }
+output: { topic: out, include: [/id] }
+dead_letters: { topic: dead }
+log: { level: warn }
+",
+    )
+}
+
+#[test]
+fn predict_answers_line_by_line() {
+    let config = bundled();
+    let input = "{\"id\":1,\"text\":\"My parcel never arrived\"}\nnot json\n{\"id\":2,\"text\":\"My invoice is wrong\"}\r\n\n{\"id\":3,\"text\":\"The app crashes\"}";
+    let (code, out, err) = finish(kandle().args(["predict", "-c"]).arg(&config.path), input.as_bytes());
+    assert_eq!(code, 0, "{err}");
+    let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+    assert_eq!(lines.len(), 5);
+    assert_eq!((&lines[0]["label"], &lines[0]["id"]), (&"shipping".into(), &1.into()));
+    assert_eq!(lines[1]["error"], "decode");
+    assert_eq!(lines[2]["label"], "billing");
+    assert_eq!(lines[3]["error"], "decode", "an empty line is an empty record");
+    assert_eq!(lines[4]["label"], "technical");
+    // The same from a file.
+    let records = file("records.jsonl", input);
+    let (code, again, _) = finish(kandle().args(["predict", "-c"]).arg(&config.path).arg(&records.path), b"");
+    assert_eq!((code, again), (0, out));
+}
+
+#[test]
+fn predict_many_lines_as_one_by_one() {
+    let config = bundled();
+    let tickets = std::fs::read_to_string(root().join("demo/tickets.jsonl")).expect("tickets");
+    let run = |more: &[&str]| {
+        let (code, out, err) =
+            finish(kandle().args(["predict", "-c"]).arg(&config.path).args(more), tickets.as_bytes());
+        assert_eq!(code, 0, "{err}");
+        out.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect::<Vec<Value>>()
+    };
+    let (together, alone) = (run(&[]), run(&["--set", "window.max_records=1"]));
+    assert_eq!(together.len(), tickets.lines().count());
+    for (a, b) in together.iter().zip(&alone) {
+        assert_eq!((&a["label"], &a["id"]), (&b["label"], &b["id"]));
+        assert!((a["score"].as_f64().expect("a score") - b["score"].as_f64().expect("a score")).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn embeddings_of_a_directory_with_its_own_pooling() {
+    let model = tempfile::tempdir().expect("a directory");
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(root().join("tests/fixtures/roberta").join(name), model.path().join(name))
+            .expect("copied");
+    }
+    std::fs::write(model.path().join("modules.json"), r#"[{"type":"sentence_transformers.models.Transformer","path":""},{"type":"sentence_transformers.models.Pooling","path":"1_Pooling"},{"type":"sentence_transformers.models.Normalize","path":"2_Normalize"}]"#).expect("written");
+    std::fs::create_dir(model.path().join("1_Pooling")).expect("a directory");
+    std::fs::write(model.path().join("1_Pooling/config.json"), r#"{"pooling_mode_cls_token":true}"#)
+        .expect("written");
+    let source = format!("model.source={}", model.path().display());
+    let config = bundled();
+    let set = [
+        "--set",
+        "task.kind=text-embedding",
+        "--set",
+        &source,
+        "--set",
+        "input.format=text",
+        "--set",
+        "input.field=null",
+        "--set",
+        "output.include=[]",
+    ];
+    let (code, out, err) =
+        finish(kandle().args(["predict", "-c"]).arg(&config.path).args(set), b"order 3 is late\n");
+    assert_eq!(code, 0, "{err}");
+    let json: Value = serde_json::from_str(&out).expect("JSON");
+    let vector: Vec<f64> = json["embedding"]
+        .as_array()
+        .expect("a vector")
+        .iter()
+        .map(|v| v.as_f64().expect("a number"))
+        .collect();
+    assert_eq!(vector.len(), 32);
+    assert!((vector.iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-5);
+    let (code, out, _) = finish(kandle().args(["model", "show", "-c"]).arg(&config.path).args(set), b"");
+    assert_eq!(code, 0);
+    assert!(out.contains("roberta") && out.contains("first") && out.contains("normalized    true"), "{out}");
+}
+
+#[test]
+fn model_show_says_what_it_is() {
+    let config = bundled();
+    let (code, out, err) = finish(kandle().args(["model", "show", "-c"]).arg(&config.path), b"");
+    assert_eq!(code, 0, "{err}");
+    let rows: HashMap<&str, &str> = out.lines().map(|l| (l[..14].trim(), l[14..].trim())).collect();
+    assert_eq!(rows["architecture"], "bert");
+    assert_eq!(rows["max tokens"], "128");
+    assert_eq!(rows["labels"], "account, billing, feedback, returns, shipping, technical");
+    assert_eq!(rows["digest"].len(), 64);
+    // Batch sizes do not change a prediction, the field does.
+    let digest = |set: &str| {
+        let (_, out, _) =
+            finish(kandle().args(["model", "show", "-c"]).arg(&config.path).args(["--set", set]), b"");
+        out.lines().find_map(|l| l.strip_prefix("digest")).expect("a digest").trim().to_owned()
+    };
+    assert_eq!(digest("batch.max_tokens=77"), rows["digest"]);
+    assert_ne!(digest("input.field=/body"), rows["digest"]);
+}
+
+#[test]
+fn a_model_that_cannot_be_had_fails_with_the_reason() {
+    let config = bundled();
+    let (code, _, err) = finish(
+        kandle().args(["predict", "-c"]).arg(&config.path).args(["--set", "model.source=/no/such/model"]),
+        b"",
+    );
+    assert_eq!(code, 1);
+    assert!(err.contains("/no/such/model") && err.contains("no such directory"), "{err}");
+    if !cfg!(feature = "cuda") {
+        let (code, _, err) = finish(
+            kandle().args(["predict", "-c"]).arg(&config.path).args(["--set", "model.device=cuda"]),
+            b"",
+        );
+        assert_eq!(code, 1);
+        assert!(err.contains("--features cuda"), "{err}");
+    }
+}
+
+#[test]
+fn check_tries_everything_and_says_all_that_fails() {
+    let place = Place::new("check", 3);
+    let config = file("kandle.yaml", &place.config(&[]));
+    let (code, out, err) = finish(kandle().args(["check", "-c"]).arg(&config.path), b"");
+    assert_eq!(code, 0, "{out}{err}");
+    for line in [
+        "ok    brokers",
+        "3 partitions, readable",
+        "ok    output.topic",
+        "ok    dead_letters.topic",
+        "ok    group",
+        "ok    producer",
+        "ok    largest message",
+        "ok    model bundled",
+        "ok    memory",
+    ] {
+        assert!(out.contains(line), "{line}\n{out}");
+    }
+    let config = file(
+        "kandle.yaml",
+        &place.config(&[
+            ("output", "{ topic: no-such-topic }"),
+            ("dead_letters", "{ topic: none-such }"),
+            ("model", "{ source: /no/such/model }"),
+        ]),
+    );
+    let (code, out, _) = finish(kandle().args(["check", "-c"]).arg(&config.path), b"");
+    assert_eq!(code, 1);
+    assert_eq!(out.matches("FAIL").count(), 3, "{out}");
+    assert!(out.contains("topic no-such-topic does not exist; create it"), "{out}");
+}
+
+#[test]
+fn check_of_a_wrong_address_says_so_within_ten_seconds() {
+    let config = bundled();
+    let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
+    let started = std::time::Instant::now();
+    let set = format!("kafka.brokers=127.0.0.1:{port}");
+    let (code, out, _) = finish(kandle().args(["check", "-c"]).arg(&config.path).args(["--set", &set]), b"");
+    assert_eq!(code, 1);
+    assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
+    assert!(
+        out.contains(&format!("FAIL  brokers 127.0.0.1:{port}")) && out.contains("Connection refused"),
+        "{out}"
+    );
+    assert!(out.contains("ok    model bundled"), "what does not need Kafka is tried all the same\n{out}");
+}
+
+#[test]
+fn the_demo_shows_predictions_and_a_dead_letter_and_ends() {
+    let (code, out, err) = finish(kandle().args(["demo", "--seconds", "8", "--listen", "127.0.0.1:0"]), b"");
+    assert_eq!(code, 0, "{out}{err}");
+    for part in [
+        "/metrics",
+        "dead letter from tickets/",
+        "why: decode",
+        "nothing lost",
+        "On your own Kafka",
+        "kandle check -c",
+        "kandle run -c",
+        "lag ",
+    ] {
+        assert!(out.contains(part), "{part:?} is not in\n{out}");
+    }
+    assert!(out.contains("400 tickets"), "{out}");
+}
+
+/// A server that speaks as much of the hub's protocol as a client needs: revisions, files with
+/// their etags and commits, tokens.
+struct Hub {
+    endpoint: String,
+    /// Path of each request.
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+const FILES: [&str; 4] = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"];
+
+impl Hub {
+    fn start(directory: &Path, token: Option<&'static str>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (directory, kept) = (directory.to_owned(), Arc::clone(&asked));
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let (directory, kept) = (directory.clone(), Arc::clone(&kept));
+                std::thread::spawn(move || drop(answer(stream, &directory, token, &kept)));
+            }
+        });
+        Self { endpoint, asked }
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.asked.lock().expect("the list").clone()
+    }
+}
+
+fn answer(
+    stream: TcpStream,
+    directory: &Path,
+    token: Option<&str>,
+    asked: &Mutex<Vec<String>>,
+) -> std::io::Result<()> {
+    let mut out = stream.try_clone()?;
+    let mut lines = BufReader::new(stream).lines();
+    while let Some(request) = lines.next() {
+        let request = request?;
+        let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
+        let (mut range, mut authorized) = (None, token.is_none());
+        for line in lines.by_ref() {
+            let line = line?.to_lowercase();
+            if line.is_empty() {
+                break;
+            }
+            if let Some(asked) = line.strip_prefix("range: bytes=") {
+                range = asked
+                    .split_once('-')
+                    .map(|(a, b)| (a.parse().unwrap_or(0), b.parse().unwrap_or(usize::MAX)));
+            }
+            authorized |= token.is_some_and(|t| line == format!("authorization: bearer {t}"));
+        }
+        asked.lock().expect("the list").push(path.clone());
+        let mut reply = |status: &str, headers: &str, body: &[u8]| -> std::io::Result<()> {
+            write!(out, "HTTP/1.1 {status}\r\nContent-Length: {}\r\n{headers}\r\n", body.len())?;
+            if !request.starts_with("HEAD") {
+                out.write_all(body)?;
+            }
+            out.flush()
+        };
+        let info =
+            |path: &str| path.starts_with("/api/models/org/tiny/revision/") || path == "/api/models/org/tiny";
+        if !authorized {
+            reply("401 Unauthorized", "", b"")?;
+        } else if info(&path) && !path.ends_with("/nowhere") {
+            let siblings: Vec<Value> = FILES.iter().map(|f| serde_json::json!({ "rfilename": f })).collect();
+            let info = serde_json::json!({ "sha": COMMIT, "siblings": siblings }).to_string();
+            reply("200 OK", "Content-Type: application/json\r\n", info.as_bytes())?;
+        } else if let Some(name) = path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")) {
+            let Ok(bytes) = std::fs::read(directory.join(name)) else {
+                reply("404 Not Found", "", b"")?;
+                continue;
+            };
+            let common =
+                format!("ETag: \"etag-{name}\"\r\nX-Repo-Commit: {COMMIT}\r\nAccept-Ranges: bytes\r\n");
+            match range {
+                Some((start, end)) => {
+                    let end = end.min(bytes.len() - 1);
+                    let headers = format!("{common}Content-Range: bytes {start}-{end}/{}\r\n", bytes.len());
+                    reply("206 Partial Content", &headers, &bytes[start..=end])?;
+                }
+                None => reply("200 OK", &common, &bytes)?,
+            }
+        } else {
+            reply("404 Not Found", "", b"")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_model_from_a_hub_is_pinned_cached_and_works_offline() {
+    let hub = Hub::start(&root().join("tests/fixtures/bert"), Some("hf_secret"));
+    let cache = tempfile::tempdir().expect("a directory");
+    let config = bundled();
+    let run = |command: &[&str], endpoint: &str, token: &str, more: &[&str]| {
+        finish(
+            kandle()
+                .args(command)
+                .arg("-c")
+                .arg(&config.path)
+                .args(["--set", "model.source=org/tiny"])
+                .args(more)
+                .env("HF_HOME", cache.path())
+                .env("HF_ENDPOINT", endpoint)
+                .env("HF_TOKEN", token)
+                .env_remove("HF_HUB_OFFLINE"),
+            b"{\"text\":\"hello\"}\n",
+        )
+    };
+    // Without the token, and of a revision that is not there.
+    let (code, _, err) = run(&["model", "pull"], &hub.endpoint, "wrong", &[]);
+    assert_eq!(code, 1);
+    assert!(err.contains("access denied") && err.contains("HF_TOKEN"), "{err}");
+    let (code, _, err) =
+        run(&["model", "pull"], &hub.endpoint, "hf_secret", &["--set", "model.revision=nowhere"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("no such model or revision"), "{err}");
+    // Pulled: named by its commit.
+    let (code, out, err) = run(&["model", "pull"], &hub.endpoint, "hf_secret", &[]);
+    assert_eq!(code, 0, "{err}");
+    assert!(out.starts_with(&format!("org/tiny@{COMMIT}\n")), "{out}");
+    assert!(hub.asked().iter().any(|path| path.ends_with("/model.safetensors")));
+    // Once cached, only the revision is asked for.
+    let before = hub.asked().len();
+    let (code, online, err) = run(&["predict"], &hub.endpoint, "hf_secret", &[]);
+    assert_eq!(code, 0, "{err}");
+    assert!(
+        hub.asked()[before..].iter().all(|path| path.starts_with("/api/")),
+        "{:?}",
+        &hub.asked()[before..]
+    );
+    // Offline by setting, by a hub that is away, and by commit.
+    let (code, offline, err) =
+        run(&["predict"], &hub.endpoint, "hf_secret", &["--set", "model.offline=true"]);
+    assert_eq!((code, &offline), (0, &online), "{err}");
+    let (code, away, err) = run(&["predict"], "http://127.0.0.1:9", "hf_secret", &[]);
+    assert_eq!((code, &away), (0, &online), "{err}");
+    assert!(err.contains("using the cache"), "{err}");
+    let revision = format!("model.revision={COMMIT}");
+    let (code, pinned, _) =
+        run(&["predict"], &hub.endpoint, "hf_secret", &["--set", "model.offline=true", "--set", &revision]);
+    assert_eq!((code, &pinned), (0, &online));
+    // What is not cached is not there offline.
+    let (code, _, err) = run(
+        &["predict"],
+        &hub.endpoint,
+        "x",
+        &["--set", "model.offline=true", "--set", "model.source=org/other"],
+    );
+    assert_eq!(code, 1);
+    assert!(err.contains("org/other@main is not in the cache"), "{err}");
+}
