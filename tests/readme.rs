@@ -1,0 +1,85 @@
+//! Every command in the README runs, with the README's own configuration, on a real Kafka.
+
+mod support;
+
+use std::process::Command;
+
+use support::{Daemon, Place, finish, kandle, root};
+
+/// The lines of the README's blocks in a language.
+fn blocks(language: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(root().join("README.md")).expect("README.md");
+    let mut blocks = Vec::new();
+    let mut inside = false;
+    for line in text.lines() {
+        if let Some(tag) = line.strip_prefix("```") {
+            if !inside && tag == language {
+                blocks.push(String::new());
+            }
+            inside = !inside && tag == language;
+        } else if inside {
+            let block = blocks.last_mut().expect("a block");
+            block.push_str(line);
+            block.push('\n');
+        }
+    }
+    blocks
+}
+
+#[test]
+fn every_command_runs() {
+    let place = Place::new("readme", 2);
+    let yaml = blocks("yaml").remove(0);
+    let config = yaml
+        .replace("localhost:9092", &place.brokers)
+        .replace("[tickets]", &format!("[{}]", place.input))
+        .replace("kandle-tickets", &place.group)
+        .replace("tickets-predictions", &place.output)
+        .replace("tickets-dead", &place.dead);
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::write(directory.path().join("kandle.yaml"), format!("{config}server: {{ listen: \"127.0.0.1:0\" }}\n")).expect("written");
+    std::fs::copy(root().join("demo/tickets.jsonl"), directory.path().join("tickets.jsonl")).expect("copied");
+
+    let mut ran = Vec::new();
+    for line in blocks("sh").concat().lines() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            [] => continue,
+            // What the target itself does is run by the tests around this one, or by CI.
+            ["make", target] => {
+                let status = Command::new("make").args(["-n", target]).current_dir(root()).output().expect("make");
+                assert!(status.status.success(), "{line}");
+            }
+            ["cargo", "build", "--release", "--features", feature] => {
+                let manifest = std::fs::read_to_string(root().join("Cargo.toml")).expect("Cargo.toml");
+                assert!(manifest.contains(&format!("\n{feature} = [")), "{line}");
+            }
+            ["kandle", "run", ..] => {
+                place.produce([support::Sent::ticket(0, 7, "I was charged twice in May.")]);
+                let config = std::fs::read_to_string(directory.path().join("kandle.yaml")).expect("read");
+                let mut daemon = Daemon::start(&config);
+                let prediction = place.predictions(1).remove(0).json();
+                assert_eq!((&prediction["label"], &prediction["id"]), (&"billing".into(), &7.into()));
+                daemon.stop();
+            }
+            ["kandle", rest @ ..] => {
+                let (code, out, err) = finish(kandle().args(rest).current_dir(directory.path()), b"");
+                assert_eq!(code, 0, "{line}\n{out}{err}");
+            }
+            _ => panic!("nothing here runs {line:?}"),
+        }
+        ran.push(words[..2].join(" "));
+    }
+    for command in ["make demo", "make test", "kandle check", "kandle run", "kandle predict"] {
+        assert!(ran.contains(&command.to_owned()), "{command} is not in the README: {ran:?}");
+    }
+}
+
+#[test]
+fn what_it_links_to_is_there() {
+    let text = std::fs::read_to_string(root().join("README.md")).expect("README.md");
+    for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+        assert!(link.starts_with("https://") || root().join(link).exists(), "{link}");
+    }
+}
