@@ -219,6 +219,9 @@ fn rules_between_keys() {
     one_fault("input: { format: text }", &["input.field", "means nothing with input.format: text"]);
     one_fault("input: { topics: [out] }", &["output.topic", "would read what it wrote"]);
     one_fault("input: { topics: [] }", &["input.topics"]);
+    one_fault("input: { topics: ['^o.*'] }", &["output.topic", "would read what it wrote"]);
+    one_fault("input: { topics: ['^(a'] }", &["input.topics", "no pattern"]);
+    one_fault("input: { topics: ['a b'] }", &["input.topics", "not a topic's name"]);
     one_fault("input: { topics: ['^a.*', b] }", &["input.topics", "not both"]);
     one_fault("dead_letters: { topic: out }", &["dead_letters.topic", "the same as output.topic"]);
     one_fault("output: { include: [/a/label] }", &["output.include", "already has a field \"label\""]);

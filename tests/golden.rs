@@ -153,6 +153,21 @@ fn embeddings_for_every_pooling() {
 }
 
 #[test]
+fn a_models_own_prompt_stands_before_every_text() {
+    let prompts = r#"{"prompts": {"query": "late ", "document": ""}, "default_prompt_name": "query"}"#;
+    let modules = r#"[{"type": "sentence_transformers.models.Transformer", "path": ""}]"#;
+    let directory = with(
+        "bert",
+        &[("modules.json", modules.to_owned()), ("config_sentence_transformers.json", prompts.to_owned())],
+    );
+    let model = load(directory.path(), Output::Embedding);
+    assert_eq!(model.tokens("parcel"), model.tokenizer.encode("late parcel"));
+    // Not for a classifier.
+    let model = load(directory.path(), Output::Logits);
+    assert_eq!(model.tokens("parcel"), model.tokenizer.encode("parcel"));
+}
+
+#[test]
 fn a_record_is_predicted_the_same_in_any_batch() {
     for name in ARCHITECTURES {
         let model = load(&fixture(name), Output::Logits);

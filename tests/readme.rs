@@ -37,7 +37,11 @@ fn every_command_runs() {
         .replace("tickets-predictions", &place.output)
         .replace("tickets-dead", &place.dead);
     let directory = tempfile::tempdir().expect("a directory");
-    std::fs::write(directory.path().join("kandle.yaml"), format!("{config}server: {{ listen: \"127.0.0.1:0\" }}\n")).expect("written");
+    std::fs::write(
+        directory.path().join("kandle.yaml"),
+        format!("{config}server: {{ listen: \"127.0.0.1:0\" }}\n"),
+    )
+    .expect("written");
     std::fs::copy(root().join("demo/tickets.jsonl"), directory.path().join("tickets.jsonl")).expect("copied");
 
     let mut ran = Vec::new();
@@ -48,7 +52,8 @@ fn every_command_runs() {
             [] => continue,
             // What the target itself does is run by the tests around this one, or by CI.
             ["make", target] => {
-                let status = Command::new("make").args(["-n", target]).current_dir(root()).output().expect("make");
+                let status =
+                    Command::new("make").args(["-n", target]).current_dir(root()).output().expect("make");
                 assert!(status.status.success(), "{line}");
             }
             ["cargo", "build", "--release", "--features", feature] => {

@@ -34,7 +34,7 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// No sequence may be empty: tokenizers add special tokens, so none is.
+    /// No sequence is empty: [`super::Tokenizer`] sees to that.
     pub fn new(batch: &[&Tokens]) -> Self {
         let mut order: Vec<usize> = (0..batch.len()).collect();
         order.sort_by_key(|&i| batch[i].ids.len());

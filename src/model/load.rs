@@ -32,12 +32,15 @@ pub enum Output {
     Embedding,
 }
 
-/// How a model turns a text into a vector, from its modules.json and pooling's config.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a model turns a text into a vector, as sentence-transformers keeps it in modules.json, the
+/// pooling's config.json and config_sentence_transformers.json.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Embedding {
     pub pooling: Pooling,
     /// To length 1.
     pub normalize: bool,
+    /// Stands before every text.
+    pub prompt: String,
 }
 
 pub struct Model {
@@ -118,6 +121,16 @@ impl Model {
         self.encoder.architecture()
     }
 
+    /// A text as the model takes it; with the embedding's prompt where an embedding is wanted.
+    pub fn tokens(&self, text: &str) -> Result<Tokens, String> {
+        match &self.head {
+            Head::Embedding { .. } if !self.embedding.prompt.is_empty() => {
+                self.tokenizer.encode(&format!("{}{text}", self.embedding.prompt))
+            }
+            _ => self.tokenizer.encode(text),
+        }
+    }
+
     /// Numbers per record.
     pub fn width(&self) -> usize {
         self.width
@@ -154,7 +167,12 @@ fn labels(config: &serde_json::Value) -> Vec<String> {
 /// As sentence-transformers keeps it; the mean, not normalised, where a model says nothing.
 fn embedding(files: &Files) -> Result<Embedding, ModelError> {
     let Some(modules) = files.json("modules.json")? else {
-        return Ok(Embedding { pooling: Pooling::Mean, normalize: false });
+        return Ok(Embedding { pooling: Pooling::Mean, normalize: false, prompt: String::new() });
+    };
+    let prompts = files.json("config_sentence_transformers.json")?.unwrap_or_default();
+    let prompt = match prompts["default_prompt_name"].as_str() {
+        Some(name) => prompts["prompts"][name].as_str().unwrap_or_default().to_owned(),
+        None => String::new(),
     };
     let mut normalize = false;
     for module in modules.as_array().into_iter().flatten() {
@@ -173,7 +191,7 @@ fn embedding(files: &Files) -> Result<Embedding, ModelError> {
         None => Pooling::Mean,
         Some(name) => pooling(&name, &files.json(&name)?.unwrap_or_default())?,
     };
-    Ok(Embedding { pooling, normalize })
+    Ok(Embedding { pooling, normalize, prompt })
 }
 
 /// `pooling_mode: "mean"`, or the older one flag a mode.
@@ -183,6 +201,9 @@ fn pooling(file: &str, config: &serde_json::Value) -> Result<Pooling, ModelError
         ("cls", "pooling_mode_cls_token", Pooling::First),
         ("lasttoken", "pooling_mode_lasttoken", Pooling::Last),
     ];
+    if config["include_prompt"].as_bool() == Some(false) {
+        return Err(ModelError::Unsupported(format!("{file}: include_prompt: false is not supported")));
+    }
     if let Some(mode) = config["pooling_mode"].as_str() {
         return match MODES.iter().find(|(name, ..)| *name == mode) {
             Some((.., pooling)) => Ok(*pooling),

@@ -52,9 +52,13 @@ impl Tokenizer {
         self.max_tokens
     }
 
-    /// Truncates what is over the limit and says so.
+    /// Truncates what is over the limit and says so. A text without any token, where the tokenizer
+    /// adds none, is an error.
     pub fn encode(&self, text: &str) -> Result<Tokens, String> {
         let encoding = self.inner.encode_fast(text, true).map_err(|e| e.to_string())?;
+        if encoding.get_ids().is_empty() {
+            return Err("the text has no tokens".to_owned());
+        }
         let types = encoding.get_type_ids();
         Ok(Tokens {
             ids: encoding.get_ids().to_vec(),

@@ -58,8 +58,21 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     {
         if let Err(message) = check_topic(topic) {
             fault(key, message);
-        } else if input.topics.contains(topic) {
+        } else if input
+            .topics
+            .iter()
+            .any(|input| input == topic || pattern(input).is_ok_and(|p| p.is_match(topic)))
+        {
             fault(key, format!("{topic} is also in input.topics: kandle would read what it wrote"));
+        }
+    }
+    for topic in &input.topics {
+        if topic.starts_with('^') {
+            if let Err(e) = pattern(topic) {
+                fault("input.topics", format!("{topic} is no pattern: {e}"));
+            }
+        } else if let Err(message) = check_topic(topic) {
+            fault("input.topics", message);
         }
     }
     if settings.output.topic == settings.dead_letters.topic {
@@ -196,6 +209,11 @@ fn check_properties(section: &str, properties: &Properties) -> Vec<(String, Stri
         }
     }
     faults
+}
+
+/// A pattern among `input.topics`; a plain name is none.
+fn pattern(topic: &str) -> Result<regex::Regex, regex::Error> {
+    if topic.starts_with('^') { regex::Regex::new(topic) } else { regex::Regex::new("$.^") }
 }
 
 /// Kafka's own rule for names: `[a-zA-Z0-9._-]{1,249}`.

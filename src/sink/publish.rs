@@ -10,7 +10,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::message::OwnedHeaders;
@@ -27,6 +27,10 @@ use crate::telemetry::{Health, Metrics};
 
 /// Windows sent and not yet acknowledged, at most.
 const UNDER_WAY: usize = 8;
+/// Between two looks for delivery reports while there are some to come.
+const REPORTS: Duration = Duration::from_millis(2);
+/// The same while there are none.
+const IDLE: Duration = Duration::from_millis(500);
 
 /// What the publisher is told at the start.
 pub struct Wiring {
@@ -100,18 +104,11 @@ impl Publisher {
     ) -> Result<(), String> {
         let mut open = true;
         while open || !self.under_way.is_empty() {
+            // Reports are looked for every so often; with none to come, the producer wants to be
+            // served now and then all the same.
+            let pause = if self.under_way.is_empty() { IDLE } else { REPORTS };
             if open && self.under_way.len() < UNDER_WAY {
-                // With nothing to wait for but a window, wait for that; the producer still wants
-                // to be served now and then.
-                let window = if self.under_way.is_empty() {
-                    windows.recv_timeout(Duration::from_millis(500))
-                } else {
-                    windows.try_recv().map_err(|e| match e {
-                        TryRecvError::Empty => RecvTimeoutError::Timeout,
-                        TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-                    })
-                };
-                match window {
+                match windows.recv_timeout(pause) {
                     Ok(window) => {
                         let window = window.take(&self.wiring.metrics, "wait_publish");
                         self.send(window)?;
@@ -119,10 +116,10 @@ impl Publisher {
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => open = false,
                 }
+            } else {
+                std::thread::park_timeout(pause);
             }
-            // Reports come in bunches: all that are here, then a moment for more.
-            let pause = if self.under_way.is_empty() { Duration::ZERO } else { Duration::from_millis(2) };
-            self.poll(pause)?;
+            self.poll()?;
             while self.under_way.front().is_some_and(|first| first.sent && first.left == 0) {
                 let first = self.under_way.pop_front().expect("there is a first");
                 if published.send(self.finish(first)).is_err() {
@@ -154,7 +151,7 @@ impl Publisher {
             self.send_record(at, place, &mut source)?;
             // Room in the producer's queue and in our list of reports.
             if place % 4096 == 4095 {
-                self.poll(Duration::ZERO)?;
+                self.poll()?;
             }
         }
         self.under_way[at].sent = true;
@@ -235,17 +232,21 @@ impl Publisher {
     }
 
     /// Serves the producer and books what it reports.
-    fn poll(&mut self, pause: Duration) -> Result<(), String> {
-        self.producer.poll(pause);
-        self.check_fatal()?;
-        let arrived = self.producer.context().take();
-        for (number, count) in arrived.acknowledged {
-            self.of(number).left -= count;
+    fn poll(&mut self) -> Result<(), String> {
+        loop {
+            // With a time to wait, the client's poll would spin through the last millisecond of it.
+            self.producer.poll(Duration::ZERO);
+            let arrived = self.producer.context().take();
+            if arrived.acknowledged.is_empty() && arrived.failed.is_empty() {
+                return self.check_fatal();
+            }
+            for (number, count) in arrived.acknowledged {
+                self.of(number).left -= count;
+            }
+            for (ticket, code) in arrived.failed {
+                self.refused(ticket, code)?;
+            }
         }
-        for (ticket, code) in arrived.failed {
-            self.refused(ticket, code)?;
-        }
-        Ok(())
     }
 
     fn of(&mut self, number: u64) -> &mut UnderWay {

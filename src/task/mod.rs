@@ -83,7 +83,7 @@ impl Task {
         let loaded = Model::load(files, placement, output)
             .map_err(|error| TaskError::Model { model: model.clone(), error })?;
         let loaded = Arc::new(loaded);
-        let canary = loaded.tokenizer.encode("kandle").map_err(TaskError::Forward)?;
+        let canary = loaded.tokens("kandle").map_err(TaskError::Forward)?;
         let engine =
             Engine::new(Arc::clone(&loaded), canary.clone(), settings.batch.max_tokens, Arc::clone(metrics));
         engine.run(vec![Some(canary)]).map_err(TaskError::Forward)?;
@@ -108,7 +108,7 @@ impl Task {
 impl TextTask {
     /// Text to tokens, within the model's limit.
     pub fn prepare(&self, text: &str) -> Result<Tokens, RecordError> {
-        let tokens = self.model.tokenizer.encode(text).map_err(|e| RecordError::new(Fault::Infer, e))?;
+        let tokens = self.model.tokens(text).map_err(|e| RecordError::new(Fault::Infer, e))?;
         if tokens.truncated && self.overflow == Overflow::DeadLetter {
             let limit = self.model.tokenizer.max_tokens();
             return Err(RecordError::new(Fault::TooLong, format!("more than the model's {limit} tokens")));

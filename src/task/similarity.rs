@@ -39,7 +39,7 @@ impl Similarity {
             if !seen.insert(candidate.id.clone()) {
                 return Err(wrong(i + 1, format!("id {:?} is there twice", candidate.id)));
             }
-            tokens.push(Some(model.tokenizer.encode(&candidate.text).map_err(|e| wrong(i + 1, e))?));
+            tokens.push(Some(model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e))?));
             ids.push(candidate.id);
         }
         if ids.is_empty() {
