@@ -1,7 +1,7 @@
 //! Looking at the cluster before anything is consumed: can it be reached, are the topics there.
 
 use std::sync::Mutex;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
@@ -9,10 +9,11 @@ use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
+use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaErrorCode;
 
-use crate::pipeline::Shared;
 use crate::settings::Settings;
+use crate::telemetry::{Health, Metrics};
 
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
@@ -176,8 +177,36 @@ impl<'a> Cluster<'a> {
     }
 }
 
+/// The group's offsets, tried again while its coordinator is only just coming up.
+pub fn committed<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partitions: &TopicPartitionList,
+    within: Duration,
+) -> Result<TopicPartitionList, KafkaError> {
+    use RDKafkaErrorCode::{CoordinatorLoadInProgress, CoordinatorNotAvailable, NotCoordinator};
+    let deadline = Instant::now() + within;
+    loop {
+        let error = match consumer.committed_offsets(partitions.clone(), within) {
+            Ok(offsets) => return Ok(offsets),
+            Err(error) => error,
+        };
+        let passing = [CoordinatorLoadInProgress, CoordinatorNotAvailable, NotCoordinator];
+        if !error.rdkafka_error_code().is_some_and(|code| passing.contains(&code))
+            || Instant::now() >= deadline
+        {
+            return Err(error);
+        }
+        std::thread::park_timeout(Duration::from_millis(100));
+    }
+}
+
 /// Waits until the cluster can be used, and says what it waits for; `None` when asked to stop.
-pub fn wait(settings: &Settings, shared: &Shared) -> Result<Option<Topics>, KafkaError> {
+pub fn wait(
+    settings: &Settings,
+    metrics: &Metrics,
+    health: &Health,
+    stop: &AtomicBool,
+) -> Result<Option<Topics>, KafkaError> {
     let cluster = Cluster::connect(settings)?;
     let mut backoff = BACKOFF.0;
     loop {
@@ -190,12 +219,12 @@ pub fn wait(settings: &Settings, shared: &Shared) -> Result<Option<Topics>, Kafk
         };
         for trouble in &troubles {
             tracing::error!("{trouble}; trying again in {}", humantime::format_duration(backoff));
-            shared.health.error(&trouble.to_string());
+            health.error(&trouble.to_string());
         }
-        shared.metrics.retries.with_label_values(&["topics"]).inc();
+        metrics.retries.with_label_values(&["topics"]).inc();
         let until = Instant::now() + backoff;
         while Instant::now() < until {
-            if shared.stop.load(Ordering::Relaxed) {
+            if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
             std::thread::park_timeout(Duration::from_millis(50));

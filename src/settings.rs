@@ -1,6 +1,7 @@
 //! The typed configuration: one struct per section, from which the JSON Schema, the defaults and
 //! the checks are made. How files, environment and flags become it is in [`load`].
 
+mod faults;
 pub mod load;
 mod rules;
 mod units;
@@ -11,7 +12,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use load::{Fault, Loaded, Sources, load};
+pub use faults::Fault;
+pub use load::{Loaded, Sources, load};
 pub use units::{ByteSize, Wait};
 
 /// The settings of one kandle job.

@@ -47,6 +47,27 @@ fn two_daemons_one_stopped_midway_lose_nothing() {
 }
 
 #[test]
+fn a_member_that_joins_midway_takes_over_without_a_gap_or_a_double() {
+    let place = Place::new("join", 4);
+    let total = 12_000;
+    let config = place.config(&[("window", "{ max_wait: 100ms, max_records: 300 }")]);
+    place
+        .produce((0..total).map(|i| Sent::ticket((i % 4) as i32, i, &format!("{} ({i})", TEXTS[i / 4 % 4]))));
+    let mut first = Daemon::start(&config);
+    place.predictions(total / 6);
+    let mut second = Daemon::start(&config);
+    // Some went over, and the first one finished what it had of them.
+    second.wait_log(&format!(" assigned partitions={}", place.input));
+    assert!(first.log().contains("partitions go"), "{}", first.log());
+    let got = place.predictions(total);
+    first.stop();
+    second.stop();
+    assert_order(&got);
+    let positions: HashSet<(i32, i64)> = got.iter().map(support::Got::source).collect();
+    assert_eq!((positions.len(), place.predictions(total).len()), (total, total));
+}
+
+#[test]
 fn predictions_carry_key_timestamp_headers_and_the_model() {
     let place = Place::new("carry", 2);
     let mut sent = Sent::ticket(1, 7, TEXTS[0]);
@@ -250,13 +271,13 @@ fn windows_close_by_wait_counted_from_the_oldest_record() {
 #[test]
 fn a_full_pipeline_pauses_and_stays_in_the_group() {
     let place = Place::new("full", 2);
-    // A window's work takes longer than the group's patience with a member that does not poll.
+    // The backlog takes longer than the group has patience with a member that does not poll.
     let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { max.poll.interval.ms: 6000, session.timeout.ms: 6000 } }";
     let long = TEXTS[3].repeat(8);
     let total = 6000;
     place.produce((0..total).map(|i| Sent::ticket((i % 2) as i32, i, &format!("{i} {long}"))));
     let config =
-        place.config(&[("input", input), ("window", "{ max_records: 2000 }"), ("log", "{ level: debug }")]);
+        place.config(&[("input", input), ("window", "{ max_records: 200 }"), ("log", "{ level: debug }")]);
     let mut daemon = Daemon::start(&config);
     let got = place.predictions(total);
     let log = daemon.log();

@@ -221,7 +221,8 @@ fn kandle(options: &Options, [input, output, dead]: [&String; 3], round: usize) 
     let settings = pipeline_settings(options, [input, output, dead], round)?;
     let shared = Shared::new(&settings);
     let task = Arc::new(Task::load(&settings, &shared.metrics)?);
-    let topics = cluster::wait(&settings, &shared)?.context("stopped")?;
+    let topics =
+        cluster::wait(&settings, &shared.metrics, &shared.health, &shared.stop)?.context("stopped")?;
     let running = {
         let (settings, shared) = (settings.clone(), shared.clone());
         std::thread::spawn(move || pipeline::run(&settings, task, &topics, &shared))

@@ -10,7 +10,7 @@ use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::AlreadySaid;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, committed};
 use crate::settings::{Loaded, Settings};
 use crate::task::Task;
 use crate::telemetry::Metrics;
@@ -110,7 +110,7 @@ fn group(settings: &Settings) -> Result<String, String> {
             list.add_partition(topic, partition.id());
         }
     }
-    let offsets = consumer.committed_offsets(list, ATTEMPT).map_err(|e| e.to_string())?;
+    let offsets = committed(&consumer, &list, ATTEMPT).map_err(|e| e.to_string())?;
     let known = offsets.elements().iter().filter(|e| e.offset().to_raw().is_some_and(|o| o >= 0)).count();
     Ok(match known {
         0 => format!("no offsets yet: starts at input.start, {:?}", settings.input.start).to_lowercase(),

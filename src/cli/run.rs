@@ -32,7 +32,9 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
 
 fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
     let task = Arc::new(Task::load(settings, &shared.metrics)?);
-    let Some(topics) = cluster::wait(settings, shared)? else { return Ok(()) };
+    let Some(topics) = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop)? else {
+        return Ok(());
+    };
     pipeline::run(settings, task, &topics, shared).map_err(anyhow::Error::msg)
 }
 

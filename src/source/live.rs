@@ -17,10 +17,11 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
 
+use super::assignment::Revoking;
 use super::commit::Committer;
 use super::lag::Lag;
 use super::ledger::Ledger;
-use super::rebalance::{Note, Notes, give_up, take_up};
+use super::rebalance::{Note, Notes, give_up};
 use crate::flow::{Ownership, Published, Queued};
 use crate::record::{Arrival, Partition};
 use crate::settings::{OnChange, Settings, Start};
@@ -66,23 +67,23 @@ pub struct Wiring {
 pub struct Source {
     /// Dropped before the consumer, which it shares.
     committer: Committer,
-    consumer: Arc<BaseConsumer<Notes>>,
-    wiring: Wiring,
-    on_change: OnChange,
+    pub(super) consumer: Arc<BaseConsumer<Notes>>,
+    pub(super) wiring: Wiring,
+    pub(super) on_change: OnChange,
     commit_interval: Duration,
-    revoke_timeout: Duration,
+    pub(super) revoke_timeout: Duration,
     /// Bytes that windows may hold in all.
     window_bytes: usize,
-    gatherer: Gatherer,
-    ledger: Ledger,
-    lag: Lag,
+    pub(super) gatherer: Gatherer,
+    pub(super) ledger: Ledger,
+    pub(super) lag: Lag,
     /// Closed and not yet passed on.
     held: VecDeque<Queued<Window>>,
     /// Bytes of windows passed on and not yet published.
     in_flight: usize,
     full_since: Option<Instant>,
-    paused: bool,
-    revoking: Option<Revoking>,
+    pub(super) paused: bool,
+    pub(super) revoking: Option<Revoking>,
     last_commit: Instant,
     last_error: Option<(String, Instant)>,
 }
@@ -95,13 +96,6 @@ impl Drop for Source {
             let _ = give_up(&self.consumer, &revoking.list);
         }
     }
-}
-
-/// Partitions asked back, whose windows in flight may still finish.
-struct Revoking {
-    list: TopicPartitionList,
-    partitions: Vec<Partition>,
-    deadline: Instant,
 }
 
 impl Source {
@@ -375,7 +369,7 @@ impl Source {
         }
     }
 
-    fn pause(&mut self) {
+    pub(super) fn pause(&mut self) {
         tracing::debug!("paused: the pipeline is full");
         self.paused = true;
         if let Err(error) = self.consumer.assignment().and_then(|all| self.consumer.pause(&all)) {
@@ -403,7 +397,7 @@ impl Source {
         }
     }
 
-    // The assignment.
+    // Notes and commits.
 
     fn rebalances(&mut self) -> Result<(), SourceError> {
         for note in self.consumer.context().take() {
@@ -426,141 +420,7 @@ impl Source {
         Ok(())
     }
 
-    fn assign(&mut self, list: &TopicPartitionList) -> Result<(), SourceError> {
-        let partitions = partitions(list);
-        // What the group has, to compare models and to show lag before the first window.
-        let known = self.consumer.committed_offsets(list.clone(), Duration::from_secs(10));
-        let known = match known {
-            Ok(known) => known,
-            Err(error) => {
-                tracing::warn!(%error, "the group's offsets cannot be read now: the model that made them is not compared");
-                list.clone()
-            }
-        };
-        if let Err(changed) = self.compare_models(&known) {
-            // The client waits for an answer, also when it is about to leave.
-            let _ = take_up(&self.consumer, list);
-            return Err(changed);
-        }
-        for partition in &partitions {
-            let start =
-                known.find_partition(&partition.topic, partition.number).and_then(|e| match e.offset() {
-                    Offset::Offset(offset) => Some(offset),
-                    _ => None,
-                });
-            let generation = self.ledger.assign(partition.clone(), start);
-            self.wiring.ownership.take(partition.clone(), generation);
-        }
-        if let Err(error) = take_up(&self.consumer, list) {
-            return Err(SourceError::Fatal(format!("partitions cannot be taken up: {error}")));
-        }
-        if self.paused {
-            self.pause();
-        }
-        self.wiring.metrics.rebalances.with_label_values(&["assigned"]).inc();
-        self.wiring.health.set_ready();
-        tracing::info!(partitions = %names(&partitions), "assigned");
-        Ok(())
-    }
-
-    /// `model.on_change`: the digest in the committed offsets' metadata against ours.
-    fn compare_models(&self, known: &TopicPartitionList) -> Result<(), SourceError> {
-        if self.on_change == OnChange::Allow {
-            return Ok(());
-        }
-        for element in known.elements() {
-            let Ok(kept) = serde_json::from_str::<serde_json::Value>(element.metadata()) else { continue };
-            let (Some(digest), Offset::Offset(offset)) = (kept["digest"].as_str(), element.offset()) else {
-                continue;
-            };
-            if digest == self.wiring.digest {
-                continue;
-            }
-            let message = format!(
-                "{}/{}: records before offset {offset} were predicted by {} (digest {digest}); from there on {} (digest {})",
-                element.topic(),
-                element.partition(),
-                kept["model"].as_str().unwrap_or("another model"),
-                self.wiring.model,
-                self.wiring.digest,
-            );
-            if self.on_change == OnChange::Refuse {
-                return Err(SourceError::ModelChanged(format!(
-                    "{message}: model.on_change is refuse; set it to warn or allow, or use another group"
-                )));
-            }
-            tracing::warn!("the model changed: {message}");
-        }
-        Ok(())
-    }
-
-    fn revoke(&mut self, list: TopicPartitionList) {
-        let partitions = partitions(&list);
-        // Records that only wait go to the next owner.
-        self.gatherer.forget(|p| partitions.contains(p));
-        for partition in &partitions {
-            if let Some(owned) = self.ledger.get_mut(partition) {
-                owned.gathering = None;
-            }
-        }
-        let lost = self.consumer.assignment_lost();
-        let cause = if lost { "lost" } else { "revoked" };
-        self.wiring.metrics.rebalances.with_label_values(&[cause]).inc();
-        tracing::info!(partitions = %names(&partitions), cause, "partitions go");
-        let timeout = if lost { Duration::ZERO } else { self.revoke_timeout };
-        if lost {
-            for partition in &partitions {
-                self.wiring.ownership.release(partition);
-            }
-        } else if let Err(error) = self.consumer.pause(&list) {
-            tracing::debug!(%error, "pausing what is revoked");
-        }
-        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + timeout });
-    }
-
-    /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
-    /// or time is up.
-    fn finish_revoking(&mut self) {
-        let Some(revoking) = self.revoking.take() else { return };
-        let late = Instant::now() >= revoking.deadline;
-        let in_flight = |ledger: &Ledger| {
-            revoking
-                .partitions
-                .iter()
-                .any(|p| ledger.get(p).is_some_and(|owned| owned.windows_in_flight() > 0))
-        };
-        if !late && in_flight(&self.ledger) {
-            self.revoking = Some(revoking);
-            return;
-        }
-        if !late {
-            self.commit(Some(&revoking.partitions));
-        }
-        let open = revoking.partitions.iter().any(|p| {
-            self.ledger
-                .get(p)
-                .is_some_and(|owned| owned.published.is_some() && owned.published != owned.committed)
-        });
-        if !late && open {
-            self.revoking = Some(revoking);
-            return;
-        }
-        if late && in_flight(&self.ledger) {
-            tracing::warn!(partitions = %names(&revoking.partitions), "windows in flight did not finish: dropped, not committed");
-        }
-        for partition in &revoking.partitions {
-            self.wiring.ownership.release(partition);
-            self.ledger.remove(partition);
-            self.lag.forget(partition, &self.wiring.metrics);
-        }
-        if let Err(error) = give_up(&self.consumer, &revoking.list) {
-            tracing::warn!(%error, "partitions could not be given up");
-        }
-    }
-
-    // Commits.
-
-    fn commit(&mut self, only: Option<&[Partition]>) {
+    pub(super) fn commit(&mut self, only: Option<&[Partition]>) {
         if self.committer.is_busy() {
             return;
         }
@@ -582,7 +442,7 @@ impl Source {
         self.committer.commit(list);
     }
 
-    fn committed(&mut self, result: Result<(), KafkaError>, offsets: &TopicPartitionList) {
+    pub(super) fn committed(&mut self, result: Result<(), KafkaError>, offsets: &TopicPartitionList) {
         if let Some(time) = self.committer.done() {
             self.wiring.metrics.stage.with_label_values(&["commit"]).observe(time.as_secs_f64());
         }
@@ -603,7 +463,7 @@ impl Source {
     }
 
     /// Errors of the client: most pass, and librdkafka tries again by itself.
-    fn error(&mut self, error: KafkaError, reason: &str) -> Result<(), SourceError> {
+    pub(super) fn error(&mut self, error: KafkaError, reason: &str) -> Result<(), SourceError> {
         if let KafkaError::MessageConsumptionFatal(code) = error {
             return Err(SourceError::Fatal(code.to_string()));
         }
@@ -636,12 +496,4 @@ fn arrival<'a>(message: &'a BorrowedMessage<'_>) -> Arrival<'a> {
         value: message.payload(),
         headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
     }
-}
-
-fn partitions(list: &TopicPartitionList) -> Vec<Partition> {
-    list.elements().iter().map(|e| Partition::new(e.topic(), e.partition())).collect()
-}
-
-fn names(partitions: &[Partition]) -> String {
-    partitions.iter().map(Partition::to_string).collect::<Vec<_>>().join(" ")
 }

@@ -2,6 +2,7 @@
 //! It never waits for anything without polling the consumer, so the group never loses the member,
 //! however long the model takes. Nothing here knows models.
 
+mod assignment;
 mod commit;
 mod lag;
 mod ledger;

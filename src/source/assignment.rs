@@ -1,0 +1,172 @@
+//! The assignment: partitions taken up, with the model compared that made their offsets, and given
+//! up again once what is in flight of them is published and committed.
+
+use std::time::{Duration, Instant};
+
+use rdkafka::consumer::Consumer;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use super::ledger::Ledger;
+use super::live::{Source, SourceError};
+use super::rebalance::{give_up, take_up};
+use crate::cluster::committed;
+use crate::record::Partition;
+use crate::settings::OnChange;
+
+/// Partitions asked back, whose windows in flight may still finish.
+pub(super) struct Revoking {
+    pub list: TopicPartitionList,
+    partitions: Vec<Partition>,
+    deadline: Instant,
+}
+
+impl Source {
+    pub(super) fn assign(&mut self, list: &TopicPartitionList) -> Result<(), SourceError> {
+        let partitions = partitions(list);
+        // What the group has, to compare models and to show lag before the first window.
+        let known = match committed(&self.consumer, list, Duration::from_secs(10)) {
+            Ok(known) => known,
+            Err(error) if self.on_change == OnChange::Refuse => {
+                let _ = take_up(&self.consumer, list);
+                return Err(SourceError::Fatal(format!(
+                    "the group's offsets cannot be read ({error}), and model.on_change is refuse"
+                )));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the group's offsets cannot be read now: the model that made them is not compared");
+                list.clone()
+            }
+        };
+        if let Err(changed) = self.compare_models(&known) {
+            // The client waits for an answer, also when it is about to leave.
+            let _ = take_up(&self.consumer, list);
+            return Err(changed);
+        }
+        for partition in &partitions {
+            let start =
+                known.find_partition(&partition.topic, partition.number).and_then(|e| match e.offset() {
+                    Offset::Offset(offset) => Some(offset),
+                    _ => None,
+                });
+            let generation = self.ledger.assign(partition.clone(), start);
+            self.wiring.ownership.take(partition.clone(), generation);
+        }
+        if let Err(error) = take_up(&self.consumer, list) {
+            return Err(SourceError::Fatal(format!("partitions cannot be taken up: {error}")));
+        }
+        if self.paused {
+            self.pause();
+        }
+        self.wiring.metrics.rebalances.with_label_values(&["assigned"]).inc();
+        self.wiring.health.set_ready();
+        // A new member of a cooperative group is first given nothing.
+        match partitions.is_empty() {
+            true => tracing::info!("in the group, standing by"),
+            false => tracing::info!(partitions = %names(&partitions), "assigned"),
+        }
+        Ok(())
+    }
+
+    /// `model.on_change`: the digest in the committed offsets' metadata against ours.
+    fn compare_models(&self, known: &TopicPartitionList) -> Result<(), SourceError> {
+        if self.on_change == OnChange::Allow {
+            return Ok(());
+        }
+        for element in known.elements() {
+            let Ok(kept) = serde_json::from_str::<serde_json::Value>(element.metadata()) else { continue };
+            let (Some(digest), Offset::Offset(offset)) = (kept["digest"].as_str(), element.offset()) else {
+                continue;
+            };
+            if digest == self.wiring.digest {
+                continue;
+            }
+            let message = format!(
+                "{}/{}: records before offset {offset} were predicted by {} (digest {digest}); from there on {} (digest {})",
+                element.topic(),
+                element.partition(),
+                kept["model"].as_str().unwrap_or("another model"),
+                self.wiring.model,
+                self.wiring.digest,
+            );
+            if self.on_change == OnChange::Refuse {
+                return Err(SourceError::ModelChanged(format!(
+                    "{message}: model.on_change is refuse; set it to warn or allow, or use another group"
+                )));
+            }
+            tracing::warn!("the model changed: {message}");
+        }
+        Ok(())
+    }
+
+    pub(super) fn revoke(&mut self, list: TopicPartitionList) {
+        let partitions = partitions(&list);
+        // Records that only wait go to the next owner.
+        self.gatherer.forget(|p| partitions.contains(p));
+        for partition in &partitions {
+            if let Some(owned) = self.ledger.get_mut(partition) {
+                owned.gathering = None;
+            }
+        }
+        let lost = self.consumer.assignment_lost();
+        let cause = if lost { "lost" } else { "revoked" };
+        self.wiring.metrics.rebalances.with_label_values(&[cause]).inc();
+        tracing::info!(partitions = %names(&partitions), cause, "partitions go");
+        let timeout = if lost { Duration::ZERO } else { self.revoke_timeout };
+        if lost {
+            for partition in &partitions {
+                self.wiring.ownership.release(partition);
+            }
+        } else if let Err(error) = self.consumer.pause(&list) {
+            tracing::debug!(%error, "pausing what is revoked");
+        }
+        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + timeout });
+    }
+
+    /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
+    /// or time is up.
+    pub(super) fn finish_revoking(&mut self) {
+        let Some(revoking) = self.revoking.take() else { return };
+        let late = Instant::now() >= revoking.deadline;
+        let in_flight = |ledger: &Ledger| {
+            revoking
+                .partitions
+                .iter()
+                .any(|p| ledger.get(p).is_some_and(|owned| owned.windows_in_flight() > 0))
+        };
+        if !late && in_flight(&self.ledger) {
+            self.revoking = Some(revoking);
+            return;
+        }
+        if !late {
+            self.commit(Some(&revoking.partitions));
+        }
+        let open = revoking.partitions.iter().any(|p| {
+            self.ledger
+                .get(p)
+                .is_some_and(|owned| owned.published.is_some() && owned.published != owned.committed)
+        });
+        if !late && open {
+            self.revoking = Some(revoking);
+            return;
+        }
+        if late && in_flight(&self.ledger) {
+            tracing::warn!(partitions = %names(&revoking.partitions), "windows in flight did not finish: dropped, not committed");
+        }
+        for partition in &revoking.partitions {
+            self.wiring.ownership.release(partition);
+            self.ledger.remove(partition);
+            self.lag.forget(partition, &self.wiring.metrics);
+        }
+        if let Err(error) = give_up(&self.consumer, &revoking.list) {
+            tracing::warn!(%error, "partitions could not be given up");
+        }
+    }
+}
+
+fn partitions(list: &TopicPartitionList) -> Vec<Partition> {
+    list.elements().iter().map(|e| Partition::new(e.topic(), e.partition())).collect()
+}
+
+fn names(partitions: &[Partition]) -> String {
+    partitions.iter().map(Partition::to_string).collect::<Vec<_>>().join(" ")
+}
