@@ -59,12 +59,13 @@ fn cuda(ordinal: usize) -> Result<Device, String> {
     if !cfg!(feature = "cuda") {
         return Err("this build has no CUDA: build kandle with --features cuda".to_owned());
     }
-    Device::new_cuda(ordinal).map_err(|e| format!("CUDA device {ordinal} cannot be used: {e}"))
+    Device::new_cuda(ordinal)
+        .map_err(|e| format!("CUDA device {ordinal} cannot be used: {}", super::message(&e)))
 }
 
 fn metal() -> Result<Device, String> {
     if !cfg!(feature = "metal") {
         return Err("this build has no Metal: build kandle with --features metal".to_owned());
     }
-    Device::new_metal(0).map_err(|e| format!("the Metal device cannot be used: {e}"))
+    Device::new_metal(0).map_err(|e| format!("the Metal device cannot be used: {}", super::message(&e)))
 }

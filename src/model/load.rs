@@ -9,6 +9,7 @@ use super::device::Placement;
 use super::encoder::{Encoder, Packed};
 use super::files::{Files, FilesError, pooling_file};
 use super::head::{Head, Pooling};
+use super::message;
 use super::tokenize::{Tokenizer, Tokens};
 
 #[derive(Debug, thiserror::Error)]
@@ -71,12 +72,15 @@ impl Model {
         for name in files.weights()? {
             let bytes = files.require(&name)?;
             let loaded = candle_core::safetensors::load_buffer(&bytes, &placement.device)
-                .map_err(|e| ModelError::Weights(format!("{name}: {e}")))?;
+                .map_err(|e| ModelError::Weights(format!("{name}: {}", message(&e))))?;
             // Converted one file at a time, so that both precisions never stand side by side in full.
             for (key, tensor) in loaded {
                 let tensor =
                     if tensor.dtype().is_float() { tensor.to_dtype(placement.dtype) } else { Ok(tensor) };
-                tensors.insert(key, tensor.map_err(|e| ModelError::Weights(format!("{name}: {e}")))?);
+                tensors.insert(
+                    key,
+                    tensor.map_err(|e| ModelError::Weights(format!("{name}: {}", message(&e))))?,
+                );
             }
         }
         let parameters = tensors.values().filter(|t| t.dtype().is_float()).map(|t| t.elem_count()).sum();
@@ -84,7 +88,7 @@ impl Model {
         let word = format!("{}.weight", architecture.embeddings.word);
         let inner = root.pp(architecture.prefix);
         let vb = if inner.contains_tensor(&word) { inner } else { root.clone() };
-        let weights = |e: candle_core::Error| ModelError::Weights(first_line(&e.to_string()));
+        let weights = |e: candle_core::Error| ModelError::Weights(message(&e));
 
         let labels = labels(&config);
         let (head, width) = match output {
@@ -230,9 +234,4 @@ fn pooling(file: &str, config: &serde_json::Value) -> Result<Pooling, ModelError
             Err(ModelError::Unsupported(format!("{file}: {} together are not supported", many.join(" and "))))
         }
     }
-}
-
-/// Candle's errors carry a backtrace below their message.
-fn first_line(message: &str) -> String {
-    message.lines().next().unwrap_or_default().to_owned()
 }

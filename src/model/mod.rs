@@ -18,3 +18,8 @@ pub use files::{Files, FilesError};
 pub use head::{Head, Pooling};
 pub use load::{Embedding, Model, ModelError, Output};
 pub use tokenize::{Tokenizer, Tokens};
+
+/// The message of an error of Candle's, which carries a backtrace below it.
+pub(crate) fn message(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}

@@ -64,9 +64,9 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
         environment: &sources.environment,
     };
     let mut value = tree.value(&merged.cache, &schema, "");
-    let Tree { mut origins, secrets, mut faults, .. } = tree;
+    let Tree { origins, secrets, mut faults, .. } = tree;
     fill_defaults(&mut value, &schema);
-    check(&value, &schema, &mut origins, &mut faults);
+    check(&value, &schema, &origins, &mut faults);
     mend(&mut value, &schema, &faults);
     match serde_json::from_value::<Settings>(value.clone()) {
         Ok(settings) => {
