@@ -30,7 +30,7 @@ pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
         max_records: settings.window.max_records,
         max_bytes: settings.window.max_bytes.0 as usize,
         // Lines are there or not: nothing is waited for.
-        max_wait: Duration::MAX,
+        max_wait: Duration::from_secs(3600),
     });
     let partition = Partition::new("line", 0);
     let mut number = 0;

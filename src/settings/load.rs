@@ -62,6 +62,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
         secrets: Vec::new(),
         faults: Vec::new(),
         environment: &sources.environment,
+        files: &sources.files,
     };
     let mut value = tree.value(&merged.cache, &schema, "");
     let Tree { origins, secrets, mut faults, .. } = tree;
@@ -203,12 +204,14 @@ struct Tree<'a> {
     secrets: Vec<String>,
     faults: Vec<Fault>,
     environment: &'a [(String, String)],
+    /// As they were given.
+    files: &'a [PathBuf],
 }
 
 impl Tree<'_> {
     fn value(&mut self, layered: &Layered, schema: &Value, key: &str) -> Value {
         if let Some(origin) = layered.origin() {
-            self.origins.insert(key.to_owned(), origin.to_owned());
+            self.origins.insert(key.to_owned(), self.named(origin));
         }
         match &layered.kind {
             ValueKind::Nil => Value::Null,
@@ -238,6 +241,15 @@ impl Tree<'_> {
         }
     }
 
+    /// The config crate names files by their way from the working directory.
+    fn named(&self, origin: &str) -> String {
+        let same = |path: &&PathBuf| path.canonicalize().ok() == Path::new(origin).canonicalize().ok();
+        match Path::new(origin).exists().then(|| self.files.iter().find(same)).flatten() {
+            Some(path) => path.display().to_string(),
+            None => origin.to_owned(),
+        }
+    }
+
     fn text(&mut self, text: &str, origin: Option<&str>, schema: &Value, key: &str) -> Value {
         let last = key.rsplit('.').next().unwrap_or(key);
         if ["password", "secret", "token", "jaas"].iter().any(|word| last.contains(word))
@@ -248,7 +260,8 @@ impl Tree<'_> {
         let (text, replaced) = match interpolate(text, self.environment) {
             Ok(done) => done,
             Err(message) => {
-                self.faults.push(Fault { key: key.to_owned(), message, origin: origin.map(str::to_owned) });
+                let origin = origin.map(|origin| self.named(origin));
+                self.faults.push(Fault { key: key.to_owned(), message, origin });
                 return text.into();
             }
         };

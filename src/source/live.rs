@@ -171,17 +171,16 @@ impl Source {
             self.wiring.health.busy(Stage::Source);
             self.settle(published)?;
             self.pass_on(&windows);
-            let now = Instant::now();
             if self.full_since.is_some() {
                 // Events alone; the wait was in passing on.
                 self.poll_events(Duration::ZERO)?;
             } else {
-                self.poll(now)?;
+                self.poll()?;
             }
             if let Some(window) = self.gatherer.due(Instant::now()) {
                 self.hold(window);
             }
-            if now - self.last_commit >= self.commit_interval {
+            if self.last_commit.elapsed() >= self.commit_interval {
                 self.commit(None);
             }
         }
@@ -256,66 +255,50 @@ impl Source {
     // Gathering.
 
     /// Takes messages until none is there, a window is full, or the burst is over.
-    fn poll(&mut self, now: Instant) -> Result<(), SourceError> {
-        let mut wait = match self.gatherer.deadline() {
-            Some(deadline) => deadline.saturating_duration_since(now).min(POLL),
+    fn poll(&mut self) -> Result<(), SourceError> {
+        let wait = match self.gatherer.deadline() {
+            Some(deadline) => deadline.saturating_duration_since(Instant::now()).min(POLL),
             None => POLL,
         };
-        let mut now = now;
-        let mut last: Option<(Partition, u64)> = None;
-        for i in 0..BURST {
-            let Self { consumer, gatherer, ledger, .. } = self;
-            let message = match consumer.poll(wait) {
-                None => break,
-                Some(Ok(message)) => message,
-                Some(Err(error)) => return self.error(error, ""),
-            };
-            if i % 64 == 0 {
-                now = Instant::now();
-            }
-            wait = Duration::ZERO;
-            let known = last
-                .as_ref()
-                .is_some_and(|(p, _)| p.number == message.partition() && &*p.topic == message.topic());
-            if !known {
-                let partition = Partition::new(message.topic(), message.partition());
-                // Not ours: left in the queue from before a revocation.
-                let Some(owned) = ledger.get(&partition) else { continue };
-                last = Some((owned.partition.clone(), owned.generation));
-            }
-            let Some((partition, generation)) = &last else { continue };
-            let arrival = arrival(&message);
-            if let Some(owned) = ledger.get_mut(partition).filter(|owned| owned.gathering.is_none()) {
-                owned.gathering = Some(arrival.timestamp.unwrap_or_default());
-            }
-            if let Some(window) = gatherer.push(partition, *generation, arrival, now) {
-                drop(message);
-                self.hold(window);
-                break;
-            }
-        }
-        Ok(())
+        self.take(BURST, wait)
     }
 
     /// Serves the client without taking messages, as far as it lets us: one that comes all the same
     /// is gathered.
     fn poll_events(&mut self, wait: Duration) -> Result<(), SourceError> {
-        let Self { consumer, gatherer, ledger, .. } = self;
-        let window = match consumer.poll(wait) {
-            None => None,
-            Some(Err(error)) => return self.error(error, ""),
-            Some(Ok(message)) => {
-                let partition = Partition::new(message.topic(), message.partition());
-                match ledger.get(&partition) {
-                    Some(owned) => {
-                        gatherer.push(&owned.partition, owned.generation, arrival(&message), Instant::now())
-                    }
-                    None => None,
-                }
+        self.take(1, wait)
+    }
+
+    /// Takes at most `limit` messages; waits for the first one alone.
+    fn take(&mut self, limit: usize, mut wait: Duration) -> Result<(), SourceError> {
+        let consumer = Arc::clone(&self.consumer);
+        let mut now = Instant::now();
+        // Messages come in runs of one partition.
+        let mut last: Option<(Partition, u64)> = None;
+        for i in 0..limit {
+            let message = match consumer.poll(wait) {
+                None => break,
+                Some(Ok(message)) => message,
+                Some(Err(error)) => return self.error(error, ""),
+            };
+            wait = Duration::ZERO;
+            if i % 64 == 0 {
+                now = Instant::now();
             }
-        };
-        if let Some(window) = window {
-            self.hold(window);
+            let known =
+                |(p, _): &(Partition, u64)| p.number == message.partition() && &*p.topic == message.topic();
+            if !last.as_ref().is_some_and(known) {
+                let partition = Partition::new(message.topic(), message.partition());
+                // Not ours: left in the queue from before a revocation.
+                let Some(owned) = self.ledger.get_mut(&partition) else { continue };
+                owned.gathering.get_or_insert(message.timestamp().to_millis().unwrap_or_default());
+                last = Some((partition, owned.generation));
+            }
+            let Some((partition, generation)) = &last else { continue };
+            if let Some(window) = self.gatherer.push(partition, *generation, arrival(&message), now) {
+                self.hold(window);
+                break;
+            }
         }
         Ok(())
     }
