@@ -190,6 +190,8 @@ fn bare(options: &Options, input: &str, output: &str, round: usize) -> anyhow::R
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "earliest")
         .set("partition.assignment.strategy", "cooperative-sticky")
+        // As kandle sets it, so that what is compared is the work.
+        .set("fetch.queue.backoff.ms", crate::source::FETCH_BACKOFF_MS)
         .create()?;
     let producer: BaseProducer = client(options)
         .set("enable.idempotence", "true")

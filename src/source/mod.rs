@@ -9,4 +9,4 @@ mod ledger;
 mod live;
 mod rebalance;
 
-pub use live::{Source, SourceError, Wiring};
+pub use live::{FETCH_BACKOFF_MS, Source, SourceError, Wiring};
