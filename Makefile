@@ -15,16 +15,16 @@ demo: ## An embedded broker, the bundled model, tickets classified: no set-up
 .PHONY: test
 test: ## Unit, golden and end-to-end tests on a real Kafka (KANDLE_TEST_BROKERS=host:port takes another)
 	@scripts/setup.sh test
-	cargo test
+	cargo test --features failpoints
 
 .PHONY: test-repeat
 test-repeat: ## The tests 20 times in a row beside two busy loops (N=… for another count)
 	@scripts/setup.sh test
-	cargo test --no-run
+	cargo test --features failpoints --no-run
 	(while :; do :; done) & one=$$!
 	(while :; do :; done) & two=$$!
 	trap "kill $$one $$two" EXIT
-	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet; done
+	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet --features failpoints; done
 
 .PHONY: build
 build: ## The release binary: target/release/kandle

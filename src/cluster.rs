@@ -30,6 +30,8 @@ pub struct Written {
 
 #[derive(Debug, Clone, Copy)]
 pub struct Topics {
+    /// Of all input topics.
+    pub input_partitions: u64,
     pub output: Written,
     pub dead_letters: Written,
 }
@@ -139,6 +141,15 @@ impl<'a> Cluster<'a> {
         }
     }
 
+    /// Partitions of the topics that match a pattern now; none may.
+    fn matching(&self, pattern: &str) -> Result<u64, Trouble> {
+        let metadata = self.client.fetch_metadata(None, ATTEMPT).map_err(|e| self.unreachable(&e))?;
+        // The rules have read it.
+        let Ok(pattern) = regex::Regex::new(pattern) else { return Ok(0) };
+        let matching = metadata.topics().iter().filter(|topic| pattern.is_match(topic.name()));
+        Ok(matching.map(|topic| topic.partitions().len() as u64).sum())
+    }
+
     /// The largest batch, and so the largest message, that a topic takes.
     pub fn max_bytes(&self, topic: &str) -> Result<u64, String> {
         let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
@@ -154,8 +165,16 @@ impl<'a> Cluster<'a> {
     /// The topics of the settings, all that is wrong with them at once.
     pub fn topics(&self) -> Result<Topics, Vec<Trouble>> {
         let mut troubles = Vec::new();
-        for topic in self.settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
-            troubles.extend(self.partitions("input.topics", topic).err());
+        let mut input_partitions = 0;
+        for topic in &self.settings.input.topics {
+            let found = match topic.strip_prefix('^') {
+                None => self.partitions("input.topics", topic).map(|count| count as u64),
+                Some(_) => self.matching(topic),
+            };
+            match found {
+                Ok(count) => input_partitions += count,
+                Err(trouble) => troubles.push(trouble),
+            }
         }
         let mut written = |key, topic: &str| {
             let partitions = self.partitions(key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
@@ -170,6 +189,7 @@ impl<'a> Cluster<'a> {
             Written { partitions, max_bytes }
         };
         let topics = Topics {
+            input_partitions,
             output: written("output.topic", &self.settings.output.topic),
             dead_letters: written("dead_letters.topic", &self.settings.dead_letters.topic),
         };

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::engine::Batch;
 use crate::model::Tokens;
-use crate::record::{Partition, RecordError};
+use crate::record::{Position, RecordError};
 use crate::window::{Span, Window};
 
 /// What is known of one record so far.
@@ -70,27 +70,43 @@ pub struct Encoded {
 pub struct Published {
     pub spans: Vec<Span>,
     pub records: usize,
-    /// Bytes that the window held.
+    /// What the window held of the memory limit.
     pub bytes: usize,
+    /// Its offsets are committed already, in the transaction that published it.
+    pub committed: bool,
 }
 
-/// Which partitions are ours, and since which assignment: written by the source, asked by the
-/// sink before it publishes, so that what was lost is not published as if owned.
+/// What the stages tell the source.
+#[derive(Debug)]
+pub enum Report {
+    Published(Published),
+    /// A window of which nothing was published, because its leases had ended; it held `bytes`.
+    Dropped {
+        bytes: usize,
+    },
+    /// A transaction was aborted, and the leases of all that was in it are ended: what they covered
+    /// is to be read again.
+    Aborted,
+    /// A forward over these records did not come to an end. The process is about to; the group is to
+    /// remember them, and `kept` to be told (it closes when that is done, or cannot be).
+    Suspects {
+        positions: Vec<Position>,
+        kept: crossbeam_channel::Sender<()>,
+    },
+}
+
+/// Set by the source while something waits for the open transaction: partitions to be given up, room
+/// under the memory limit. The sink then commits as soon as it can.
 #[derive(Debug, Default)]
-pub struct Ownership(std::sync::RwLock<std::collections::HashMap<Partition, u64>>);
+pub struct Hurry(std::sync::atomic::AtomicBool);
 
-impl Ownership {
-    pub fn take(&self, partition: Partition, generation: u64) {
-        self.0.write().unwrap_or_else(|e| e.into_inner()).insert(partition, generation);
+impl Hurry {
+    pub fn set(&self, wanted: bool) {
+        self.0.store(wanted, std::sync::atomic::Ordering::Relaxed);
     }
 
-    pub fn release(&self, partition: &Partition) {
-        self.0.write().unwrap_or_else(|e| e.into_inner()).remove(partition);
-    }
-
-    pub fn holds(&self, span: &Span) -> bool {
-        let owned = self.0.read().unwrap_or_else(|e| e.into_inner());
-        owned.get(&span.partition) == Some(&span.generation)
+    pub fn is_set(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::Relaxed)
     }
 }
 

@@ -13,5 +13,6 @@ fn main() -> ExitCode {
         report(panic);
         std::process::exit(1);
     }));
+    kandle::failpoint::start();
     kandle::cli::main()
 }

@@ -5,30 +5,31 @@
 //!    ▲      decode,    plan's    JSON     Kafka,   │
 //!    │      tokenise,  batches            acks     │
 //!    │      plan       on lanes                    │
-//!    └────────────── published: commit ◀───────────┘
+//!    └───────── reports: published, aborted ◀──────┘
 //! ```
 //!
 //! Every stage is a thread of its own that takes a window, works on it and hands it on over a
-//! channel with room for one; a full channel holds up the stage before it, and in the end the
+//! channel with little room; a full channel holds up the stage before it, and in the end the
 //! source, which pauses its partitions. The end comes the same way: the source drops its sender,
 //! and each stage ends when the channel before it is closed and empty.
 //!
 //! Records are gathered as they come and decoded by the window: the thread that polls Kafka does
 //! nothing but copy, and decoding runs on all cores.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use rayon::prelude::*;
 
 use crate::cluster::Topics;
 use crate::codec::{Decoder, Input, decoder};
-use crate::engine::{Request, Response};
-use crate::flow::{Encoded, Inferred, Outcome, Ownership, Prepared, Published, Queued, State};
+use crate::engine::{EngineError, Request, Response};
+use crate::failpoint;
+use crate::flow::{Encoded, Hurry, Inferred, Outcome, Prepared, Queued, Report, State};
 use crate::model::Tokens;
-use crate::record::RecordError;
+use crate::record::{Position, RecordError};
 use crate::settings::Settings;
 use crate::sink::{self, Publisher};
 use crate::source::{self, Source};
@@ -44,6 +45,8 @@ pub struct Shared {
     pub health: Arc<Health>,
     /// Set from outside to end the pipeline in good order.
     pub stop: Arc<AtomicBool>,
+    /// Why the pipeline ends by itself, in good order.
+    verdict: Arc<OnceLock<String>>,
 }
 
 impl Shared {
@@ -52,9 +55,21 @@ impl Shared {
             metrics: Arc::new(Metrics::new()),
             health: Arc::new(Health::new(settings.server.stall_after.0)),
             stop: Arc::new(AtomicBool::new(false)),
+            verdict: Arc::default(),
         }
     }
+
+    /// Ends the pipeline in good order, and the process with a failure.
+    fn end(&self, verdict: &str) {
+        // The first one is said.
+        let _ = self.verdict.set(verdict.to_owned());
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
+
+/// Windows that may wait to be published: the stages before go on while a transaction is committed,
+/// which takes 40 to 100 ms.
+const BEFORE_PUBLISH: usize = 64;
 
 /// Runs until `shared.stop` is set and everything in flight is committed. The first error of any
 /// stage is returned at once, with other stages still running: the process is to end.
@@ -62,16 +77,18 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
     describe(&task, shared);
     let (metrics, health) = (&shared.metrics, &shared.health);
     let decoder = decoder(settings).map_err(|e| e.to_string())?;
-    let ownership = Arc::new(Ownership::default());
+    let hurry = Arc::new(Hurry::default());
     let source = Source::new(
         settings,
         source::Wiring {
             metrics: Arc::clone(metrics),
             health: Arc::clone(health),
-            ownership: Arc::clone(&ownership),
+            hurry: Arc::clone(&hurry),
             digest: task.digest.short().to_owned(),
             model: task.model_name.clone(),
             stop: Arc::clone(&shared.stop),
+            partitions: topics.input_partitions,
+            bytes_per_record: task.bytes_per_record(),
         },
     )
     .map_err(|e| e.to_string())?;
@@ -80,19 +97,20 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
         sink::Wiring {
             metrics: Arc::clone(metrics),
             health: Arc::clone(health),
-            ownership,
+            hurry,
+            group: source.group(),
             model: task.model_name.clone(),
             digest: task.digest.short().to_owned(),
             topics: *topics,
+            stop: Arc::clone(&shared.stop),
         },
-    )
-    .map_err(|e| format!("the producer cannot be made: {e}"))?;
+    )?;
 
     let (gathered, to_prepare) = bounded::<Queued<Window>>(1);
     let (prepared, to_infer) = bounded::<Queued<Prepared>>(1);
     let (inferred, to_encode) = bounded::<Queued<Inferred>>(1);
-    let (encoded, to_publish) = bounded::<Queued<Encoded>>(1);
-    let (published, done) = unbounded::<Published>();
+    let (encoded, to_publish) = bounded::<Queued<Encoded>>(BEFORE_PUBLISH);
+    let (report, reports) = unbounded::<Report>();
 
     let (ended, ends) = unbounded();
     let stage = |name: &'static str, work: Box<dyn FnOnce() -> Result<(), String> + Send>| {
@@ -102,18 +120,22 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
             .spawn(move || drop(ended.send((name, work()))))
             .map_err(|e| format!("thread {name}: {e}"))
     };
-    let cores = Worker { task: Arc::clone(&task), metrics: Arc::clone(metrics), health: Arc::clone(health) };
-    let [preparer, inferrer, encoder] = [cores.clone(), cores.clone(), cores];
-    stage("source", Box::new(move || source.serve(gathered, &done).map_err(|e| e.to_string())))?;
+    let worker = Worker { task, shared: shared.clone() };
+    let [preparer, inferrer, encoder] = [worker.clone(), worker.clone(), worker];
+    let suspects = report.clone();
+    stage("source", Box::new(move || source.serve(gathered, &reports).map_err(|e| e.to_string())))?;
     stage("prepare", Box::new(move || preparer.prepare_all(&*decoder, &to_prepare, &prepared)))?;
-    stage("infer", Box::new(move || inferrer.infer_all(&to_infer, &inferred)))?;
+    stage("infer", Box::new(move || inferrer.infer_all(&to_infer, &inferred, suspects)))?;
     stage("encode", Box::new(move || encoder.encode_all(&to_encode, &encoded)))?;
-    stage("publish", Box::new(move || publisher.serve(&to_publish, &published)))?;
+    stage("publish", Box::new(move || publisher.serve(&to_publish, &report)))?;
     drop(ended);
     for (name, result) in ends {
         result.map_err(|e| format!("{name}: {e}"))?;
     }
-    Ok(())
+    match shared.verdict.get() {
+        None => Ok(()),
+        Some(verdict) => Err(verdict.clone()),
+    }
 }
 
 fn describe(task: &Task, shared: &Shared) {
@@ -137,9 +159,11 @@ fn describe(task: &Task, shared: &Shared) {
 #[derive(Clone)]
 pub struct Worker {
     pub task: Arc<Task>,
-    pub metrics: Arc<Metrics>,
-    pub health: Arc<Health>,
+    pub shared: Shared,
 }
+
+/// How long the group may take to be told of suspects before the process ends without.
+const FAREWELL: Duration = Duration::from_secs(30);
 
 /// Records of a window that one core takes at a time.
 const CHUNK: usize = 128;
@@ -152,9 +176,9 @@ impl Worker {
         prepared: &Sender<Queued<Prepared>>,
     ) -> Result<(), String> {
         for window in windows {
-            self.health.busy(Stage::Prepare);
-            let window = self.prepare(decoder, window.take(&self.metrics, "wait_decode"));
-            self.health.idle(Stage::Prepare);
+            self.shared.health.busy(Stage::Prepare);
+            let window = self.prepare(decoder, window.take(&self.shared.metrics, "wait_decode"));
+            self.shared.health.idle(Stage::Prepare);
             if prepared.send(Queued::new(window)).is_err() {
                 break;
             }
@@ -191,9 +215,9 @@ impl Worker {
                     includes.push(include);
                     tokens.push(mine);
                 }
-                self.metrics.tokens.inc_by(total as u64);
-                self.metrics.truncated.inc_by(cut);
-                batches = task.engine.plan(&tokens);
+                self.shared.metrics.tokens.inc_by(total as u64);
+                self.shared.metrics.truncated.inc_by(cut);
+                batches = task.engine.plan(&tokens, |i| window.records[i].suspect);
             }
         }
         self.observe("prepare", decoded);
@@ -204,10 +228,12 @@ impl Worker {
         &self,
         windows: &Receiver<Queued<Prepared>>,
         inferred: &Sender<Queued<Inferred>>,
+        reports: Sender<Report>,
     ) -> Result<(), String> {
         let Some(task) = &self.task.text else {
             for window in windows {
-                let Prepared { window, states, includes, .. } = window.take(&self.metrics, "wait_infer");
+                let Prepared { window, states, includes, .. } =
+                    window.take(&self.shared.metrics, "wait_infer");
                 let next = Inferred { window, states, includes, rows: Vec::new(), width: 0 };
                 if inferred.send(Queued::new(next)).is_err() {
                     break;
@@ -215,18 +241,29 @@ impl Worker {
             }
             return Ok(());
         };
-        task.engine.serve(
+        let result = task.engine.serve(
             windows,
             |window| {
                 let Prepared { window, states, includes, tokens, batches } =
-                    window.take(&self.metrics, "wait_infer");
+                    window.take(&self.shared.metrics, "wait_infer");
                 Request {
                     window: InFlight { window, states, includes, started: Instant::now() },
                     tokens,
                     batches,
                 }
             },
-            |Response { window: InFlight { window, mut states, includes, started }, rows, width, failed }| {
+            |Response {
+                 window: InFlight { window, mut states, includes, started },
+                 rows,
+                 width,
+                 failed,
+                 lane_lost,
+             }| {
+                if lane_lost {
+                    self.shared.end(
+                        "the model did not come to an end on a record, which is a dead letter now: ending to start afresh",
+                    );
+                }
                 for (record, error) in failed {
                     states[record as usize] = State::Failed(error);
                 }
@@ -234,10 +271,17 @@ impl Worker {
                 inferred.send(Queued::new(Inferred { window, states, includes, rows, width })).is_ok()
             },
             |working| match working {
-                true => self.health.busy(Stage::Infer),
-                false => self.health.idle(Stage::Infer),
+                true => self.shared.health.busy(Stage::Infer),
+                false => self.shared.health.idle(Stage::Infer),
             },
-        )
+        );
+        result.map_err(|error| {
+            if let EngineError::Hung { window: InFlight { window, .. }, records, .. } = &error {
+                let position = |&i: &u32| window.position(&window.records[i as usize]);
+                remember(records.iter().map(position).collect(), &reports);
+            }
+            error.to_string()
+        })
     }
 
     fn encode_all(
@@ -246,9 +290,10 @@ impl Worker {
         encoded: &Sender<Queued<Encoded>>,
     ) -> Result<(), String> {
         for window in windows {
-            self.health.busy(Stage::Encode);
-            let window = self.encode(window.take(&self.metrics, "wait_encode"));
-            self.health.idle(Stage::Encode);
+            self.shared.health.busy(Stage::Encode);
+            failpoint::pass("encode");
+            let window = self.encode(window.take(&self.shared.metrics, "wait_encode"));
+            self.shared.health.idle(Stage::Encode);
             if encoded.send(Queued::new(window)).is_err() {
                 break;
             }
@@ -283,12 +328,24 @@ impl Worker {
     /// Observes a stage's time and returns the present, where the next begins.
     fn observe(&self, stage: &str, started: Instant) -> Instant {
         let now = Instant::now();
-        self.metrics.stage.with_label_values(&[stage]).observe((now - started).as_secs_f64());
+        self.shared.metrics.stage.with_label_values(&[stage]).observe((now - started).as_secs_f64());
         now
     }
 }
 
+/// Has the group remember records whose forward did not come to an end, for the next start.
+fn remember(positions: Vec<Position>, reports: &Sender<Report>) {
+    let names: Vec<String> = positions.iter().map(Position::to_string).collect();
+    tracing::error!(records = names.join(" "), "a forward over these records did not come to an end");
+    let (kept, told) = bounded(1);
+    if reports.send(Report::Suspects { positions, kept }).is_ok() {
+        // Closed without a word, it was tried in vain, and the log says so.
+        let _ = told.recv_timeout(FAREWELL);
+    }
+}
+
 /// A window on the lanes.
+#[derive(Debug)]
 struct InFlight {
     window: Window,
     states: Vec<State>,

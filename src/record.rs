@@ -9,6 +9,13 @@ use std::time::Instant;
 /// came, whatever bytes their names hold.
 pub type Headers = rdkafka::message::OwnedHeaders;
 
+/// Bytes that headers take, about: the client's reader insists on UTF-8 names, which a record's own
+/// need not have, so they are counted and not read.
+pub fn header_bytes(headers: Option<&Headers>) -> usize {
+    use rdkafka::message::Headers as _;
+    headers.map_or(0, |headers| headers.count() * 64)
+}
+
 /// A topic's partition.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Partition {
@@ -29,7 +36,7 @@ impl fmt::Display for Partition {
 }
 
 /// Where a record stands in Kafka; written `topic/partition/offset`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Position {
     pub partition: Partition,
     pub offset: i64,
@@ -51,6 +58,7 @@ pub struct Arrival<'a> {
     /// `None` is a tombstone.
     pub value: Option<&'a [u8]>,
     pub headers: Option<Headers>,
+    pub suspect: bool,
 }
 
 /// A record inside a window; its bytes are in the window's memory.
@@ -63,6 +71,8 @@ pub struct Record {
     pub timestamp: Option<i64>,
     pub arrived: Instant,
     pub headers: Option<Headers>,
+    /// It was in a forward that did not come to an end: it runs alone.
+    pub suspect: bool,
     pub(crate) key: Option<Range<usize>>,
     pub(crate) value: Option<Range<usize>>,
 }

@@ -8,13 +8,14 @@ mod units;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use faults::Fault;
 pub use load::{Loaded, Sources, load};
-pub use units::{ByteSize, Wait};
+pub use units::{ByteSize, Scalar, Wait};
 
 /// The settings of one kandle job.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -51,6 +52,28 @@ pub struct Settings {
     /// What is written to standard error.
     #[serde(default)]
     pub log: Log,
+}
+
+impl Settings {
+    /// A property of librdkafka, wherever it is set; the clients' own win.
+    pub fn property(&self, name: &str) -> Option<&str> {
+        let own = [&self.output.properties, &self.input.properties, &self.kafka.properties];
+        own.into_iter().find_map(|properties| properties.get(name)).map(|value| value.0.as_str())
+    }
+
+    /// After which the coordinator gives a transaction up: transaction.timeout.ms where it is set, else
+    /// [`Settings::longest_transaction`] with time for a broker to come back.
+    pub fn transaction_timeout(&self) -> Duration {
+        let set = self.property("transaction.timeout.ms").and_then(|ms| ms.parse().ok());
+        set.map_or_else(|| self.longest_transaction() + Duration::from_secs(30), Duration::from_millis)
+    }
+
+    /// A transaction is open for `delivery.commit_interval`, then for as long as its last window takes
+    /// to be acknowledged: reckoned at no less than 1 MiB/s and 1 s.
+    pub fn longest_transaction(&self) -> Duration {
+        let window = Duration::from_secs(1 + (self.window.max_bytes.0 >> 20));
+        self.delivery.commit_interval.0 + window
+    }
 }
 
 /// Properties of librdkafka, name to value.
@@ -249,11 +272,14 @@ pub struct Batch {
     /// takes 512 at a time, or this where it is less: more gains nothing there.
     #[schemars(range(min = 1))]
     pub max_tokens: usize,
+    /// How long one forward may take. One that takes longer ends the process, and on the next start its
+    /// records run one by one: the one at fault becomes a dead letter.
+    pub timeout: Wait,
 }
 
 impl Default for Batch {
     fn default() -> Self {
-        Self { max_tokens: 16384 }
+        Self { max_tokens: 16384, timeout: Wait::millis(120_000) }
     }
 }
 
@@ -305,12 +331,16 @@ pub struct DeadLetters {
 #[serde(deny_unknown_fields, default)]
 pub struct Delivery {
     /// at_least_once: offsets are committed only when every prediction and dead letter before them
-    /// is acknowledged; after a crash some are published again.
+    /// is acknowledged; after a crash some are published again. exactly_once: predictions, dead letters
+    /// and offsets are one transaction; readers set isolation.level=read_committed.
     pub guarantee: Guarantee,
-    /// How often offsets are committed.
+    /// How often offsets are committed; exactly_once: how long windows share a transaction.
     pub commit_interval: Wait,
     /// When partitions are taken away: how long windows in flight may take to finish.
     pub revoke_timeout: Wait,
+    /// exactly_once: the transactional.id, which no other member may have. Where unset: the group with
+    /// group.instance.id, else with the machine's name and a number that no other kandle there has.
+    pub transactional_id: Option<String>,
 }
 
 impl Default for Delivery {
@@ -319,6 +349,7 @@ impl Default for Delivery {
             guarantee: Guarantee::AtLeastOnce,
             commit_interval: Wait::millis(1000),
             revoke_timeout: Wait::millis(30_000),
+            transactional_id: None,
         }
     }
 }
@@ -328,6 +359,7 @@ impl Default for Delivery {
 pub enum Guarantee {
     #[default]
     AtLeastOnce,
+    ExactlyOnce,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

@@ -5,7 +5,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::record::{Arrival, Partition, Position, Record};
+use crate::lease::Lease;
+use crate::record::{Arrival, Partition, Position, Record, header_bytes};
 
 /// When a window closes.
 #[derive(Debug, Clone, Copy)]
@@ -42,8 +43,8 @@ impl ClosedBy {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
     pub partition: Partition,
-    /// Which of the times this partition was assigned to us the records were read in.
-    pub generation: u64,
+    /// Under which the records were read.
+    pub lease: Lease,
     pub first: i64,
     pub last: i64,
 }
@@ -57,6 +58,7 @@ pub struct Window {
     pub closed_by: ClosedBy,
     /// Keys and values, in the order they arrived.
     memory: Vec<u8>,
+    reserved: usize,
 }
 
 impl Window {
@@ -73,9 +75,17 @@ impl Window {
         Position { partition: self.spans[record.span as usize].partition.clone(), offset: record.offset }
     }
 
-    /// Bytes of memory this window holds.
-    pub fn bytes(&self) -> usize {
-        self.memory.capacity() + self.records.capacity() * size_of::<Record>()
+    /// Reserves what this window takes of the memory limit until it is published: what it holds, once
+    /// more for what is decoded of it, and `per_record` for tokens, outputs and predictions.
+    pub fn reserve(&mut self, per_record: usize) {
+        let headers: usize = self.records.iter().map(|r| header_bytes(r.headers.as_ref())).sum();
+        let records = self.records.capacity() * size_of::<Record>() + self.records.len() * per_record;
+        self.reserved = 2 * self.memory.capacity() + headers + records;
+    }
+
+    /// Bytes.
+    pub fn reserved(&self) -> usize {
+        self.reserved
     }
 }
 
@@ -98,11 +108,11 @@ impl Gatherer {
     pub fn push(
         &mut self,
         partition: &Partition,
-        generation: u64,
+        lease: &Lease,
         arrival: Arrival<'_>,
         now: Instant,
     ) -> Option<Window> {
-        let span = self.span(partition, generation, arrival.offset);
+        let span = self.span(partition, lease, arrival.offset);
         let key = arrival.key.map(|bytes| self.keep(bytes));
         let value = arrival.value.map(|bytes| self.keep(bytes));
         self.records.push(Record {
@@ -111,6 +121,7 @@ impl Gatherer {
             timestamp: arrival.timestamp,
             arrived: now,
             headers: arrival.headers,
+            suspect: arrival.suspect,
             key,
             value,
         });
@@ -147,7 +158,7 @@ impl Gatherer {
             self.records.reserve(records.len());
             self.memory.reserve(memory.len());
         }
-        Some(Window { id, spans: std::mem::take(&mut self.spans), records, closed_by, memory })
+        Some(Window { id, spans: std::mem::take(&mut self.spans), records, closed_by, memory, reserved: 0 })
     }
 
     /// Forgets the records of partitions that are no longer ours; whoever owns them now reads
@@ -181,9 +192,9 @@ impl Gatherer {
         self.memory.capacity() + self.records.capacity() * size_of::<Record>()
     }
 
-    fn span(&mut self, partition: &Partition, generation: u64, offset: i64) -> u32 {
+    fn span(&mut self, partition: &Partition, lease: &Lease, offset: i64) -> u32 {
         // Consecutive records mostly come from the partition of the one before them.
-        let found = self.spans.iter().rposition(|s| s.generation == generation && s.partition == *partition);
+        let found = self.spans.iter().rposition(|s| s.lease == *lease && s.partition == *partition);
         match found {
             Some(at) => {
                 debug_assert!(self.spans[at].last < offset, "records of a partition arrive in order");
@@ -193,7 +204,7 @@ impl Gatherer {
             None => {
                 self.spans.push(Span {
                     partition: partition.clone(),
-                    generation,
+                    lease: lease.clone(),
                     first: offset,
                     last: offset,
                 });
@@ -228,9 +239,10 @@ mod tests {
         let (a, b) = (Partition::new("t", 0), Partition::new("t", 1));
         let mut gatherer = Gatherer::new(limits(3, 1000, 1000));
         let now = Instant::now();
-        assert!(gatherer.push(&a, 1, arrival(10, b"x"), now).is_none());
-        assert!(gatherer.push(&b, 1, arrival(7, b"yy"), now).is_none());
-        let window = gatherer.push(&a, 1, arrival(11, b"zzz"), now).expect("third record closes");
+        let (one, two) = (Lease::new(1), Lease::new(2));
+        assert!(gatherer.push(&a, &one, arrival(10, b"x"), now).is_none());
+        assert!(gatherer.push(&b, &two, arrival(7, b"yy"), now).is_none());
+        let window = gatherer.push(&a, &one, arrival(11, b"zzz"), now).expect("third record closes");
         assert_eq!(window.closed_by, ClosedBy::Records);
         assert_eq!(window.spans.len(), 2);
         assert_eq!((window.spans[0].first, window.spans[0].last), (10, 11));
@@ -243,8 +255,8 @@ mod tests {
         let a = Partition::new("t", 0);
         let mut gatherer = Gatherer::new(limits(100, 4, 1000));
         let now = Instant::now();
-        assert!(gatherer.push(&a, 1, arrival(0, b"xxx"), now).is_none());
-        let window = gatherer.push(&a, 1, arrival(1, b"y"), now).expect("four bytes close");
+        assert!(gatherer.push(&a, &Lease::new(1), arrival(0, b"xxx"), now).is_none());
+        let window = gatherer.push(&a, &Lease::new(1), arrival(1, b"y"), now).expect("four bytes close");
         assert_eq!(window.closed_by, ClosedBy::Bytes);
     }
 
@@ -255,8 +267,8 @@ mod tests {
         let start = Instant::now();
         assert!(gatherer.due(start + Duration::from_secs(9)).is_none(), "an empty window never closes");
         let first = start + Duration::from_secs(10);
-        gatherer.push(&a, 1, arrival(0, b"x"), first);
-        gatherer.push(&a, 1, arrival(1, b"x"), first + Duration::from_millis(150));
+        gatherer.push(&a, &Lease::new(1), arrival(0, b"x"), first);
+        gatherer.push(&a, &Lease::new(1), arrival(1, b"x"), first + Duration::from_millis(150));
         assert!(gatherer.due(first + Duration::from_millis(199)).is_none());
         let window = gatherer.due(first + Duration::from_millis(200)).expect("due");
         assert_eq!(window.closed_by, ClosedBy::Wait);
@@ -268,8 +280,8 @@ mod tests {
         let a = Partition::new("t", 0);
         let mut gatherer = Gatherer::new(limits(2, 1000, 200));
         let now = Instant::now();
-        gatherer.push(&a, 1, Arrival { offset: 0, key: Some(b""), ..Arrival::default() }, now);
-        let window = gatherer.push(&a, 1, arrival(1, b""), now).expect("closed");
+        gatherer.push(&a, &Lease::new(1), Arrival { offset: 0, key: Some(b""), ..Arrival::default() }, now);
+        let window = gatherer.push(&a, &Lease::new(1), arrival(1, b""), now).expect("closed");
         assert_eq!(window.value(&window.records[0]), None);
         assert_eq!(window.key(&window.records[0]), Some(&b""[..]));
         assert_eq!(window.value(&window.records[1]), Some(&b""[..]));
@@ -287,7 +299,8 @@ mod tests {
             let mut gatherer = Gatherer::new(limits(max_records, max_bytes, max_wait));
             let mut now = Instant::now();
             let mut next = [0i64; 3];
-            let mut generation = [1u64; 3];
+            let mut leases = [Lease::new(0), Lease::new(1), Lease::new(2)];
+            let mut generation = [0u64, 1, 2];
             let mut expected: Vec<Vec<(u64, i64)>> = vec![Vec::new(); 3];
             let mut open: Vec<(usize, u64, i64)> = Vec::new();
             let mut windows = Vec::new();
@@ -297,7 +310,8 @@ mod tests {
                     0 => {
                         gatherer.forget(|p| p.number == partition);
                         open.retain(|(p, ..)| *p != number);
-                        generation[number] += 1;
+                        generation[number] += 3;
+                        leases[number] = Lease::new(generation[number]);
                         None
                     }
                     1 => {
@@ -309,7 +323,7 @@ mod tests {
                         next[number] += 1 + i64::from(size == 3);
                         let value = vec![offset as u8; size];
                         open.push((number, generation[number], offset));
-                        gatherer.push(&Partition::new("t", partition), generation[number],
+                        gatherer.push(&Partition::new("t", partition), &leases[number],
                                       Arrival { offset, value: Some(&value), ..Arrival::default() }, now)
                     }
                 };
@@ -334,7 +348,7 @@ mod tests {
                     let span = &window.spans[record.span as usize];
                     prop_assert!(span.first <= record.offset && record.offset <= span.last);
                     prop_assert!(window.value(record).unwrap().iter().all(|&b| b == record.offset as u8));
-                    seen[span.partition.number as usize].push((span.generation, record.offset));
+                    seen[span.partition.number as usize].push((span.lease.generation(), record.offset));
                 }
             }
             prop_assert_eq!(seen, expected);

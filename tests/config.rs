@@ -168,7 +168,7 @@ input: { topics: [in], gruop: g, format: jsn, start: 7 }
 window: { max_records: 0, max_wait: soon }
 task: { kind: text-classificaton }
 output: { topic: 'bad name', partition: sauce }
-delivery: { guarantee: exactly_once }
+delivery: { guarantee: exactly_onse }
 batch: { max_token: 5 }
 ",
     );
@@ -191,10 +191,7 @@ batch: { max_token: 5 }
         ("output.topic", &["bad name"]),
         ("output.partition", &["did you mean source?", "allowed: key, source"]),
         ("dead_letters.topic", &["is required"]),
-        (
-            "delivery.guarantee",
-            &["exactly_once is planned, but not in this version", "allowed: at_least_once"],
-        ),
+        ("delivery.guarantee", &["did you mean exactly_once?", "allowed: at_least_once, exactly_once"]),
         ("batch.max_token", &["did you mean batch.max_tokens?"]),
         ("memory.limit", &["1MiB", "--set memory.limit"]),
         ("log.level", &["loud", "KANDLE__LOG__LEVEL"]),
@@ -234,6 +231,18 @@ fn rules_between_keys() {
     one_fault("server: { listen: here }", &["server.listen", "address:port"]);
     one_fault("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
     one_fault("max_records: 5", &["max_records", "did you mean window.max_records?"]);
+    one_fault("batch: { timeout: 10m }", &["batch.timeout", "not less than server.stall_after 5m"]);
+    one_fault("delivery: { transactional_id: x }", &["delivery.transactional_id", "means nothing"]);
+    let exactly_once = "delivery: { guarantee: exactly_once }\n";
+    assert!(faults(exactly_once).is_empty());
+    one_fault(
+        &format!("{exactly_once}output: {{ properties: {{ transaction.timeout.ms: 5000 }} }}"),
+        &["output.properties", "less than a transaction may last, 10000 ms"],
+    );
+    one_fault(
+        &format!("{exactly_once}input: {{ properties: {{ isolation.level: read_uncommitted }} }}"),
+        &["input.properties", "isolation.level must be read_committed"],
+    );
     one_fault("schedule: {}", &["schedule", "planned"]);
     one_fault(
         "kafka: { properties: { sasl.password: '${env:NOT_SET}' } }",

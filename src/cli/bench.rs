@@ -1,5 +1,6 @@
-//! `bench pipeline`: kandle with `noop` (no model) against a bare loop of the same client library,
-//! on the same broker, in turns.
+//! `bench pipeline`: kandle with `noop` (no model) under both guarantees, against a bare loop of the
+//! same client library, on the same broker, in turns. The bare loop runs a second time with the
+//! headers that a prediction carries: what they cost the client and the broker is not kandle's.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +13,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::KafkaError;
-use rdkafka::message::Message;
+use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use serde::Serialize;
@@ -34,7 +35,7 @@ pub struct Options {
     #[arg(long)]
     brokers: String,
     /// Records in the backlog
-    #[arg(long, default_value_t = 1_000_000)]
+    #[arg(long, default_value_t = 2_000_000)]
     records: u64,
     /// Bytes of each value
     #[arg(long, default_value_t = 165)]
@@ -53,6 +54,9 @@ pub struct Options {
     /// Only the pipeline, once, for a profiler
     #[arg(long)]
     profile: bool,
+    /// Of --profile
+    #[arg(long, default_value = "at_least_once")]
+    guarantee: String,
 }
 
 #[derive(Serialize)]
@@ -61,16 +65,21 @@ struct Report {
     value_bytes: usize,
     partitions: i32,
     rounds: Vec<Round>,
-    bare_records_per_second: f64,
-    pipeline_records_per_second: f64,
-    /// Median of the rounds' ratios, pipeline / bare.
-    ratio: f64,
+    /// Medians of the rounds.
+    median: Round,
+    /// Medians of the rounds' own ratios.
+    at_least_once_to_bare: f64,
+    at_least_once_to_bare_with_headers: f64,
+    exactly_once_to_at_least_once: f64,
 }
 
+/// Records per second of each.
 #[derive(Serialize)]
 struct Round {
-    bare_records_per_second: f64,
-    pipeline_records_per_second: f64,
+    bare: f64,
+    bare_with_headers: f64,
+    at_least_once: f64,
+    exactly_once: f64,
 }
 
 pub fn bench(command: Command) -> anyhow::Result<()> {
@@ -96,19 +105,18 @@ pub fn bench(command: Command) -> anyhow::Result<()> {
     if options.json {
         println!("{}", super::pretty(&serde_json::to_value(&report)?));
     } else {
-        for round in &report.rounds {
+        for Round { bare, bare_with_headers, at_least_once, exactly_once } in &report.rounds {
             println!(
-                "bare {:>9.0}/s   pipeline {:>9.0}/s",
-                round.bare_records_per_second, round.pipeline_records_per_second
+                "bare {bare:>9.0}/s   with headers {bare_with_headers:>9.0}/s   at_least_once {at_least_once:>9.0}/s   exactly_once {exactly_once:>9.0}/s"
             );
         }
         println!(
-            "{} records of {} bytes: bare {:.0}/s, pipeline {:.0}/s (medians), ratio {:.2}",
+            "{} records of {} bytes; medians: at_least_once is {:.2} of the bare loop, {:.2} of one with the same headers; exactly_once is {:.2} of at_least_once",
             report.records,
             report.value_bytes,
-            report.bare_records_per_second,
-            report.pipeline_records_per_second,
-            report.ratio
+            report.at_least_once_to_bare,
+            report.at_least_once_to_bare_with_headers,
+            report.exactly_once_to_at_least_once,
         );
     }
     Ok(())
@@ -122,15 +130,21 @@ fn client(options: &Options) -> ClientConfig {
 
 fn measure(options: &Options, [input, output, dead]: &[String; 3]) -> anyhow::Result<Report> {
     fill(options, input)?;
+    let topics = [input, output, dead];
+    if options.profile {
+        let rate = kandle(options, topics, &options.guarantee, 0)?;
+        bail!("{rate:.0} records/s; --profile makes no report");
+    }
     let mut rounds = Vec::new();
-    for round in 0..if options.profile { 1 } else { options.rounds } {
-        let bare = if options.profile { f64::NAN } else { bare(options, input, output, round)? };
+    for round in 0..options.rounds {
         rounds.push(Round {
-            bare_records_per_second: bare,
-            pipeline_records_per_second: kandle(options, [input, output, dead], round)?,
+            bare: bare(options, input, output, false, round)?,
+            bare_with_headers: bare(options, input, output, true, round)?,
+            at_least_once: kandle(options, topics, "at_least_once", round)?,
+            exactly_once: kandle(options, topics, "exactly_once", round)?,
         });
     }
-    let medians = |of: &dyn Fn(&Round) -> f64| {
+    let median = |of: &dyn Fn(&Round) -> f64| {
         let mut all: Vec<f64> = rounds.iter().map(of).collect();
         all.sort_by(f64::total_cmp);
         all[all.len() / 2]
@@ -139,9 +153,15 @@ fn measure(options: &Options, [input, output, dead]: &[String; 3]) -> anyhow::Re
         records: options.records,
         value_bytes: options.value_bytes,
         partitions: options.partitions,
-        bare_records_per_second: medians(&|r| r.bare_records_per_second),
-        pipeline_records_per_second: medians(&|r| r.pipeline_records_per_second),
-        ratio: medians(&|r| r.pipeline_records_per_second / r.bare_records_per_second),
+        median: Round {
+            bare: median(&|r| r.bare),
+            bare_with_headers: median(&|r| r.bare_with_headers),
+            at_least_once: median(&|r| r.at_least_once),
+            exactly_once: median(&|r| r.exactly_once),
+        },
+        at_least_once_to_bare: median(&|r| r.at_least_once / r.bare),
+        at_least_once_to_bare_with_headers: median(&|r| r.at_least_once / r.bare_with_headers),
+        exactly_once_to_at_least_once: median(&|r| r.exactly_once / r.at_least_once),
         rounds,
     })
 }
@@ -156,7 +176,7 @@ fn fill(options: &Options, topic: &str) -> anyhow::Result<()> {
         }
         value.truncate(options.value_bytes);
         let key = (i % 100_003).to_string();
-        send(&producer, topic, Some(key.as_bytes()), Some(value.as_bytes()), None)?;
+        send(&producer, topic, Some(key.as_bytes()), Some(value.as_bytes()), None, None)?;
     }
     producer.flush(Duration::from_secs(120)).context("filling the input topic")?;
     Ok(())
@@ -168,9 +188,10 @@ fn send(
     key: Option<&[u8]>,
     value: Option<&[u8]>,
     timestamp: Option<i64>,
+    headers: Option<OwnedHeaders>,
 ) -> anyhow::Result<()> {
     let mut record = BaseRecord::<[u8], [u8]>::to(topic);
-    (record.key, record.payload, record.timestamp) = (key, value, timestamp);
+    (record.key, record.payload, record.timestamp, record.headers) = (key, value, timestamp, headers);
     loop {
         match producer.send(record) {
             Ok(()) => return Ok(()),
@@ -184,9 +205,15 @@ fn send(
 }
 
 /// Consume, produce with idempotence, commit once a second: what one would write by hand.
-fn bare(options: &Options, input: &str, output: &str, round: usize) -> anyhow::Result<f64> {
+fn bare(
+    options: &Options,
+    input: &str,
+    output: &str,
+    with_headers: bool,
+    round: usize,
+) -> anyhow::Result<f64> {
     let consumer: BaseConsumer = client(options)
-        .set("group.id", format!("{input}-bare-{round}"))
+        .set("group.id", format!("{input}-bare-{with_headers}-{round}"))
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "earliest")
         .set("partition.assignment.strategy", "cooperative-sticky")
@@ -204,7 +231,9 @@ fn bare(options: &Options, input: &str, output: &str, round: usize) -> anyhow::R
         let Some(message) = consumer.poll(Duration::from_millis(100)) else { continue };
         let message = message?;
         started.get_or_insert_with(Instant::now);
-        send(&producer, output, message.key(), message.payload(), message.timestamp().to_millis())?;
+        let headers = with_headers.then(|| headers(&message));
+        let timestamp = message.timestamp().to_millis();
+        send(&producer, output, message.key(), message.payload(), timestamp, headers)?;
         seen += 1;
         if seen % 1024 == 0 {
             producer.poll(Duration::ZERO);
@@ -219,8 +248,22 @@ fn bare(options: &Options, input: &str, output: &str, round: usize) -> anyhow::R
     Ok(options.records as f64 / started.map_or(f64::NAN, |s| s.elapsed().as_secs_f64()))
 }
 
-fn kandle(options: &Options, [input, output, dead]: [&String; 3], round: usize) -> anyhow::Result<f64> {
-    let settings = pipeline_settings(options, [input, output, dead], round)?;
+/// Those of a prediction, by the shortest way.
+fn headers(message: &BorrowedMessage<'_>) -> OwnedHeaders {
+    let source = format!("{}/{}/{}", message.topic(), message.partition(), message.offset());
+    OwnedHeaders::new_with_capacity(3)
+        .insert(Header { key: "kandle-source", value: Some(&source) })
+        .insert(Header { key: "kandle-model", value: Some("noop") })
+        .insert(Header { key: "kandle-model-digest", value: Some("0123456789abcdef") })
+}
+
+fn kandle(
+    options: &Options,
+    [input, output, dead]: [&String; 3],
+    guarantee: &str,
+    round: usize,
+) -> anyhow::Result<f64> {
+    let settings = pipeline_settings(options, [input, output, dead], guarantee, round)?;
     let shared = Shared::new(&settings);
     let task = Arc::new(Task::load(&settings, &shared.metrics)?);
     let topics =
@@ -237,6 +280,10 @@ fn kandle(options: &Options, [input, output, dead]: [&String; 3], round: usize) 
         if started.is_none() && metrics.window_records.get_sample_count() > 0 {
             started = Some(Instant::now());
         }
+        // All is read: the last transaction need not wait for more.
+        if metrics.window_records.get_sample_sum() as u64 == options.records {
+            shared.stop.store(true, Ordering::Relaxed);
+        }
         std::thread::park_timeout(Duration::from_millis(2));
     }
     let seconds = started.map_or(f64::NAN, |s| s.elapsed().as_secs_f64());
@@ -248,12 +295,14 @@ fn kandle(options: &Options, [input, output, dead]: [&String; 3], round: usize) 
 fn pipeline_settings(
     options: &Options,
     [input, output, dead]: [&String; 3],
+    guarantee: &str,
     round: usize,
 ) -> anyhow::Result<Settings> {
     let mut set = vec![
         format!("kafka.brokers={}", options.brokers),
         format!("input.topics={input}"),
-        format!("input.group={input}-kandle-{round}"),
+        format!("input.group={input}-{guarantee}-{round}"),
+        format!("delivery.guarantee={guarantee}"),
         "input.format=text".to_owned(),
         "task.kind=noop".to_owned(),
         format!("output.topic={output}"),

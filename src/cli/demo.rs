@@ -77,6 +77,7 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
 
     // The embedded broker has no configuration to ask for.
     let topics = Topics {
+        input_partitions: 4,
         output: Written { partitions: 4, max_bytes: MESSAGE_MAX_BYTES },
         dead_letters: Written { partitions: 1, max_bytes: MESSAGE_MAX_BYTES },
     };

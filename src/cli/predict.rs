@@ -10,6 +10,7 @@ use anyhow::Context;
 use crate::codec::decoder;
 use crate::engine::Request;
 use crate::flow::{Inferred, Outcome, State};
+use crate::lease::Lease;
 use crate::pipeline::{Shared, Worker};
 use crate::record::{Arrival, Partition};
 use crate::settings::Loaded;
@@ -23,7 +24,7 @@ pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
     let shared = Shared::new(&settings);
     let task = Arc::new(Task::load(&settings, &shared.metrics)?);
     let decoder = decoder(&settings)?;
-    let worker = Worker { task, metrics: shared.metrics, health: shared.health };
+    let worker = Worker { task, shared };
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
 
     let mut gatherer = Gatherer::new(Limits {
@@ -32,7 +33,7 @@ pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
         // Lines are there or not: nothing is waited for.
         max_wait: Duration::from_secs(3600),
     });
-    let partition = Partition::new("line", 0);
+    let (partition, lease) = (Partition::new("line", 0), Lease::new(0));
     let mut number = 0;
     let mut feed = |reader: &mut dyn BufRead| -> anyhow::Result<()> {
         let mut line = Vec::new();
@@ -41,7 +42,7 @@ pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
             let value = value.strip_suffix(b"\r").unwrap_or(value);
             let arrival = Arrival { offset: number, value: Some(value), ..Arrival::default() };
             number += 1;
-            if let Some(window) = gatherer.push(&partition, 0, arrival, Instant::now()) {
+            if let Some(window) = gatherer.push(&partition, &lease, arrival, Instant::now()) {
                 answer(&worker, &*decoder, window, &mut out)?;
             }
             line.clear();

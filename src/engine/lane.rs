@@ -2,9 +2,10 @@
 //! one a core; lanes share a queue and nothing else.
 //!
 //! A failing batch is settled here: halved and tried again when the device is out of memory,
-//! bisected down to the record at fault otherwise.
+//! bisected down to the record at fault otherwise. One that does not come to an end cannot be settled
+//! by its lane: [`Lanes::hung`] tells.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -58,12 +59,28 @@ pub(super) struct Done {
     pub rows: Vec<f32>,
     pub failed: Vec<(u32, RecordError)>,
     pub fatal: Option<String>,
+    /// The work is one record.
+    pub alone: bool,
 }
+
+/// A forward under way.
+#[derive(Debug, Clone)]
+pub(super) struct Forwarding {
+    pub since: Instant,
+    pub window: u64,
+    pub records: Vec<u32>,
+    /// The whole work is this one record: planned alone, not bisected down to it.
+    pub alone: bool,
+}
+
+type Slot = Arc<Mutex<Option<Forwarding>>>;
 
 /// The threads; they end when the last sender of work is gone.
 pub(super) struct Lanes {
     pub work: Sender<Work>,
-    threads: Vec<JoinHandle<()>>,
+    queue: Receiver<Work>,
+    lanes: Vec<(JoinHandle<()>, Slot)>,
+    make: Box<dyn Fn() -> Lane>,
 }
 
 impl Lanes {
@@ -77,29 +94,51 @@ impl Lanes {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (work, queue) = unbounded::<Work>();
-        let threads = (0..count)
-            .map(|i| {
-                let lane = Lane {
-                    model: Arc::clone(&model),
-                    budget: Arc::clone(&budget),
-                    metrics: Arc::clone(&metrics),
-                    device: device.to_owned(),
-                    share: 1.0 / count as f64,
-                };
-                let queue = queue.clone();
-                std::thread::Builder::new()
-                    .name(format!("kandle-lane-{i}"))
-                    .spawn(move || lane.run(&queue, single_threaded))
-                    .expect("a thread can be started")
-            })
-            .collect();
-        Self { work, threads }
+        let device = device.to_owned();
+        let make = Box::new(move || Lane {
+            model: Arc::clone(&model),
+            budget: Arc::clone(&budget),
+            metrics: Arc::clone(&metrics),
+            device: device.clone(),
+            share: 1.0 / count as f64,
+            single_threaded,
+            slot: Slot::default(),
+        });
+        let mut lanes = Self { work, queue, lanes: Vec::new(), make };
+        for _ in 0..count {
+            lanes.add();
+        }
+        lanes
+    }
+
+    fn add(&mut self) {
+        let lane = (self.make)();
+        let (slot, queue) = (Arc::clone(&lane.slot), self.queue.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("kandle-lane-{}", self.lanes.len()))
+            .spawn(move || lane.run(&queue))
+            .expect("a thread can be started");
+        self.lanes.push((thread, slot));
+    }
+
+    /// A forward that has taken longer than `limit`, and the number of its lane.
+    pub fn hung(&self, limit: Duration) -> Option<(usize, Forwarding)> {
+        self.lanes.iter().enumerate().find_map(|(i, (_, slot))| {
+            let slot = slot.lock().unwrap_or_else(|e| e.into_inner());
+            slot.as_ref().filter(|forwarding| forwarding.since.elapsed() > limit).map(|f| (i, f.clone()))
+        })
+    }
+
+    /// Leaves a lane behind, which no thread can be stopped by force for, and puts another in its place.
+    pub fn replace(&mut self, lane: usize) {
+        drop(self.lanes.swap_remove(lane));
+        self.add();
     }
 
     /// Waits for the lanes to finish what they have.
     pub fn join(self) {
         drop(self.work);
-        for thread in self.threads {
+        for (thread, _) in self.lanes {
             // A panic has ended the process already.
             let _ = thread.join();
         }
@@ -113,13 +152,16 @@ struct Lane {
     device: String,
     /// Of the device's time.
     share: f64,
+    single_threaded: bool,
+    /// What it is at.
+    slot: Slot,
 }
 
 impl Lane {
-    fn run(&self, queue: &Receiver<Work>, single_threaded: bool) {
+    fn run(&self, queue: &Receiver<Work>) {
         // Candle spreads multiplications over the rayon pool of the thread that asks: one of its
         // own keeps them on this core, so that lanes never wait for each other.
-        let _pool = single_threaded.then(|| {
+        let _pool = self.single_threaded.then(|| {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(1)
                 .use_current_thread()
@@ -129,6 +171,7 @@ impl Lane {
         for work in queue {
             let mut done = Done {
                 window: work.window,
+                alone: work.batch.records.len() == 1,
                 rows: Vec::with_capacity(work.batch.records.len() * self.model.width()),
                 records: work.batch.records,
                 failed: Vec::new(),
@@ -151,6 +194,19 @@ impl Lane {
         self.metrics.device_busy.with_label_values(&[&self.device]).inc_by(time.as_secs_f64() * self.share);
     }
 
+    fn forward(&self, batch: &[&Tokens], records: &[u32], done: &Done) -> Result<Vec<f32>, ForwardError> {
+        let forwarding = Forwarding {
+            since: Instant::now(),
+            window: done.window,
+            records: records.to_vec(),
+            alone: done.alone,
+        };
+        *self.slot.lock().unwrap_or_else(|e| e.into_inner()) = Some(forwarding);
+        let result = self.model.forward(batch);
+        *self.slot.lock().unwrap_or_else(|e| e.into_inner()) = None;
+        result
+    }
+
     /// Rows for all of `records`, whatever it takes; an error ends the process.
     fn settle(&self, tokens: &[Option<Tokens>], records: &[u32], done: &mut Done) -> Result<(), String> {
         let batch: Vec<&Tokens> = records
@@ -162,7 +218,7 @@ impl Lane {
             // Planned before the budget shrank.
             return self.halves(tokens, records, done);
         }
-        match self.model.forward(&batch) {
+        match self.forward(&batch, records, done) {
             Ok(rows) => {
                 self.budget.fitted();
                 self.metrics.batch_records.observe(records.len() as f64);

@@ -7,6 +7,7 @@ mod plan;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
 
@@ -14,8 +15,9 @@ pub use budget::Budget;
 pub use lane::{Forward, ForwardError};
 pub use plan::{Batch, plan};
 
+use crate::failpoint;
 use crate::model::{Model, Tokens};
-use crate::record::RecordError;
+use crate::record::{Fault, RecordError};
 use crate::telemetry::Metrics;
 use lane::{Done, Lanes, Work};
 
@@ -40,6 +42,27 @@ pub struct Response<W> {
     pub rows: Vec<f32>,
     pub width: usize,
     pub failed: Vec<(u32, RecordError)>,
+    /// A lane was left behind for one of the failed: the process had better start again.
+    pub lane_lost: bool,
+}
+
+/// Why the engine can compute no more.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError<W> {
+    #[error("{0}")]
+    Fatal(String),
+    /// A forward over these records of the window has not come to an end within `batch.timeout`.
+    #[error("a forward over {} records did not end within {limit:?}", records.len())]
+    Hung { window: W, records: Vec<u32>, limit: Duration },
+}
+
+/// How an engine is set.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// `batch.max_tokens`.
+    pub max_tokens: usize,
+    /// `batch.timeout`.
+    pub timeout: Duration,
 }
 
 /// A model on its lanes.
@@ -49,41 +72,46 @@ pub struct Engine {
     lanes: usize,
     single_threaded: bool,
     device: String,
+    timeout: Duration,
     metrics: Arc<Metrics>,
 }
 
 impl Engine {
     /// A lane for each core the process may use, or one for a GPU.
-    pub fn new(model: Arc<Model>, canary: Tokens, max_tokens: usize, metrics: Arc<Metrics>) -> Self {
+    pub fn new(model: Arc<Model>, canary: Tokens, limits: Limits, metrics: Arc<Metrics>) -> Self {
         let cpu = model.placement.is_cpu();
         let (lanes, budget) = match cpu {
-            true => (cores(), max_tokens.min(CORE_TOKENS)),
-            false => (1, max_tokens),
+            true => (cores(), limits.max_tokens.min(CORE_TOKENS)),
+            false => (1, limits.max_tokens),
         };
         let device = model.placement.name.clone();
-        Self::with(Arc::new(OnDevice { model, canary }), lanes, budget, cpu, device, metrics)
+        let limits = Limits { max_tokens: budget, ..limits };
+        Self::with(Arc::new(OnDevice { model, canary }), lanes, limits, cpu, device, metrics)
     }
 
     fn with(
         model: Arc<dyn Forward>,
         lanes: usize,
-        budget: usize,
+        limits: Limits,
         single_threaded: bool,
         device: String,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { model, budget: Arc::new(Budget::new(budget)), lanes, single_threaded, device, metrics }
+        let budget = Arc::new(Budget::new(limits.max_tokens));
+        Self { model, budget, lanes, single_threaded, device, timeout: limits.timeout, metrics }
     }
 
     pub fn lanes(&self) -> usize {
         self.lanes
     }
 
-    /// The plan for a window whose records have these tokens.
-    pub fn plan(&self, tokens: &[Option<Tokens>]) -> Vec<Batch> {
-        let lengths =
-            tokens.iter().enumerate().filter_map(|(i, t)| Some((i as u32, t.as_ref()?.ids.len()))).collect();
-        plan(lengths, self.budget.tokens(), self.lanes)
+    /// The plan for a window whose records have these tokens; a suspect is a batch of its own.
+    pub fn plan(&self, tokens: &[Option<Tokens>], suspect: impl Fn(usize) -> bool) -> Vec<Batch> {
+        let lengths = tokens.iter().enumerate().filter_map(|(i, t)| Some((i as u32, t.as_ref()?.ids.len())));
+        let (alone, together): (Vec<_>, Vec<_>) = lengths.partition(|&(i, _)| suspect(i as usize));
+        let mut batches = plan(together, self.budget.tokens(), self.lanes);
+        batches.extend(alone.into_iter().map(|(record, tokens)| Batch { records: vec![record], tokens }));
+        batches
     }
 
     /// Serves what comes in until the channel closes; answers leave in the order of the requests.
@@ -96,8 +124,9 @@ impl Engine {
         open: impl Fn(T) -> Request<W>,
         mut close: impl FnMut(Response<W>) -> bool,
         activity: impl Fn(bool),
-    ) -> Result<(), String> {
-        let lanes = Lanes::start(
+    ) -> Result<(), EngineError<W>> {
+        let look = (self.timeout / 4).min(Duration::from_secs(1));
+        let mut lanes = Lanes::start(
             self.lanes,
             self.single_threaded,
             &self.device,
@@ -125,11 +154,21 @@ impl Engine {
                 recv(finished) -> part => {
                     let part = part.expect("this end holds a sender");
                     if let Some(message) = part.fatal {
-                        return Err(message);
+                        return Err(EngineError::Fatal(message));
                     }
                     let at = (part.window - running[0].id) as usize;
                     running[at].take(part);
                 }
+                default(look) => {}
+            }
+            if let Some((lane, hung)) = lanes.hung(self.timeout) {
+                let at = (hung.window - running[0].id) as usize;
+                if !hung.alone {
+                    let window = running.remove(at).expect("its batch runs").response.window;
+                    return Err(EngineError::Hung { window, records: hung.records, limit: self.timeout });
+                }
+                lanes.replace(lane);
+                running[at].leave_behind(hung.records[0], self.timeout);
             }
             while running.front().is_some_and(|first| first.left == 0) {
                 let first = running.pop_front().expect("there is a first");
@@ -148,7 +187,7 @@ impl Engine {
 
     /// Plans and runs one window by itself.
     pub fn run(&self, tokens: Vec<Option<Tokens>>) -> Result<Response<()>, String> {
-        let batches = self.plan(&tokens);
+        let batches = self.plan(&tokens, |_| false);
         self.answer(Request { window: (), tokens, batches })
     }
 
@@ -158,7 +197,8 @@ impl Engine {
         ask.send(request).expect("the receiver is here");
         drop(ask);
         let mut response = None;
-        self.serve(&requests, |request| request, |answer| response.replace(answer).is_none(), |_| {})?;
+        self.serve(&requests, |request| request, |answer| response.replace(answer).is_none(), |_| {})
+            .map_err(|e| e.to_string())?;
         Ok(response.expect("one request has one answer"))
     }
 }
@@ -185,7 +225,7 @@ impl<W> Running<W> {
             let sent = work.send(Work { window: id, tokens: Arc::clone(&tokens), batch, done: done.clone() });
             assert!(sent.is_ok(), "lanes live as long as the engine serves");
         }
-        Self { id, left, response: Response { window, rows, width, failed: Vec::new() } }
+        Self { id, left, response: Response { window, rows, width, failed: Vec::new(), lane_lost: false } }
     }
 
     fn take(&mut self, done: Done) {
@@ -194,6 +234,14 @@ impl<W> Running<W> {
             self.response.rows[record as usize * width..][..width].copy_from_slice(row);
         }
         self.response.failed.extend(done.failed);
+        self.left -= 1;
+    }
+
+    /// A record, alone in its forward, that does not come to an end: it is the one at fault.
+    fn leave_behind(&mut self, record: u32, limit: Duration) {
+        let message = format!("the model did not come to an end on this record within {limit:?}");
+        self.response.failed.push((record, RecordError::new(Fault::Infer, message)));
+        self.response.lane_lost = true;
         self.left -= 1;
     }
 }
@@ -210,6 +258,14 @@ impl Forward for OnDevice {
     }
 
     fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
+        failpoint::pass("device");
+        if let Some(id) = failpoint::argument("hang").and_then(|id| id.parse().ok())
+            && batch.iter().any(|tokens| tokens.ids.contains(&id))
+        {
+            loop {
+                std::thread::park();
+            }
+        }
         self.model.forward(batch).map_err(|e| classify(&e.to_string()))
     }
 
@@ -237,7 +293,6 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::record::Fault;
 
     /// A device with `memory` tokens of room that fails on the token 666 and gives each record the
     /// sum of its ids.
@@ -248,6 +303,9 @@ mod tests {
         canary: Tokens,
     }
 
+    /// A token on which the device never comes to an end.
+    const ENDLESS: u32 = 777;
+
     impl Forward for Fake {
         fn width(&self) -> usize {
             2
@@ -255,6 +313,9 @@ mod tests {
 
         fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
             self.forwards.fetch_add(1, Ordering::Relaxed);
+            while batch.iter().any(|t| t.ids.contains(&ENDLESS)) {
+                std::thread::park();
+            }
             let total: usize = batch.iter().map(|t| t.ids.len()).sum();
             if total > self.memory {
                 return Err(ForwardError::OutOfMemory(format!("{total} tokens")));
@@ -285,7 +346,8 @@ mod tests {
             Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
         let metrics = Arc::new(Metrics::new());
         let model: Arc<dyn Forward> = Arc::clone(&fake) as _;
-        (Engine::with(model, lanes, 10_000, false, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
+        let limits = Limits { max_tokens: 10_000, timeout: Duration::from_millis(200) };
+        (Engine::with(model, lanes, limits, false, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
     }
 
     #[test]
@@ -333,6 +395,22 @@ mod tests {
         let (engine, ..) = engine(10_000, true, 1);
         let message = engine.run(vec![tokens(&[1]), tokens(&[2])]).err().expect("fatal");
         assert!(message.contains("even a plain text fails"), "{message}");
+    }
+
+    #[test]
+    fn a_forward_that_does_not_end_is_named_and_alone_it_is_a_dead_letter() {
+        let (engine, ..) = engine(10_000, false, 2);
+        let window: Vec<_> = (0..8).map(|i| tokens(&[if i == 5 { ENDLESS } else { i }, 1])).collect();
+        let message = engine.run(window.clone()).err().expect("it hangs");
+        assert!(message.contains("did not end"), "{message}");
+        // As the next start runs it: every suspect alone.
+        let batches = engine.plan(&window, |i| i >= 4);
+        assert_eq!(batches.iter().filter(|b| b.records.len() == 1).count(), 4);
+        let response = engine.answer(Request { window: (), tokens: window, batches }).unwrap();
+        assert!(response.lane_lost);
+        assert_eq!(response.failed.len(), 1);
+        assert_eq!((response.failed[0].0, response.failed[0].1.fault), (5, Fault::Infer));
+        assert_eq!(response.rows[7 * 2], 8.0);
     }
 
     #[test]

@@ -34,7 +34,6 @@ impl fmt::Display for Fault {
 
 /// What the interface names and this version does not have yet.
 const PLANNED: &[(&str, &str)] = &[
-    ("delivery.guarantee", "exactly_once"),
     ("input.format", "image"),
     ("input.format", "avro"),
     ("input.format", "protobuf"),

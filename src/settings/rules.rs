@@ -2,7 +2,7 @@
 
 use rdkafka::ClientConfig;
 
-use super::{Fields, Format, Properties, Settings, TaskKind};
+use super::{Fields, Format, Guarantee, Properties, Settings, TaskKind};
 
 /// Properties of librdkafka that kandle owns, and why.
 const OWNED: &[(&str, &str)] = &[
@@ -28,6 +28,12 @@ const OWNED: &[(&str, &str)] = &[
     ("statistics.interval.ms", "the lag metrics are made from it"),
     ("queued.max.messages.kbytes", "set memory.limit"),
     ("queue.buffering.max.kbytes", "set memory.limit"),
+    ("queued.min.messages", "set memory.limit"),
+    ("fetch.max.bytes", "set memory.limit"),
+    ("fetch.message.max.bytes", "set memory.limit"),
+    ("max.partition.fetch.bytes", "set memory.limit"),
+    ("queue.buffering.max.messages", "set memory.limit"),
+    ("message.max.bytes", "each topic's own limit counts"),
     ("log_level", "set log.level"),
 ];
 
@@ -190,8 +196,50 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             format!("{:?} is not address:port, such as 0.0.0.0:9464", settings.server.listen),
         );
     }
+    if settings.batch.timeout.0.is_zero() {
+        fault("batch.timeout", "is zero".to_owned());
+    } else if settings.batch.timeout.0 >= settings.server.stall_after.0 {
+        let message = format!(
+            "{} is not less than server.stall_after {}: the process would be taken for stalled first",
+            settings.batch.timeout, settings.server.stall_after
+        );
+        fault("batch.timeout", message);
+    }
+    for (key, message) in check_delivery(settings) {
+        fault(key, message);
+    }
     if settings.delivery.commit_interval.0.is_zero() {
         fault("delivery.commit_interval", "is zero".to_owned());
+    }
+    faults
+}
+
+fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
+    let mut faults = Vec::new();
+    if settings.delivery.guarantee != Guarantee::ExactlyOnce {
+        if settings.delivery.transactional_id.is_some() {
+            faults.push((
+                "delivery.transactional_id",
+                "means nothing without guarantee: exactly_once".to_owned(),
+            ));
+        }
+        return faults;
+    }
+    if settings.delivery.transactional_id.as_deref() == Some("") {
+        faults.push(("delivery.transactional_id", "is empty".to_owned()));
+    }
+    let (timeout, longest) = (settings.transaction_timeout(), settings.longest_transaction());
+    if timeout < longest {
+        let message = format!(
+            "transaction.timeout.ms {} is less than a transaction may last, {} ms: commit_interval and a window of window.max_bytes",
+            timeout.as_millis(),
+            longest.as_millis()
+        );
+        faults.push(("output.properties", message));
+    }
+    if settings.property("isolation.level").is_some_and(|level| level != "read_committed") {
+        let message = "isolation.level must be read_committed with guarantee: exactly_once".to_owned();
+        faults.push(("input.properties", message));
     }
     faults
 }

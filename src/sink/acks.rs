@@ -60,13 +60,6 @@ impl Reports {
     }
 }
 
-impl Reports {
-    /// A message that the producer would not even take.
-    pub fn refuse(&self, word: usize, code: RDKafkaErrorCode) {
-        self.arrived.lock().unwrap_or_else(|e| e.into_inner()).failed.push((Ticket(word), code));
-    }
-}
-
 impl ClientContext for Reports {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::warn!(%error, reason, "producer");

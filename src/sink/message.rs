@@ -2,7 +2,7 @@
 
 use rdkafka::message::{Header, OwnedHeaders};
 
-use crate::record::{Headers, Position, RecordError};
+use crate::record::{Headers, RecordError};
 use crate::settings::Partitioning;
 
 /// What every message says of the model.
@@ -49,20 +49,12 @@ pub(super) fn dead_letter(
 /// Bytes of a batch around its one record: batch header, lengths, attributes.
 pub(super) const OVERHEAD: usize = 128;
 
-/// Bytes that headers take, about: the client's reader insists on UTF-8 names, which a record's own
-/// need not have, so they are counted and not read. A batch that is too large all the same comes
-/// back from the broker and is settled then.
-pub(super) fn size(headers: &OwnedHeaders) -> usize {
-    use rdkafka::message::Headers as _;
-    headers.count() * 64
-}
-
 /// The partition to name; `None` leaves it to the hash of the key (murmur2, as Java's clients).
 /// A record without a key keeps its input partition's number, so that its order holds.
-pub(super) fn partition(by: Partitioning, key: Option<&[u8]>, source: &Position, count: i32) -> Option<i32> {
+pub(super) fn partition(by: Partitioning, key: Option<&[u8]>, source: i32, count: i32) -> Option<i32> {
     match (by, key) {
         (Partitioning::Key, Some(_)) => None,
-        (Partitioning::Key, None) | (Partitioning::Source, _) => Some(source.partition.number % count),
+        (Partitioning::Key, None) | (Partitioning::Source, _) => Some(source % count),
     }
 }
 
@@ -79,7 +71,7 @@ fn listed(headers: &OwnedHeaders) -> Vec<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Fault, Partition};
+    use crate::record::Fault;
 
     #[test]
     fn own_headers_come_first_and_all_of_ours_follow() {
@@ -99,9 +91,8 @@ mod tests {
 
     #[test]
     fn partitions() {
-        let source = Position { partition: Partition::new("t", 5), offset: 0 };
-        assert_eq!(partition(Partitioning::Key, Some(b"k"), &source, 4), None);
-        assert_eq!(partition(Partitioning::Key, None, &source, 4), Some(1));
-        assert_eq!(partition(Partitioning::Source, Some(b"k"), &source, 8), Some(5));
+        assert_eq!(partition(Partitioning::Key, Some(b"k"), 5, 4), None);
+        assert_eq!(partition(Partitioning::Key, None, 5, 4), Some(1));
+        assert_eq!(partition(Partitioning::Source, Some(b"k"), 5, 8), Some(5));
     }
 }

@@ -2,7 +2,10 @@
 //! once a window is acknowledged in full. Nothing here knows models.
 
 mod acks;
+mod member;
 mod message;
+mod outlet;
 mod publish;
+mod transaction;
 
 pub use publish::{Publisher, Wiring};

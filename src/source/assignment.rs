@@ -8,6 +8,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use super::ledger::Ledger;
 use super::live::{Source, SourceError};
+use super::metadata::Metadata;
 use super::rebalance::{give_up, take_up};
 use crate::cluster::committed;
 use crate::record::Partition;
@@ -48,8 +49,21 @@ impl Source {
                     Offset::Offset(offset) => Some(offset),
                     _ => None,
                 });
-            let generation = self.ledger.assign(partition.clone(), start);
-            self.wiring.ownership.take(partition.clone(), generation);
+            self.ledger.assign(partition.clone(), start);
+            let kept = known
+                .find_partition(&partition.topic, partition.number)
+                .and_then(|element| Metadata::read(element.metadata()));
+            if let (Some(owned), Some(kept)) = (self.ledger.get_mut(partition), kept) {
+                owned.suspects = kept.suspects();
+                if let Some(first) = owned.suspects.first() {
+                    tracing::warn!(
+                        %partition,
+                        first,
+                        records = owned.suspects.len(),
+                        "a forward over these records did not come to an end: each runs alone now"
+                    );
+                }
+            }
         }
         if let Err(error) = take_up(&self.consumer, list) {
             return Err(SourceError::Fatal(format!("partitions cannot be taken up: {error}")));
@@ -73,18 +87,19 @@ impl Source {
             return Ok(());
         }
         for element in known.elements() {
-            let Ok(kept) = serde_json::from_str::<serde_json::Value>(element.metadata()) else { continue };
-            let (Some(digest), Offset::Offset(offset)) = (kept["digest"].as_str(), element.offset()) else {
+            let (Some(kept), Offset::Offset(offset)) = (Metadata::read(element.metadata()), element.offset())
+            else {
                 continue;
             };
-            if digest == self.wiring.digest {
+            if kept.digest == self.wiring.digest {
                 continue;
             }
             let message = format!(
-                "{}/{}: records before offset {offset} were predicted by {} (digest {digest}); from there on {} (digest {})",
+                "{}/{}: records before offset {offset} were predicted by {} (digest {}); from there on {} (digest {})",
                 element.topic(),
                 element.partition(),
-                kept["model"].as_str().unwrap_or("another model"),
+                kept.model,
+                kept.digest,
                 self.wiring.model,
                 self.wiring.digest,
             );
@@ -104,7 +119,7 @@ impl Source {
         self.gatherer.forget(|p| partitions.contains(p));
         for partition in &partitions {
             if let Some(owned) = self.ledger.get_mut(partition) {
-                owned.gathering = None;
+                owned.forget_gathering();
             }
         }
         let lost = self.consumer.assignment_lost();
@@ -113,13 +128,17 @@ impl Source {
         tracing::info!(partitions = %names(&partitions), cause, "partitions go");
         let timeout = if lost { Duration::ZERO } else { self.revoke_timeout };
         if lost {
-            for partition in &partitions {
-                self.wiring.ownership.release(partition);
+            for owned in partitions.iter().filter_map(|partition| self.ledger.get(partition)) {
+                owned.lease.end();
             }
         } else if let Err(error) = self.consumer.pause(&list) {
             tracing::debug!(%error, "pausing what is revoked");
         }
         self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + timeout });
+    }
+
+    pub(super) fn is_revoking(&self, partition: &Partition) -> bool {
+        self.revoking.as_ref().is_some_and(|revoking| revoking.partitions.contains(partition))
     }
 
     /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
@@ -153,7 +172,6 @@ impl Source {
             tracing::warn!(partitions = %names(&revoking.partitions), "windows in flight did not finish: dropped, not committed");
         }
         for partition in &revoking.partitions {
-            self.wiring.ownership.release(partition);
             self.ledger.remove(partition);
             self.lag.forget(partition, &self.wiring.metrics);
         }

@@ -134,14 +134,17 @@ mod tests {
     fn an_idle_partition_is_not_behind() {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
-        let generation = ledger.assign(p.clone(), Some(4));
+        let lease = ledger.assign(p.clone(), Some(4));
         assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (0, 0.0), "markers at the end");
         assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 6), 100.0).0, 6, "prefetched");
         assert_eq!(behind(ledger.get(&p).unwrap(), &known(-1001, -1001, 0), 100.0), (0, 0.0), "unknown");
-        let span = crate::window::Span { partition: p.clone(), generation, first: 4, last: 9 };
-        ledger.gathered(std::slice::from_ref(&span), &[Some(90_000)]);
+        let span = crate::window::Span { partition: p.clone(), lease, first: 4, last: 9 };
+        for offset in 4..=9 {
+            ledger.get_mut(&p).unwrap().read(offset, Some(90_000));
+        }
+        ledger.gathered(std::slice::from_ref(&span));
         assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (6, 10.0));
-        ledger.published(&[span]);
+        ledger.published(&[span], false);
         assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (0, 0.0));
     }
 }

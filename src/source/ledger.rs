@@ -1,10 +1,11 @@
 //! Which partitions are ours and how far each has come. Pure: no Kafka, no clock.
 //!
 //! A partition's offset moves only when a window that holds it is published, windows are published
-//! in the order they were gathered, and a window of an earlier assignment counts no more.
+//! in the order they were gathered, and a window of an earlier lease counts no more.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
+use crate::lease::Lease;
 use crate::record::Partition;
 use crate::window::Span;
 
@@ -12,34 +13,105 @@ use crate::window::Span;
 #[derive(Debug, Clone)]
 pub(super) struct Owned {
     pub partition: Partition,
-    pub generation: u64,
+    pub lease: Lease,
     /// Where reading started: the committed offset, where there was one.
     pub start: Option<i64>,
+    /// The offset after the last one read.
+    next: Option<i64>,
     /// The offset after the last one published.
     pub published: Option<i64>,
     /// The offset last sent to be committed.
     sent: Option<i64>,
     /// The offset the group has.
     pub committed: Option<i64>,
-    /// Of the oldest record of each window in flight: its timestamp.
-    in_flight: VecDeque<Option<i64>>,
-    /// Timestamp of the first record in the window that gathers.
-    pub gathering: Option<i64>,
+    in_flight: VecDeque<Pending>,
+    /// What the window that gathers holds of it.
+    gathering: Option<Pending>,
+    /// Offsets that were not there when their turn came: from, up to.
+    gaps: Vec<(i64, i64)>,
+    /// Records whose batch did not come to an end the last time.
+    pub suspects: BTreeSet<i64>,
+}
+
+/// Records read and not published.
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    first: i64,
+    /// Timestamp of the oldest.
+    oldest: Option<i64>,
+}
+
+/// What a record's offset says beside itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Read {
+    InOrder,
+    /// The partition starts again: its topic was made anew, or its log was cut.
+    Backwards {
+        expected: i64,
+    },
 }
 
 impl Owned {
+    fn new(partition: Partition, lease: Lease, start: Option<i64>) -> Self {
+        Self {
+            partition,
+            lease,
+            start,
+            next: start,
+            published: None,
+            sent: None,
+            committed: start,
+            in_flight: VecDeque::new(),
+            gathering: None,
+            gaps: Vec::new(),
+            suspects: BTreeSet::new(),
+        }
+    }
+
     pub fn windows_in_flight(&self) -> usize {
         self.in_flight.len()
     }
 
     /// Timestamp of the oldest record read and not published.
     pub fn oldest(&self) -> Option<i64> {
-        self.in_flight.front().copied().flatten().or(self.gathering)
+        self.in_flight.front().or(self.gathering.as_ref()).and_then(|pending| pending.oldest)
     }
 
     /// All that was read is published.
     pub fn is_idle(&self) -> bool {
         self.in_flight.is_empty() && self.gathering.is_none()
+    }
+
+    /// The first offset that is not published: where whoever owns it next has to begin. `None` where
+    /// nothing was read and the group has no offset.
+    pub fn resume_at(&self) -> Option<i64> {
+        self.published
+            .or(self.start)
+            .or_else(|| self.in_flight.front().or(self.gathering.as_ref()).map(|pending| pending.first))
+    }
+
+    /// A record comes in; it belongs to the window that gathers.
+    pub fn read(&mut self, offset: i64, timestamp: Option<i64>) -> Read {
+        match self.next {
+            Some(expected) if offset < expected => return Read::Backwards { expected },
+            Some(expected) if offset > expected => self.gaps.push((expected, offset)),
+            _ => {}
+        }
+        self.next = Some(offset + 1);
+        self.gathering.get_or_insert(Pending { first: offset, oldest: timestamp });
+        Read::InOrder
+    }
+
+    /// What the window that gathers held of it goes to the next owner.
+    pub fn forget_gathering(&mut self) {
+        self.gathering = None;
+    }
+
+    /// Offsets that retention had deleted before their turn came, `low` being the log's first offset
+    /// now: from, up to. Other gaps are what compaction and transactions leave.
+    pub fn take_skipped(&mut self, low: i64) -> Vec<(i64, i64)> {
+        let gaps = std::mem::take(&mut self.gaps);
+        gaps.into_iter().filter(|&(from, _)| from < low).collect()
     }
 }
 
@@ -50,26 +122,48 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    /// A partition is assigned; returns its generation.
-    pub fn assign(&mut self, partition: Partition, start: Option<i64>) -> u64 {
+    /// A partition is assigned.
+    pub fn assign(&mut self, partition: Partition, start: Option<i64>) -> Lease {
         self.generation += 1;
-        let owned = Owned {
-            partition: partition.clone(),
-            generation: self.generation,
-            start,
-            published: None,
-            sent: None,
-            committed: start,
-            in_flight: VecDeque::new(),
-            gathering: None,
-        };
-        self.owned.insert(partition, owned);
-        self.generation
+        let lease = Lease::new(self.generation);
+        if let Some(before) =
+            self.owned.insert(partition.clone(), Owned::new(partition, lease.clone(), start))
+        {
+            before.lease.end();
+        }
+        lease
+    }
+
+    /// A partition starts again at `offset` without having been away: what is in flight of it may
+    /// still be published, and no longer counts for its offsets.
+    pub fn renew(&mut self, partition: Partition, offset: i64) -> &mut Owned {
+        self.generation += 1;
+        let renewed = Owned::new(partition.clone(), Lease::new(self.generation), Some(offset));
+        self.owned.entry(partition).insert_entry(renewed).into_mut()
+    }
+
+    /// Partitions whose lease the sink ended, as their transaction was aborted, begin a new one;
+    /// returns where each has to be read again.
+    pub fn rewind(&mut self) -> Vec<(Partition, i64)> {
+        let mut again = Vec::new();
+        for owned in self.owned.values_mut().filter(|owned| !owned.lease.is_held()) {
+            let at = owned.resume_at();
+            self.generation += 1;
+            let mut renewed = Owned::new(owned.partition.clone(), Lease::new(self.generation), at);
+            renewed.committed = owned.committed;
+            renewed.suspects = std::mem::take(&mut owned.suspects);
+            *owned = renewed;
+            again.extend(at.map(|at| (owned.partition.clone(), at)));
+        }
+        again.sort();
+        again
     }
 
     /// A partition is gone.
-    pub fn remove(&mut self, partition: &Partition) -> Option<Owned> {
-        self.owned.remove(partition)
+    pub fn remove(&mut self, partition: &Partition) {
+        if let Some(owned) = self.owned.remove(partition) {
+            owned.lease.end();
+        }
     }
 
     pub fn get(&self, partition: &Partition) -> Option<&Owned> {
@@ -84,22 +178,31 @@ impl Ledger {
         self.owned.values()
     }
 
-    /// A window closed and goes its way; `oldest` holds a timestamp a span.
-    pub fn gathered(&mut self, spans: &[Span], oldest: &[Option<i64>]) {
-        for (span, &timestamp) in spans.iter().zip(oldest) {
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Owned> {
+        self.owned.values_mut()
+    }
+
+    /// A window closed and goes its way.
+    pub fn gathered(&mut self, spans: &[Span]) {
+        for span in spans {
             if let Some(owned) = self.current(span) {
-                owned.in_flight.push_back(timestamp);
-                owned.gathering = None;
+                let pending = owned.gathering.take().unwrap_or(Pending { first: span.first, oldest: None });
+                owned.in_flight.push_back(pending);
             }
         }
     }
 
-    /// A window is published in full.
-    pub fn published(&mut self, spans: &[Span]) {
+    /// A window is published in full; `committed` with its offsets, where both were one transaction.
+    pub fn published(&mut self, spans: &[Span], committed: bool) {
         for span in spans {
             if let Some(owned) = self.current(span) {
                 owned.in_flight.pop_front();
-                owned.published = Some(span.last + 1);
+                let next = Some(span.last + 1);
+                owned.published = next;
+                if committed {
+                    (owned.sent, owned.committed) = (next, next);
+                }
+                owned.suspects = owned.suspects.split_off(&(span.last + 1));
             }
         }
     }
@@ -137,7 +240,7 @@ impl Ledger {
     }
 
     fn current(&mut self, span: &Span) -> Option<&mut Owned> {
-        self.owned.get_mut(&span.partition).filter(|owned| owned.generation == span.generation)
+        self.owned.get_mut(&span.partition).filter(|owned| owned.lease == span.lease)
     }
 }
 
@@ -147,18 +250,25 @@ mod tests {
 
     use super::*;
 
-    fn span(number: i32, generation: u64, first: i64, last: i64) -> Span {
-        Span { partition: Partition::new("t", number), generation, first, last }
+    fn span(number: i32, lease: &Lease, first: i64, last: i64) -> Span {
+        Span { partition: Partition::new("t", number), lease: lease.clone(), first, last }
+    }
+
+    fn read(ledger: &mut Ledger, partition: &Partition, offsets: std::ops::RangeInclusive<i64>) {
+        for offset in offsets {
+            assert_eq!(ledger.get_mut(partition).unwrap().read(offset, Some(offset)), Read::InOrder);
+        }
     }
 
     #[test]
     fn commits_what_is_published_once() {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
-        let generation = ledger.assign(p.clone(), Some(5));
-        ledger.gathered(&[span(0, generation, 5, 9)], &[Some(1)]);
+        let lease = ledger.assign(p.clone(), Some(5));
+        read(&mut ledger, &p, 5..=9);
+        ledger.gathered(&[span(0, &lease, 5, 9)]);
         assert!(ledger.take_commits(None).is_empty(), "nothing is published yet");
-        ledger.published(&[span(0, generation, 5, 9)]);
+        ledger.published(&[span(0, &lease, 5, 9)], false);
         assert_eq!(ledger.take_commits(None), [(p.clone(), 10)]);
         assert!(ledger.take_commits(None).is_empty());
         assert!(ledger.commits_open());
@@ -170,67 +280,179 @@ mod tests {
     }
 
     #[test]
-    fn a_window_of_an_earlier_assignment_does_not_count() {
+    fn what_a_transaction_committed_is_not_committed_again() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        let lease = ledger.assign(p.clone(), None);
+        read(&mut ledger, &p, 3..=4);
+        ledger.gathered(&[span(0, &lease, 3, 4)]);
+        ledger.published(&[span(0, &lease, 3, 4)], true);
+        assert!(ledger.take_commits(None).is_empty() && !ledger.commits_open());
+        assert_eq!(ledger.get(&p).unwrap().committed, Some(5));
+    }
+
+    #[test]
+    fn a_window_of_an_earlier_lease_does_not_count() {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
         let old = ledger.assign(p.clone(), None);
-        ledger.gathered(&[span(0, old, 0, 9)], &[None]);
+        read(&mut ledger, &p, 0..=9);
+        ledger.gathered(&[span(0, &old, 0, 9)]);
         ledger.remove(&p);
+        assert!(!old.is_held());
         let new = ledger.assign(p.clone(), None);
         assert_ne!(old, new);
-        ledger.published(&[span(0, old, 0, 9)]);
+        ledger.published(&[span(0, &old, 0, 9)], false);
         assert!(ledger.take_commits(None).is_empty());
         assert_eq!(ledger.get(&p).unwrap().windows_in_flight(), 0);
     }
 
+    #[test]
+    fn an_aborted_transaction_is_read_again_from_what_is_published() {
+        let mut ledger = Ledger::default();
+        let (p, q) = (Partition::new("t", 0), Partition::new("t", 1));
+        let first = ledger.assign(p.clone(), None);
+        let other = ledger.assign(q.clone(), Some(7));
+        read(&mut ledger, &p, 100..=109);
+        ledger.gathered(&[span(0, &first, 100, 104)]);
+        first.end();
+        assert_eq!(ledger.rewind(), [(p.clone(), 100)], "nothing was published: its first record");
+        assert!(other.is_held());
+        let second = ledger.get(&p).unwrap().lease.clone();
+        assert_ne!(first, second);
+        read(&mut ledger, &p, 100..=104);
+        ledger.gathered(&[span(0, &second, 100, 104)]);
+        ledger.published(&[span(0, &first, 100, 109)], true);
+        assert_eq!(ledger.get(&p).unwrap().published, None, "of the aborted one");
+        ledger.published(&[span(0, &second, 100, 104)], true);
+        second.end();
+        assert_eq!(ledger.rewind(), [(p.clone(), 105)]);
+        assert!(ledger.rewind().is_empty());
+    }
+
+    #[test]
+    fn gaps_that_retention_left_are_told_from_those_of_compaction() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        ledger.assign(p.clone(), Some(10));
+        let owned = ledger.get_mut(&p).unwrap();
+        owned.read(50, None);
+        owned.read(53, None);
+        assert_eq!(owned.take_skipped(50), [(10, 50)]);
+        assert!(owned.take_skipped(50).is_empty());
+        assert_eq!(owned.read(20, None), Read::Backwards { expected: 54 });
+        assert_eq!(ledger.renew(p, 20).read(20, None), Read::InOrder);
+    }
+
+    #[test]
+    fn suspects_go_once_they_are_published() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        let lease = ledger.assign(p.clone(), Some(0));
+        ledger.get_mut(&p).unwrap().suspects = [3, 8].into();
+        ledger.published(&[span(0, &lease, 0, 5)], false);
+        assert_eq!(ledger.get(&p).unwrap().suspects, [8].into());
+    }
+
+    /// What happens to a group's member, in any order.
+    #[derive(Debug, Clone)]
+    enum Step {
+        /// Given up in good order, or lost; assigned again, perhaps after another member went on.
+        Reassign { partition: usize, lost: bool, elsewhere: i64 },
+        /// Records come in, and their window closes.
+        Gather { partition: usize, records: i64 },
+        /// The oldest window in flight is acknowledged.
+        Acknowledge,
+        /// The open transaction fails.
+        Abort,
+        /// Offsets are committed; the broker takes them or not.
+        Commit { taken: bool },
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            1 => (0..2usize, any::<bool>(), 0..3i64)
+                .prop_map(|(partition, lost, elsewhere)| Step::Reassign { partition, lost, elsewhere }),
+            4 => (0..2usize, 1..5i64).prop_map(|(partition, records)| Step::Gather { partition, records }),
+            3 => Just(Step::Acknowledge),
+            1 => Just(Step::Abort),
+            3 => any::<bool>().prop_map(|taken| Step::Commit { taken }),
+        ];
+        proptest::collection::vec(step, 1..150)
+    }
+
     proptest! {
-        /// Windows of two partitions, published in order with rebalances between: what is committed
-        /// never passes the first record that is not published, and never steps back.
+        /// A model of the group beside the ledger: whatever the order, what is committed never passes
+        /// the first record that is not published, never steps back, and at the end nothing is missing.
         #[test]
-        fn never_commits_past_what_is_published(steps in proptest::collection::vec((0u8..8, 0i32..2, 1i64..5), 1..120)) {
+        fn commits_are_contiguous(steps in steps(), transactions in any::<bool>()) {
             let mut ledger = Ledger::default();
-            // What the group has, and by our own books the first offset not published.
+            let partitions = [Partition::new("t", 0), Partition::new("t", 1)];
+            // What the group has; which records were published at all; where reading stands.
             let mut group = [0i64; 2];
-            let mut read = [0i64; 2];
-            let mut generation = [0u64; 2];
+            let mut published = [BTreeSet::new(), BTreeSet::new()];
+            let mut at = [0i64; 2];
             let mut flying: VecDeque<Span> = VecDeque::new();
-            for number in 0..2 {
-                generation[number as usize] = ledger.assign(Partition::new("t", number), Some(0));
+            for p in &partitions {
+                ledger.assign(p.clone(), Some(0));
             }
-            let mut done = [0i64; 2];
-            for (what, number, size) in steps {
-                let i = number as usize;
-                match what {
-                    0 => {
-                        // Lost and assigned again: reading starts at what the group has.
-                        ledger.remove(&Partition::new("t", number));
-                        generation[i] = ledger.assign(Partition::new("t", number), Some(group[i]));
-                        read[i] = group[i];
-                        done[i] = group[i];
+            for step in steps {
+                match step {
+                    Step::Reassign { partition: i, lost, elsewhere } => {
+                        let before = ledger.get(&partitions[i]).unwrap().lease.clone();
+                        ledger.remove(&partitions[i]);
+                        prop_assert!(!before.is_held());
+                        if lost {
+                            // Whoever had it meanwhile went on from what the group has.
+                            published[i].extend(group[i]..group[i] + elsewhere);
+                            group[i] += elsewhere;
+                        }
+                        ledger.assign(partitions[i].clone(), Some(group[i]));
+                        at[i] = group[i];
                     }
-                    1..=3 => {
-                        let span = span(number, generation[i], read[i], read[i] + size - 1);
-                        read[i] += size;
-                        ledger.gathered(std::slice::from_ref(&span), &[None]);
+                    Step::Gather { partition: i, records } => {
+                        let owned = ledger.get_mut(&partitions[i]).unwrap();
+                        let lease = owned.lease.clone();
+                        for offset in at[i]..at[i] + records {
+                            prop_assert_eq!(owned.read(offset, None), Read::InOrder);
+                        }
+                        let span = span(i as i32, &lease, at[i], at[i] + records - 1);
+                        at[i] += records;
+                        ledger.gathered(std::slice::from_ref(&span));
                         flying.push_back(span);
                     }
-                    4 | 5 => {
+                    Step::Acknowledge => {
+                        // The sink sends, and commits, only what is still held.
                         if let Some(span) = flying.pop_front() {
-                            ledger.published(std::slice::from_ref(&span));
-                            let j = span.partition.number as usize;
-                            if span.generation == generation[j] {
-                                done[j] = span.last + 1;
+                            let i = span.partition.number as usize;
+                            if span.lease.is_held() {
+                                published[i].extend(span.first..=span.last);
+                                if transactions {
+                                    prop_assert!(span.first == group[i], "a gap before {}", span.first);
+                                    group[i] = span.last + 1;
+                                }
                             }
+                            ledger.published(std::slice::from_ref(&span), transactions && span.lease.is_held());
                         }
                     }
-                    _ => {
+                    Step::Abort => {
+                        for span in &flying {
+                            span.lease.end();
+                        }
+                        for (partition, offset) in ledger.rewind() {
+                            let i = partition.number as usize;
+                            at[i] = offset;
+                            prop_assert!((group[i]..offset).all(|o| published[i].contains(&o)));
+                        }
+                    }
+                    Step::Commit { taken } => {
                         for (partition, offset) in ledger.take_commits(None) {
-                            let taken = size > 1;
-                            let j = partition.number as usize;
-                            prop_assert!(offset <= done[j], "committed {offset}, published up to {}", done[j]);
+                            let i = partition.number as usize;
+                            prop_assert!(!transactions, "the transaction has committed it");
+                            prop_assert!((0..offset).all(|o| published[i].contains(&o)), "{offset}");
                             if taken {
-                                prop_assert!(offset >= group[j], "stepped back");
-                                group[j] = offset;
+                                prop_assert!(offset >= group[i], "stepped back");
+                                group[i] = offset;
                             }
                             ledger.committed(&partition, offset, taken);
                         }

@@ -3,10 +3,16 @@
 //! however long the model takes. Nothing here knows models.
 
 mod assignment;
+mod client;
 mod commit;
+mod gather;
 mod lag;
 mod ledger;
 mod live;
+mod metadata;
+mod offsets;
 mod rebalance;
 
-pub use live::{FETCH_BACKOFF_MS, Source, SourceError, Wiring};
+pub use client::FETCH_BACKOFF_MS;
+pub use live::{Group, Source, SourceError, Wiring};
+pub use metadata::Metadata;

@@ -2,7 +2,7 @@
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::{Predict, to_json};
+use super::{NUMBER, Predict, to_json};
 use crate::model::Model;
 use crate::record::RecordError;
 
@@ -33,6 +33,11 @@ impl Predict for Classification {
         order.truncate(self.top_k);
         let scores = Scores { labels: &self.labels, scores: &scores, order: &order, best };
         to_json(&scores, out)
+    }
+
+    fn bytes(&self) -> usize {
+        let label = self.labels.iter().map(String::len).max().unwrap_or(0) + 4 + NUMBER;
+        64 + (self.top_k + 1) * label
     }
 }
 

@@ -2,17 +2,18 @@
 
 use serde::Serialize;
 
-use super::{Predict, to_json};
+use super::{NUMBER, Predict, to_json};
 use crate::model::Model;
 use crate::record::RecordError;
 
 pub(super) struct Embed {
     normalize: bool,
+    width: usize,
 }
 
 impl Embed {
     pub fn new(model: &Model) -> Self {
-        Self { normalize: model.embedding.normalize }
+        Self { normalize: model.embedding.normalize, width: model.width() }
     }
 }
 
@@ -27,6 +28,10 @@ impl Predict for Embed {
             return to_json(&Embedding { embedding: row }, out);
         }
         to_json(&Embedding { embedding: &normalized(row) }, out)
+    }
+
+    fn bytes(&self) -> usize {
+        self.width * NUMBER
     }
 }
 

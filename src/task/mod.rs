@@ -7,7 +7,7 @@ mod similarity;
 
 use std::sync::Arc;
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Limits};
 use crate::model::{Digest, Files, FilesError, Model, ModelError, Output, Placement, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{Overflow, Settings, TaskKind};
@@ -17,6 +17,9 @@ use crate::telemetry::Metrics;
 pub trait Predict: Send + Sync {
     /// Appends the prediction as a JSON object.
     fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError>;
+
+    /// Bytes of a prediction at most, about.
+    fn bytes(&self) -> usize;
 }
 
 /// A task with its model, ready to run. `noop` has none.
@@ -84,8 +87,8 @@ impl Task {
             .map_err(|error| TaskError::Model { model: model.clone(), error })?;
         let loaded = Arc::new(loaded);
         let canary = loaded.tokens("kandle").map_err(TaskError::Forward)?;
-        let engine =
-            Engine::new(Arc::clone(&loaded), canary.clone(), settings.batch.max_tokens, Arc::clone(metrics));
+        let limits = Limits { max_tokens: settings.batch.max_tokens, timeout: settings.batch.timeout.0 };
+        let engine = Engine::new(Arc::clone(&loaded), canary.clone(), limits, Arc::clone(metrics));
         engine.run(vec![Some(canary)]).map_err(TaskError::Forward)?;
         let predict: Box<dyn Predict> = match kind {
             TaskKind::TextClassification => {
@@ -102,6 +105,17 @@ impl Task {
             dtype: loaded.placement.dtype_name().to_owned(),
             text: Some(TextTask { model: loaded, engine, predict, overflow: settings.task.overflow }),
         })
+    }
+}
+
+impl Task {
+    /// What a record takes, about, on its way through the stages, beside its own bytes: tokens, the
+    /// model's output, the prediction.
+    pub fn bytes_per_record(&self) -> usize {
+        let Some(text) = &self.text else { return 64 };
+        let tokens = text.model.tokenizer.max_tokens().min(512) * size_of::<u32>();
+        let output = text.model.width() * size_of::<f32>();
+        256 + tokens + output + text.predict.bytes()
     }
 }
 
@@ -128,6 +142,9 @@ impl TextTask {
         Ok(())
     }
 }
+
+/// Bytes of an f32 in JSON, at most, with the comma.
+const NUMBER: usize = 14;
 
 /// Serialises into memory, which cannot fail but for values JSON has no form for.
 fn to_json(value: &impl serde::Serialize, out: &mut Vec<u8>) -> Result<(), RecordError> {

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::embedding::normalized;
-use super::{Predict, TaskError, to_json};
+use super::{NUMBER, Predict, TaskError, to_json};
 use crate::engine::Engine;
 use crate::model::Model;
 use crate::record::RecordError;
@@ -86,5 +86,10 @@ impl Predict for Similarity {
         // Stable, so that equal scores keep the file's order wherever that decides nothing else.
         matches.sort_by(best_first);
         to_json(&Matches { matches }, out)
+    }
+
+    fn bytes(&self) -> usize {
+        let id = self.ids.iter().map(String::len).max().unwrap_or(0) + 24 + NUMBER;
+        16 + self.top_k.min(self.ids.len()) * id
     }
 }

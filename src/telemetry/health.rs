@@ -14,9 +14,11 @@ pub enum Stage {
     Prepare,
     Infer,
     Encode,
+    /// Moves also while it waits for Kafka: that is no stall.
+    Publish,
 }
 
-const STAGES: [&str; 4] = ["source", "prepare", "infer", "encode"];
+const STAGES: [&str; 5] = ["source", "prepare", "infer", "encode", "publish"];
 /// Errors that /status remembers.
 const ERRORS: usize = 10;
 

@@ -43,6 +43,7 @@ pub const TABLE: &[Row] = &[
     ("kandle_batch_padding_ratio", H(RATIOS), &[], "Padding among a batch's tokens."),
     ("kandle_tokens_total", C, &[], "Tokens of the records that went to the model."),
     ("kandle_truncated_records_total", C, &[], "Records cut to the model's limit."),
+    ("kandle_skipped_records_total", C, &["topic"], "Offsets that retention had deleted before kandle read them."),
     ("kandle_device_busy_seconds_total", C, &["device"], "Time the device computed; a CPU's is the mean over its lanes."),
     ("kandle_lag_records", G, &["topic", "partition"], "Records after the last one published."),
     ("kandle_lag_seconds", G, &["topic", "partition"], "Age of the oldest record not yet published, 0 where there is none."),
@@ -72,6 +73,7 @@ pub struct Metrics {
     pub batch_padding: Histogram,
     pub tokens: IntCounter,
     pub truncated: IntCounter,
+    pub skipped: IntCounterVec,
     pub device_busy: CounterVec,
     pub lag_records: IntGaugeVec,
     pub lag_seconds: GaugeVec,
@@ -134,6 +136,7 @@ impl Metrics {
             batch_padding: histogram("kandle_batch_padding_ratio"),
             tokens: counter("kandle_tokens_total"),
             truncated: counter("kandle_truncated_records_total"),
+            skipped: counters("kandle_skipped_records_total"),
             device_busy: register(r, "kandle_device_busy_seconds_total", |o, _, l| CounterVec::new(o, l)),
             lag_records: gauges("kandle_lag_records"),
             lag_seconds: register(r, "kandle_lag_seconds", |o, _, l| GaugeVec::new(o, l)),
@@ -168,7 +171,7 @@ impl Metrics {
         for cause in ["assigned", "revoked", "lost"] {
             self.rebalances.with_label_values(&[cause]);
         }
-        for cause in ["commit", "produce", "topics"] {
+        for cause in ["commit", "produce", "topics", "transaction"] {
             self.retries.with_label_values(&[cause]);
         }
         self.oom_splits.with_label_values(&["forward"]);
@@ -195,6 +198,7 @@ mod tests {
         let metrics = Metrics::new();
         // Vectors without a known label value show nothing until they have one.
         metrics.records.with_label_values(&["t", "predicted"]);
+        metrics.skipped.with_label_values(&["t"]);
         metrics.stage.with_label_values(&["decode"]);
         metrics.device_busy.with_label_values(&["cpu"]);
         metrics.lag_records.with_label_values(&["t", "0"]);

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# A real Apache Kafka (KRaft, one node) for tests, on loopback.
+# A real Apache Kafka (KRaft) for tests, on loopback.
 #
 #   kafka.sh fetch            Kafka's published jars, into .cache/kafka
 #   kafka.sh run DIR PORT     runs a broker with its data in DIR on PORT, and PORT+1 for its
 #                             controller, until standard input closes: a broker never outlives
-#                             the test that holds the other end
+#                             the test that holds the other end. Its process id is in DIR/pid
+#   kafka.sh tool CLASS …     a tool of Kafka's, such as org.apache.kafka.tools.AclCommand
+#
+# One of several brokers: NODE=2 VOTERS=1@127.0.0.1:9093,2@… REPLICAS=3, each with a DIR of its own.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 libs=${KANDLE_KAFKA_LIBS:-$here/../../.cache/kafka/4.1.0}
@@ -30,23 +33,30 @@ fetch() {
 }
 
 run() {
-  local dir=$1 port=$2
+  local dir=$1 port=$2 replicas=${REPLICAS:-1}
+  local in_sync=$((replicas > 1 ? replicas - 1 : 1))
   need java default-jre-headless
   mkdir -p "$dir"
   cat > "$dir/server.properties" <<EOF
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:$((port + 1))
+node.id=${NODE:-1}
+controller.quorum.voters=${VOTERS:-1@127.0.0.1:$((port + 1))}
 listeners=PLAINTEXT://127.0.0.1:$port,CONTROLLER://127.0.0.1:$((port + 1))
 advertised.listeners=PLAINTEXT://127.0.0.1:$port
 controller.listener.names=CONTROLLER
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs=$dir/data
-offsets.topic.replication.factor=1
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
+default.replication.factor=$replicas
+min.insync.replicas=$in_sync
+offsets.topic.replication.factor=$replicas
+transaction.state.log.replication.factor=$replicas
+transaction.state.log.min.isr=$in_sync
+share.coordinator.state.topic.replication.factor=$replicas
+share.coordinator.state.topic.min.isr=$in_sync
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=500
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+allow.everyone.if.no.acl.found=true
 offsets.topic.num.partitions=4
 transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
@@ -62,10 +72,11 @@ appender.out.layout.type=PatternLayout
 appender.out.layout.pattern=%d %p %c: %m%n
 EOF
   local java=(java -Xmx512m -XX:+UseSerialGC "-Dlog4j2.configurationFile=$dir/log4j2.properties" -cp "$libs/*")
-  "${java[@]}" kafka.tools.StorageTool format -t kandle-tests-0000000000 -c "$dir/server.properties" >"$dir/format.log" 2>&1 </dev/null \
+  [ -e "$dir/data/meta.properties" ] || "${java[@]}" kafka.tools.StorageTool format -t kandle-tests-0000000000 -c "$dir/server.properties" >"$dir/format.log" 2>&1 </dev/null \
     || { cat "$dir/format.log" >&2; exit 1; }
-  "${java[@]}" kafka.Kafka "$dir/server.properties" >"$dir/server.log" 2>&1 </dev/null &
+  "${java[@]}" kafka.Kafka "$dir/server.properties" >>"$dir/server.log" 2>&1 </dev/null &
   broker=$!
+  echo $broker > "$dir/pid"
   trap 'kill -9 $broker 2>/dev/null; wait $broker 2>/dev/null' EXIT
   # Ends when the other end of standard input is closed, or the broker dies.
   while kill -0 $broker 2>/dev/null; do
@@ -76,5 +87,6 @@ EOF
 case ${1:-} in
   fetch) fetch ;;
   run) run "$2" "$3" ;;
-  *) sed -n '2,8p' "$0"; exit 2 ;;
+  tool) shift; exec java -Xmx128m -cp "$libs/*" "$@" ;;
+  *) sed -n '2,12p' "$0"; exit 2 ;;
 esac

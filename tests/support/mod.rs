@@ -2,11 +2,14 @@
 
 #![allow(dead_code)] // Each test binary uses its part.
 
+pub mod kafka;
+pub mod ledger;
+
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -18,6 +21,8 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use kafka::Kafka;
 
 /// Machines are slow at times; a condition that does not come within this is a failure.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -45,66 +50,13 @@ pub fn brokers() -> &'static str {
     BROKERS.get_or_init(|| match std::env::var("KANDLE_TEST_BROKERS") {
         Ok(brokers) => brokers,
         Err(_) => {
-            let broker = Broker::start();
-            let brokers = broker.brokers.clone();
+            let kafka = Kafka::start(1);
+            let brokers = kafka.brokers.clone();
             // Lives as long as this process: its standard input closes with it.
-            std::mem::forget(broker);
+            std::mem::forget(kafka);
             brokers
         }
     })
-}
-
-/// A real Kafka as a child process.
-pub struct Broker {
-    pub brokers: String,
-    child: Child,
-    _input: ChildStdin,
-    _directory: tempfile::TempDir,
-}
-
-impl Broker {
-    pub fn start() -> Self {
-        let script = root().join("tests/support/kafka.sh");
-        let fetched = Command::new(&script).arg("fetch").status().expect("kafka.sh runs");
-        assert!(fetched.success(), "kafka.sh fetch failed");
-        let directory = tempfile::tempdir().expect("a directory");
-        let port = free_ports();
-        let mut child = Command::new(&script)
-            .args(["run", &directory.path().display().to_string(), &port.to_string()])
-            .stdin(Stdio::piped())
-            .spawn()
-            .expect("kafka.sh runs");
-        let input = child.stdin.take().expect("piped");
-        let brokers = format!("127.0.0.1:{port}");
-        let client: BaseConsumer = ClientConfig::new()
-            .set("bootstrap.servers", &brokers)
-            .set("log_level", "0")
-            .create()
-            .expect("a client");
-        until("the broker", || {
-            client.fetch_metadata(None, Duration::from_secs(2)).ok().filter(|m| !m.brokers().is_empty())
-        });
-        Self { brokers, child, _input: input, _directory: directory }
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Two neighbouring free ports.
-fn free_ports() -> u16 {
-    for _ in 0..100 {
-        let first = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = first.local_addr().expect("an address").port();
-        if port < u16::MAX && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
-            return port;
-        }
-    }
-    panic!("no two free ports");
 }
 
 /// A name that no other test has, in this run or an earlier one.
@@ -126,9 +78,14 @@ pub struct Place {
 
 impl Place {
     pub fn new(name: &str, partitions: i32) -> Self {
+        Self::on(brokers(), name, partitions)
+    }
+
+    /// On another Kafka than the tests' own.
+    pub fn on(brokers: &str, name: &str, partitions: i32) -> Self {
         let name = unique(name);
         let place = Self {
-            brokers: brokers().to_owned(),
+            brokers: brokers.to_owned(),
             input: format!("{name}-in"),
             output: format!("{name}-out"),
             dead: format!("{name}-dead"),
@@ -143,7 +100,7 @@ impl Place {
     pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
         let admin: AdminClient<DefaultClientContext> =
             ClientConfig::new().set("bootstrap.servers", &self.brokers).create().expect("a client");
-        let mut topic_ = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
+        let mut topic_ = NewTopic::new(topic, partitions, TopicReplication::Fixed(-1));
         for (key, value) in config {
             topic_ = topic_.set(key, value);
         }
@@ -219,7 +176,7 @@ impl Place {
         producer.flush(PATIENCE).expect("all acknowledged");
     }
 
-    /// Reads a topic from its beginning until `enough` says so.
+    /// Reads a topic from its beginning, what is committed, until `enough` says so.
     pub fn read(&self, topic: &str, what: &str, mut enough: impl FnMut(&[Got]) -> bool) -> Vec<Got> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
@@ -522,6 +479,24 @@ impl Daemon {
         self.signal("TERM");
         let status = self.wait();
         assert!(status.success(), "{status}:\n{}", self.log());
+    }
+
+    /// kill -9, and its end.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Whether it has ended by itself.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a status")
+    }
+
+    /// Resident memory in KiB; 0 once it has ended.
+    pub fn rss_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
     }
 }
 

@@ -1,0 +1,183 @@
+//! Gathering: messages into the window, closed windows to the next stage, and the pause while that
+//! is full.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{SendTimeoutError, Sender};
+use rdkafka::consumer::Consumer;
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::topic_partition_list::TopicPartitionList;
+
+use super::ledger::{Owned, Read};
+use super::live::{POLL, Source, SourceError};
+use crate::flow::Queued;
+use crate::record::{Arrival, Partition};
+use crate::window::Window;
+
+/// Messages taken from the client between two looks at everything else.
+const BURST: usize = 1024;
+/// How long a full pipeline may hold up polling before partitions are paused. Pausing throws away
+/// what the client has prefetched, so it is for pipelines that stay full.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+impl Source {
+    pub(super) fn show_memory(&self) {
+        let held: usize = self.held.iter().map(|window| window.get().reserved()).sum();
+        let bytes = self.in_flight + held + self.gatherer.bytes();
+        self.wiring.metrics.memory.with_label_values(&["windows"]).set(bytes as i64);
+    }
+
+    /// Takes messages until none is there, a window is full, or the burst is over.
+    pub(super) fn poll(&mut self) -> Result<(), SourceError> {
+        let wait = match self.gatherer.deadline() {
+            Some(deadline) => deadline.saturating_duration_since(Instant::now()).min(POLL),
+            None => POLL,
+        };
+        self.take(BURST, wait)
+    }
+
+    /// Serves the client without taking messages, as far as it lets us: one that comes all the same
+    /// is gathered.
+    pub(super) fn poll_events(&mut self, wait: Duration) -> Result<(), SourceError> {
+        self.take(1, wait)
+    }
+
+    /// Takes at most `limit` messages, or as many as fill a window; waits for the first one alone.
+    fn take(&mut self, limit: usize, mut wait: Duration) -> Result<(), SourceError> {
+        let consumer = Arc::clone(&self.consumer);
+        let mut now = Instant::now();
+        let mut full = None;
+        // Messages come in runs of one partition.
+        let mut run: Option<&mut Owned> = None;
+        for i in 0..limit {
+            let message = match consumer.poll(wait) {
+                None => break,
+                Some(Ok(message)) => message,
+                Some(Err(error)) => return self.error(error, ""),
+            };
+            wait = Duration::ZERO;
+            if i % 64 == 0 {
+                now = Instant::now();
+            }
+            let same = |p: &Partition| p.number == message.partition() && *p.topic == *message.topic();
+            if !run.as_ref().is_some_and(|owned| same(&owned.partition)) {
+                run = self.ledger.get_mut(&Partition::new(message.topic(), message.partition()));
+            }
+            // Not ours: left in the queue from before a revocation.
+            let Some(mut owned) = run.take() else { continue };
+            if let Read::Backwards { expected } = owned.read(message.offset(), timestamp(&message)) {
+                let partition = owned.partition.clone();
+                tracing::warn!(
+                    %partition,
+                    expected,
+                    offset = message.offset(),
+                    "the partition starts again: its topic was made anew or its log was cut"
+                );
+                owned = self.ledger.renew(partition, message.offset());
+                owned.read(message.offset(), timestamp(&message));
+            }
+            let suspect = owned.suspects.contains(&message.offset());
+            full = self.gatherer.push(&owned.partition, &owned.lease, arrival(&message, suspect), now);
+            if full.is_some() {
+                break;
+            }
+            run = Some(owned);
+        }
+        if let Some(window) = full {
+            self.hold(window);
+        }
+        Ok(())
+    }
+
+    pub(super) fn hold(&mut self, mut window: Window) {
+        self.ledger.gathered(&window.spans);
+        window.reserve(self.wiring.bytes_per_record);
+        let metrics = &self.wiring.metrics;
+        metrics.windows.with_label_values(&[window.closed_by.name()]).inc();
+        metrics.window_records.observe(window.records.len() as f64);
+        self.held.push_back(Queued::new(window));
+        self.show_memory();
+    }
+
+    /// Hands held windows on; while the next stage is full, waits for it, but not for long.
+    pub(super) fn pass_on(&mut self, windows: &Sender<Queued<Window>>) {
+        while let Some(window) = self.held.pop_front() {
+            let bytes = window.get().reserved();
+            self.out_of_room = self.in_flight > 0 && self.in_flight + bytes > self.window_bytes;
+            if self.out_of_room {
+                self.held.push_front(window);
+                // Nothing tells when room is there but the reports, read by the caller.
+                std::thread::park_timeout(Duration::from_millis(5));
+                return self.full();
+            }
+            match windows.send_timeout(window, POLL) {
+                Ok(()) => self.in_flight += bytes,
+                Err(SendTimeoutError::Timeout(window)) => {
+                    self.held.push_front(window);
+                    return self.full();
+                }
+                Err(SendTimeoutError::Disconnected(_)) => {
+                    // The stage behind has failed and says so itself.
+                    self.wiring.stop.store(true, Ordering::Relaxed);
+                    return;
+                }
+            }
+        }
+        self.full_since = None;
+        if self.paused && !self.wiring.stop.load(Ordering::Relaxed) {
+            self.resume();
+        }
+    }
+
+    fn full(&mut self) {
+        let since = *self.full_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= PATIENCE && !self.paused {
+            self.pause();
+        }
+    }
+
+    pub(super) fn pause(&mut self) {
+        tracing::debug!("paused: the pipeline is full");
+        self.paused = true;
+        if let Err(error) = self.consumer.assignment().and_then(|all| self.consumer.pause(&all)) {
+            tracing::debug!(%error, "pausing");
+        }
+    }
+
+    fn resume(&mut self) {
+        tracing::debug!("resumed");
+        self.paused = false;
+        let resumed = self.consumer.assignment().and_then(|mut all| {
+            if let Some(revoking) = &self.revoking {
+                let mut kept = TopicPartitionList::new();
+                for e in all.elements() {
+                    if revoking.list.find_partition(e.topic(), e.partition()).is_none() {
+                        kept.add_partition(e.topic(), e.partition());
+                    }
+                }
+                all = kept;
+            }
+            self.consumer.resume(&all)
+        });
+        if let Err(error) = resumed {
+            tracing::debug!(%error, "resuming");
+        }
+    }
+}
+
+fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool) -> Arrival<'a> {
+    Arrival {
+        offset: message.offset(),
+        timestamp: timestamp(message),
+        key: message.key(),
+        value: message.payload(),
+        headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
+        suspect,
+    }
+}
+
+fn timestamp(message: &BorrowedMessage<'_>) -> Option<i64> {
+    message.timestamp().to_millis().filter(|&t| t >= 0)
+}

@@ -1,0 +1,94 @@
+//! What the group keeps beside each offset: which model covered the records before it, and which
+//! records after it are under suspicion.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+/// Kafka takes 4,096 bytes (`offset.metadata.max.bytes`).
+const ROOM: usize = 3000;
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// `source@revision`.
+    pub model: String,
+    /// 16 hex digits.
+    pub digest: String,
+    /// Offsets of records whose batch did not come to an end, as `first-last,…`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    suspects: String,
+}
+
+impl Metadata {
+    pub fn new(model: &str, digest: &str, suspects: &BTreeSet<i64>) -> Self {
+        Self { model: model.to_owned(), digest: digest.to_owned(), suspects: ranges(suspects) }
+    }
+
+    /// `None` where the offset was committed by something else.
+    pub fn read(text: &str) -> Option<Self> {
+        serde_json::from_str(text).ok()
+    }
+
+    pub fn text(&self) -> String {
+        serde_json::to_string(self).expect("strings have a JSON form")
+    }
+
+    pub fn suspects(&self) -> BTreeSet<i64> {
+        let range = |part: &str| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.parse().ok()?..=last.parse::<i64>().ok()?)
+        };
+        self.suspects.split(',').filter_map(range).flatten().collect()
+    }
+}
+
+fn ranges(offsets: &BTreeSet<i64>) -> String {
+    let mut runs: Vec<(i64, i64)> = Vec::new();
+    for &offset in offsets {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == offset => *last = offset,
+            _ => runs.push((offset, offset)),
+        }
+    }
+    let mut text = String::new();
+    for (first, last) in runs {
+        let run = if first == last { format!("{first}") } else { format!("{first}-{last}") };
+        if text.len() + run.len() > ROOM {
+            // The rest is found the next time.
+            break;
+        }
+        if !text.is_empty() {
+            text.push(',');
+        }
+        text.push_str(&run);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn written_and_read() {
+        let kept = Metadata::new("m@1", "d", &[4, 5, 6, 9].into());
+        assert_eq!(kept.text(), r#"{"model":"m@1","digest":"d","suspects":"4-6,9"}"#);
+        assert_eq!(Metadata::read(&kept.text()).unwrap().suspects(), [4, 5, 6, 9].into());
+        assert_eq!(Metadata::new("m", "d", &BTreeSet::new()).text(), r#"{"model":"m","digest":"d"}"#);
+        assert_eq!(Metadata::read(""), None);
+        assert_eq!(Metadata::read("{\"other\":1}"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn suspects_come_back_as_far_as_there_is_room(offsets in proptest::collection::btree_set(0i64..100_000, 0..1500)) {
+            let kept = Metadata::new("m", "d", &offsets);
+            prop_assert!(kept.text().len() < 4096);
+            let back = Metadata::read(&kept.text()).unwrap().suspects();
+            prop_assert!(back.iter().eq(offsets.iter().take(back.len())));
+            prop_assert!(back.len() == offsets.len() || kept.suspects.len() > ROOM - 20);
+        }
+    }
+}

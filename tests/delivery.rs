@@ -1,0 +1,421 @@
+//! What `delivery` promises, on a real Kafka: kill -9 at every boundary, members that come, go, hang
+//! and wake up, records that the model cannot stand.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use support::ledger::Ledger;
+use support::{Daemon, Place, Sent, kafka, until};
+
+const EXACTLY_ONCE: (&str, &str) =
+    ("delivery", "{ guarantee: exactly_once, commit_interval: 200ms, revoke_timeout: 10s }");
+const AT_LEAST_ONCE: (&str, &str) = ("delivery", "{ commit_interval: 200ms, revoke_timeout: 10s }");
+/// Small ones, so that many are under way.
+const WINDOW: (&str, &str) = ("window", "{ max_wait: 50ms, max_records: 50 }");
+/// No model: what is tested is between the topics.
+const NOOP: [(&str, &str); 4] =
+    [("task", "{ kind: noop }"), ("model", ""), ("output", "{ topic: $OUTPUT }"), ("input", INPUT)];
+/// The group gives a member up soon after it was killed.
+const INPUT: &str =
+    "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }";
+
+fn failing(config: &str, failpoints: &str) -> Daemon {
+    Daemon::start_with(config, |command| {
+        command.env("FAILPOINTS", failpoints);
+    })
+}
+
+fn noop(place: &Place, more: &[(&str, &str)]) -> String {
+    place.config(&[&NOOP, &[WINDOW][..], more].concat())
+}
+
+fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = Sent> {
+    (from..to).map(move |i| Sent::ticket((i % partitions) as i32, i, "hello"))
+}
+
+/// Every position below `ends` has its outcome, in order; exactly one where `once`.
+#[track_caller]
+fn settle(place: &Place, ends: &[i64], once: bool) -> Ledger {
+    let mut ledger = Ledger::of(place, "read_committed");
+    let started = Instant::now();
+    while !ledger.missing(ends).is_empty() {
+        assert!(started.elapsed() < support::PATIENCE, "missing: {:?}", ledger.missing(ends));
+        ledger.read(Duration::from_millis(200));
+    }
+    // What is doubled comes right behind, if it comes.
+    ledger.read(Duration::from_millis(500));
+    assert_eq!(ledger.out_of_order, Vec::<String>::new());
+    if once {
+        assert_eq!(ledger.duplicates(), 0);
+    }
+    ledger
+}
+
+/// Kills a daemon at a boundary, starts another one like it, and looks at what became of the records.
+#[track_caller]
+fn killed_at(boundary: &str, delivery: (&str, &str)) {
+    let place = Place::new(&format!("kill-{boundary}"), 2);
+    let config = noop(&place, &[delivery]);
+    place.produce(numbered(2, 0, 600));
+    // Not at the first: something is committed by then.
+    let mut first = failing(&config, &format!("{boundary}=2*off->return"));
+    let reached = format!("failpoint {boundary} reached");
+    let mut more = 600;
+    // Boundaries of commits are passed once an interval: there has to be something to commit.
+    let started = Instant::now();
+    while !first.log().contains(&reached) {
+        assert!(started.elapsed() < support::PATIENCE, "{boundary} is not reached:\n{}", first.log());
+        assert!(first.ended().is_none(), "{}", first.log());
+        place.produce(numbered(2, more, more + 100));
+        more += 100;
+        std::thread::park_timeout(Duration::from_millis(100));
+    }
+    first.kill();
+    let mut second = Daemon::start(&config);
+    place.produce(numbered(2, more, more + 200));
+    let half = (more as i64 + 200) / 2;
+    settle(&place, &[half, half], delivery == EXACTLY_ONCE);
+    second.stop();
+    for partition in 0..2 {
+        assert_eq!(place.committed(partition).expect("committed").0, half, "partition {partition}");
+    }
+}
+
+#[test]
+fn at_least_once_killed_before_a_window_is_sent() {
+    killed_at("publish", AT_LEAST_ONCE);
+}
+
+#[test]
+fn at_least_once_killed_when_a_window_is_sent() {
+    killed_at("sent", AT_LEAST_ONCE);
+}
+
+#[test]
+fn at_least_once_killed_when_a_window_is_acknowledged() {
+    killed_at("acknowledged", AT_LEAST_ONCE);
+}
+
+#[test]
+fn at_least_once_killed_before_offsets_are_committed() {
+    killed_at("commit", AT_LEAST_ONCE);
+}
+
+#[test]
+fn at_least_once_killed_when_offsets_are_committed() {
+    killed_at("committed", AT_LEAST_ONCE);
+}
+
+#[test]
+fn exactly_once_killed_before_a_window_is_sent() {
+    killed_at("publish", EXACTLY_ONCE);
+}
+
+#[test]
+fn exactly_once_killed_when_a_window_is_sent() {
+    killed_at("sent", EXACTLY_ONCE);
+}
+
+#[test]
+fn exactly_once_killed_when_all_is_acknowledged() {
+    killed_at("acknowledged", EXACTLY_ONCE);
+}
+
+#[test]
+fn exactly_once_killed_between_offsets_and_commit() {
+    killed_at("offsets", EXACTLY_ONCE);
+}
+
+#[test]
+fn exactly_once_killed_when_the_transaction_is_committed() {
+    killed_at("txn-committed", EXACTLY_ONCE);
+}
+
+/// Members join and leave under load; every record has one outcome.
+fn members_come_and_go(name: &str, input: &str) {
+    let place = Place::new(name, 4);
+    let config = noop(&place, &[EXACTLY_ONCE, ("input", input)]);
+    let mut first = Daemon::start(&config);
+    first.wait_log(" assigned partitions=");
+    place.produce(numbered(4, 0, 4000));
+    let mut second = Daemon::start(&config);
+    place.produce(numbered(4, 4000, 8000));
+    second.wait_log(" assigned partitions=");
+    place.produce(numbered(4, 8000, 12_000));
+    first.stop();
+    place.produce(numbered(4, 12_000, 16_000));
+    settle(&place, &[4000; 4], true);
+    second.stop();
+    for partition in 0..4 {
+        assert_eq!(place.committed(partition).expect("committed").0, 4000);
+    }
+}
+
+#[test]
+fn exactly_once_through_cooperative_rebalances() {
+    members_come_and_go("cooperative", INPUT);
+}
+
+#[test]
+fn exactly_once_through_the_new_protocols_rebalances() {
+    let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { group.protocol: consumer } }";
+    members_come_and_go("kip848", input);
+}
+
+#[test]
+fn a_static_member_that_is_back_in_time_disturbs_nobody() {
+    let place = Place::new("static", 2);
+    let input = |name: &str| {
+        format!(
+            "{{ topics: [$INPUT], group: $GROUP, field: /text, properties: {{ group.instance.id: {name}, session.timeout.ms: 30000 }} }}"
+        )
+    };
+    let (a, b) = (input("a"), input("b"));
+    let mut first = Daemon::start(&noop(&place, &[EXACTLY_ONCE, ("input", &a)]));
+    first.wait_log(" assigned partitions=");
+    let mut second = Daemon::start(&noop(&place, &[EXACTLY_ONCE, ("input", &b)]));
+    second.wait_log(" assigned partitions=");
+    let before = first.log().matches("partitions go").count();
+    // Rolled: killed, and another with its name.
+    second.kill();
+    let mut again = Daemon::start(&noop(&place, &[EXACTLY_ONCE, ("input", &b)]));
+    again.wait_log(" assigned partitions=");
+    place.produce(numbered(2, 0, 1000));
+    settle(&place, &[500, 500], true);
+    assert_eq!(first.log().matches("partitions go").count(), before, "{}", first.log());
+    first.stop();
+    again.stop();
+}
+
+#[test]
+fn a_zombie_publishes_nothing() {
+    let place = Place::new("zombie", 2);
+    let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000, heartbeat.interval.ms: 500 } }";
+    let output = "{ topic: $OUTPUT, properties: { transaction.timeout.ms: 11000 } }";
+    let config = noop(&place, &[EXACTLY_ONCE, ("input", input), ("output", output)]);
+    let mut zombie = Daemon::start(&config);
+    zombie.wait_log(" assigned partitions=");
+    place.produce(numbered(2, 0, 2000));
+    // In the middle of a transaction, as far as the moment is well chosen.
+    until("work", || (Ledger::count_of(&place) > 200).then_some(()));
+    place.produce(numbered(2, 2000, 4000));
+    zombie.signal("STOP");
+    let mut heir = Daemon::start(&config);
+    // The group puts the zombie out once its session is over.
+    heir.wait_log(&format!(" assigned partitions={}", place.input));
+    place.produce(numbered(2, 4000, 5000));
+    settle(&place, &[2500, 2500], true);
+    zombie.signal("CONT");
+    // It learns that it is out: it ends, or it joins again and works on under new leases.
+    until("the zombie to notice", || {
+        (zombie.ended().is_some() || zombie.log().contains("lost") || zombie.log().contains("aborted"))
+            .then_some(())
+    });
+    place.produce(numbered(2, 5000, 6000));
+    settle(&place, &[3000, 3000], true);
+    heir.stop();
+}
+
+/// The id that the bundled model's tokenizer gives a word.
+fn token(word: &str) -> u64 {
+    let text = std::fs::read_to_string(support::root().join("demo/model/tokenizer.json")).expect("read");
+    let tokenizer: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    tokenizer["model"]["vocab"][word].as_u64().expect("a word of the vocabulary")
+}
+
+#[test]
+fn a_record_on_which_the_model_hangs_is_found_on_the_next_start() {
+    for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
+        let place = Place::new("hang", 1);
+        let config = place.config(&[delivery, WINDOW, ("batch", "{ timeout: 2s }"), ("input", INPUT)]);
+        let text = |i: usize| if i == 70 { "my password" } else { "where is my order" };
+        place.produce((0..120).map(|i| Sent::ticket(0, i, text(i))));
+        let hang = format!("hang=return({})", token("password"));
+        let start = || failing(&config, &hang);
+        let mut first = start();
+        assert_eq!(first.wait().code(), Some(1), "{}", first.log());
+        assert!(first.log().contains("did not end within 2s"), "{}", first.log());
+        let mut second = start();
+        // It names the record, publishes and commits what it has, and starts afresh.
+        assert_eq!(second.wait().code(), Some(1), "{}", second.log());
+        assert!(second.log().contains("each runs alone"), "{}", second.log());
+        let dead = place.dead_letters(1);
+        assert_eq!((dead[0].source(), dead[0].header("kandle-error")), ((0, 70), Some("infer")));
+        assert!(dead[0].header("kandle-error-message").is_some_and(|m| m.contains("did not come to an end")));
+        let mut third = start();
+        settle(&place, &[120], delivery == EXACTLY_ONCE);
+        third.stop();
+        assert_eq!(place.dead_letters(1).len(), 1);
+    }
+}
+
+#[test]
+fn what_retention_deleted_is_counted_and_said() {
+    let place = Place::new("retention", 1);
+    let config = noop(&place, &[AT_LEAST_ONCE]);
+    place.produce(numbered(1, 0, 100));
+    let mut first = Daemon::start(&config);
+    settle(&place, &[100], true);
+    first.stop();
+    place.produce(numbered(1, 100, 400));
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(&place.input, 0, Offset::Offset(250)).expect("an offset");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    runtime.block_on(admin.delete_records(&list, &AdminOptions::new())).expect("deleted");
+    let mut second = Daemon::start(&config);
+    place.predictions(100 + 150);
+    let line = second.wait_log("data skipped");
+    assert!(line.contains("from=100") && line.contains("to=250"), "{line}");
+    let (_, metrics) = second.get("/metrics");
+    let counted = format!("kandle_skipped_records_total{{topic=\"{}\"}} 150", place.input);
+    assert!(metrics.contains(&counted), "{metrics}");
+    second.stop();
+}
+
+#[test]
+fn too_large_even_for_a_dead_letter_leaves_its_headers() {
+    for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
+        let place = Place::new("huge", 1);
+        let (out, dead) = (format!("{}-small", place.output), format!("{}-small", place.dead));
+        place.create(&out, 1, &[("max.message.bytes", "2000")]);
+        place.create(&dead, 1, &[("max.message.bytes", "4000")]);
+        place.produce([10, 3000, 6000, 20].map(|n| Sent::new(0, vec![b'x'; n])));
+        let config = place.config(&[
+            delivery,
+            ("task", "{ kind: noop }"),
+            ("model", ""),
+            ("input", "{ topics: [$INPUT], group: $GROUP, format: text }"),
+            ("output", &format!("{{ topic: {out} }}")),
+            ("dead_letters", &format!("{{ topic: {dead} }}")),
+        ]);
+        let mut daemon = Daemon::start(&config);
+        let letters = place.read(&dead, "two dead letters", |got| got.len() >= 2);
+        let good = place.read(&out, "two predictions", |got| got.len() >= 2);
+        daemon.stop();
+        assert_eq!(good.iter().map(|g| g.source().1).collect::<Vec<_>>(), [0, 3]);
+        let lengths: Vec<Option<usize>> = letters.iter().map(|l| l.value.as_ref().map(Vec::len)).collect();
+        assert_eq!(lengths, [Some(3000), None]);
+        assert_eq!(letters.iter().map(|l| l.source().1).collect::<Vec<_>>(), [1, 2]);
+        assert!(letters.iter().all(|l| l.header("kandle-error") == Some("too_large")));
+    }
+}
+
+#[test]
+fn a_right_taken_away_ends_the_process_and_given_back_loses_nothing() {
+    for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
+        let place = Place::new("acl", 1);
+        let config = noop(&place, &[delivery]);
+        place.produce(numbered(1, 0, 100));
+        let mut daemon = Daemon::start(&config);
+        place.predictions(100);
+        let acl = |what: &str| {
+            let server = ["--bootstrap-server", &place.brokers, what, "--force"];
+            let rule =
+                ["--deny-principal", "User:ANONYMOUS", "--operation", "Write", "--topic", &place.output];
+            kafka::tool("org.apache.kafka.tools.AclCommand", &[&server[..], &rule[..]].concat());
+        };
+        acl("--add");
+        place.produce(numbered(1, 100, 200));
+        let status = daemon.wait();
+        assert_eq!(status.code(), Some(1), "{}", daemon.log());
+        assert!(daemon.log().to_lowercase().contains("authorization failed"), "{}", daemon.log());
+        acl("--remove");
+        let mut again = Daemon::start(&config);
+        settle(&place, &[200], delivery == EXACTLY_ONCE);
+        again.stop();
+    }
+}
+
+#[test]
+fn an_output_topic_deleted_under_it_ends_the_process() {
+    let place = Place::new("deleted", 1);
+    let properties = "{ topic: $OUTPUT, properties: { topic.metadata.propagation.max.ms: 1000, topic.metadata.refresh.interval.ms: 500 } }";
+    let mut daemon = Daemon::start(&noop(&place, &[AT_LEAST_ONCE, ("output", properties)]));
+    place.produce(numbered(1, 0, 100));
+    place.predictions(100);
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    runtime.block_on(admin.delete_topics(&[&place.output], &AdminOptions::new())).expect("deleted");
+    let mut next = 100;
+    until("its end", || {
+        place.produce(numbered(1, next, next + 1));
+        next += 1;
+        daemon.ended()
+    });
+    assert!(daemon.log().contains("refuses its prediction for good"), "{}", daemon.log());
+    // The next start says what is missing, and goes on where it stopped.
+    let mut again = Daemon::start(&noop(&place, &[AT_LEAST_ONCE]));
+    let line = again.wait_log("does not exist");
+    assert!(line.contains(&place.output), "{line}");
+    place.create(&place.output, 1, &[]);
+    place.read(&place.output, "the rest", |got| got.iter().any(|g| g.source().1 == next as i64 - 1));
+    again.stop();
+}
+
+#[test]
+fn an_input_topic_made_anew_is_read_from_its_beginning() {
+    let place = Place::new("anew", 1);
+    let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { topic.metadata.refresh.interval.ms: 500 } }";
+    let mut daemon = Daemon::start(&noop(&place, &[AT_LEAST_ONCE, ("input", input)]));
+    place.produce(numbered(1, 0, 100));
+    place.predictions(100);
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    runtime.block_on(admin.delete_topics(&[&place.input], &AdminOptions::new())).expect("deleted");
+    until("the topic to be gone", || {
+        runtime
+            .block_on(admin.create_topics(
+                [&rdkafka::admin::NewTopic::new(
+                    &place.input,
+                    1,
+                    rdkafka::admin::TopicReplication::Fixed(-1),
+                )],
+                &AdminOptions::new(),
+            ))
+            .ok()
+            .filter(|made| made.iter().all(Result::is_ok))
+    });
+    place.produce(numbered(1, 0, 40));
+    place.predictions(140);
+    assert!(daemon.ended().is_none(), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
+fn a_panic_in_a_stage_ends_the_process_with_its_message() {
+    let place = Place::new("panic", 1);
+    place.produce(numbered(1, 0, 10));
+    // Past the forwards that loading makes.
+    let mut daemon = failing(&place.config(&[]), "device=1*off->panic(the device is on fire)");
+    assert_eq!(daemon.wait().code(), Some(1));
+    assert!(daemon.log().contains("the device is on fire"), "{}", daemon.log());
+    assert!(place.committed(0).is_none());
+}
+
+#[test]
+fn a_stall_turns_livez_false_and_moving_on_true_again() {
+    let place = Place::new("stall", 1);
+    let config = noop(
+        &place,
+        &[("server", "{ listen: \"127.0.0.1:0\", stall_after: 2s }"), ("batch", "{ timeout: 1s }")],
+    );
+    let mut daemon = failing(&config, "encode=1*sleep(8000)->off");
+    daemon.wait_log(" assigned partitions=");
+    assert_eq!(daemon.get("/livez").0, 200);
+    place.produce(numbered(1, 0, 10));
+    until("a stall", || (daemon.get("/livez").0 == 503).then_some(()));
+    assert!(daemon.get("/livez").1.contains("encode"));
+    place.predictions(10);
+    until("life", || (daemon.get("/livez").0 == 200).then_some(()));
+    daemon.stop();
+}

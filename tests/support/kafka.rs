@@ -1,0 +1,168 @@
+//! A real Kafka, of one broker or several, that a test may break.
+
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+
+use super::{root, until};
+
+pub struct Kafka {
+    pub brokers: String,
+    nodes: Vec<Node>,
+    directory: tempfile::TempDir,
+    voters: String,
+}
+
+struct Node {
+    port: u16,
+    running: Option<Running>,
+}
+
+struct Running {
+    script: Child,
+    /// The broker ends when this closes.
+    _input: ChildStdin,
+}
+
+fn script() -> PathBuf {
+    root().join("tests/support/kafka.sh")
+}
+
+/// Partitions of the group coordinator's and the transaction coordinator's topics (kafka.sh).
+const COORDINATORS: i32 = 4;
+
+impl Kafka {
+    /// With more than one: replication 3, min.insync.replicas 2.
+    pub fn start(count: usize) -> Self {
+        let fetched = Command::new(script()).arg("fetch").status().expect("kafka.sh runs");
+        assert!(fetched.success(), "kafka.sh fetch failed");
+        let ports: Vec<u16> = (0..count).map(|_| free_ports()).collect();
+        let voters: Vec<String> =
+            ports.iter().enumerate().map(|(i, port)| format!("{}@127.0.0.1:{}", i + 1, port + 1)).collect();
+        let brokers: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        let mut kafka = Self {
+            brokers: brokers.join(","),
+            nodes: ports.into_iter().map(|port| Node { port, running: None }).collect(),
+            directory: tempfile::tempdir().expect("a directory"),
+            voters: voters.join(","),
+        };
+        for node in 0..count {
+            kafka.restart(node);
+        }
+        kafka.wait_for(count);
+        kafka
+    }
+
+    pub fn count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    fn data(&self, node: usize) -> PathBuf {
+        self.directory.path().join((node + 1).to_string())
+    }
+
+    /// Starts a broker that does not run.
+    pub fn restart(&mut self, node: usize) {
+        assert!(self.nodes[node].running.is_none(), "broker {node} runs");
+        let port = self.nodes[node].port.to_string();
+        let _ = std::fs::remove_file(self.data(node).join("pid"));
+        let mut script = Command::new(script())
+            .args(["run", &self.data(node).display().to_string(), &port])
+            .env("NODE", (node + 1).to_string())
+            .env("VOTERS", &self.voters)
+            .env("REPLICAS", self.nodes.len().to_string())
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("kafka.sh runs");
+        let input = script.stdin.take().expect("piped");
+        self.nodes[node].running = Some(Running { script, _input: input });
+    }
+
+    /// Waits until so many brokers are in the cluster.
+    pub fn wait_for(&self, count: usize) {
+        let client = self.client();
+        until("the brokers", || {
+            let metadata = client.fetch_metadata(None, Duration::from_secs(2)).ok()?;
+            // A broker that was killed is listed until its session is over.
+            (metadata.brokers().len() == count).then_some(())
+        });
+    }
+
+    fn signal(&self, node: usize, name: &str) {
+        let pid = until("the broker's process id", || {
+            let text = std::fs::read_to_string(self.data(node).join("pid")).ok()?;
+            text.trim().parse::<u32>().ok()
+        });
+        let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self, node: usize) {
+        self.signal(node, "KILL");
+        if let Some(mut running) = self.nodes[node].running.take() {
+            let _ = running.script.wait();
+        }
+    }
+
+    pub fn freeze(&self, node: usize) {
+        self.signal(node, "STOP");
+    }
+
+    pub fn thaw(&self, node: usize) {
+        self.signal(node, "CONT");
+    }
+
+    fn client(&self) -> BaseConsumer {
+        ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .set("log_level", "0")
+            .create()
+            .expect("a client")
+    }
+
+    /// The broker that leads a partition.
+    pub fn leader(&self, topic: &str, partition: i32) -> Option<usize> {
+        let metadata = self.client().fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
+        let topic = metadata.topics().iter().find(|t| t.name() == topic)?;
+        let leader = topic.partitions().iter().find(|p| p.id() == partition)?.leader();
+        usize::try_from(leader - 1).ok()
+    }
+
+    /// The broker that coordinates a group.
+    pub fn coordinator(&self, group: &str) -> Option<usize> {
+        // As Kafka's Utils.abs(groupId.hashCode) does it.
+        let hash =
+            group.encode_utf16().fold(0i32, |hash, c| hash.wrapping_mul(31).wrapping_add(i32::from(c)));
+        self.leader("__consumer_offsets", (hash & 0x7fff_ffff) % COORDINATORS)
+    }
+}
+
+/// Runs a tool of Kafka's to its end.
+pub fn tool(class: &str, arguments: &[&str]) {
+    let output =
+        Command::new(script()).args(["tool", class]).args(arguments).output().expect("kafka.sh runs");
+    assert!(
+        output.status.success(),
+        "{class}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// The first of two neighbouring free ports, below those that the system hands out by itself.
+fn free_ports() -> u16 {
+    use std::sync::atomic::{AtomicU16, Ordering};
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let start = (std::process::id() as u16 % 5000) * 2;
+    for _ in 0..10_000 {
+        let port = 20_000 + (start + NEXT.fetch_add(2, Ordering::Relaxed)) % 12_000;
+        if free(port) && free(port + 1) {
+            return port;
+        }
+    }
+    panic!("no two free ports");
+}

@@ -1,0 +1,100 @@
+//! What became of every input position, as a reader of the output topics sees it.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::Message;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use super::{Got, Place, unique};
+
+/// Reads both output topics as they grow.
+pub struct Ledger {
+    consumer: BaseConsumer,
+    /// By input position: how many predictions, tombstones and dead letters.
+    seen: HashMap<(i32, i64), u32>,
+    /// By input partition, the last position whose first outcome was read from its output partition.
+    last: HashMap<(i32, String, i32), i64>,
+    /// First outcomes that came after a later position's.
+    pub out_of_order: Vec<String>,
+}
+
+impl Ledger {
+    /// `read_committed` or `read_uncommitted`.
+    pub fn of(place: &Place, isolation: &str) -> Self {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &place.brokers)
+            .set("group.id", unique("ledger"))
+            .set("enable.auto.commit", "false")
+            .set("isolation.level", isolation)
+            .set("fetch.message.max.bytes", "20000000")
+            .set("reconnect.backoff.max.ms", "1000")
+            .set("log_level", "0")
+            .create()
+            .expect("a consumer");
+        let mut list = TopicPartitionList::new();
+        for topic in [&place.output, &place.dead] {
+            let metadata = super::until("the topics", || {
+                consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()
+            });
+            for partition in metadata.topics()[0].partitions() {
+                list.add_partition_offset(topic, partition.id(), Offset::Beginning).expect("an offset");
+            }
+        }
+        consumer.assign(&list).expect("assigned");
+        Self { consumer, seen: HashMap::new(), last: HashMap::new(), out_of_order: Vec::new() }
+    }
+
+    /// How many positions have an outcome now.
+    pub fn count_of(place: &Place) -> usize {
+        let mut ledger = Self::of(place, "read_committed");
+        ledger.read(Duration::from_millis(300));
+        ledger.count()
+    }
+
+    /// Reads for as long as something comes, at least for `wait`.
+    pub fn read(&mut self, wait: Duration) {
+        let until = Instant::now() + wait;
+        loop {
+            match self.consumer.poll(until.saturating_duration_since(Instant::now())) {
+                Some(Ok(message)) => {
+                    let got = Got::from(&message);
+                    let (partition, offset) = got.source();
+                    let count = self.seen.entry((partition, offset)).or_default();
+                    *count += 1;
+                    if *count > 1 {
+                        continue;
+                    }
+                    let key = (partition, message.topic().to_owned(), message.partition());
+                    let last = self.last.entry(key).or_insert(-1);
+                    if offset < *last {
+                        self.out_of_order.push(format!("{partition}/{offset} after {partition}/{last}"));
+                    }
+                    *last = offset.max(*last);
+                }
+                // Brokers come and go.
+                Some(Err(_)) => {}
+                None if Instant::now() >= until => return,
+                None => {}
+            }
+        }
+    }
+
+    pub fn count(&self) -> usize {
+        self.seen.len()
+    }
+
+    /// Outcomes beyond the first of a position.
+    pub fn duplicates(&self) -> u64 {
+        self.seen.values().map(|&count| u64::from(count) - 1).sum()
+    }
+
+    /// Positions below `ends` (by partition) that have no outcome.
+    pub fn missing(&self, ends: &[i64]) -> Vec<(i32, i64)> {
+        let all =
+            ends.iter().enumerate().flat_map(|(p, &end)| (0..end).map(move |offset| (p as i32, offset)));
+        all.filter(|position| !self.seen.contains_key(position)).collect()
+    }
+}
