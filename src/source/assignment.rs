@@ -50,6 +50,8 @@ impl Source {
                     _ => None,
                 });
             self.ledger.assign(partition.clone(), start);
+            // A rate wants a first point.
+            self.wiring.metrics.skipped.with_label_values(&[&*partition.topic]);
             let kept = known
                 .find_partition(&partition.topic, partition.number)
                 .and_then(|element| Metadata::read(element.metadata()));

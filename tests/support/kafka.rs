@@ -131,6 +131,17 @@ impl Kafka {
         usize::try_from(leader - 1).ok()
     }
 
+    /// Waits until every replica of a topic follows its leader: the next broker may go.
+    pub fn wait_in_sync(&self, topic: &str) {
+        let client = self.client();
+        until("all replicas in sync", || {
+            let metadata = client.fetch_metadata(Some(topic), Duration::from_secs(2)).ok()?;
+            let topic = metadata.topics().iter().find(|t| t.name() == topic)?;
+            let in_sync = |p: &rdkafka::metadata::MetadataPartition| p.isr().len() == p.replicas().len();
+            (!topic.partitions().is_empty() && topic.partitions().iter().all(in_sync)).then_some(())
+        });
+    }
+
     /// The broker that coordinates a group.
     pub fn coordinator(&self, group: &str) -> Option<usize> {
         // As Kafka's Utils.abs(groupId.hashCode) does it.
