@@ -3,6 +3,9 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 
+# The lease under every interleaving of source, sink and group.
+LOOM = RUSTFLAGS="--cfg loom" cargo test --manifest-path tests/loom/Cargo.toml --target-dir $${CARGO_TARGET_DIR:-target}/loom
+
 .PHONY: help
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -16,6 +19,7 @@ demo: ## An embedded broker, the bundled model, tickets classified: no set-up
 test: ## Unit, golden and end-to-end tests on a real Kafka (KANDLE_TEST_BROKERS=host:port takes another)
 	@scripts/setup.sh test
 	cargo test --features failpoints
+	$(LOOM)
 
 .PHONY: test-repeat
 test-repeat: ## The tests 20 times in a row beside two busy loops (N=… for another count)
@@ -25,6 +29,12 @@ test-repeat: ## The tests 20 times in a row beside two busy loops (N=… for ano
 	(while :; do :; done) & two=$$!
 	trap "kill $$one $$two" EXIT
 	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet --features failpoints; done
+
+.PHONY: chaos
+chaos: ## 200 faults under each guarantee, the memory limit under long backlogs (CHAOS_SEED=… repeats a schedule)
+	@scripts/setup.sh test
+	cargo test --features failpoints --test chaos -- --ignored --nocapture --test-threads 1
+	cargo test --features failpoints --test memory -- --ignored --nocapture --test-threads 1
 
 .PHONY: build
 build: ## The release binary: target/release/kandle

@@ -152,14 +152,26 @@ impl<'a> Cluster<'a> {
 
     /// The largest batch, and so the largest message, that a topic takes.
     pub fn max_bytes(&self, topic: &str) -> Result<u64, String> {
+        self.setting(ResourceSpecifier::Topic(topic), "max.message.bytes")
+    }
+
+    /// A setting of the first broker, which all share in a cluster that is well kept.
+    pub fn broker_setting(&self, name: &str) -> Result<u64, String> {
+        let topic = self.settings.output.topic.as_str();
+        let metadata = self.client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| e.to_string())?;
+        let broker = metadata.brokers().first().ok_or("no broker")?.id();
+        self.setting(ResourceSpecifier::Broker(broker), name)
+    }
+
+    fn setting(&self, of: ResourceSpecifier<'_>, name: &str) -> Result<u64, String> {
         let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
-        let resources = [ResourceSpecifier::Topic(topic)];
+        let resources = [of];
         let asked = self.admin.describe_configs(&resources, &options);
         let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(|e| e.to_string())?;
         let resources = runtime.block_on(asked).map_err(|e| e.to_string())?;
         let resource = resources.into_iter().next().ok_or("no answer")?.map_err(|e| e.to_string())?;
-        let entry = resource.get("max.message.bytes").and_then(|entry| entry.value.as_deref());
-        entry.and_then(|value| value.parse().ok()).ok_or_else(|| "max.message.bytes is not shown".to_owned())
+        let entry = resource.get(name).and_then(|entry| entry.value.as_deref());
+        entry.and_then(|value| value.parse().ok()).ok_or_else(|| format!("{name} is not shown"))
     }
 
     /// The topics of the settings, all that is wrong with them at once.

@@ -147,10 +147,15 @@ fn a_model_that_cannot_be_had_fails_with_the_reason() {
 #[test]
 fn check_tries_everything_and_says_all_that_fails() {
     let place = Place::new("check", 3);
-    let config = file("kandle.yaml", &place.config(&[]));
+    let config = file(
+        "kandle.yaml",
+        &place.config(&[("delivery", "{ guarantee: exactly_once, commit_interval: 2s }")]),
+    );
     let (code, out, err) = finish(kandle().args(["check", "-c"]).arg(&config.path), b"");
     assert_eq!(code, 0, "{out}{err}");
     for line in [
+        "ok    transaction: lasts 11 s at most",
+        "given up after 41 s; the brokers allow 900000 ms",
         "ok    brokers",
         "3 partitions, readable",
         "ok    output.topic",

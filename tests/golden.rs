@@ -168,6 +168,40 @@ fn a_models_own_prompt_stands_before_every_text() {
 }
 
 #[test]
+fn of_a_long_text_the_same_tokens_are_kept_as_of_the_whole() {
+    let words =
+        ["parcel", "late", "größe", "東京 данные", "x1", "refund,", "http://example.org/a?b=c", "\n", "!"];
+    let mut long = String::new();
+    for i in 0..40_000usize {
+        long.push_str(words[i * i % 7 + i % 3]);
+        long.push_str(if i % 11 == 0 { "  " } else { " " });
+    }
+    let spaces = format!("late {}parcel", " ".repeat(300_000));
+    let endless = "parcel".repeat(50_000);
+    for name in ARCHITECTURES {
+        for side in ["right", "left"] {
+            let config = format!("{{\"model_max_length\": 32, \"truncation_side\": \"{side}\"}}");
+            let directory = with(name, &[("tokenizer_config.json", config)]);
+            let model = load(directory.path(), Output::Logits);
+            let mut whole =
+                tokenizers::Tokenizer::from_file(fixture(name).join("tokenizer.json")).expect("a tokenizer");
+            let direction = match side {
+                "left" => tokenizers::TruncationDirection::Left,
+                _ => tokenizers::TruncationDirection::Right,
+            };
+            let truncation = tokenizers::TruncationParams { max_length: 32, direction, ..Default::default() };
+            whole.with_truncation(Some(truncation)).expect("a limit").with_padding(None);
+            for text in [&long, &spaces, &endless] {
+                let got = model.tokenizer.encode(text).expect("tokens");
+                let want = whole.encode_fast(text.as_str(), true).expect("tokens");
+                assert_eq!(got.ids, want.get_ids(), "{name}, {side}");
+                assert_eq!(got.truncated, !want.get_overflowing().is_empty(), "{name}, {side}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_record_is_predicted_the_same_in_any_batch() {
     for name in ARCHITECTURES {
         let model = load(&fixture(name), Output::Logits);

@@ -123,8 +123,8 @@ fn a_broker_that_does_not_acknowledge_and_kafka_away_is_no_stall() {
     // Of its own: it is going to be frozen.
     let kafka = Kafka::start(1);
     let place = Place::on(&kafka.brokers, "frozen", 4);
-    let count = 400_000;
-    place.produce((0..count).map(|i| Sent::new((i % 4) as i32, "where is my order now ".repeat(8))));
+    let count = 400_000i32;
+    place.produce((0..count).map(|i| Sent::new(i % 4, "where is my order now ".repeat(8))));
     let config = settings(
         &place,
         &[

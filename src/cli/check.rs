@@ -11,7 +11,7 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::AlreadySaid;
 use crate::cluster::{Cluster, committed};
-use crate::settings::{Loaded, Settings};
+use crate::settings::{Guarantee, Loaded, Settings};
 use crate::task::Task;
 use crate::telemetry::Metrics;
 
@@ -63,7 +63,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     let what = format!("brokers {} ({transport})", settings.kafka.brokers);
     lines.say(&what, reached.map(|count| format!("{count} in the cluster")).map_err(|e| e.to_string()));
     if away {
-        for what in ["topics", "group", "producer", "largest message"] {
+        for what in ["topics", "group", "producer", "transaction", "largest message"] {
             lines.skip(what, "the brokers cannot be reached");
         }
         return;
@@ -92,6 +92,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     }
     lines.say(&format!("group {}", settings.input.group), group(settings));
     lines.say("producer", producer(settings));
+    transaction(&cluster, settings, lines);
     largest(&cluster, settings, lines);
 }
 
@@ -142,6 +143,34 @@ fn base(settings: &Settings) -> ClientConfig {
         config.set(name, &value.0);
     }
     config
+}
+
+/// A transaction with the worst window in it has to end before the coordinator gives it up, and the
+/// coordinator grants no more than its own limit.
+fn transaction(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
+    let what = "transaction";
+    if settings.delivery.guarantee != Guarantee::ExactlyOnce {
+        return lines.skip(what, "delivery.guarantee is at_least_once");
+    }
+    let (longest, timeout) = (settings.longest_transaction(), settings.transaction_timeout());
+    let found = format!(
+        "lasts {} s at most (commit_interval and a window of {}), given up after {} s",
+        longest.as_secs_f64(),
+        settings.window.max_bytes,
+        timeout.as_secs_f64()
+    );
+    match cluster.broker_setting("transaction.max.timeout.ms") {
+        Err(reason) => lines.skip(what, &format!("{found}; the brokers' limit is not readable: {reason}")),
+        Ok(limit) if u128::from(limit) < timeout.as_millis() => {
+            lines.say(
+                what,
+                Err(format!(
+                    "{found}; the brokers allow {limit} ms: set transaction.timeout.ms in output.properties"
+                )),
+            );
+        }
+        Ok(limit) => lines.say(what, Ok(format!("{found}; the brokers allow {limit} ms"))),
+    }
 }
 
 /// A dead letter holds its record's bytes and a few headers more: the topics written must take what

@@ -1,6 +1,6 @@
 //! Texts to tokens, as the model's own tokenizer.json says, up to the model's limit.
 
-use tokenizers::{TruncationDirection, TruncationParams, TruncationStrategy};
+use tokenizers::{PostProcessor, TruncationDirection};
 
 use super::files::{Files, FilesError};
 
@@ -17,7 +17,17 @@ pub struct Tokens {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     max_tokens: usize,
+    direction: TruncationDirection,
 }
+
+/// Bytes of a text that are looked at first for each token that is kept; four times as many while
+/// they do not hold enough.
+const BYTES_PER_TOKEN: usize = 16;
+const LEAST_LOOK: usize = 4096;
+/// A cut changes at most the tokens of the word at it: so many have to be thrown away behind it.
+const MARGIN: usize = 64;
+/// Bytes within which there is a space, in texts that have them.
+const LONGEST_WORD: usize = 512;
 
 impl Tokenizer {
     /// `positions` is how many the model has; the tokenizer's own limit counts where it is lower.
@@ -36,15 +46,9 @@ impl Tokenizer {
             Some(_) => TruncationDirection::Right,
             None => own.map_or(TruncationDirection::Right, |own| own.direction),
         };
-        let truncation = TruncationParams {
-            max_length: max_tokens,
-            direction,
-            strategy: TruncationStrategy::LongestFirst,
-            stride: 0,
-        };
-        inner.with_truncation(Some(truncation)).map_err(|e| content(e.to_string()))?;
+        inner.with_truncation(None).map_err(|e| content(e.to_string()))?;
         inner.with_padding(None);
-        Ok(Self { inner, max_tokens })
+        Ok(Self { inner, max_tokens, direction })
     }
 
     /// The most tokens a text may have, special ones included.
@@ -55,7 +59,21 @@ impl Tokenizer {
     /// Truncates what is over the limit and says so. A text without any token, where the tokenizer
     /// adds none, is an error.
     pub fn encode(&self, text: &str) -> Result<Tokens, String> {
-        let encoding = self.inner.encode_fast(text, true).map_err(|e| e.to_string())?;
+        let mut look = (self.max_tokens * BYTES_PER_TOKEN).max(LEAST_LOOK);
+        // Truncated here and not by the tokenizer, which does not say how much it threw away.
+        let mut encoding = loop {
+            let part = self.part(text, look);
+            let encoding = self.inner.encode_fast(part, false).map_err(|e| e.to_string())?;
+            if part.len() == text.len() || encoding.len() >= self.max_tokens + MARGIN {
+                break encoding;
+            }
+            look *= 4;
+        };
+        let special = self.inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+        let room = self.max_tokens.saturating_sub(special);
+        let truncated = encoding.len() > room;
+        encoding.truncate(room, 0, self.direction);
+        let encoding = self.inner.post_process(encoding, None, true).map_err(|e| e.to_string())?;
         if encoding.get_ids().is_empty() {
             return Err("the text has no tokens".to_owned());
         }
@@ -63,7 +81,27 @@ impl Tokenizer {
         Ok(Tokens {
             ids: encoding.get_ids().to_vec(),
             type_ids: types.iter().any(|&t| t != 0).then(|| types.to_vec()),
-            truncated: !encoding.get_overflowing().is_empty(),
+            truncated,
         })
+    }
+
+    /// The end of a long text that truncation keeps, cut where words are, or the whole text. A tokenizer
+    /// takes a hundred times a text's memory, and a text of megabytes is cut to some hundred tokens.
+    fn part<'t>(&self, text: &'t str, look: usize) -> &'t str {
+        if text.len() <= 2 * look {
+            return text;
+        }
+        match self.direction {
+            TruncationDirection::Right => {
+                let start = text.floor_char_boundary(look);
+                let near = &text[start..text.ceil_char_boundary(start + LONGEST_WORD)];
+                near.find(char::is_whitespace).map_or(text, |at| &text[..start + at])
+            }
+            TruncationDirection::Left => {
+                let end = text.ceil_char_boundary(text.len() - look);
+                let near = &text[text.floor_char_boundary(end - LONGEST_WORD)..end];
+                near.rfind(char::is_whitespace).map_or(text, |at| &text[end - near.len() + at..])
+            }
+        }
     }
 }

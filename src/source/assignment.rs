@@ -146,7 +146,14 @@ impl Source {
     /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
     /// or time is up.
     pub(super) fn finish_revoking(&mut self) {
-        let Some(revoking) = self.revoking.take() else { return };
+        let Some(mut revoking) = self.revoking.take() else { return };
+        if self.consumer.assignment_lost() {
+            // The session expired meanwhile: it is too late to finish in good order.
+            for owned in revoking.partitions.iter().filter_map(|partition| self.ledger.get(partition)) {
+                owned.lease.end();
+            }
+            revoking.deadline = Instant::now();
+        }
         let late = Instant::now() >= revoking.deadline;
         let in_flight = |ledger: &Ledger| {
             revoking

@@ -24,9 +24,14 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 impl Source {
     pub(super) fn show_memory(&self) {
-        let held: usize = self.held.iter().map(|window| window.get().reserved()).sum();
-        let bytes = self.in_flight + held + self.gatherer.bytes();
+        let bytes = self.in_flight + self.waiting();
         self.wiring.metrics.memory.with_label_values(&["windows"]).set(bytes as i64);
+    }
+
+    /// Bytes of windows closed and not passed on, and of the one that gathers.
+    fn waiting(&self) -> usize {
+        let held: usize = self.held.iter().map(|window| window.get().reserved()).sum();
+        held + 2 * self.gatherer.bytes()
     }
 
     /// Takes messages until none is there, a window is full, or the burst is over.
@@ -105,7 +110,8 @@ impl Source {
     pub(super) fn pass_on(&mut self, windows: &Sender<Queued<Window>>) {
         while let Some(window) = self.held.pop_front() {
             let bytes = window.get().reserved();
-            self.out_of_room = self.in_flight > 0 && self.in_flight + bytes > self.window_bytes;
+            let all = self.in_flight + bytes + self.waiting();
+            self.out_of_room = self.in_flight > 0 && all > self.window_bytes;
             if self.out_of_room {
                 self.held.push_front(window);
                 // Nothing tells when room is there but the reports, read by the caller.
@@ -133,7 +139,9 @@ impl Source {
 
     fn full(&mut self) {
         let since = *self.full_since.get_or_insert_with(Instant::now);
-        if since.elapsed() >= PATIENCE && !self.paused {
+        // Some still come until it is paused: of large ones, few may.
+        let large = self.waiting() > self.window_bytes / 4;
+        if (large || since.elapsed() >= PATIENCE) && !self.paused {
             self.pause();
         }
     }
