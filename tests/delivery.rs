@@ -392,6 +392,25 @@ fn an_input_topic_made_anew_is_read_from_its_beginning() {
 }
 
 #[test]
+fn a_full_disk_is_waited_for() {
+    for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
+        let mut kafka = kafka::Kafka::start_with(1, Some(16_000));
+        let place = Place::on(&kafka.brokers, "disk", 1);
+        let count = 150_000;
+        // Predictions, with their headers, are larger than records: the output fills the disk first.
+        place.produce(numbered(1, 0, count));
+        let mut daemon = Daemon::start(&noop(&place, &[delivery, ("window", "{ max_wait: 50ms }")]));
+        kafka.wait_for_end(0);
+        assert!(daemon.ended().is_none(), "{}", daemon.log());
+        assert_eq!((daemon.get("/livez").0, daemon.get("/readyz").0), (200, 200));
+        // Room is made, and the broker comes back.
+        kafka.restart(0);
+        settle(&place, &[count as i64], delivery == EXACTLY_ONCE);
+        daemon.stop();
+    }
+}
+
+#[test]
 fn a_panic_in_a_stage_ends_the_process_with_its_message() {
     let place = Place::new("panic", 1);
     place.produce(numbered(1, 0, 10));

@@ -6,6 +6,7 @@ mod member;
 mod message;
 mod outlet;
 mod publish;
+mod session;
 mod transaction;
 
 pub use publish::{Publisher, Wiring};

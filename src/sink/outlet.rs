@@ -17,7 +17,7 @@ use crate::cluster::Topics;
 use crate::flow::{Encoded, Outcome};
 use crate::record::{Fault, Partition, Position, RecordError, header_bytes};
 use crate::settings::{Guarantee, Partitioning, Settings};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Health, Metrics};
 use crate::window::Span;
 
 /// What a message takes in the producer's queue beside its key and value: librdkafka's own structure
@@ -47,6 +47,14 @@ pub(super) fn config(settings: &Settings) -> ClientConfig {
         config.set(name, &value.0);
     }
     config
+}
+
+/// Makes the client; whether the brokers answer is seen later.
+pub(super) fn producer(
+    config: &ClientConfig,
+    health: &Arc<Health>,
+) -> Result<Arc<BaseProducer<Reports>>, KafkaError> {
+    config.create_with_context(Reports::new(Arc::clone(health))).map(Arc::new)
 }
 
 /// How much of a record is too large for its topic, as the broker said.

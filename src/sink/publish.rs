@@ -6,39 +6,28 @@
 //! `at_least_once`: windows are reported in the order they came, each when all of its messages are
 //! acknowledged; the source commits their offsets afterwards.
 //!
-//! `exactly_once`: windows go into one transaction, which also takes their offsets:
-//!
-//! ```text
-//! begin ─▶ windows of commit_interval ─▶ all acknowledged ─▶ leases still held? ─▶ offsets ─▶ commit ─▶ report
-//!                                                                └── no, or an error ──▶ abort ─▶ end leases ─▶ report
-//! ```
-//!
-//! The group's generation is asked for before the leases are looked at; see [`crate::lease`]. An abort
-//! ends the leases of all that was in the transaction, so that nothing behind it can overtake it, and
-//! the source reads it again. An error of the producer that no retry can help ends the process.
+//! `exactly_once`: windows go into one transaction with their offsets; see [`super::session`]. An error
+//! of the producer that no retry can help ends the process.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
-use rdkafka::producer::{BaseProducer, Producer};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::producer::Producer;
 use rdkafka::types::RDKafkaErrorCode;
 
-use super::acks::{Reports, Ticket};
-use super::member::MemberId;
-use super::outlet::{Outlet, TooLarge, config};
-use super::transaction::{Broken, Call, Transactions};
+use super::acks::Ticket;
+use super::outlet::{Outlet, TooLarge, config, producer};
+use super::session::Session;
 use crate::cluster::Topics;
 use crate::failpoint;
 use crate::flow::{Encoded, Hurry, Outcome, Published, Queued, Report};
 use crate::record::Record;
 use crate::settings::{Guarantee, Settings};
-use crate::source::{Group, Metadata};
+use crate::source::Group;
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
 
@@ -46,9 +35,6 @@ use crate::telemetry::{Health, Metrics};
 const REPORTS: Duration = Duration::from_millis(2);
 /// The same while there are none.
 const IDLE: Duration = Duration::from_millis(500);
-/// Between two tries to become a transactional producer.
-const AGAIN: Duration = Duration::from_secs(1);
-
 /// What the publisher is told at the start.
 pub struct Wiring {
     pub metrics: Arc<Metrics>,
@@ -65,74 +51,45 @@ pub struct Wiring {
 }
 
 pub struct Publisher {
-    outlet: Outlet,
-    wiring: Wiring,
+    pub(super) outlet: Outlet,
+    pub(super) wiring: Wiring,
     /// `exactly_once`.
-    session: Option<Session>,
+    pub(super) session: Option<Session>,
     next: u64,
     /// Sent and not yet acknowledged; the source's share of the memory limit bounds them.
-    under_way: VecDeque<UnderWay>,
+    pub(super) under_way: VecDeque<UnderWay>,
     /// Why the open transaction cannot be committed.
-    broken: Option<String>,
-}
-
-/// A transactional producer's life.
-struct Session {
-    transactions: Transactions,
-    config: ClientConfig,
-    timeout: Duration,
-    commit_interval: Duration,
-    /// The open transaction.
-    begun: Option<Instant>,
-    _member: MemberId,
+    pub(super) broken: Option<String>,
 }
 
 /// A window that is sent, in whole or in part.
-struct UnderWay {
+pub(super) struct UnderWay {
     number: u64,
-    content: Encoded,
+    pub content: Encoded,
     /// By span: whether its lease was held when the window was sent.
-    live: Vec<bool>,
+    pub live: Vec<bool>,
     /// Messages not yet acknowledged.
-    left: usize,
+    pub left: usize,
     started: Instant,
 }
 
 impl UnderWay {
     /// A span that counts was given up or lost since.
-    fn lost(&self) -> bool {
+    pub fn lost(&self) -> bool {
         let spans = &self.content.window.spans;
         spans.iter().zip(&self.live).any(|(span, live)| *live && !span.lease.is_held())
     }
 }
 
-/// Makes the client; its first sign of life is [`Publisher::serve`]'s to look for.
-fn producer(config: &ClientConfig, health: &Arc<Health>) -> Result<Arc<BaseProducer<Reports>>, KafkaError> {
-    config.create_with_context(Reports::new(Arc::clone(health))).map(Arc::new)
-}
-
 impl Publisher {
     pub fn new(settings: &Settings, wiring: Wiring) -> Result<Self, String> {
-        let cannot = |e: &dyn std::fmt::Display| format!("the producer cannot be made: {e}");
-        let mut config = config(settings);
-        let exactly_once = settings.delivery.guarantee == Guarantee::ExactlyOnce;
-        let member = if exactly_once { Some(MemberId::take(settings)?) } else { None };
-        let timeout = settings.transaction_timeout();
-        if let Some(member) = &member {
-            config.set("transactional.id", &member.id);
-            config.set("transaction.timeout.ms", timeout.as_millis().to_string());
-        }
-        let producer = producer(&config, &wiring.health).map_err(|e| cannot(&e))?;
-        let session = match member {
-            None => None,
-            Some(member) => Some(Session {
-                transactions: Transactions::start(Arc::clone(&producer), timeout).map_err(|e| cannot(&e))?,
-                config,
-                timeout,
-                commit_interval: settings.delivery.commit_interval.0,
-                begun: None,
-                _member: member,
-            }),
+        let cannot = |e: KafkaError| format!("the producer cannot be made: {e}");
+        let (producer, session) = match settings.delivery.guarantee {
+            Guarantee::AtLeastOnce => (producer(&config(settings), &wiring.health).map_err(cannot)?, None),
+            Guarantee::ExactlyOnce => {
+                let (producer, session) = Session::new(settings, &wiring.health)?;
+                (producer, Some(session))
+            }
         };
         let outlet = Outlet::new(settings, producer, &wiring);
         Ok(Self { outlet, wiring, session, next: 0, under_way: VecDeque::new(), broken: None })
@@ -182,13 +139,6 @@ impl Publisher {
         Ok(())
     }
 
-    fn commit_due(&self, open: bool) -> bool {
-        let Some(Session { begun: Some(begun), commit_interval, .. }) = &self.session else { return false };
-        !open || begun.elapsed() >= *commit_interval || self.wiring.hurry.is_set()
-    }
-
-    // Sending.
-
     fn send(&mut self, mut content: Encoded, reports: &Sender<Report>) -> Result<(), String> {
         let live: Vec<bool> = content.window.spans.iter().map(|span| span.lease.is_held()).collect();
         if !live.contains(&true) {
@@ -230,19 +180,6 @@ impl Publisher {
         failpoint::pass("sent");
         self.show_memory();
         Ok(())
-    }
-
-    /// Opens a transaction where one is wanted and none is open; false when that failed.
-    fn begin(&mut self) -> bool {
-        let Some(session) = &mut self.session else { return true };
-        if session.begun.is_some() {
-            return true;
-        }
-        match self.outlet.producer.begin_transaction() {
-            Ok(()) => session.begun = Some(Instant::now()),
-            Err(error) => self.broken = Some(format!("begin: {error}")),
-        }
-        session.begun.is_some()
     }
 
     /// Serves the producer and books what it reports.
@@ -312,165 +249,7 @@ impl Publisher {
         Ok(())
     }
 
-    // Transactions.
-
-    /// Becomes the transactional producer, however long the coordinator takes; false when asked to stop.
-    fn init(&mut self) -> Result<bool, String> {
-        loop {
-            let result = self.call(Call::Init);
-            self.wiring.health.busy(Stage::Publish);
-            match result {
-                Ok(()) => return Ok(true),
-                Err(Broken::Fatal(message)) => return Err(format!("transaction: {message}")),
-                Err(Broken::Again(message) | Broken::Abort(message)) => {
-                    tracing::warn!("transaction: {message}; trying again");
-                    self.wiring.health.error(&message);
-                    self.wiring.metrics.retries.with_label_values(&["transaction"]).inc();
-                }
-                Err(Broken::Lost(message)) => {
-                    tracing::warn!("transaction: {message}; trying again");
-                    self.renew()?;
-                }
-            }
-            if self.wiring.stop.load(Ordering::Relaxed) {
-                return Ok(false);
-            }
-            std::thread::park_timeout(AGAIN);
-        }
-    }
-
-    fn call(&self, call: Call) -> Result<(), Broken> {
-        let session = self.session.as_ref().expect("transactions are asked of a session alone");
-        let (producer, health) = (&self.outlet.producer, &self.wiring.health);
-        let started = Instant::now();
-        let result = session.transactions.call(call, || {
-            producer.poll(Duration::ZERO);
-            health.busy(Stage::Publish);
-        });
-        self.wiring.metrics.stage.with_label_values(&["commit"]).observe(started.elapsed().as_secs_f64());
-        result
-    }
-
-    /// Offsets and predictions, all or nothing.
-    fn commit(&mut self, reports: &Sender<Report>) -> Result<(), String> {
-        failpoint::pass("acknowledged");
-        // In this order; see `lease`.
-        let group = (self.wiring.group)();
-        if self.under_way.iter().any(UnderWay::lost) {
-            return self.abort("partitions went away", reports);
-        }
-        let Some(group) = group else { return self.abort("the group is left", reports) };
-        let offsets = self.offsets()?;
-        let result = self.call(Call::SendOffsets(offsets, group)).and_then(|()| {
-            failpoint::pass("offsets");
-            self.call(Call::Commit)
-        });
-        match result {
-            Ok(()) => {
-                failpoint::pass("txn-committed");
-                if let Some(session) = &mut self.session {
-                    session.begun = None;
-                }
-                while !self.under_way.is_empty() {
-                    self.report_first(reports, true);
-                }
-                self.outlet.too_large.clear();
-                Ok(())
-            }
-            Err(Broken::Fatal(message)) => Err(format!("transaction: {message}")),
-            Err(Broken::Abort(message) | Broken::Again(message)) => self.abort(&message, reports),
-            Err(Broken::Lost(message)) => self.give_up(&message, reports),
-        }
-    }
-
-    /// The offset after the last record of each partition.
-    fn offsets(&self) -> Result<TopicPartitionList, String> {
-        let metadata = Metadata::new(&self.wiring.model, &self.wiring.digest, &Default::default()).text();
-        let mut list = TopicPartitionList::new();
-        for window in &self.under_way {
-            for (span, _) in window.content.window.spans.iter().zip(&window.live).filter(|(_, live)| **live) {
-                let (topic, number) = (&*span.partition.topic, span.partition.number);
-                let next = Offset::Offset(span.last + 1);
-                let set = match list.find_partition(topic, number) {
-                    // Windows are in order.
-                    Some(mut known) => known.set_offset(next),
-                    None => {
-                        let mut element = list.add_partition(topic, number);
-                        element.set_metadata(&metadata);
-                        element.set_offset(next)
-                    }
-                };
-                set.map_err(|e| format!("{topic}/{number}: offset {}: {e}", span.last + 1))?;
-            }
-        }
-        Ok(list)
-    }
-
-    fn abort(&mut self, reason: &str, reports: &Sender<Report>) -> Result<(), String> {
-        self.drop_all(reason, reports);
-        match self.call(Call::Abort) {
-            Ok(()) => {
-                // Of messages that are no more.
-                self.outlet.producer.poll(Duration::ZERO);
-                drop(self.outlet.producer.context().take());
-                if let Some(session) = &mut self.session {
-                    session.begun = None;
-                }
-                let _ = reports.send(Report::Aborted);
-                Ok(())
-            }
-            Err(Broken::Fatal(message)) => Err(format!("transaction: {message}")),
-            Err(Broken::Abort(message) | Broken::Again(message) | Broken::Lost(message)) => {
-                self.give_up(&message, reports)
-            }
-        }
-    }
-
-    /// The producer is left to itself; a new one with the same id fences it and aborts what it left.
-    fn give_up(&mut self, reason: &str, reports: &Sender<Report>) -> Result<(), String> {
-        self.drop_all(reason, reports);
-        self.renew()?;
-        if self.init()? {
-            let _ = reports.send(Report::Aborted);
-        }
-        Ok(())
-    }
-
-    fn renew(&mut self) -> Result<(), String> {
-        let session = self.session.as_mut().expect("transactions are asked of a session alone");
-        let cannot = |e: &dyn std::fmt::Display| format!("another producer cannot be made: {e}");
-        let producer = producer(&session.config, &self.wiring.health).map_err(|e| cannot(&e))?;
-        session.transactions =
-            Transactions::start(Arc::clone(&producer), session.timeout).map_err(|e| cannot(&e))?;
-        session.begun = None;
-        self.outlet.producer = producer;
-        Ok(())
-    }
-
-    /// Ends the leases of all that is in the transaction, so that what comes behind it stays behind it.
-    fn drop_all(&mut self, reason: &str, reports: &Sender<Report>) {
-        if self.under_way.is_empty() {
-            return;
-        }
-        tracing::warn!(
-            windows = self.under_way.len(),
-            reason,
-            "transaction aborted: its records are read again"
-        );
-        self.wiring.metrics.retries.with_label_values(&["transaction"]).inc();
-        self.wiring.health.error(&format!("transaction aborted: {reason}"));
-        for window in self.under_way.drain(..) {
-            for (span, _) in window.content.window.spans.iter().zip(&window.live).filter(|(_, live)| **live) {
-                span.lease.end();
-            }
-            let _ = reports.send(Report::Dropped { bytes: window.content.window.reserved() });
-        }
-        self.show_memory();
-    }
-
-    // Reporting.
-
-    fn report_first(&mut self, reports: &Sender<Report>, committed: bool) {
+    pub(super) fn report_first(&mut self, reports: &Sender<Report>, committed: bool) {
         if let Some(first) = self.under_way.pop_front() {
             let published = self.finish(first, committed);
             // A closed channel is the source's end, and with it the process's.
@@ -535,7 +314,7 @@ impl Publisher {
     }
 
     /// Predictions of windows not yet acknowledged in full.
-    fn show_memory(&self) {
+    pub(super) fn show_memory(&self) {
         let bytes: usize =
             self.under_way.iter().flat_map(|window| &window.content.memory).map(Vec::capacity).sum();
         self.wiring.metrics.memory.with_label_values(&["predictions"]).set(bytes as i64);

@@ -37,6 +37,11 @@ const COORDINATORS: i32 = 4;
 impl Kafka {
     /// With more than one: replication 3, min.insync.replicas 2.
     pub fn start(count: usize) -> Self {
+        Self::start_with(count, None)
+    }
+
+    /// `file_kib`: until it is started again, a broker's files may not grow larger.
+    pub fn start_with(count: usize, file_kib: Option<u32>) -> Self {
         let fetched = Command::new(script()).arg("fetch").status().expect("kafka.sh runs");
         assert!(fetched.success(), "kafka.sh fetch failed");
         let ports: Vec<u16> = (0..count).map(|_| free_ports()).collect();
@@ -50,7 +55,7 @@ impl Kafka {
             voters: voters.join(","),
         };
         for node in 0..count {
-            kafka.restart(node);
+            kafka.run(node, file_kib);
         }
         kafka.wait_for(count);
         kafka
@@ -66,6 +71,16 @@ impl Kafka {
 
     /// Starts a broker that does not run.
     pub fn restart(&mut self, node: usize) {
+        self.run(node, None);
+    }
+
+    /// Waits for a broker to end by itself.
+    pub fn wait_for_end(&mut self, node: usize) {
+        let mut running = self.nodes[node].running.take().expect("it runs");
+        until("the broker's end", || running.script.try_wait().expect("a status"));
+    }
+
+    fn run(&mut self, node: usize, file_kib: Option<u32>) {
         assert!(self.nodes[node].running.is_none(), "broker {node} runs");
         let port = self.nodes[node].port.to_string();
         let _ = std::fs::remove_file(self.data(node).join("pid"));
@@ -74,6 +89,7 @@ impl Kafka {
             .env("NODE", (node + 1).to_string())
             .env("VOTERS", &self.voters)
             .env("REPLICAS", self.nodes.len().to_string())
+            .env("FILE_KIB", file_kib.map(|kib| kib.to_string()).unwrap_or_default())
             .stdin(Stdio::piped())
             .spawn()
             .expect("kafka.sh runs");

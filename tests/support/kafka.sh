@@ -7,6 +7,7 @@
 #                             the test that holds the other end. Its process id is in DIR/pid
 #   kafka.sh tool CLASS …     a tool of Kafka's, such as org.apache.kafka.tools.AclCommand
 #
+# FILE_KIB=20000: no file may grow larger, which the broker takes for a full disk.
 # One of several brokers: NODE=2 VOTERS=1@127.0.0.1:9093,2@… REPLICAS=3, each with a DIR of its own.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -77,6 +78,7 @@ EOF
   local java=(java -Xmx512m -XX:+UseSerialGC "-Dlog4j2.configurationFile=$dir/log4j2.properties" -cp "$libs/*")
   [ -e "$dir/data/meta.properties" ] || "${java[@]}" kafka.tools.StorageTool format -t kandle-tests-0000000000 -c "$dir/server.properties" >"$dir/format.log" 2>&1 </dev/null \
     || { cat "$dir/format.log" >&2; exit 1; }
+  [ -z "${FILE_KIB:-}" ] || ulimit -f "$FILE_KIB"
   "${java[@]}" kafka.Kafka "$dir/server.properties" >>"$dir/server.log" 2>&1 </dev/null &
   broker=$!
   echo $broker > "$dir/pid"
@@ -91,5 +93,5 @@ case ${1:-} in
   fetch) fetch ;;
   run) run "$2" "$3" ;;
   tool) shift; exec java -Xmx128m -cp "$libs/*" "$@" ;;
-  *) sed -n '2,12p' "$0"; exit 2 ;;
+  *) sed -n '2,13p' "$0"; exit 2 ;;
 esac

@@ -36,11 +36,13 @@ impl Ledger {
             .expect("a consumer");
         let mut list = TopicPartitionList::new();
         for topic in [&place.output, &place.dead] {
-            let metadata = super::until("the topics", || {
-                consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()
+            // A broker may not know a topic yet that was just made.
+            let count = super::until("the topics", || {
+                let metadata = consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
+                metadata.topics().first().map(|topic| topic.partitions().len()).filter(|&count| count > 0)
             });
-            for partition in metadata.topics()[0].partitions() {
-                list.add_partition_offset(topic, partition.id(), Offset::Beginning).expect("an offset");
+            for partition in 0..count as i32 {
+                list.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
             }
         }
         consumer.assign(&list).expect("assigned");

@@ -185,10 +185,14 @@ impl Place {
             .set("fetch.message.max.bytes", "20000000")
             .create()
             .expect("a consumer");
-        let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).expect("metadata");
+        // A broker may not know a topic yet that was just made.
+        let count = until("the topic", || {
+            let metadata = consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
+            metadata.topics().first().map(|topic| topic.partitions().len()).filter(|&count| count > 0)
+        });
         let mut list = TopicPartitionList::new();
-        for partition in metadata.topics()[0].partitions() {
-            list.add_partition_offset(topic, partition.id(), Offset::Beginning).expect("an offset");
+        for partition in 0..count as i32 {
+            list.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
         }
         consumer.assign(&list).expect("assigned");
         let mut got = Vec::new();
