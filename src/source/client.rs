@@ -14,6 +14,9 @@ pub const FETCH_BACKOFF_MS: &str = "5";
 /// measured by the resident memory of a consumer that is not polled (about 550 bytes, rounded up).
 const MESSAGE_OVERHEAD: u64 = 640;
 
+/// By how much an answer grows that is full of messages of about 20 bytes.
+const SMALLEST_GROWTH: u64 = MESSAGE_OVERHEAD / 20;
+
 /// How much librdkafka may hold of what was fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Prefetch {
@@ -31,15 +34,15 @@ impl Prefetch {
     /// member may be given them all.
     pub fn within(share: u64, partitions: u64) -> Self {
         let partitions = partitions.max(1);
-        // Half for bytes, half for what small messages take beside them; of the first half, one answer
-        // may be on its way from each broker when the queue is full.
-        let bytes = share / 2;
-        let answer = (bytes / 8).clamp(64 << 10, 50 << 20);
+        // A quarter for bytes, a quarter for what small messages take beside them, and a quarter for the
+        // answer that comes when both are nearly full.
+        let quarter = share / 4;
+        let partition = (quarter / SMALLEST_GROWTH / partitions).clamp(16 << 10, 1 << 20);
         Self {
-            kib: (bytes / 1024).clamp(1, 2_097_151),
-            messages: (share / 2 / MESSAGE_OVERHEAD / partitions).clamp(16, 100_000),
-            answer,
-            partition: (answer / partitions).clamp(16 << 10, 1 << 20),
+            kib: (quarter / 1024).clamp(1, 2_097_151),
+            messages: (quarter / MESSAGE_OVERHEAD / partitions).clamp(16, 100_000),
+            answer: (quarter / 4).clamp(partition, 50 << 20),
+            partition,
         }
     }
 }
