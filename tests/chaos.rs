@@ -134,6 +134,16 @@ fn produce(place: &Place, stop: Arc<AtomicBool>, made: Arc<AtomicU64>) -> std::t
     })
 }
 
+/// SIGTERM, and the end, with whatever exit code: Kafka may be away. The ledger reads meanwhile.
+fn terminate(member: &mut Daemon, ledger: &mut Ledger) {
+    member.signal("TERM");
+    let started = Instant::now();
+    while member.ended().is_none() && started.elapsed() < PATIENCE {
+        ledger.read(Duration::from_millis(50));
+    }
+    assert!(member.ended().is_some(), "SIGTERM is not heard:\n{}", member.log());
+}
+
 struct Chaos {
     kafka: Kafka,
     place: Place,
@@ -179,13 +189,7 @@ impl Chaos {
                 self.members[i] = self.member(false);
             }
             Fault::Stop(i) => {
-                self.members[i].signal("TERM");
-                let started = Instant::now();
-                while self.members[i].ended().is_none() && started.elapsed() < PATIENCE {
-                    self.ledger.read(Duration::from_millis(50));
-                }
-                let ended = self.members[i].ended();
-                assert!(ended.is_some(), "SIGTERM is not heard:\n{}", self.members[i].log());
+                terminate(&mut self.members[i], &mut self.ledger);
                 self.members[i] = self.member(false);
             }
             Fault::Freeze(i, time) => {
@@ -197,12 +201,7 @@ impl Chaos {
             Fault::Join => {
                 let mut one_more = self.member(false);
                 self.pass(random.millis(1000, 5000));
-                one_more.signal("TERM");
-                let started = Instant::now();
-                while one_more.ended().is_none() && started.elapsed() < PATIENCE {
-                    self.ledger.read(Duration::from_millis(50));
-                }
-                assert!(one_more.ended().is_some(), "SIGTERM is not heard:\n{}", one_more.log());
+                terminate(&mut one_more, &mut self.ledger);
             }
             Fault::Slow(i) => {
                 self.members[i].kill();
@@ -254,7 +253,7 @@ fn chaos(guarantee: &str, faults: u64) {
         ("window", "{ max_wait: 50ms, max_records: 100, max_bytes: 1MiB }"),
     ]);
     let config = config.replace("$BROKERS", &format!("\"{}\"", kafka.brokers));
-    let ledger = Ledger::of(&place, "read_committed");
+    let ledger = Ledger::of(&place);
     let (stop, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let producer = produce(&place, Arc::clone(&stop), Arc::clone(&made));
     let mut chaos = Chaos { kafka, place, config, members: Vec::new(), ledger, gave_up: 0 };

@@ -5,9 +5,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{NewTopic, TopicReplication};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use support::ledger::Ledger;
@@ -42,7 +40,7 @@ fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = S
 /// Every position below `ends` has its outcome, in order; exactly one where `once`.
 #[track_caller]
 fn settle(place: &Place, ends: &[i64], once: bool) -> Ledger {
-    let mut ledger = Ledger::of(place, "read_committed");
+    let mut ledger = Ledger::of(place);
     let started = Instant::now();
     while !ledger.missing(ends).is_empty() {
         assert!(started.elapsed() < support::PATIENCE, "missing: {:?}", ledger.missing(ends));
@@ -264,12 +262,11 @@ fn what_retention_deleted_is_counted_and_said() {
     settle(&place, &[100], true);
     first.stop();
     place.produce(numbered(1, 100, 400));
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
     let mut list = TopicPartitionList::new();
     list.add_partition_offset(&place.input, 0, Offset::Offset(250)).expect("an offset");
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    runtime.block_on(admin.delete_records(&list, &AdminOptions::new())).expect("deleted");
+    place.administer(async |admin, options| {
+        admin.delete_records(&list, options).await.expect("deleted");
+    });
     let mut second = Daemon::start(&config);
     place.predictions(100 + 150);
     let line = second.wait_log("data skipped");
@@ -341,10 +338,7 @@ fn an_output_topic_deleted_under_it_ends_the_process() {
     let mut daemon = Daemon::start(&noop(&place, &[AT_LEAST_ONCE, ("output", properties)]));
     place.produce(numbered(1, 0, 100));
     place.predictions(100);
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    runtime.block_on(admin.delete_topics(&[&place.output], &AdminOptions::new())).expect("deleted");
+    place.delete(&place.output);
     let mut next = 100;
     until("its end", || {
         place.produce(numbered(1, next, next + 1));
@@ -368,22 +362,12 @@ fn an_input_topic_made_anew_is_read_from_its_beginning() {
     let mut daemon = Daemon::start(&noop(&place, &[AT_LEAST_ONCE, ("input", input)]));
     place.produce(numbered(1, 0, 100));
     place.predictions(100);
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    runtime.block_on(admin.delete_topics(&[&place.input], &AdminOptions::new())).expect("deleted");
+    place.delete(&place.input);
     until("the topic to be gone", || {
-        runtime
-            .block_on(admin.create_topics(
-                [&rdkafka::admin::NewTopic::new(
-                    &place.input,
-                    1,
-                    rdkafka::admin::TopicReplication::Fixed(-1),
-                )],
-                &AdminOptions::new(),
-            ))
-            .ok()
-            .filter(|made| made.iter().all(Result::is_ok))
+        let topic = NewTopic::new(&place.input, 1, TopicReplication::Fixed(-1));
+        let made =
+            place.administer(async |admin, options| admin.create_topics([&topic], options).await).ok()?;
+        made.iter().all(Result::is_ok).then_some(())
     });
     place.produce(numbered(1, 0, 40));
     place.predictions(140);

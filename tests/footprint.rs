@@ -18,12 +18,6 @@ fn cpu_seconds(pid: u32) -> f64 {
     ticks as f64 / 100.0
 }
 
-fn rss_mib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("VmRSS");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") / 1024
-}
-
 #[test]
 fn idles_small_and_quiet() {
     let place = Place::new("idle", 4);
@@ -38,7 +32,8 @@ fn idles_small_and_quiet() {
     std::thread::sleep(Duration::from_secs(10));
     let share = (cpu_seconds(daemon.pid()) - before) / since.elapsed().as_secs_f64();
     assert!(share < 0.01, "idle at {:.2} % of a core", share * 100.0);
-    let rss = rss_mib(daemon.pid());
+    let rss = daemon.rss_kib() / 1024;
+    assert!(rss > 0, "it has ended");
     assert!(rss < 80, "{rss} MiB resident after {:?}", started.elapsed());
     daemon.stop();
 }

@@ -58,7 +58,7 @@ pub(super) fn producer(
 }
 
 /// How much of a record is too large for its topic, as the broker said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TooLarge {
     /// The prediction: a dead letter goes instead.
     Prediction,

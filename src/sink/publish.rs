@@ -30,11 +30,13 @@ use crate::settings::{Guarantee, Settings};
 use crate::source::Group;
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
+use crate::window::Span;
 
 /// Between two looks for delivery reports while there are some to come.
 const REPORTS: Duration = Duration::from_millis(2);
 /// The same while there are none.
 const IDLE: Duration = Duration::from_millis(500);
+
 /// What the publisher is told at the start.
 pub struct Wiring {
     pub metrics: Arc<Metrics>,
@@ -74,10 +76,14 @@ pub(super) struct UnderWay {
 }
 
 impl UnderWay {
+    /// The spans that count.
+    pub fn live_spans(&self) -> impl Iterator<Item = &Span> {
+        self.content.window.spans.iter().zip(&self.live).filter(|(_, live)| **live).map(|(span, _)| span)
+    }
+
     /// A span that counts was given up or lost since.
     pub fn lost(&self) -> bool {
-        let spans = &self.content.window.spans;
-        spans.iter().zip(&self.live).any(|(span, live)| *live && !span.lease.is_held())
+        self.live_spans().any(|span| !span.lease.is_held())
     }
 }
 
@@ -147,24 +153,13 @@ impl Publisher {
             return Ok(());
         }
         failpoint::pass("publish");
-        if !self.begin() {
-            // What is aborted is read again: this window too.
-            self.under_way.push_back(UnderWay {
-                number: self.next,
-                content,
-                live,
-                left: 0,
-                started: Instant::now(),
-            });
-            self.next += 1;
-            return Ok(());
-        }
-        let number = self.next;
+        let (number, started) = (self.next, Instant::now());
         self.next += 1;
-        let started = Instant::now();
+        // Without a transaction nothing is sent, and the window is aborted with what else there is.
+        let places = if self.begin() { content.outcomes.len() } else { 0 };
         let mut sent = 0;
         // Reports may come for it before all of it is sent.
-        for place in 0..content.outcomes.len() {
+        for place in 0..places {
             let span = content.window.records[place].span as usize;
             if !live[span] || !content.window.spans[span].lease.is_held() {
                 continue;
@@ -193,8 +188,8 @@ impl Publisher {
             }
             for (number, count) in arrived.acknowledged {
                 // Of an aborted transaction, where it is no longer there.
-                if let Some(window) = self.of(number) {
-                    window.left -= count;
+                if let Some(at) = self.index(number) {
+                    self.under_way[at].left -= count;
                 }
             }
             for (ticket, code) in arrived.failed {
@@ -203,9 +198,10 @@ impl Publisher {
         }
     }
 
-    fn of(&mut self, number: u64) -> Option<&mut UnderWay> {
+    /// Where the window stands in `under_way`.
+    fn index(&self, number: u64) -> Option<usize> {
         let first = self.under_way.front()?.number;
-        self.under_way.get_mut(usize::try_from(number.checked_sub(first)?).ok()?)
+        usize::try_from(number.checked_sub(first)?).ok().filter(|&at| at < self.under_way.len())
     }
 
     /// A message the broker will not take. Too large a prediction becomes a dead letter, too large a
@@ -215,16 +211,15 @@ impl Publisher {
         use RDKafkaErrorCode as Code;
         let transactional = self.session.is_some();
         let number = ticket.window();
-        let Some(window) = self.of(number) else { return Ok(()) };
-        let record = &window.content.window.records[ticket.place()];
-        let position = window.content.window.position(record);
+        let Some(at) = self.index(number) else { return Ok(()) };
+        let content = &mut self.under_way[at].content;
+        let position = content.window.position(&content.window.records[ticket.place()]);
         if code == Code::MessageSizeTooLarge {
             if !transactional {
-                let index = self.under_way.iter().position(|w| w.number == number).expect("just found");
-                return self.outlet.send_instead(number, &mut self.under_way[index].content, ticket.place());
+                return self.outlet.send_instead(number, content, ticket.place());
             }
             // The broker's refusal has broken the transaction; the next one knows better.
-            let how = match window.content.outcomes[ticket.place()] {
+            let how = match content.outcomes[ticket.place()] {
                 Outcome::Dead(_) => TooLarge::DeadLetter,
                 _ => TooLarge::Prediction,
             };

@@ -9,6 +9,7 @@
 //! ends the leases of all that was in the transaction, so that nothing behind it can overtake it, and
 //! the source reads it again.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, Producer};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::acks::Reports;
 use super::member::MemberId;
@@ -65,6 +66,10 @@ impl Session {
 }
 
 impl Publisher {
+    fn session(&mut self) -> &mut Session {
+        self.session.as_mut().expect("transactions are asked of a session alone")
+    }
+
     /// Whether the open transaction, if there is one, is to take no more windows.
     pub(super) fn commit_due(&self, open: bool) -> bool {
         let Some(Session { begun: Some(begun), commit_interval, .. }) = &self.session else { return false };
@@ -138,9 +143,7 @@ impl Publisher {
         match result {
             Ok(()) => {
                 failpoint::pass("txn-committed");
-                if let Some(session) = &mut self.session {
-                    session.begun = None;
-                }
+                self.session().begun = None;
                 while !self.under_way.is_empty() {
                     self.report_first(reports, true);
                 }
@@ -155,23 +158,15 @@ impl Publisher {
 
     /// The offset after the last record of each partition.
     fn offsets(&self) -> Result<TopicPartitionList, String> {
-        let metadata = Metadata::new(&self.wiring.model, &self.wiring.digest, &Default::default()).text();
-        let mut list = TopicPartitionList::new();
-        for window in &self.under_way {
-            for (span, _) in window.content.window.spans.iter().zip(&window.live).filter(|(_, live)| **live) {
-                let (topic, number) = (&*span.partition.topic, span.partition.number);
-                let next = Offset::Offset(span.last + 1);
-                let set = match list.find_partition(topic, number) {
-                    // Windows are in order.
-                    Some(mut known) => known.set_offset(next),
-                    None => {
-                        let mut element = list.add_partition(topic, number);
-                        element.set_metadata(&metadata);
-                        element.set_offset(next)
-                    }
-                };
-                set.map_err(|e| format!("{topic}/{number}: offset {}: {e}", span.last + 1))?;
-            }
+        // Windows are in order: the last span of a partition counts.
+        let spans = self.under_way.iter().flat_map(UnderWay::live_spans);
+        let offsets: BTreeMap<_, _> = spans.map(|span| (&span.partition, span.last + 1)).collect();
+        let metadata = Metadata::new(&self.wiring.model, &self.wiring.digest, &Default::default());
+        let mut list = TopicPartitionList::with_capacity(offsets.len());
+        for (partition, offset) in offsets {
+            metadata
+                .add_to(&mut list, partition, offset)
+                .map_err(|e| format!("{partition}: offset {offset}: {e}"))?;
         }
         Ok(list)
     }
@@ -183,9 +178,7 @@ impl Publisher {
                 // Of messages that are no more.
                 self.outlet.producer.poll(Duration::ZERO);
                 drop(self.outlet.producer.context().take());
-                if let Some(session) = &mut self.session {
-                    session.begun = None;
-                }
+                self.session().begun = None;
                 let _ = reports.send(Report::Aborted);
                 Ok(())
             }
@@ -207,9 +200,10 @@ impl Publisher {
     }
 
     fn renew(&mut self) -> Result<(), String> {
-        let session = self.session.as_mut().expect("transactions are asked of a session alone");
         let cannot = |e: &dyn std::fmt::Display| format!("another producer cannot be made: {e}");
-        let producer = producer(&session.config, &self.wiring.health).map_err(|e| cannot(&e))?;
+        let health = Arc::clone(&self.wiring.health);
+        let session = self.session();
+        let producer = producer(&session.config, &health).map_err(|e| cannot(&e))?;
         session.transactions =
             Transactions::start(Arc::clone(&producer), session.timeout).map_err(|e| cannot(&e))?;
         session.begun = None;
@@ -230,9 +224,7 @@ impl Publisher {
         self.wiring.metrics.retries.with_label_values(&["transaction"]).inc();
         self.wiring.health.error(&format!("transaction aborted: {reason}"));
         for window in self.under_way.drain(..) {
-            for (span, _) in window.content.window.spans.iter().zip(&window.live).filter(|(_, live)| **live) {
-                span.lease.end();
-            }
+            window.live_spans().for_each(|span| span.lease.end());
             let _ = reports.send(Report::Dropped { bytes: window.content.window.reserved() });
         }
         self.show_memory();

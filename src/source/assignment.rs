@@ -44,17 +44,15 @@ impl Source {
             return Err(changed);
         }
         for partition in &partitions {
-            let start =
-                known.find_partition(&partition.topic, partition.number).and_then(|e| match e.offset() {
-                    Offset::Offset(offset) => Some(offset),
-                    _ => None,
-                });
+            let element = known.find_partition(&partition.topic, partition.number);
+            let start = element.as_ref().and_then(|element| match element.offset() {
+                Offset::Offset(offset) => Some(offset),
+                _ => None,
+            });
             self.ledger.assign(partition.clone(), start);
             // A rate wants a first point.
             self.wiring.metrics.skipped.with_label_values(&[&*partition.topic]);
-            let kept = known
-                .find_partition(&partition.topic, partition.number)
-                .and_then(|element| Metadata::read(element.metadata()));
+            let kept = element.and_then(|element| Metadata::read(element.metadata()));
             if let (Some(owned), Some(kept)) = (self.ledger.get_mut(partition), kept) {
                 owned.suspects = kept.suspects();
                 if let Some(first) = owned.suspects.first() {
@@ -128,15 +126,10 @@ impl Source {
         let cause = if lost { "lost" } else { "revoked" };
         self.wiring.metrics.rebalances.with_label_values(&[cause]).inc();
         tracing::info!(partitions = %names(&partitions), cause, "partitions go");
-        let timeout = if lost { Duration::ZERO } else { self.revoke_timeout };
-        if lost {
-            for owned in partitions.iter().filter_map(|partition| self.ledger.get(partition)) {
-                owned.lease.end();
-            }
-        } else if let Err(error) = self.consumer.pause(&list) {
+        if !lost && let Err(error) = self.consumer.pause(&list) {
             tracing::debug!(%error, "pausing what is revoked");
         }
-        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + timeout });
+        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + self.revoke_timeout });
     }
 
     pub(super) fn is_revoking(&self, partition: &Partition) -> bool {
@@ -146,15 +139,15 @@ impl Source {
     /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
     /// or time is up.
     pub(super) fn finish_revoking(&mut self) {
-        let Some(mut revoking) = self.revoking.take() else { return };
-        if self.consumer.assignment_lost() {
-            // The session expired meanwhile: it is too late to finish in good order.
+        let Some(revoking) = self.revoking.take() else { return };
+        let lost = self.consumer.assignment_lost();
+        if lost {
+            // The session expired, before or meanwhile: it is too late to finish in good order.
             for owned in revoking.partitions.iter().filter_map(|partition| self.ledger.get(partition)) {
                 owned.lease.end();
             }
-            revoking.deadline = Instant::now();
         }
-        let late = Instant::now() >= revoking.deadline;
+        let late = lost || Instant::now() >= revoking.deadline;
         let in_flight = |ledger: &Ledger| {
             revoking
                 .partitions

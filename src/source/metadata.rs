@@ -3,7 +3,11 @@
 
 use std::collections::BTreeSet;
 
+use rdkafka::error::KafkaResult;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::{Deserialize, Serialize};
+
+use crate::record::Partition;
 
 /// Kafka takes 4,096 bytes (`offset.metadata.max.bytes`).
 const ROOM: usize = 3000;
@@ -29,8 +33,20 @@ impl Metadata {
         serde_json::from_str(text).ok()
     }
 
-    pub fn text(&self) -> String {
+    fn text(&self) -> String {
         serde_json::to_string(self).expect("strings have a JSON form")
+    }
+
+    /// Adds an offset to be committed, with this beside it.
+    pub fn add_to(
+        &self,
+        list: &mut TopicPartitionList,
+        partition: &Partition,
+        offset: i64,
+    ) -> KafkaResult<()> {
+        let mut element = list.add_partition(&partition.topic, partition.number);
+        element.set_metadata(self.text());
+        element.set_offset(Offset::Offset(offset))
     }
 
     pub fn suspects(&self) -> BTreeSet<i64> {

@@ -37,9 +37,7 @@ impl Source {
         for (partition, offset) in offsets {
             let suspects = self.ledger.get(partition).map(|owned| owned.suspects.clone()).unwrap_or_default();
             let kept = Metadata::new(&self.wiring.model, &self.wiring.digest, &suspects);
-            let mut element = list.add_partition(&partition.topic, partition.number);
-            element.set_metadata(kept.text());
-            if let Err(error) = element.set_offset(Offset::Offset(*offset)) {
+            if let Err(error) = kept.add_to(&mut list, partition, *offset) {
                 tracing::warn!(%partition, offset, %error, "an offset that cannot be committed");
             }
         }
@@ -72,15 +70,13 @@ impl Source {
     /// A transaction was aborted: what it covered is read again, under new leases.
     pub(super) fn rewind(&mut self) -> Result<(), SourceError> {
         let again = self.ledger.rewind();
+        let mut list = TopicPartitionList::with_capacity(again.len());
         for (partition, offset) in &again {
             self.gatherer.forget(|p| p == partition);
             if self.is_revoking(partition) {
                 continue;
             }
             tracing::info!(%partition, offset, "read again");
-        }
-        let mut list = TopicPartitionList::with_capacity(again.len());
-        for (partition, offset) in again.iter().filter(|(partition, _)| !self.is_revoking(partition)) {
             if let Err(error) =
                 list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(*offset))
             {

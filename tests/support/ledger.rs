@@ -4,11 +4,10 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::message::Message;
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::{Got, Place, unique};
+use super::{Got, Place, from_the_beginning, unique};
 
 /// Reads both output topics as they grow.
 pub struct Ledger {
@@ -22,36 +21,25 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// `read_committed` or `read_uncommitted`.
-    pub fn of(place: &Place, isolation: &str) -> Self {
+    /// As a reader of `read_committed` has it.
+    pub fn of(place: &Place) -> Self {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", &place.brokers)
             .set("group.id", unique("ledger"))
             .set("enable.auto.commit", "false")
-            .set("isolation.level", isolation)
+            .set("isolation.level", "read_committed")
             .set("fetch.message.max.bytes", "20000000")
             .set("reconnect.backoff.max.ms", "1000")
             .set("log_level", "0")
             .create()
             .expect("a consumer");
-        let mut list = TopicPartitionList::new();
-        for topic in [&place.output, &place.dead] {
-            // A broker may not know a topic yet that was just made.
-            let count = super::until("the topics", || {
-                let metadata = consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
-                metadata.topics().first().map(|topic| topic.partitions().len()).filter(|&count| count > 0)
-            });
-            for partition in 0..count as i32 {
-                list.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
-            }
-        }
-        consumer.assign(&list).expect("assigned");
+        from_the_beginning(&consumer, &[&place.output, &place.dead]);
         Self { consumer, seen: HashMap::new(), last: HashMap::new(), out_of_order: Vec::new() }
     }
 
     /// How many positions have an outcome now.
     pub fn count_of(place: &Place) -> usize {
-        let mut ledger = Self::of(place, "read_committed");
+        let mut ledger = Self::of(place);
         ledger.read(Duration::from_millis(300));
         ledger.count()
     }

@@ -97,15 +97,32 @@ impl Place {
         place
     }
 
-    pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
+    /// Asks the cluster for something.
+    pub fn administer<T>(
+        &self,
+        ask: impl AsyncFnOnce(&AdminClient<DefaultClientContext>, &AdminOptions) -> T,
+    ) -> T {
         let admin: AdminClient<DefaultClientContext> =
             ClientConfig::new().set("bootstrap.servers", &self.brokers).create().expect("a client");
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(ask(&admin, &AdminOptions::new()))
+    }
+
+    pub fn delete(&self, topic: &str) {
+        let gone = self.administer(async |admin, options| {
+            admin.delete_topics(&[topic], options).await.expect("an answer")
+        });
+        gone.into_iter().for_each(|result| drop(result.expect("deleted")));
+    }
+
+    pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
         let mut topic_ = NewTopic::new(topic, partitions, TopicReplication::Fixed(-1));
         for (key, value) in config {
             topic_ = topic_.set(key, value);
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let made = runtime.block_on(admin.create_topics([&topic_], &AdminOptions::new())).expect("an answer");
+        let made = self.administer(async |admin, options| {
+            admin.create_topics([&topic_], options).await.expect("an answer")
+        });
         made.into_iter().for_each(|result| drop(result.expect("a topic")));
     }
 
@@ -185,16 +202,7 @@ impl Place {
             .set("fetch.message.max.bytes", "20000000")
             .create()
             .expect("a consumer");
-        // A broker may not know a topic yet that was just made.
-        let count = until("the topic", || {
-            let metadata = consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
-            metadata.topics().first().map(|topic| topic.partitions().len()).filter(|&count| count > 0)
-        });
-        let mut list = TopicPartitionList::new();
-        for partition in 0..count as i32 {
-            list.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
-        }
-        consumer.assign(&list).expect("assigned");
+        from_the_beginning(&consumer, &[topic]);
         let mut got = Vec::new();
         let started = Instant::now();
         while !enough(&got) {
@@ -234,6 +242,22 @@ impl Place {
         let offset = elements[0].offset().to_raw().filter(|&o| o >= 0)?;
         Some((offset, elements[0].metadata().to_owned()))
     }
+}
+
+/// Has a consumer read topics from their beginnings, once it knows of them: a broker may not know a
+/// topic yet that was just made.
+fn from_the_beginning(consumer: &BaseConsumer, topics: &[&str]) {
+    let mut list = TopicPartitionList::new();
+    for topic in topics {
+        let count = until("the topic", || {
+            let metadata = consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
+            metadata.topics().first().map(|topic| topic.partitions().len()).filter(|&count| count > 0)
+        });
+        for partition in 0..count as i32 {
+            list.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
+        }
+    }
+    consumer.assign(&list).expect("assigned");
 }
 
 /// A record to produce.
