@@ -272,6 +272,10 @@ pub struct Batch {
     /// takes 512 at a time, or this where it is less: more gains nothing there.
     #[schemars(range(min = 1))]
     pub max_tokens: usize,
+    /// CPU cores that run batches, each one of its own at a time: as many as the process may use where
+    /// unset. A GPU is one lane.
+    #[schemars(range(min = 1))]
+    pub lanes: Option<usize>,
     /// How long one forward may take. One that takes longer ends the process, and on the next start its
     /// records run one by one: the one at fault becomes a dead letter.
     pub timeout: Wait,
@@ -279,7 +283,7 @@ pub struct Batch {
 
 impl Default for Batch {
     fn default() -> Self {
-        Self { max_tokens: 16384, timeout: Wait::millis(120_000) }
+        Self { max_tokens: 16384, lanes: None, timeout: Wait::millis(120_000) }
     }
 }
 

@@ -84,10 +84,8 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// `single_threaded`: what a lane computes stays on its thread (a CPU core's lane).
     pub fn start(
         count: usize,
-        single_threaded: bool,
         device: &str,
         model: Arc<dyn Forward>,
         budget: Arc<Budget>,
@@ -101,7 +99,6 @@ impl Lanes {
             metrics: Arc::clone(&metrics),
             device: device.clone(),
             share: 1.0 / count as f64,
-            single_threaded,
             slot: Slot::default(),
         });
         let mut lanes = Self { work, queue, lanes: Vec::new(), make };
@@ -152,22 +149,12 @@ struct Lane {
     device: String,
     /// Of the device's time.
     share: f64,
-    single_threaded: bool,
     /// What it is at.
     slot: Slot,
 }
 
 impl Lane {
     fn run(&self, queue: &Receiver<Work>) {
-        // Candle spreads multiplications over the rayon pool of the thread that asks: one of its
-        // own keeps them on this core, so that lanes never wait for each other.
-        let _pool = self.single_threaded.then(|| {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(1)
-                .use_current_thread()
-                .build()
-                .expect("a pool of this thread")
-        });
         for work in queue {
             let mut done = Done {
                 window: work.window,

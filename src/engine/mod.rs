@@ -61,6 +61,8 @@ pub enum EngineError<W> {
 pub struct Limits {
     /// `batch.max_tokens`.
     pub max_tokens: usize,
+    /// `batch.lanes`.
+    pub lanes: Option<usize>,
     /// `batch.timeout`.
     pub timeout: Duration,
 }
@@ -70,7 +72,6 @@ pub struct Engine {
     model: Arc<dyn Forward>,
     budget: Arc<Budget>,
     lanes: usize,
-    single_threaded: bool,
     device: String,
     timeout: Duration,
     metrics: Arc<Metrics>,
@@ -81,24 +82,23 @@ impl Engine {
     pub fn new(model: Arc<Model>, canary: Tokens, limits: Limits, metrics: Arc<Metrics>) -> Self {
         let cpu = model.placement.is_cpu();
         let (lanes, budget) = match cpu {
-            true => (cores(), limits.max_tokens.min(CORE_TOKENS)),
+            true => (limits.lanes.unwrap_or_else(cores), limits.max_tokens.min(CORE_TOKENS)),
             false => (1, limits.max_tokens),
         };
         let device = model.placement.name.clone();
         let limits = Limits { max_tokens: budget, ..limits };
-        Self::with(Arc::new(OnDevice { model, canary }), lanes, limits, cpu, device, metrics)
+        Self::with(Arc::new(OnDevice { model, canary }), lanes, limits, device, metrics)
     }
 
     fn with(
         model: Arc<dyn Forward>,
         lanes: usize,
         limits: Limits,
-        single_threaded: bool,
         device: String,
         metrics: Arc<Metrics>,
     ) -> Self {
         let budget = Arc::new(Budget::new(limits.max_tokens));
-        Self { model, budget, lanes, single_threaded, device, timeout: limits.timeout, metrics }
+        Self { model, budget, lanes, device, timeout: limits.timeout, metrics }
     }
 
     pub fn lanes(&self) -> usize {
@@ -128,7 +128,6 @@ impl Engine {
         let look = (self.timeout / 4).min(Duration::from_secs(1));
         let mut lanes = Lanes::start(
             self.lanes,
-            self.single_threaded,
             &self.device,
             Arc::clone(&self.model),
             Arc::clone(&self.budget),
@@ -346,8 +345,8 @@ mod tests {
             Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
         let metrics = Arc::new(Metrics::new());
         let model: Arc<dyn Forward> = Arc::clone(&fake) as _;
-        let limits = Limits { max_tokens: 10_000, timeout: Duration::from_millis(200) };
-        (Engine::with(model, lanes, limits, false, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
+        let limits = Limits { max_tokens: 10_000, lanes: None, timeout: Duration::from_millis(200) };
+        (Engine::with(model, lanes, limits, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
     }
 
     #[test]

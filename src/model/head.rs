@@ -5,19 +5,12 @@ use candle_nn::VarBuilder;
 
 use super::architecture::Architecture;
 use super::encoder::{Dense, Packed};
-
-/// How a sequence's tokens become one vector.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pooling {
-    Mean,
-    First,
-    Last,
-}
+use super::ops::{Pooling, Scratch, Slot};
 
 /// What follows the encoder.
 pub enum Head {
     /// Logits, one per label.
-    Classifier { pooling: Pooling, layers: ClassifierLayers, labels: usize },
+    Classifier { pooling: Pooling, layers: Box<ClassifierLayers>, labels: usize },
     /// The pooled vector itself.
     Embedding { pooling: Pooling },
 }
@@ -44,53 +37,20 @@ impl Head {
             Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(c.dense))?;
         let out = Dense::new((a.hidden, labels), true, None, None, root.pp(c.out))?;
         let pooling = if c.mean { Pooling::Mean } else { Pooling::First };
-        Ok(Head::Classifier { pooling, layers: ClassifierLayers { hidden, out }, labels })
+        Ok(Head::Classifier { pooling, layers: Box::new(ClassifierLayers { hidden, out }), labels })
     }
 
     /// `[sequences, width]` in f32, in the order of the token axis.
-    pub fn forward(&self, x: &Tensor, batch: &Packed) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, batch: &Packed, scratch: &Scratch) -> Result<Tensor> {
+        let out = scratch.at(Slot::Pooled, x.device());
         let rows = match self {
-            Head::Embedding { pooling } => pool(x, *pooling, batch)?,
+            Head::Embedding { pooling } => pooling.forward(x, batch, out)?,
             Head::Classifier { pooling, layers, .. } => {
-                layers.out.forward(&layers.hidden.forward(&pool(x, *pooling, batch)?)?)?
+                let pooled = pooling.forward(x, batch, out)?;
+                let hidden = layers.hidden.forward(&pooled, scratch, Slot::Hidden)?;
+                layers.out.forward(&hidden, scratch, Slot::Logits)?
             }
         };
         rows.to_dtype(DType::F32)
     }
-}
-
-/// `[tokens, hidden]` to `[sequences, hidden]`.
-fn pool(x: &Tensor, pooling: Pooling, batch: &Packed) -> Result<Tensor> {
-    match pooling {
-        Pooling::First => edge(x, batch, 0),
-        Pooling::Last => edge(x, batch, 1),
-        Pooling::Mean => {
-            let hidden = x.dim(1)?;
-            let means = batch
-                .runs()
-                .iter()
-                .map(|run| {
-                    x.narrow(0, run.start, run.sequences * run.length)?
-                        .reshape((run.sequences, run.length, hidden))?
-                        .to_dtype(DType::F32)?
-                        .mean(1)?
-                        .to_dtype(x.dtype())
-                })
-                .collect::<Result<Vec<_>>>()?;
-            Tensor::cat(&means, 0)
-        }
-    }
-}
-
-/// The first (`side` 0) or last (`side` 1) token of each sequence.
-fn edge(x: &Tensor, batch: &Packed, side: usize) -> Result<Tensor> {
-    let rows: Vec<u32> = batch
-        .runs()
-        .iter()
-        .flat_map(|run| {
-            (0..run.sequences).map(|i| (run.start + i * run.length + side * (run.length - 1)) as u32)
-        })
-        .collect();
-    let count = rows.len();
-    x.index_select(&Tensor::from_vec(rows, count, x.device())?, 0)
 }

@@ -1,6 +1,5 @@
 //! A model: files, placement, tokenizer, encoder and head together.
 
-use candle_core::DType;
 use candle_nn::VarBuilder;
 use std::collections::HashMap;
 
@@ -8,8 +7,9 @@ use super::architecture::{Architecture, ConfigError};
 use super::device::Placement;
 use super::encoder::{Encoder, Packed};
 use super::files::{Files, FilesError, pooling_file};
-use super::head::{Head, Pooling};
+use super::head::Head;
 use super::message;
+use super::ops::Pooling;
 use super::tokenize::{Tokenizer, Tokens};
 
 #[derive(Debug, thiserror::Error)]
@@ -143,9 +143,9 @@ impl Model {
     /// `[batch, width]`, row after row, in the order of the batch.
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Vec<f32>> {
         let packed = Packed::new(batch);
-        let hidden = self.encoder.forward(&packed)?;
-        let rows =
-            self.head.forward(&hidden, &packed)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        let rows = self.encoder.forward(&packed, |hidden, scratch| {
+            self.head.forward(hidden, &packed, scratch)?.flatten_all()?.to_vec1::<f32>()
+        })?;
         let mut out = vec![0.0; rows.len()];
         for (place, &i) in packed.order().iter().enumerate() {
             out[i * self.width..][..self.width].copy_from_slice(&rows[place * self.width..][..self.width]);

@@ -9,14 +9,16 @@ mod files;
 mod head;
 mod hub;
 mod load;
+mod ops;
 mod tokenize;
 
 pub use device::Placement;
 pub use digest::Digest;
 pub use encoder::{Encoder, Packed};
 pub use files::{Files, FilesError};
-pub use head::{Head, Pooling};
+pub use head::Head;
 pub use load::{Embedding, Model, ModelError, Output};
+pub use ops::Pooling;
 pub use tokenize::{Tokenizer, Tokens};
 
 /// The message of an error of Candle's, which carries a backtrace below it.

@@ -87,7 +87,8 @@ impl Task {
             .map_err(|error| TaskError::Model { model: model.clone(), error })?;
         let loaded = Arc::new(loaded);
         let canary = loaded.tokens("kandle").map_err(TaskError::Forward)?;
-        let limits = Limits { max_tokens: settings.batch.max_tokens, timeout: settings.batch.timeout.0 };
+        let batch = &settings.batch;
+        let limits = Limits { max_tokens: batch.max_tokens, lanes: batch.lanes, timeout: batch.timeout.0 };
         let engine = Engine::new(Arc::clone(&loaded), canary.clone(), limits, Arc::clone(metrics));
         engine.run(vec![Some(canary)]).map_err(TaskError::Forward)?;
         let predict: Box<dyn Predict> = match kind {

@@ -8,6 +8,8 @@ mod roberta;
 
 use serde_json::Value;
 
+pub use super::ops::Activation;
+
 /// The architectures, by config.json's `model_type`: an architecture is one line here and a file.
 const KNOWN: &[(&str, Describe)] = &[
     ("bert", bert::describe),
@@ -102,17 +104,6 @@ pub enum FeedForward {
     Plain(Activation),
     /// `up` gives two halves; the activated first is multiplied by the second (GeGLU, arXiv:2002.05202).
     Gated(Activation),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// x Φ(x), by the error function.
-    Gelu,
-    /// Its approximation by tanh.
-    GeluTanh,
-    Relu,
-    Silu,
-    Tanh,
 }
 
 /// The tensors between a pooled sequence and its logits.

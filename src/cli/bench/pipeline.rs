@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use clap::{Args, Subcommand};
+use clap::Args;
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -20,14 +20,8 @@ use serde::Serialize;
 
 use crate::cluster;
 use crate::pipeline::{self, Shared};
-use crate::settings::{self, Settings, Sources};
+use crate::settings::Settings;
 use crate::task::Task;
-
-#[derive(Subcommand)]
-pub enum Command {
-    /// The pipeline without a model, against a bare consume, produce, commit loop on the same broker
-    Pipeline(Options),
-}
 
 #[derive(Args)]
 pub struct Options {
@@ -79,8 +73,7 @@ struct Round {
     exactly_once: f64,
 }
 
-pub fn bench(command: Command) -> anyhow::Result<()> {
-    let Command::Pipeline(options) = command;
+pub fn bench(options: Options) -> anyhow::Result<()> {
     let name = format!("kandle-bench-{}", std::process::id());
     let topics = [format!("{name}-in"), format!("{name}-out"), format!("{name}-dead")];
     let admin: AdminClient<DefaultClientContext> = client(&options).create()?;
@@ -100,7 +93,7 @@ pub fn bench(command: Command) -> anyhow::Result<()> {
     }
     let Some(report) = result? else { return Ok(()) };
     if options.json {
-        println!("{}", super::pretty(&serde_json::to_value(&report)?));
+        println!("{}", super::super::pretty(&serde_json::to_value(&report)?));
     } else {
         for Round { bare, bare_with_headers, at_least_once, exactly_once } in &report.rounds {
             println!(
@@ -307,8 +300,5 @@ fn pipeline_settings(
         format!("dead_letters.topic={dead}"),
     ];
     set.extend(options.set.iter().cloned());
-    let loaded = settings::load(&Sources { set, ..Sources::default() });
-    loaded.map(|loaded| loaded.settings).map_err(|faults| {
-        anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
-    })
+    super::settings(set)
 }

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Makes the models and texts that the engine's benchmark runs over.
+
+    python3 benches/peers/make.py FOLDER
+
+Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`) and BERT-base (`base`): what a forward
+costs does not depend on what the weights are. A WordPiece vocabulary of 30,522 made-up words and
+word parts; texts of such words, by tokens with the special ones:
+
+    short.jsonl  2,000 texts of 33 tokens, 25 to 41
+    mixed.jsonl  2,000 texts of 33 tokens on average, 3 to 228 (log-normal): what inboxes look like
+    long.jsonl     300 texts of 250 tokens, 150 to 350
+    equal.jsonl  2,000 texts of 33 tokens each
+"""
+
+import json
+import pathlib
+import random
+import sys
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+SHAPES = {
+    "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+}
+VOCABULARY = 30522
+LIMIT = 512
+
+
+def words(rng):
+    """Made-up words, the frequent ones short."""
+    parts = [c + v for c in "bcdfghjklmnprstvz" for v in ["a", "e", "i", "o", "u", "an", "er", "is"]]
+    seen = {}
+    while len(seen) < 24000:
+        seen["".join(rng.choice(parts) for _ in range(rng.choice([1, 2, 2, 3, 3, 4])))] = True
+    return list(seen), parts
+
+
+def tokenizer(rng):
+    whole, parts = words(rng)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + list("abcdefghijklmnopqrstuvwxyz")
+    vocabulary += ["##" + c for c in "abcdefghijklmnopqrstuvwxyz"] + whole + ["##" + p for p in parts]
+    vocabulary = list(dict.fromkeys(vocabulary))
+    vocabulary += [f"[unused{i}]" for i in range(VOCABULARY - len(vocabulary))]
+    tok = Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tok.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tok.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tok, model_max_length=LIMIT, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
+        unk_token="[UNK]", mask_token="[MASK]")
+    return wrapped, whole, parts
+
+
+def text(rng, tok, whole, parts, tokens):
+    """Exactly so many tokens, the two special ones counted; one word in ten is two pieces."""
+    out = []
+    left = tokens - 2
+    while left > 0:
+        word = rng.choice(whole)
+        if left > 1 and rng.random() < 0.1:
+            word += rng.choice(parts) + rng.choice("bcdfg")
+        cost = len(tok.tokenize(word))
+        if cost <= left:
+            out.append(word)
+            left -= cost
+    return " ".join(out)
+
+
+def main(folder):
+    rng = random.Random(20261124)
+    tok, whole, parts = tokenizer(rng)
+    lengths = {
+        "short": [rng.randint(25, 41) for _ in range(2000)],
+        "mixed": [min(228, max(3, round(rng.lognormvariate(3.22, 0.75)))) for _ in range(2000)],
+        "long": [rng.randint(150, 350) for _ in range(300)],
+        "equal": [33] * 2000,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, all_lengths in lengths.items():
+        lines = [json.dumps({"text": text(rng, tok, whole, parts, n)}) for n in all_lengths]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        print(name, len(lines), "texts", sum(all_lengths) / len(all_lengths), "tokens on average", max(all_lengths), "at most")
+    for name, shape in SHAPES.items():
+        torch.manual_seed(7)
+        model = BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LIMIT, **shape)).eval()
+        out = folder / name
+        model.save_pretrained(out)
+        tok.save_pretrained(out)
+        (out / "modules.json").write_text(json.dumps([
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}]))
+        (out / "1_Pooling").mkdir(exist_ok=True)
+        (out / "2_Normalize").mkdir(exist_ok=True)
+        (out / "1_Pooling" / "config.json").write_text(json.dumps(
+            {"word_embedding_dimension": shape["hidden_size"], "pooling_mode_mean_tokens": True}))
+        (out / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT, "do_lower_case": False}))
+        print(name, sum(p.numel() for p in model.parameters()), "parameters")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,201 @@
+//! `bench engine`: the stages prepare and infer of the pipeline over a file of texts, as `run` has
+//! them: windows of texts are tokenised on all cores while the window before is on the lanes.
+
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use crossbeam_channel::bounded;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::engine::Request;
+use crate::model::Tokens;
+use crate::task::{Task, TextTask};
+use crate::telemetry::Metrics;
+
+#[derive(Args)]
+pub struct Options {
+    /// A directory with config.json, tokenizer.json and *.safetensors, a hub id, or `bundled`
+    #[arg(long)]
+    model: String,
+    /// Texts: one JSON object a line, with `text`
+    #[arg(long)]
+    input: PathBuf,
+    /// Cores to use (all that the process may use where unset)
+    #[arg(long)]
+    threads: Option<usize>,
+    /// auto, cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// auto, f32, bf16, f16 or int8
+    #[arg(long, default_value = "auto")]
+    dtype: String,
+    /// Texts in a window
+    #[arg(long, default_value_t = 1024)]
+    window: usize,
+    /// Times that the file is gone through; the fastest counts
+    #[arg(long, default_value_t = 1)]
+    rounds: usize,
+    /// Where the embeddings go: one JSON object a line, with `embedding`
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// One setting more, as for `run`
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// The result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    text: String,
+}
+
+#[derive(Serialize)]
+struct Report {
+    records: usize,
+    tokens: u64,
+    seconds: f64,
+    records_per_second: f64,
+    tokens_per_second: f64,
+    /// Of all positions computed, those that no text has.
+    padding_ratio: f64,
+    peak_rss_bytes: u64,
+    dtype: String,
+    device: String,
+    threads: usize,
+}
+
+/// A window between tokenising and the lanes.
+type Window = Vec<Option<Tokens>>;
+
+pub fn bench(options: &Options) -> anyhow::Result<()> {
+    let mut set = vec![
+        // What a job needs and a measurement does not.
+        "kafka.brokers=none:1".to_owned(),
+        "input.topics=none".to_owned(),
+        "input.group=none".to_owned(),
+        "input.format=text".to_owned(),
+        "output.topic=predictions".to_owned(),
+        "dead_letters.topic=dead".to_owned(),
+        "task.kind=text-embedding".to_owned(),
+        format!("model.source={}", options.model),
+        format!("model.device={}", options.device),
+        format!("model.dtype={}", options.dtype),
+    ];
+    if let Some(threads) = options.threads {
+        set.push(format!("batch.lanes={threads}"));
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    set.extend(options.set.iter().cloned());
+    let settings = super::settings(set)?;
+    let file = std::fs::File::open(&options.input).with_context(|| options.input.display().to_string())?;
+    let texts = BufReader::new(file)
+        .lines()
+        .map(|line| anyhow::Ok(serde_json::from_str::<Line>(&line?)?.text))
+        .collect::<Result<Vec<_>, _>>()
+        .with_context(|| options.input.display().to_string())?;
+    let metrics = Arc::new(Metrics::new());
+    let task = Task::load(&settings, &metrics)?;
+    let text = task.text.as_ref().context("the task reads texts")?;
+
+    let (mut seconds, mut tokens, mut rows) = (f64::INFINITY, 0, Vec::new());
+    for _ in 0..options.rounds {
+        let before = metrics.tokens.get();
+        let started = Instant::now();
+        rows = run(text, &texts, options.window, &metrics)?;
+        seconds = seconds.min(started.elapsed().as_secs_f64());
+        tokens = metrics.tokens.get() - before;
+    }
+    if let Some(path) = &options.output {
+        let mut out = BufWriter::new(std::fs::File::create(path)?);
+        let mut line = Vec::new();
+        for row in rows.chunks(text.model.width()) {
+            line.clear();
+            text.write(row, "", &mut line).map_err(|e| anyhow::anyhow!(e.message))?;
+            line.push(b'\n');
+            out.write_all(&line)?;
+        }
+        out.flush()?;
+    }
+    let padding = &metrics.batch_padding;
+    let report = Report {
+        records: texts.len(),
+        tokens,
+        seconds,
+        records_per_second: texts.len() as f64 / seconds,
+        tokens_per_second: tokens as f64 / seconds,
+        padding_ratio: padding.get_sample_sum() / padding.get_sample_count() as f64,
+        peak_rss_bytes: peak_rss()?,
+        dtype: task.dtype.clone(),
+        device: task.device.clone(),
+        threads: text.engine.lanes(),
+    };
+    if options.json {
+        println!("{}", super::super::pretty(&serde_json::to_value(&report)?));
+    } else {
+        println!(
+            "{} records, {} tokens in {:.2} s: {:.0} records/s, {:.0} tokens/s ({} on {}, {} lanes, {} MiB at most)",
+            report.records,
+            report.tokens,
+            report.seconds,
+            report.records_per_second,
+            report.tokens_per_second,
+            report.dtype,
+            report.device,
+            report.threads,
+            report.peak_rss_bytes >> 20,
+        );
+    }
+    Ok(())
+}
+
+/// `[texts, width]`.
+fn run(task: &TextTask, texts: &[String], window: usize, metrics: &Metrics) -> anyhow::Result<Vec<f32>> {
+    let (prepared, windows) = bounded::<Window>(1);
+    let mut rows = Vec::with_capacity(texts.len() * task.model.width());
+    let mut failed = None;
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for texts in texts.chunks(window) {
+                let tokens = texts.par_iter().with_min_len(8).map(|text| task.prepare(text).ok()).collect();
+                if prepared.send(tokens).is_err() {
+                    return;
+                }
+            }
+        });
+        let open = |tokens: Window| {
+            let total = tokens.iter().flatten().map(|t| t.ids.len()).sum::<usize>();
+            metrics.tokens.inc_by(total as u64);
+            let batches = task.engine.plan(&tokens, |_| false);
+            Request { window: tokens.iter().position(Option::is_none), tokens, batches }
+        };
+        task.engine.serve(
+            &windows,
+            open,
+            |response| {
+                failed = failed.or(response.window).or(response.failed.first().map(|(i, _)| *i as usize));
+                rows.extend(response.rows);
+                failed.is_none()
+            },
+            |_| {},
+        )
+    })
+    .map_err(|e| anyhow::anyhow!("{e}"))?;
+    match failed {
+        None => Ok(rows),
+        Some(line) => bail!("text {line} of a window has no embedding"),
+    }
+}
+
+/// The most memory that the process has had resident.
+fn peak_rss() -> anyhow::Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()? << 10)
+}

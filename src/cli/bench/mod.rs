@@ -1,0 +1,30 @@
+//! `bench`: measures the engine alone, or the pipeline on a broker.
+
+mod engine;
+mod pipeline;
+
+use clap::Subcommand;
+
+use crate::settings::{self, Settings, Sources};
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// A model over a file of texts, tokenising included, without Kafka
+    Engine(engine::Options),
+    /// The pipeline without a model, against a bare consume, produce, commit loop on the same broker
+    Pipeline(pipeline::Options),
+}
+
+pub fn bench(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Engine(options) => engine::bench(&options),
+        Command::Pipeline(options) => pipeline::bench(options),
+    }
+}
+
+fn settings(set: Vec<String>) -> anyhow::Result<Settings> {
+    let loaded = settings::load(&Sources { set, ..Sources::default() });
+    loaded.map(|loaded| loaded.settings).map_err(|faults| {
+        anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+    })
+}

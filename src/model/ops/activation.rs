@@ -1,0 +1,177 @@
+//! Activations: element by element, on their own or behind a multiplication, and gated.
+
+use candle_core::{CpuStorage, D, InplaceOp2, Layout, Result, Tensor};
+use pulp::{Simd, WithSimd};
+
+use super::simd::{dispatch, erf, sigmoid, tanh};
+use super::{Out, numbers, numbers_mut};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x Φ(x), by the error function.
+    Gelu,
+    /// Its approximation by tanh.
+    GeluTanh,
+    Relu,
+    Silu,
+    Tanh,
+}
+
+impl Activation {
+    /// In Candle's own operations, for devices that have no fused form.
+    pub(super) fn tensor(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Activation::Gelu => x.gelu_erf(),
+            Activation::GeluTanh => x.gelu(),
+            Activation::Relu => x.relu(),
+            Activation::Silu => x.silu(),
+            Activation::Tanh => x.tanh(),
+        }
+    }
+
+    #[inline(always)]
+    fn of<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
+        let splat = |x| simd.splat_f32s(x);
+        match self {
+            Activation::Gelu => {
+                let half = simd.mul_f32s(x, splat(0.5));
+                let erf = erf(simd, simd.mul_f32s(x, splat(std::f32::consts::FRAC_1_SQRT_2)));
+                simd.mul_add_e_f32s(half, erf, half)
+            }
+            Activation::GeluTanh => {
+                // 0.5 x (1 + tanh z) = x sigmoid(2z), z = √(2/π) (x + 0.044715 x³).
+                let cube = simd.mul_f32s(simd.mul_f32s(x, x), x);
+                let inner = simd.mul_add_e_f32s(cube, splat(0.044_715), x);
+                simd.mul_f32s(x, sigmoid(simd, simd.mul_f32s(inner, splat(1.595_769))))
+            }
+            Activation::Relu => simd.max_f32s(x, splat(0.0)),
+            Activation::Silu => simd.mul_f32s(x, sigmoid(simd, x)),
+            Activation::Tanh => tanh(simd, x),
+        }
+    }
+}
+
+/// Every number of `x`, in place.
+#[inline(always)]
+pub(super) fn activate<S: Simd>(simd: S, activation: Activation, x: &mut [f32]) {
+    // The choice is made outside of the loop.
+    macro_rules! each {
+        ($($name:ident),*) => {
+            match activation {
+                $(Activation::$name => {
+                    let (vectors, rest) = S::as_mut_simd_f32s(x);
+                    for x in vectors {
+                        *x = Activation::$name.of(simd, *x);
+                    }
+                    if !rest.is_empty() {
+                        let y = Activation::$name.of(simd, simd.partial_load_f32s(rest));
+                        simd.partial_store_f32s(rest, y);
+                    }
+                })*
+            }
+        };
+    }
+    each!(Gelu, GeluTanh, Relu, Silu, Tanh);
+}
+
+/// `[tokens, 2 × width]` to `[tokens, width]`: the first half, activated, times the second
+/// (GeGLU, arXiv:2002.05202).
+pub fn gated(x: &Tensor, activation: Activation, out: Out<'_>) -> Result<Tensor> {
+    let (tokens, twice) = x.dims2()?;
+    let width = twice / 2;
+    match out.view(tokens, width)? {
+        Some(y) => {
+            y.inplace_op2(x, &Gated { activation, width })?;
+            Ok(y)
+        }
+        None => {
+            let first = activation.tensor(&x.narrow(D::Minus1, 0, width)?.contiguous()?)?;
+            first * x.narrow(D::Minus1, width, width)?
+        }
+    }
+}
+
+struct Gated {
+    activation: Activation,
+    width: usize,
+}
+
+impl InplaceOp2 for Gated {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        layout: &Layout,
+        x: &CpuStorage,
+        x_layout: &Layout,
+    ) -> Result<()> {
+        let (out, x) = (numbers_mut(out, layout)?, numbers(x, x_layout)?);
+        dispatch(Rows { out, x, gated: self });
+        Ok(())
+    }
+}
+
+struct Rows<'a> {
+    out: &'a mut [f32],
+    x: &'a [f32],
+    gated: &'a Gated,
+}
+
+impl WithSimd for Rows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let width = self.gated.width;
+        for (out, x) in self.out.chunks_mut(width).zip(self.x.chunks(2 * width)) {
+            let (first, second) = x.split_at(width);
+            out.copy_from_slice(first);
+            activate(simd, self.gated.activation, out);
+            let (vectors, rest) = S::as_mut_simd_f32s(out);
+            let (others, others_rest) = S::as_simd_f32s(second);
+            for (x, &y) in vectors.iter_mut().zip(others) {
+                *x = simd.mul_f32s(*x, y);
+            }
+            for (x, &y) in rest.iter_mut().zip(others_rest) {
+                *x *= y;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    struct All<'a>(Activation, &'a mut [f32]);
+
+    impl WithSimd for All<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            activate(simd, self.0, self.1);
+        }
+    }
+
+    #[test]
+    fn as_candle_has_them_in_f64() {
+        let x: Vec<f32> = (0..24_001).map(|i| (i as f32 - 12_000.0) / 1000.0).collect();
+        let exact = Tensor::from_vec(x.iter().map(|&x| f64::from(x)).collect(), x.len(), &Device::Cpu);
+        let exact = exact.unwrap();
+        use Activation::*;
+        for activation in [Gelu, GeluTanh, Relu, Silu, Tanh] {
+            let mut got = x.clone();
+            dispatch(All(activation, &mut got));
+            let want = activation.tensor(&exact).unwrap().to_vec1::<f64>().unwrap();
+            for ((x, got), want) in x.iter().zip(got).zip(want) {
+                let error = (f64::from(got) - want).abs();
+                assert!(error <= 1e-6 * want.abs().max(1.0), "{activation:?}({x}) is {got}, not {want}");
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! From token ids to the first layer's input: rows of tables, added up and normalised.
+
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Storage, Tensor};
+use pulp::{Simd, WithSimd};
+
+use super::norm::{Norm, add_norm};
+use super::simd::dispatch;
+use super::{Out, numbers, numbers_mut};
+use crate::model::encoder::Packed;
+
+pub struct Embedding {
+    /// `[vocabulary, hidden]`.
+    pub word: Tensor,
+    /// `[positions, hidden]`, and the row of a sequence's first token.
+    pub positions: Option<(Tensor, usize)>,
+    /// `[types, hidden]`.
+    pub types: Option<Tensor>,
+    pub norm: Norm,
+}
+
+impl Embedding {
+    /// `[tokens, hidden]`. An id outside of its table is an error.
+    pub fn forward(&self, batch: &Packed, out: Out<'_>) -> Result<Tensor> {
+        let (vocabulary, hidden) = self.word.dims2()?;
+        // Checked here: a GPU would read past the table.
+        if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= vocabulary) {
+            candle_core::bail!("token id {id} is outside the model's vocabulary of {vocabulary}");
+        }
+        if let (Some(table), Some(types)) = (&self.types, batch.type_ids()) {
+            let count = table.dim(0)?;
+            if let Some(id) = types.iter().find(|&&id| id as usize >= count) {
+                candle_core::bail!("token type {id}, and the model has {count}");
+            }
+        }
+        match out.view(batch.tokens(), hidden)? {
+            Some(y) => {
+                y.inplace_op1(&Sum { embedding: self, batch })?;
+                Ok(y)
+            }
+            None => self.tensors(batch, self.word.device()),
+        }
+    }
+
+    /// In Candle's own operations.
+    pub(super) fn tensors(&self, batch: &Packed, device: &Device) -> Result<Tensor> {
+        let total = batch.tokens();
+        let rows =
+            |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::from_slice(ids, total, device)?, 0);
+        let mut x = rows(&self.word, batch.ids())?;
+        if let Some((table, first)) = &self.positions {
+            let mut positions = Vec::with_capacity(total);
+            for length in batch.lengths() {
+                positions.extend(*first as u32..(first + length) as u32);
+            }
+            x = (x + rows(table, &positions)?)?;
+        }
+        if let Some(table) = &self.types {
+            x = match batch.type_ids() {
+                Some(types) => (x + rows(table, types)?)?,
+                None => x.broadcast_add(&table.narrow(0, 0, 1)?)?,
+            };
+        }
+        self.norm.tensor(&x)
+    }
+}
+
+struct Sum<'a> {
+    embedding: &'a Embedding,
+    batch: &'a Packed,
+}
+
+impl InplaceOp1 for Sum<'_> {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn cpu_fwd(&self, out: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let Embedding { word, positions, types, norm } = self.embedding;
+        let guards = [Some(word), positions.as_ref().map(|(table, _)| table), types.as_ref()]
+            .map(|table| table.map(Tensor::storage_and_layout));
+        let mut tables = [None; 3];
+        for (table, guard) in tables.iter_mut().zip(&guards) {
+            if let Some((storage, layout)) = guard {
+                let Storage::Cpu(storage) = &**storage else {
+                    candle_core::bail!("a table is not on the CPU")
+                };
+                *table = Some(numbers(storage, layout)?);
+            }
+        }
+        let [Some(word), places, types] = tables else { unreachable!("there is a table of words") };
+        let hidden = norm.weight.elem_count();
+        let row = |table, row: usize| -> &[f32] { &<&[f32]>::clone(&table)[row * hidden..][..hidden] };
+        let out = numbers_mut(out, layout)?;
+        let (mut token, first) = (0, positions.as_ref().map_or(0, |(_, first)| *first));
+        for length in self.batch.lengths() {
+            for position in first..first + length {
+                let out = &mut out[token * hidden..][..hidden];
+                out.copy_from_slice(row(word, self.batch.ids()[token] as usize));
+                if let Some(table) = places {
+                    add(out, row(table, position));
+                }
+                if let Some(table) = types {
+                    add(out, row(table, self.batch.type_ids().map_or(0, |ids| ids[token] as usize)));
+                }
+                token += 1;
+            }
+        }
+        dispatch(Rows { out, norm });
+        Ok(())
+    }
+}
+
+fn add(out: &mut [f32], row: &[f32]) {
+    for (x, y) in out.iter_mut().zip(row) {
+        *x += y;
+    }
+}
+
+struct Rows<'a> {
+    out: &'a mut [f32],
+    norm: &'a Norm,
+}
+
+impl WithSimd for Rows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for row in self.out.chunks_mut(self.norm.weight.elem_count()) {
+            add_norm(simd, row, None, self.norm);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Layer normalisation (arXiv:1607.06450) of rows, with what is added before it.
+
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
+use candle_nn::VarBuilder;
+use pulp::{Simd, WithSimd};
+
+use super::simd::{dispatch, sum};
+use super::{Out, host, numbers, numbers_mut};
+
+pub struct Norm {
+    pub(super) weight: Tensor,
+    pub(super) bias: Tensor,
+    pub(super) eps: f32,
+    /// Weight and bias where they are on the CPU.
+    host: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+impl Norm {
+    pub fn load(size: usize, bias: bool, eps: f64, vb: VarBuilder<'_>) -> Result<Self> {
+        // Checkpoints from before PyTorch have the older names.
+        let (weight, bias_name) =
+            if vb.contains_tensor("gamma") { ("gamma", "beta") } else { ("weight", "bias") };
+        let weight = vb.get(size, weight)?;
+        let bias = if bias { vb.get(size, bias_name)? } else { weight.zeros_like()? };
+        let host = match weight.device().is_cpu() {
+            true => Some((host(&weight)?, host(&bias)?)),
+            false => None,
+        };
+        Ok(Self { weight, bias, eps: eps as f32, host })
+    }
+
+    /// `[tokens, size]`, each row to mean 0 and variance 1, then scaled and shifted.
+    pub fn forward(&self, x: &Tensor, out: Out<'_>) -> Result<Tensor> {
+        let (tokens, size) = x.dims2()?;
+        match out.view(tokens, size)? {
+            Some(y) => {
+                y.inplace_op2(x, self)?;
+                Ok(y)
+            }
+            None => self.tensor(x),
+        }
+    }
+
+    /// In Candle's own operation.
+    pub(super) fn tensor(&self, x: &Tensor) -> Result<Tensor> {
+        candle_nn::ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+}
+
+impl InplaceOp2 for Norm {
+    fn name(&self) -> &'static str {
+        "norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        layout: &Layout,
+        x: &CpuStorage,
+        x_layout: &Layout,
+    ) -> Result<()> {
+        let out = numbers_mut(out, layout)?;
+        out.copy_from_slice(numbers(x, x_layout)?);
+        dispatch(Rows { out, norm: self });
+        Ok(())
+    }
+}
+
+struct Rows<'a> {
+    out: &'a mut [f32],
+    norm: &'a Norm,
+}
+
+impl WithSimd for Rows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let size = self.norm.weight.elem_count();
+        for row in self.out.chunks_mut(size) {
+            add_norm(simd, row, None, self.norm);
+        }
+    }
+}
+
+/// One row, in place.
+#[inline(always)]
+pub(super) fn add_norm<S: Simd>(simd: S, row: &mut [f32], residual: Option<&[f32]>, norm: &Norm) {
+    let (weight, bias) = norm.host.as_ref().expect("the weights are on the CPU");
+    let size = row.len();
+    if let Some(residual) = residual {
+        let (vectors, rest) = S::as_mut_simd_f32s(row);
+        let (others, others_rest) = S::as_simd_f32s(&residual[..size]);
+        for (x, &y) in vectors.iter_mut().zip(others) {
+            *x = simd.add_f32s(*x, y);
+        }
+        for (x, &y) in rest.iter_mut().zip(others_rest) {
+            *x += y;
+        }
+    }
+    let mean = sum(simd, row, |x| x, |x| x) / size as f32;
+    let center = simd.splat_f32s(mean);
+    let square = |x| {
+        let x = simd.sub_f32s(x, center);
+        simd.mul_f32s(x, x)
+    };
+    let variance = sum(simd, row, square, |x| (x - mean) * (x - mean)) / size as f32;
+    let scale = 1.0 / (variance + norm.eps).sqrt();
+    let scales = simd.splat_f32s(scale);
+    let (vectors, rest) = S::as_mut_simd_f32s(row);
+    let (weights, weights_rest) = S::as_simd_f32s(&weight[..size]);
+    let (biases, biases_rest) = S::as_simd_f32s(&bias[..size]);
+    for ((x, &weight), &bias) in vectors.iter_mut().zip(weights).zip(biases) {
+        *x = simd.mul_add_e_f32s(simd.mul_f32s(simd.sub_f32s(*x, center), scales), weight, bias);
+    }
+    for ((x, &weight), &bias) in rest.iter_mut().zip(weights_rest).zip(biases_rest) {
+        *x = (*x - mean) * scale * weight + bias;
+    }
+}

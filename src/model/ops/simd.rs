@@ -1,0 +1,187 @@
+//! Vectors of f32, whatever the processor has: chosen once at run time among AVX-512, AVX2, NEON and
+//! plain numbers. One source for all of them, by the `pulp` crate.
+
+use std::sync::OnceLock;
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// Runs `op` with the processor's widest vectors.
+pub(super) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
+    static ARCH: OnceLock<Arch> = OnceLock::new();
+    ARCH.get_or_init(Arch::new).dispatch(op)
+}
+
+/// Numbers in a vector.
+pub(super) fn lanes() -> usize {
+    struct Lanes;
+    impl WithSimd for Lanes {
+        type Output = usize;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            S::F32_LANES
+        }
+    }
+    dispatch(Lanes)
+}
+
+/// c[0] + c[1] x + c[2] x² + …
+#[inline(always)]
+fn polynomial<S: Simd, const N: usize>(simd: S, x: S::f32s, c: [f32; N]) -> S::f32s {
+    let mut sum = simd.splat_f32s(c[N - 1]);
+    for &next in c[..N - 1].iter().rev() {
+        sum = simd.mul_add_e_f32s(sum, x, simd.splat_f32s(next));
+    }
+    sum
+}
+
+/// e^x within 2 units in the last place, by x = n ln 2 + r with |r| ≤ ln 2 / 2 and Cephes' polynomial
+/// (expf.c). Below -87 it is the smallest normal number, above 88 the largest power that is finite.
+#[inline(always)]
+pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    /// Adding it leaves the integer nearest to a number in the mantissa's low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let splat = |x| simd.splat_f32s(x);
+    let x = simd.min_f32s(simd.max_f32s(x, splat(-87.0)), splat(88.0));
+    let shifted = simd.mul_add_e_f32s(x, splat(std::f32::consts::LOG2_E), splat(ROUND));
+    let n = simd.sub_f32s(shifted, splat(ROUND));
+    // ln 2 in two parts, the first exact times any n.
+    let r = simd.mul_add_e_f32s(n, splat(-0.693_359_4), x);
+    let r = simd.mul_add_e_f32s(n, splat(2.121_944_4e-4), r);
+    let tail =
+        polynomial(simd, r, [0.5, 1.666_666_5e-1, 4.166_579_6e-2, 8.333_452e-3, 1.398_2e-3, 1.987_569_1e-4]);
+    let fraction = simd.mul_add_e_f32s(simd.mul_f32s(r, r), tail, simd.add_f32s(r, splat(1.0)));
+    let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(fraction), exponent))
+}
+
+/// The error function within 5e-7, by the quotient of polynomials that Eigen has for f32; ±1 beyond ±4.
+#[inline(always)]
+pub(super) fn erf<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let x = simd.min_f32s(simd.max_f32s(x, simd.splat_f32s(-4.0)), simd.splat_f32s(4.0));
+    let square = simd.mul_f32s(x, x);
+    let above = polynomial(
+        simd,
+        square,
+        [
+            -1.609_603_3e-2,
+            -2.954_599_8e-3,
+            -7.349_906_3e-4,
+            -5.692_506_5e-5,
+            -2.101_024_1e-6,
+            2.770_681_4e-8,
+            -2.726_142_3e-10,
+        ],
+    );
+    let below = polynomial(
+        simd,
+        square,
+        [-1.426_473_9e-2, -7.373_329_2e-3, -1.682_827e-3, -2.133_740_5e-4, -1.456_607_2e-5],
+    );
+    simd.div_f32s(simd.mul_f32s(x, above), below)
+}
+
+/// 1 / (1 + e^-x).
+#[inline(always)]
+pub(super) fn sigmoid<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let one = simd.splat_f32s(1.0);
+    simd.div_f32s(one, simd.add_f32s(one, exp(simd, simd.neg_f32s(x))))
+}
+
+/// The hyperbolic tangent: 2 sigmoid(2x) - 1.
+#[inline(always)]
+pub(super) fn tanh<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let twice = simd.add_f32s(x, x);
+    simd.mul_add_e_f32s(sigmoid(simd, twice), simd.splat_f32s(2.0), simd.splat_f32s(-1.0))
+}
+
+/// The sum over a slice: the vectors in four strands, then what is left over. The order depends on
+/// nothing but the length.
+#[inline(always)]
+pub(super) fn sum<S: Simd>(
+    simd: S,
+    x: &[f32],
+    of: impl Fn(S::f32s) -> S::f32s,
+    of_one: impl Fn(f32) -> f32,
+) -> f32 {
+    let (vectors, rest) = S::as_simd_f32s(x);
+    let mut strands = [simd.splat_f32s(0.0); 4];
+    let (fours, left) = vectors.as_chunks::<4>();
+    for four in fours {
+        for (strand, &x) in strands.iter_mut().zip(four) {
+            *strand = simd.add_f32s(*strand, of(x));
+        }
+    }
+    for (strand, &x) in strands.iter_mut().zip(left) {
+        *strand = simd.add_f32s(*strand, of(x));
+    }
+    let [a, b, c, d] = strands;
+    let total = simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
+    rest.iter().fold(total, |sum, &x| sum + of_one(x))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    struct Map<'a, F>(&'a mut [f32], F);
+
+    trait Function {
+        fn of<S: Simd>(&self, simd: S, x: S::f32s) -> S::f32s;
+    }
+
+    impl<F: Function> WithSimd for Map<'_, F> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+            assert!(rest.is_empty());
+            for x in vectors {
+                *x = self.1.of(simd, *x);
+            }
+        }
+    }
+
+    macro_rules! function {
+        ($name:ident, $of:path) => {
+            struct $name;
+            impl Function for $name {
+                #[inline(always)]
+                fn of<S: Simd>(&self, simd: S, x: S::f32s) -> S::f32s {
+                    $of(simd, x)
+                }
+            }
+        };
+    }
+    function!(Exp, exp);
+    function!(Erf, erf);
+    function!(Tanh, tanh);
+
+    /// The furthest that `got` is from `want` over -12 to 12.
+    fn worst(function: impl Function, want: impl Fn(&Tensor) -> Tensor, relative: bool) -> f64 {
+        let x: Vec<f32> = (0..1 << 16).map(|i| (i as f32 - 32768.0) * 12.0 / 32768.0).collect();
+        let mut got = x.clone();
+        dispatch(Map(&mut got, function));
+        let x = Tensor::from_vec(x.iter().map(|&x| f64::from(x)).collect(), 1 << 16, &Device::Cpu);
+        let want = want(&x.unwrap()).to_vec1::<f64>().unwrap();
+        let error = |(g, w): (&f32, &f64)| (f64::from(*g) - w).abs() / if relative { w.abs() } else { 1.0 };
+        got.iter().zip(&want).map(error).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn functions_are_as_exact_as_said() {
+        assert!(worst(Exp, |x| x.exp().unwrap(), true) < 2.4e-7);
+        assert!(worst(Erf, |x| x.erf().unwrap(), false) < 5e-7);
+        assert!(worst(Tanh, |x| x.tanh().unwrap(), false) < 3e-7);
+    }
+
+    #[test]
+    fn exp_saturates() {
+        let mut x = [f32::NEG_INFINITY, -1000.0, 1000.0, 0.0].repeat(16);
+        dispatch(Map(&mut x, Exp));
+        assert!(x[0] > 0.0 && x[0] < 1e-37 && x[1] == x[0]);
+        assert!(x[2] > 1e38 && x[2].is_finite());
+        assert_eq!(x[3], 1.0);
+    }
+}
