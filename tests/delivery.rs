@@ -166,6 +166,29 @@ fn exactly_once_through_the_new_protocols_rebalances() {
     members_come_and_go("kip848", input);
 }
 
+/// librdkafka remembers that a partition was paused through being given up and taken up again.
+#[test]
+fn a_partition_that_went_and_came_back_is_read_on() {
+    for protocol in ["classic", "consumer"] {
+        let place = Place::new("back", 4);
+        let input = format!(
+            "{{ topics: [$INPUT], group: $GROUP, field: /text, properties: {{ group.protocol: {protocol} }} }}"
+        );
+        let config = noop(&place, &[("input", &input)]);
+        place.produce(numbered(4, 0, 40));
+        let mut stays = Daemon::start(&config);
+        place.predictions(40);
+        let mut passes = Daemon::start(&config);
+        passes.wait_log("assigned partitions=");
+        place.produce(numbered(4, 40, 80));
+        place.predictions(80);
+        passes.stop();
+        place.produce(numbered(4, 80, 120));
+        settle(&place, &[30; 4], false);
+        stays.stop();
+    }
+}
+
 #[test]
 fn a_static_member_that_is_back_in_time_disturbs_nobody() {
     let place = Place::new("static", 2);

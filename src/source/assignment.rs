@@ -70,6 +70,10 @@ impl Source {
         }
         if self.paused {
             self.pause();
+        } else if !list.elements().is_empty() {
+            // A partition that was paused while it was taken away, and comes back, is still paused for
+            // librdkafka.
+            self.consumer.resume(list).map_err(SourceError::Client)?;
         }
         self.wiring.metrics.rebalances.with_label_values(&["assigned"]).inc();
         self.wiring.health.set_ready();
