@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::engine::Batch;
+use crate::engine::Plan;
 use crate::model::Tokens;
 use crate::record::{Position, RecordError};
 use crate::window::{Span, Window};
@@ -29,7 +29,7 @@ pub struct Prepared {
     pub includes: Vec<String>,
     /// One a record that is alive, for a task with a model.
     pub tokens: Vec<Option<Tokens>>,
-    pub batches: Vec<Batch>,
+    pub plan: Plan,
 }
 
 /// With the model's answer: one row of `width` numbers a record.

@@ -25,7 +25,7 @@ use rayon::prelude::*;
 
 use crate::cluster::Topics;
 use crate::codec::{Decoder, Input, decoder};
-use crate::engine::{EngineError, Request, Response};
+use crate::engine::{EngineError, Plan, Request, Response};
 use crate::failpoint;
 use crate::flow::{Encoded, Hurry, Inferred, Outcome, Prepared, Queued, Report, State};
 use crate::model::Tokens;
@@ -196,8 +196,8 @@ impl Worker {
             .map(|record| window.value(record).map(|value| decoder.decode(value)))
             .collect();
         let decoded = self.observe("decode", started);
-        let (mut states, mut includes, mut tokens, mut batches) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut states, mut includes, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        let mut plan = Plan::default();
         match &self.task.text {
             None => states.extend(inputs.into_iter().map(|input| match input {
                 None => State::Tombstone,
@@ -217,11 +217,11 @@ impl Worker {
                 }
                 self.shared.metrics.tokens.inc_by(total as u64);
                 self.shared.metrics.truncated.inc_by(cut);
-                batches = task.engine.plan(&tokens, |i| window.records[i].suspect);
+                plan = task.engine.plan(&tokens, |i| window.records[i].suspect);
             }
         }
         self.observe("prepare", decoded);
-        Prepared { window, states, includes, tokens, batches }
+        Prepared { window, states, includes, tokens, plan }
     }
 
     fn infer_all(
@@ -244,12 +244,12 @@ impl Worker {
         let result = task.engine.serve(
             windows,
             |window| {
-                let Prepared { window, states, includes, tokens, batches } =
+                let Prepared { window, states, includes, tokens, plan } =
                     window.take(&self.shared.metrics, "wait_infer");
                 Request {
                     window: InFlight { window, states, includes, started: Instant::now() },
                     tokens,
-                    batches,
+                    plan,
                 }
             },
             |Response {

@@ -182,6 +182,10 @@ pub struct Task {
     /// similarity: a file of candidates, one JSON object a line with `id` and `text`.
     #[serde(default)]
     pub candidates: Option<PathBuf>,
+    /// Bytes for what the model said about the inputs of late: the same input again is not computed
+    /// again. Beside memory.limit; none where unset. Within a window it is so without this.
+    #[serde(default)]
+    pub cache: Option<ByteSize>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -229,7 +233,8 @@ pub struct Model {
     pub offline: bool,
     /// Where it runs: auto, cpu, cuda, cuda:N or metal. auto takes the best that build and machine have.
     pub device: DeviceChoice,
-    /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16 or f16.
+    /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16, f16 (not on a CPU) or int8
+    /// (CPU alone: multiplications in eight bits).
     pub dtype: Dtype,
     /// What to do when another model made the group's last commit.
     pub on_change: OnChange,
@@ -254,6 +259,7 @@ pub enum Dtype {
     F32,
     Bf16,
     F16,
+    Int8,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

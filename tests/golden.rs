@@ -38,6 +38,37 @@ fn load(directory: &Path, output: Output) -> Model {
     Model::load(Files::find(&model).expect("files"), placement, output).expect("a model")
 }
 
+/// The least cosine between the logits of a model on the CPU in `dtype` and Hugging Face's in f32.
+fn least_cosine(name: &str, dtype: Dtype) -> Option<f64> {
+    let placement = Placement::choose(DeviceChoice::Cpu, dtype).ok()?;
+    let source = Some(fixture(name).display().to_string());
+    let model = settings::Model { source, ..Default::default() };
+    let model =
+        Model::load(Files::find(&model).expect("files"), placement, Output::Embedding).expect("a model");
+    let golden = golden(name);
+    let tokens = tokens(&model, &golden);
+    let rows = model.forward(&tokens.iter().collect::<Vec<_>>()).expect("rows");
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let cosine = |(a, golden): (&[f32], &Golden)| {
+        dot(a, &golden.mean) / (dot(a, a) * dot(&golden.mean, &golden.mean)).sqrt()
+    };
+    rows.chunks_exact(model.width()).zip(&golden).map(cosine).reduce(f64::min)
+}
+
+/// Two layers 32 wide have no room for errors to average out: a real model loses a tenth of this
+/// (benches/RESULTS.md).
+#[test]
+fn fewer_bits_stay_near() {
+    for name in ARCHITECTURES {
+        for (dtype, least) in [(Dtype::Int8, 0.998), (Dtype::Bf16, 0.998)] {
+            match least_cosine(name, dtype) {
+                Some(cosine) => assert!(cosine >= least, "{name} in {dtype:?}: {cosine}"),
+                None => assert_eq!(dtype, Dtype::Bf16, "int8 runs everywhere"),
+            }
+        }
+    }
+}
+
 fn tokens(model: &Model, golden: &[Golden]) -> Vec<Tokens> {
     golden.iter().map(|g| model.tokenizer.encode(&g.text).expect("tokens")).collect()
 }

@@ -28,8 +28,8 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let settings = &loaded.settings;
     let files = files(&loaded)?;
     let name = files.name();
-    let placement = Placement::choose(settings.model.device, settings.model.dtype)
-        .map_err(|e| anyhow::anyhow!("model.device: {e}"))?;
+    let placement =
+        Placement::choose(settings.model.device, settings.model.dtype).map_err(anyhow::Error::msg)?;
     let output =
         if settings.task.kind == TaskKind::TextClassification { Output::Logits } else { Output::Embedding };
     let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;

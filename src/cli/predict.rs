@@ -74,7 +74,7 @@ fn answer(
     let mut states = prepared.states;
     let (mut rows, mut width) = (Vec::new(), 0);
     if let Some(task) = &worker.task.text {
-        let request = Request { window: (), tokens: prepared.tokens, batches: prepared.batches };
+        let request = Request { window: (), tokens: prepared.tokens, plan: prepared.plan };
         let response = task.engine.answer(request).map_err(anyhow::Error::msg)?;
         for (record, error) in response.failed {
             states[record as usize] = State::Failed(error);

@@ -2,10 +2,11 @@
 //! one fails. Nothing here knows Kafka.
 
 mod budget;
+mod cache;
 mod lane;
 mod plan;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,12 +14,13 @@ use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
 
 pub use budget::Budget;
 pub use lane::{Forward, ForwardError};
-pub use plan::{Batch, plan};
+pub use plan::{Batch, Plan, plan};
 
 use crate::failpoint;
 use crate::model::{Model, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::telemetry::Metrics;
+use cache::Cache;
 use lane::{Done, Lanes, Work};
 
 /// Tokens of a batch on a CPU core: more gain nothing there (256 are nearly as fast, 128 a tenth
@@ -28,12 +30,12 @@ const CORE_TOKENS: usize = 512;
 /// Windows on the lanes at a time: while the last batches of one run, the next one fills idle lanes.
 const WINDOWS: usize = 2;
 
-/// What the engine is asked: the batches of one window.
+/// What the engine is asked: one window.
 pub struct Request<W> {
     /// Travels along untouched.
     pub window: W,
     pub tokens: Vec<Option<Tokens>>,
-    pub batches: Vec<Batch>,
+    pub plan: Plan,
 }
 
 /// What it answers: one row of `width` numbers per place in the window.
@@ -65,6 +67,8 @@ pub struct Limits {
     pub lanes: Option<usize>,
     /// `batch.timeout`.
     pub timeout: Duration,
+    /// `task.cache`, in bytes.
+    pub cache: Option<u64>,
 }
 
 /// A model on its lanes.
@@ -74,6 +78,7 @@ pub struct Engine {
     lanes: usize,
     device: String,
     timeout: Duration,
+    cache: Option<Cache>,
     metrics: Arc<Metrics>,
 }
 
@@ -98,20 +103,43 @@ impl Engine {
         metrics: Arc<Metrics>,
     ) -> Self {
         let budget = Arc::new(Budget::new(limits.max_tokens));
-        Self { model, budget, lanes, device, timeout: limits.timeout, metrics }
+        let cache = limits.cache.map(|bytes| Cache::new(bytes, model.width()));
+        Self { model, budget, lanes, device, timeout: limits.timeout, cache, metrics }
     }
 
     pub fn lanes(&self) -> usize {
         self.lanes
     }
 
-    /// The plan for a window whose records have these tokens; a suspect is a batch of its own.
-    pub fn plan(&self, tokens: &[Option<Tokens>], suspect: impl Fn(usize) -> bool) -> Vec<Batch> {
-        let lengths = tokens.iter().enumerate().filter_map(|(i, t)| Some((i as u32, t.as_ref()?.ids.len())));
-        let (alone, together): (Vec<_>, Vec<_>) = lengths.partition(|&(i, _)| suspect(i as usize));
-        let mut batches = plan(together, self.budget.tokens(), self.lanes);
-        batches.extend(alone.into_iter().map(|(record, tokens)| Batch { records: vec![record], tokens }));
-        batches
+    /// The plan for a window whose records have these tokens: inputs that are the same are computed
+    /// once, those that the cache knows not at all. A suspect is a batch of its own.
+    pub fn plan(&self, tokens: &[Option<Tokens>], suspect: impl Fn(usize) -> bool) -> Plan {
+        let mut plan = Plan::default();
+        let (mut together, mut alone) = (Vec::new(), Vec::new());
+        let mut seen: HashMap<&Tokens, u32> = HashMap::with_capacity(tokens.len());
+        for (i, tokens) in tokens.iter().enumerate() {
+            let (record, Some(tokens)) = (i as u32, tokens) else { continue };
+            if suspect(i) {
+                alone.push(Batch { records: vec![record], tokens: tokens.ids.len() });
+            } else if let Some(row) = self.cache.as_ref().and_then(|cache| cache.get(tokens)) {
+                plan.known.push((record, row));
+            } else {
+                let first = *seen.entry(tokens).or_insert(record);
+                if first == record {
+                    together.push((record, tokens.ids.len()));
+                } else {
+                    plan.copies.push((record, first));
+                }
+            }
+        }
+        self.metrics.reused.with_label_values(&["window"]).inc_by(plan.copies.len() as u64);
+        if let Some(cache) = &self.cache {
+            self.metrics.reused.with_label_values(&["cache"]).inc_by(plan.known.len() as u64);
+            self.metrics.memory.with_label_values(&["cache"]).set(cache.bytes() as i64);
+        }
+        plan.batches = plan::plan(together, self.budget.tokens(), self.lanes);
+        plan.batches.extend(alone);
+        plan
     }
 
     /// Serves what comes in until the channel closes; answers leave in the order of the requests.
@@ -156,24 +184,26 @@ impl Engine {
                         return Err(EngineError::Fatal(message));
                     }
                     let at = (part.window - running[0].id) as usize;
-                    running[at].take(part);
+                    running[at].take(part, self.cache.as_ref());
                 }
                 default(look) => {}
             }
             if let Some((lane, hung)) = lanes.hung(self.timeout) {
                 let at = (hung.window - running[0].id) as usize;
                 if !hung.alone {
-                    let window = running.remove(at).expect("its batch runs").response.window;
-                    return Err(EngineError::Hung { window, records: hung.records, limit: self.timeout });
+                    let hanging = running.remove(at).expect("its batch runs");
+                    let records = hanging.with_copies(hung.records);
+                    let window = hanging.response.window;
+                    return Err(EngineError::Hung { window, records, limit: self.timeout });
                 }
                 lanes.replace(lane);
                 running[at].leave_behind(hung.records[0], self.timeout);
             }
             while running.front().is_some_and(|first| first.left == 0) {
-                let first = running.pop_front().expect("there is a first");
+                let first = running.pop_front().expect("there is a first").finish();
                 // While the next stage is full the lanes go on with what they have.
                 activity(false);
-                if !close(first.response) {
+                if !close(first) {
                     more = false;
                     running.clear();
                 }
@@ -186,8 +216,8 @@ impl Engine {
 
     /// Plans and runs one window by itself.
     pub fn run(&self, tokens: Vec<Option<Tokens>>) -> Result<Response<()>, String> {
-        let batches = self.plan(&tokens, |_| false);
-        self.answer(Request { window: (), tokens, batches })
+        let plan = self.plan(&tokens, |_| false);
+        self.answer(Request { window: (), tokens, plan })
     }
 
     /// Runs one window by itself.
@@ -211,26 +241,39 @@ struct Running<W> {
     id: u64,
     /// Batches not yet done.
     left: usize,
+    tokens: Arc<Vec<Option<Tokens>>>,
+    /// Without its batches, which are on the lanes.
+    plan: Plan,
     response: Response<W>,
 }
 
 impl<W> Running<W> {
     fn start(id: u64, request: Request<W>, width: usize, work: &Sender<Work>, done: &Sender<Done>) -> Self {
-        let Request { window, tokens, batches } = request;
-        let rows = if batches.is_empty() { Vec::new() } else { vec![0.0; tokens.len() * width] };
+        let Request { window, tokens, mut plan } = request;
+        let empty = plan.batches.is_empty() && plan.known.is_empty();
+        let mut rows = if empty { Vec::new() } else { vec![0.0; tokens.len() * width] };
+        for (record, row) in plan.known.drain(..) {
+            rows[record as usize * width..][..width].copy_from_slice(&row);
+        }
         let tokens = Arc::new(tokens);
-        let left = batches.len();
-        for batch in batches {
+        let left = plan.batches.len();
+        for batch in plan.batches.drain(..) {
             let sent = work.send(Work { window: id, tokens: Arc::clone(&tokens), batch, done: done.clone() });
             assert!(sent.is_ok(), "lanes live as long as the engine serves");
         }
-        Self { id, left, response: Response { window, rows, width, failed: Vec::new(), lane_lost: false } }
+        let response = Response { window, rows, width, failed: Vec::new(), lane_lost: false };
+        Self { id, left, tokens, plan, response }
     }
 
-    fn take(&mut self, done: Done) {
+    fn take(&mut self, done: Done, cache: Option<&Cache>) {
         let width = self.response.width;
         for (row, &record) in done.rows.chunks_exact(width).zip(&done.records) {
             self.response.rows[record as usize * width..][..width].copy_from_slice(row);
+            if let (Some(cache), Some(tokens)) = (cache, &self.tokens[record as usize])
+                && !done.failed.iter().any(|(failed, _)| *failed == record)
+            {
+                cache.insert(tokens, row);
+            }
         }
         self.response.failed.extend(done.failed);
         self.left -= 1;
@@ -242,6 +285,29 @@ impl<W> Running<W> {
         self.response.failed.push((record, RecordError::new(Fault::Infer, message)));
         self.response.lane_lost = true;
         self.left -= 1;
+    }
+
+    /// These records, and those whose input is the same as one of theirs.
+    fn with_copies(&self, mut records: Vec<u32>) -> Vec<u32> {
+        let copies = self.plan.copies.iter().filter(|(_, first)| records.contains(first));
+        let copies: Vec<u32> = copies.map(|(copy, _)| *copy).collect();
+        records.extend(copies);
+        records
+    }
+
+    /// All batches are done: what was computed once is given to all that have it.
+    fn finish(mut self) -> Response<W> {
+        let width = self.response.width;
+        let failed: HashMap<u32, RecordError> = self.response.failed.iter().cloned().collect();
+        for (copy, first) in self.plan.copies {
+            if let Some(error) = failed.get(&first) {
+                self.response.failed.push((copy, error.clone()));
+            } else {
+                let first = first as usize * width;
+                self.response.rows.copy_within(first..first + width, copy as usize * width);
+            }
+        }
+        self.response
     }
 }
 
@@ -345,7 +411,8 @@ mod tests {
             Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
         let metrics = Arc::new(Metrics::new());
         let model: Arc<dyn Forward> = Arc::clone(&fake) as _;
-        let limits = Limits { max_tokens: 10_000, lanes: None, timeout: Duration::from_millis(200) };
+        let limits =
+            Limits { max_tokens: 10_000, lanes: None, timeout: Duration::from_millis(200), cache: None };
         (Engine::with(model, lanes, limits, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
     }
 
@@ -403,13 +470,44 @@ mod tests {
         let message = engine.run(window.clone()).err().expect("it hangs");
         assert!(message.contains("did not end"), "{message}");
         // As the next start runs it: every suspect alone.
-        let batches = engine.plan(&window, |i| i >= 4);
-        assert_eq!(batches.iter().filter(|b| b.records.len() == 1).count(), 4);
-        let response = engine.answer(Request { window: (), tokens: window, batches }).unwrap();
+        let plan = engine.plan(&window, |i| i >= 4);
+        assert_eq!(plan.batches.iter().filter(|b| b.records.len() == 1).count(), 4);
+        let response = engine.answer(Request { window: (), tokens: window, plan }).unwrap();
         assert!(response.lane_lost);
         assert_eq!(response.failed.len(), 1);
         assert_eq!((response.failed[0].0, response.failed[0].1.fault), (5, Fault::Infer));
         assert_eq!(response.rows[7 * 2], 8.0);
+    }
+
+    #[test]
+    fn the_same_input_is_computed_once() {
+        let (engine, fake, metrics) = engine(10_000, false, 1);
+        let mut window: Vec<_> = (0..60).map(|i| tokens(&[i % 3 + 10, 1])).collect();
+        window.extend([tokens(&[666]), tokens(&[666]), None]);
+        let response = engine.run(window).unwrap();
+        for i in 0..60 {
+            assert_eq!(response.rows[i * 2..i * 2 + 2], [(i % 3 + 11) as f32, 2.0], "record {i}");
+        }
+        let mut failed: Vec<u32> = response.failed.iter().map(|(i, _)| *i).collect();
+        failed.sort_unstable();
+        assert_eq!(failed, [60, 61]);
+        assert_eq!(metrics.reused.with_label_values(&["window"]).get(), 58);
+        assert!(metrics.batch_records.get_sample_sum() <= 3.0, "each of the three once");
+        assert!(fake.forwards.load(Ordering::Relaxed) < 12);
+    }
+
+    #[test]
+    fn what_the_cache_has_is_not_computed_again() {
+        let (mut engine, fake, metrics) = engine(10_000, false, 1);
+        engine.cache = Some(Cache::new(1 << 20, 2));
+        let window = || vec![tokens(&[5, 1]), tokens(&[6, 1]), tokens(&[666])];
+        engine.run(window()).unwrap();
+        let forwards = fake.forwards.load(Ordering::Relaxed);
+        let response = engine.run(window()).unwrap();
+        assert_eq!(response.rows[..4], [6.0, 2.0, 7.0, 2.0]);
+        assert_eq!(response.failed.len(), 1, "a failure is tried again");
+        assert_eq!(metrics.reused.with_label_values(&["cache"]).get(), 2);
+        assert_eq!(fake.forwards.load(Ordering::Relaxed) - forwards, 2, "the failing one and the canary");
     }
 
     #[test]
@@ -419,7 +517,7 @@ mod tests {
         for id in 0..20u32 {
             let tokens: Vec<_> = (0..id % 5 * 30).map(|i| tokens(&[i + 100, 1, 1])).collect();
             let batches = plan(tokens.iter().enumerate().map(|(i, _)| (i as u32, 3)).collect(), 64, 3);
-            ask.send(Request { window: id, tokens, batches }).unwrap();
+            ask.send(Request { window: id, tokens, plan: Plan { batches, ..Plan::default() } }).unwrap();
         }
         drop(ask);
         let mut order = Vec::new();

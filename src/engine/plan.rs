@@ -1,11 +1,23 @@
 //! Which records go through the model together. Pure.
 
+use std::sync::Arc;
+
 /// Records of similar length, together at most a budget of tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     /// Places of the records in their window.
     pub records: Vec<u32>,
     pub tokens: usize,
+}
+
+/// What a window asks of the lanes, and what it need not ask.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    pub batches: Vec<Batch>,
+    /// Records whose input is that of another one in the window, and that one.
+    pub copies: Vec<(u32, u32)>,
+    /// Records whose row is known from before.
+    pub known: Vec<(u32, Arc<[f32]>)>,
 }
 
 /// Below this many tokens a batch is not worth a lane of its own.

@@ -2,13 +2,17 @@
 
 use candle_core::{DType, Device};
 
+use super::ops::{Code, supported};
 use crate::settings::{DeviceChoice, Dtype};
 
 /// A device and the precision of its weights.
 #[derive(Debug, Clone)]
 pub struct Placement {
     pub device: Device,
+    /// Of tensors.
     pub dtype: DType,
+    /// Of the weights that a CPU multiplies with, where not f32.
+    pub code: Option<Code>,
     /// `cpu`, `cuda:0` or `metal`: the label in metrics and logs.
     pub name: String,
     /// Why this device, where `auto` chose it.
@@ -16,20 +20,35 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// The error names the feature or the device that is missing.
+    /// The error names the setting, and the feature or the device that is missing.
     pub fn choose(device: DeviceChoice, dtype: Dtype) -> Result<Self, String> {
+        let no_device = |message| format!("model.device: {message}");
         let (device, name, reason) = match device {
             DeviceChoice::Cpu => (Device::Cpu, "cpu".to_owned(), None),
-            DeviceChoice::Cuda(n) => (cuda(n)?, format!("cuda:{n}"), None),
-            DeviceChoice::Metal => (metal()?, "metal".to_owned(), None),
+            DeviceChoice::Cuda(n) => (cuda(n).map_err(no_device)?, format!("cuda:{n}"), None),
+            DeviceChoice::Metal => (metal().map_err(no_device)?, "metal".to_owned(), None),
             DeviceChoice::Auto => auto(),
         };
-        let dtype = match (dtype, &device) {
-            (Dtype::F32, _) | (Dtype::Auto, Device::Cpu) => DType::F32,
-            (Dtype::Bf16, _) | (Dtype::Auto, Device::Cuda(_)) => DType::BF16,
-            (Dtype::F16, _) | (Dtype::Auto, Device::Metal(_)) => DType::F16,
+        let (dtype, code) = match (dtype, &device) {
+            (Dtype::F32 | Dtype::Auto, Device::Cpu) => (DType::F32, None),
+            (Dtype::Int8, Device::Cpu) => (DType::F32, Some(Code::Int8)),
+            (Dtype::Bf16, Device::Cpu) => (DType::F32, Some(Code::Bf16)),
+            (Dtype::F16, Device::Cpu) => {
+                return Err(
+                    "f16 is for GPUs: on a CPU f32, int8, or bf16 where the processor has it".to_owned()
+                );
+            }
+            (Dtype::Int8, _) => {
+                return Err(format!("model.dtype: int8 is for CPUs: on {name} bf16, f16 or f32"));
+            }
+            (Dtype::F32, _) => (DType::F32, None),
+            (Dtype::Bf16, _) | (Dtype::Auto, Device::Cuda(_)) => (DType::BF16, None),
+            (Dtype::F16, _) | (Dtype::Auto, Device::Metal(_)) => (DType::F16, None),
         };
-        Ok(Self { device, dtype, name, reason })
+        if let Some(code) = code {
+            supported(code).map_err(|message| format!("model.dtype: {message}"))?;
+        }
+        Ok(Self { device, dtype, code, name, reason })
     }
 
     pub fn is_cpu(&self) -> bool {
@@ -37,7 +56,11 @@ impl Placement {
     }
 
     pub fn dtype_name(&self) -> &'static str {
-        self.dtype.as_str()
+        match self.code {
+            None => self.dtype.as_str(),
+            Some(Code::Int8) => "int8",
+            Some(Code::Bf16) => "bf16",
+        }
     }
 }
 

@@ -10,7 +10,9 @@ use candle_core::{Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::architecture::{Architecture, FeedForward, Layer, Norms, Positions, Qkv};
-use super::ops::{Activation, Attention, Embedding, Linear, Norm, Rotation, Scratch, Slot, Then, gated};
+use super::ops::{
+    Activation, Attention, Code, Embedding, Linear, Norm, Rotation, Scratch, Slot, Then, gated,
+};
 use super::tokenize::Tokens;
 
 /// Sequences of the same length, one after the other on the token axis.
@@ -127,7 +129,7 @@ impl Dense {
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
         let norm = norm_of.map(|(vb, bias, eps)| Norm::load(output, bias, eps, vb)).transpose()?;
-        Ok(Self { linear: Linear::load(input, output, bias, &[vb])?, activation, norm })
+        Ok(Self { linear: Linear::load(input, output, bias, None, &[vb])?, activation, norm })
     }
 
     /// To `slot`; where there is a norm, by way of the stream's, which no head needs any more.
@@ -142,8 +144,8 @@ impl Dense {
 }
 
 impl Encoder {
-    /// `vb` stands before the encoder's own names.
-    pub fn load(architecture: Architecture, vb: &VarBuilder<'_>) -> Result<Self> {
+    /// `vb` stands before the encoder's own names; `code` is what a CPU multiplies with, where not f32.
+    pub fn load(architecture: Architecture, vb: &VarBuilder<'_>, code: Option<Code>) -> Result<Self> {
         let a = &architecture;
         let (h, device) = (a.hidden, vb.device().clone());
         let table = |name: &str, count: usize| vb.pp(name).get((count, h), "weight");
@@ -170,7 +172,7 @@ impl Encoder {
                 }),
                 None => None,
             };
-            blocks.push(Block::load(a, layer, rotation, vb)?);
+            blocks.push(Block::load(a, layer, rotation, vb, code)?);
         }
         let final_norm = match a.final_norm {
             Some(name) => Some(Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(name))?),
@@ -246,7 +248,13 @@ impl Encoder {
 }
 
 impl Block {
-    fn load(a: &Architecture, layer: &Layer, rotation: Option<usize>, vb: &VarBuilder<'_>) -> Result<Self> {
+    fn load(
+        a: &Architecture,
+        layer: &Layer,
+        rotation: Option<usize>,
+        vb: &VarBuilder<'_>,
+        code: Option<Code>,
+    ) -> Result<Self> {
         let h = a.hidden;
         let qkv = match &layer.qkv {
             Qkv::Fused(name) => vec![vb.pp(name)],
@@ -257,15 +265,15 @@ impl Block {
             FeedForward::Gated(_) => 2 * a.intermediate,
         };
         Ok(Self {
-            qkv: Linear::load(h, 3 * h, a.attention_bias, &qkv)?,
+            qkv: Linear::load(h, 3 * h, a.attention_bias, code, &qkv)?,
             attention: Attention { heads: a.heads, width: h / a.heads, reach: layer.reach },
-            attention_out: Linear::load(h, h, a.attention_bias, &[vb.pp(&layer.attention_out)])?,
+            attention_out: Linear::load(h, h, a.attention_bias, code, &[vb.pp(&layer.attention_out)])?,
             attention_norm: match &layer.attention_norm {
                 Some(name) => Some(Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(name))?),
                 None => None,
             },
-            up: Linear::load(h, up, a.mlp_bias, &[vb.pp(&layer.up)])?,
-            down: Linear::load(a.intermediate, h, a.mlp_bias, &[vb.pp(&layer.down)])?,
+            up: Linear::load(h, up, a.mlp_bias, code, &[vb.pp(&layer.up)])?,
+            down: Linear::load(a.intermediate, h, a.mlp_bias, code, &[vb.pp(&layer.down)])?,
             mlp_norm: Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(&layer.mlp_norm))?,
             rotation,
         })

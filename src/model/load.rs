@@ -104,7 +104,7 @@ impl Model {
                 (Head::classifier(&architecture, labels.len(), &root, &vb).map_err(weights)?, labels.len())
             }
         };
-        let encoder = Encoder::load(architecture, &vb).map_err(weights)?;
+        let encoder = Encoder::load(architecture, &vb, placement.code).map_err(weights)?;
         let independent_labels =
             labels.len() == 1 || config["problem_type"].as_str() == Some("multi_label_classification");
         Ok(Self {

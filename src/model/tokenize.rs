@@ -5,7 +5,7 @@ use tokenizers::{PostProcessor, TruncationDirection};
 use super::files::{Files, FilesError};
 
 /// One text as the encoder takes it, special tokens included.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Tokens {
     pub ids: Vec<u32>,
     /// `None` where all are 0, as for single texts in most models.

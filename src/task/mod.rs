@@ -43,8 +43,8 @@ pub struct TextTask {
 
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    #[error("model.device: {0}")]
-    Device(String),
+    #[error("{0}")]
+    Placement(String),
     #[error("model {model}: {error}")]
     Model { model: String, error: ModelError },
     #[error("task.candidates: {0}")]
@@ -67,7 +67,7 @@ impl Task {
             return Ok(Self { kind, model_name, digest, device, dtype, text: None });
         }
         let placement =
-            Placement::choose(settings.model.device, settings.model.dtype).map_err(TaskError::Device)?;
+            Placement::choose(settings.model.device, settings.model.dtype).map_err(TaskError::Placement)?;
         match &placement.reason {
             Some(reason) => tracing::info!(
                 device = placement.name,
@@ -88,7 +88,12 @@ impl Task {
         let loaded = Arc::new(loaded);
         let canary = loaded.tokens("kandle").map_err(TaskError::Forward)?;
         let batch = &settings.batch;
-        let limits = Limits { max_tokens: batch.max_tokens, lanes: batch.lanes, timeout: batch.timeout.0 };
+        let limits = Limits {
+            max_tokens: batch.max_tokens,
+            lanes: batch.lanes,
+            timeout: batch.timeout.0,
+            cache: settings.task.cache.map(|bytes| bytes.0),
+        };
         let engine = Engine::new(Arc::clone(&loaded), canary.clone(), limits, Arc::clone(metrics));
         engine.run(vec![Some(canary)]).map_err(TaskError::Forward)?;
         let predict: Box<dyn Predict> = match kind {

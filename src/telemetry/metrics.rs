@@ -42,13 +42,14 @@ pub const TABLE: &[Row] = &[
     ("kandle_batch_tokens", H(TOKENS), &[], "Tokens in a batch."),
     ("kandle_batch_padding_ratio", H(RATIOS), &[], "Padding among a batch's tokens."),
     ("kandle_tokens_total", C, &[], "Tokens of the records that went to the model."),
+    ("kandle_reused_predictions_total", C, &["from"], "Records not computed: their input was another one's of the window, or in task.cache."),
     ("kandle_truncated_records_total", C, &[], "Records cut to the model's limit."),
     ("kandle_skipped_records_total", C, &["topic"], "Offsets that retention had deleted before kandle read them."),
     ("kandle_device_busy_seconds_total", C, &["device"], "Time the device computed; a CPU's is the mean over its lanes."),
     ("kandle_lag_records", G, &["topic", "partition"], "Records after the last one published."),
     ("kandle_lag_seconds", G, &["topic", "partition"], "Age of the oldest record not yet published, 0 where there is none."),
     ("kandle_drain_remaining_seconds", G, &[], "Records behind, at the present rate; +Inf where there is a backlog and no progress."),
-    ("kandle_memory_bytes", G, &["kind"], "Bytes in flight: prefetched by the consumer, windows, predictions waiting for acknowledgement."),
+    ("kandle_memory_bytes", G, &["kind"], "Bytes in flight: prefetched by the consumer, windows, predictions waiting for acknowledgement; cache: task.cache."),
     ("kandle_memory_limit_bytes", G, &[], "memory.limit."),
     ("kandle_retries_total", C, &["cause"], "What was tried again."),
     ("kandle_rebalances_total", C, &["cause"], "Changes of the assignment: assigned, revoked, lost."),
@@ -72,6 +73,7 @@ pub struct Metrics {
     pub batch_tokens: Histogram,
     pub batch_padding: Histogram,
     pub tokens: IntCounter,
+    pub reused: IntCounterVec,
     pub truncated: IntCounter,
     pub skipped: IntCounterVec,
     pub device_busy: CounterVec,
@@ -135,6 +137,7 @@ impl Metrics {
             batch_tokens: histogram("kandle_batch_tokens"),
             batch_padding: histogram("kandle_batch_padding_ratio"),
             tokens: counter("kandle_tokens_total"),
+            reused: counters("kandle_reused_predictions_total"),
             truncated: counter("kandle_truncated_records_total"),
             skipped: counters("kandle_skipped_records_total"),
             device_busy: register(r, "kandle_device_busy_seconds_total", |o, _, l| CounterVec::new(o, l)),
@@ -167,6 +170,9 @@ impl Metrics {
         }
         for kind in ["prefetched", "windows", "predictions"] {
             self.memory.with_label_values(&[kind]);
+        }
+        for from in ["window", "cache"] {
+            self.reused.with_label_values(&[from]);
         }
         for cause in ["assigned", "revoked", "lost"] {
             self.rebalances.with_label_values(&[cause]);

@@ -172,8 +172,8 @@ fn run(task: &TextTask, texts: &[String], window: usize, metrics: &Metrics) -> a
         let open = |tokens: Window| {
             let total = tokens.iter().flatten().map(|t| t.ids.len()).sum::<usize>();
             metrics.tokens.inc_by(total as u64);
-            let batches = task.engine.plan(&tokens, |_| false);
-            Request { window: tokens.iter().position(Option::is_none), tokens, batches }
+            let plan = task.engine.plan(&tokens, |_| false);
+            Request { window: tokens.iter().position(Option::is_none), tokens, plan }
         };
         task.engine.serve(
             &windows,

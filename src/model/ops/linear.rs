@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::activation::Activation;
+use super::coded::Code;
 use super::matmul::{self, Panels};
 use super::norm::Norm;
 use super::{Out, host, numbers, numbers_mut};
@@ -19,7 +20,7 @@ enum Weight {
         weight: Tensor,
         bias: Option<Tensor>,
     },
-    F32(Panels),
+    Panels(Panels),
 }
 
 /// What follows the multiplication.
@@ -34,7 +35,14 @@ pub enum Then<'a> {
 
 impl Linear {
     /// Weights in a checkpoint are `[out, in]`. Several that read the same input are one multiplication.
-    pub fn load(inputs: usize, outputs: usize, bias: bool, parts: &[VarBuilder<'_>]) -> Result<Self> {
+    /// `code` is what a CPU multiplies with, where not f32.
+    pub fn load(
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        code: Option<Code>,
+        parts: &[VarBuilder<'_>],
+    ) -> Result<Self> {
         let each = outputs / parts.len();
         let weights: Vec<Tensor> =
             parts.iter().map(|vb| vb.get((each, inputs), "weight")).collect::<Result<_>>()?;
@@ -47,7 +55,12 @@ impl Linear {
         let weight = match weight.device().is_cpu() {
             true => {
                 let bias = bias.as_ref().map(host).transpose()?;
-                Weight::F32(Panels::new(&host(&weight)?, bias.as_deref(), inputs, outputs))
+                let weight = host(&weight)?;
+                Weight::Panels(match code {
+                    None => Panels::new(&weight, bias.as_deref(), inputs, outputs),
+                    Some(code) => Panels::coded(&weight, bias.as_deref(), inputs, outputs, code)
+                        .map_err(candle_core::Error::msg)?,
+                })
             }
             false => Weight::Tensor { weight: weight.t()?.contiguous()?, bias },
         };
@@ -58,7 +71,7 @@ impl Linear {
     pub fn forward(&self, x: &Tensor, then: Then<'_>, out: Out<'_>) -> Result<Tensor> {
         let (weight, bias) = match &self.weight {
             Weight::Tensor { weight, bias } => (weight, bias),
-            Weight::F32(panels) => {
+            Weight::Panels(panels) => {
                 let y = out.here(x.dim(0)?, self.outputs)?;
                 match then {
                     Then::Add(residual) | Then::AddNorm(residual, _) => {

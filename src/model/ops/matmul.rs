@@ -8,9 +8,12 @@
 //! Every sum runs over the inputs in the same order, whichever rows stand around it: a row's result
 //! is the same to the bit in any batch.
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 
 use super::activation::{Activation, activate};
+use super::coded::{Code, Coded};
 use super::norm::{Norm, add_norm};
 use super::simd::{dispatch, lanes};
 
@@ -23,14 +26,21 @@ const DEPTH: usize = 512;
 pub struct Panels {
     pub inputs: usize,
     pub outputs: usize,
-    /// Columns of a panel.
-    width: usize,
-    /// Inputs of each part but perhaps the last.
-    depth: usize,
-    /// Part after part, panel after panel, row after row; zeros right of the last column.
-    weights: Vec<f32>,
+    weights: Weights,
     /// A number for every column of every panel.
     bias: Vec<f32>,
+}
+
+enum Weights {
+    F32 {
+        /// Columns of a panel.
+        width: usize,
+        /// Inputs of each part but perhaps the last.
+        depth: usize,
+        /// Part after part, panel after panel, row after row; zeros right of the last column.
+        panels: Vec<f32>,
+    },
+    Coded(Coded),
 }
 
 /// What happens to the products, while they are in the cache.
@@ -48,21 +58,37 @@ impl Panels {
     pub fn new(weight: &[f32], bias: Option<&[f32]>, inputs: usize, outputs: usize) -> Self {
         let width = 2 * lanes();
         let depth = inputs.div_ceil(inputs.div_ceil(DEPTH));
-        let panels = outputs.div_ceil(width);
-        let mut weights = Vec::with_capacity(panels * width * inputs);
+        let mut panels = Vec::with_capacity(outputs.next_multiple_of(width) * inputs);
         for part in (0..inputs).step_by(depth) {
             for column in (0..outputs).step_by(width) {
                 for input in part..(part + depth).min(inputs) {
-                    weights.extend((column..column + width).map(|output| match output < outputs {
+                    panels.extend((column..column + width).map(|output| match output < outputs {
                         true => weight[output * inputs + input],
                         false => 0.0,
                     }));
                 }
             }
         }
+        Self::with(Weights::F32 { width, depth, panels }, bias, inputs, outputs, width)
+    }
+
+    /// The same with fewer bits; the error says what the processor lacks.
+    pub fn coded(
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        inputs: usize,
+        outputs: usize,
+        code: Code,
+    ) -> Result<Self, String> {
+        let coded = Coded::new(weight, inputs, outputs, code)?;
+        let width = coded.width();
+        Ok(Self::with(Weights::Coded(coded), bias, inputs, outputs, width))
+    }
+
+    fn with(weights: Weights, bias: Option<&[f32]>, inputs: usize, outputs: usize, width: usize) -> Self {
         let mut bias = bias.map_or_else(|| vec![0.0; outputs], <[f32]>::to_vec);
-        bias.resize(panels * width, 0.0);
-        Self { inputs, outputs, width, depth, weights, bias }
+        bias.resize(outputs.next_multiple_of(width), 0.0);
+        Self { inputs, outputs, weights, bias }
     }
 
     /// `[rows, inputs]` to `[rows, outputs]`.
@@ -84,33 +110,18 @@ impl WithSimd for Multiply<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { panels, x, out, then } = self;
-        let (inputs, outputs, width) = (panels.inputs, panels.outputs, panels.width);
+        let (inputs, outputs) = (panels.inputs, panels.outputs);
         for (block, (x, out)) in x.chunks(ROWS * inputs).zip(out.chunks_mut(ROWS * outputs)).enumerate() {
-            let mut rest = &panels.weights[..];
-            for part in (0..inputs).step_by(panels.depth) {
-                let depth = panels.depth.min(inputs - part);
-                for column in (0..outputs).step_by(width) {
-                    let panel;
-                    (panel, rest) = rest.split_at(depth * width);
-                    let mut target = Target {
-                        out: &mut out[column..],
-                        stride: outputs,
-                        width: width.min(outputs - column),
-                        start: match part {
-                            0 => Start::Row(&panels.bias[column..][..width]),
-                            _ => Start::Out,
-                        },
-                        factors: None,
-                    };
-                    let left = Left { x: &x[part..], stride: inputs, rows: x.len() / inputs, depth };
-                    strip::<S, 2>(simd, left, panel, &mut target);
-                    if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
-                        let width = width.min(outputs - column);
-                        for row in out.chunks_mut(outputs) {
-                            activate(simd, *activation, &mut row[column..column + width]);
-                        }
-                    }
+            match &panels.weights {
+                Weights::F32 { width, depth, panels: weights } => {
+                    let layout = (*width, *depth, &weights[..]);
+                    multiply_f32(simd, x, (inputs, outputs), layout, &panels.bias, out, then);
                 }
+                Weights::Coded(coded) => coded.multiply(x, &panels.bias, out, |out, columns| {
+                    if let Then::Activate(activation) = then {
+                        activate_columns(*activation, out, outputs, columns);
+                    }
+                }),
             }
             let at = block * ROWS * outputs;
             match then {
@@ -125,6 +136,57 @@ impl WithSimd for Multiply<'_> {
             }
         }
     }
+}
+
+/// A block of rows times all panels; what follows the products only where it is an activation.
+#[inline(always)]
+fn multiply_f32<S: Simd>(
+    simd: S,
+    x: &[f32],
+    (inputs, outputs): (usize, usize),
+    (width, part_depth, weights): (usize, usize, &[f32]),
+    bias: &[f32],
+    out: &mut [f32],
+    then: &Then<'_>,
+) {
+    let mut rest = weights;
+    for part in (0..inputs).step_by(part_depth) {
+        let depth = part_depth.min(inputs - part);
+        for column in (0..outputs).step_by(width) {
+            let panel;
+            (panel, rest) = rest.split_at(depth * width);
+            let columns = width.min(outputs - column);
+            let mut target = Target {
+                out: &mut out[column..],
+                stride: outputs,
+                width: columns,
+                start: if part == 0 { Start::Row(&bias[column..][..width]) } else { Start::Out },
+                factors: None,
+            };
+            let left = Left { x: &x[part..], stride: inputs, rows: x.len() / inputs, depth };
+            strip::<S, 2>(simd, left, panel, &mut target);
+            if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
+                for row in out.chunks_mut(outputs) {
+                    activate(simd, *activation, &mut row[column..column + columns]);
+                }
+            }
+        }
+    }
+}
+
+/// Of every row.
+fn activate_columns(activation: Activation, out: &mut [f32], outputs: usize, columns: Range<usize>) {
+    struct Columns<'a>(Activation, &'a mut [f32], usize, Range<usize>);
+    impl WithSimd for Columns<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            for row in self.1.chunks_mut(self.2) {
+                activate(simd, self.0, &mut row[self.3.clone()]);
+            }
+        }
+    }
+    dispatch(Columns(activation, out, outputs, columns));
 }
 
 #[inline(always)]
@@ -276,7 +338,7 @@ fn tile<S: Simd, const R: usize, const W: usize>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// Numbers that look like chance, between -1 and 1.

@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod coded;
 mod embed;
 mod linear;
 mod matmul;
@@ -19,6 +20,7 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor};
 
 pub use activation::{Activation, gated};
 pub use attention::{Attention, Rotation};
+pub use coded::{Code, supported};
 pub use embed::Embedding;
 pub use linear::{Linear, Then};
 pub use norm::Norm;

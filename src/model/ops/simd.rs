@@ -1,6 +1,9 @@
 //! Vectors of f32, whatever the processor has: chosen once at run time among AVX-512, AVX2, NEON and
 //! plain numbers. One source for all of them, by the `pulp` crate.
 
+// Coefficients stand as their sources have them.
+#![allow(clippy::excessive_precision)]
+
 use std::sync::OnceLock;
 
 use pulp::{Arch, Simd, WithSimd};

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""kandle beside today's ways to embed a file of texts: in turns, medians, ratios within each turn.
+
+    python3 benches/peers/compare.py KANDLE FOLDER [--rounds N] [--threads N] [--models a,b] [--texts a,b] [--output FILE]
+
+KANDLE is the binary, FOLDER what make.py made. Every peer runs at the batch size that was the fastest of
+several in its first turn. Prints a table in Markdown; --output keeps every run as JSON, --plot draws it.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+PEERS = [("torch", "f32"), ("torch", "bf16"), ("onnxruntime", "f32"), ("onnxruntime", "int8"), ("openvino", "f32"),
+         ("openvino", "bf16")]
+# A BERT-base forward costs eight times as much: fewer texts tell the same.
+SHARE = {"minilm": 1.0, "base": 0.1}
+
+
+def command(args, engine, dtype, model, texts, batch, output):
+    common = ["--model", str(args.folder / model), "--input", str(texts), "--threads", str(args.threads)]
+    if output:
+        common += ["--output", str(output)]
+    if engine == "kandle":
+        return [args.kandle, "bench", "engine", "--json", "--dtype", dtype, *common]
+    return [sys.executable, str(HERE / "peer.py"), engine, dtype, *common, *(["--batch", str(batch)] if batch else [])]
+
+
+def run(args, engine, dtype, model, texts, batch=None, output=None):
+    done = subprocess.run(command(args, engine, dtype, model, texts, batch, output), capture_output=True, text=True)
+    if done.returncode != 0:
+        return None, done.stderr.strip().splitlines()[-1]
+    text = done.stdout
+    return json.loads(text[text.index("{"):]), None
+
+
+def cosine(a, b):
+    import numpy as np
+    x, y = (np.array([json.loads(line)["embedding"] for line in path.open()]) for path in (a, b))
+    return float(((x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).mean())
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kandle")
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", default="minilm,base")
+    parser.add_argument("--texts", default="short,long,mixed")
+    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path)
+    args = parser.parse_args()
+    results = []
+    for model in args.models.split(","):
+        for name in args.texts.split(","):
+            lines = (args.folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
+            lines = lines[:max(20, int(len(lines) * SHARE[model]))]
+            texts = args.folder / f"run.{name}.jsonl"
+            texts.write_text("".join(lines))
+            engines = [("kandle", dtype) for dtype in ("f32", "bf16", "int8")] + PEERS
+            rounds, batches, cosines = {e: [] for e in engines}, {}, {}
+            for turn in range(args.rounds):
+                for engine in engines:
+                    if rounds[engine] is None:
+                        continue
+                    output = args.folder / f"out.{'.'.join(engine)}" if turn == 0 else None
+                    result, why = run(args, *engine, model, texts, batches.get(engine), output)
+                    if result is None:
+                        print(f"{' '.join(engine)}: {why}", file=sys.stderr)
+                        rounds[engine] = None
+                        continue
+                    batches[engine] = result.get("batch")
+                    rounds[engine].append(result)
+                    if output:
+                        cosines[engine] = cosine(args.folder / "out.kandle.f32", output)
+            print(f"\n{model}, {name}: {len(lines)} texts, {rounds[('kandle', 'f32')][0]['tokens']} tokens, {args.threads} threads\n")
+            print("| engine | tokens/s | kandle f32 ÷ it | kandle int8 ÷ it | cosine to kandle f32 | peak memory, MiB | batch |")
+            print("|---|---|---|---|---|---|---|")
+            for engine in engines:
+                if rounds[engine] is None:
+                    continue
+                speeds = [r["tokens_per_second"] for r in rounds[engine]]
+
+                def ratio(dtype):
+                    own = [r["tokens_per_second"] for r in rounds[("kandle", dtype)]]
+                    return statistics.median(a / b for a, b in zip(own, speeds))
+                memory = max(r["peak_rss_bytes"] for r in rounds[engine]) >> 20
+                print(f"| {' '.join(engine)} | {statistics.median(speeds):,.0f} | {ratio('f32'):.2f} | {ratio('int8'):.2f} "
+                      f"| {cosines[engine]:.6f} | {memory} | {batches[engine] or ''} |", flush=True)
+                results.append({"model": model, "texts": name, "engine": engine[0], "dtype": engine[1], "batch": batches[engine],
+                                "cosine": cosines[engine], "runs": rounds[engine]})
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1))
+    if args.plot:
+        plot(results, args.plot)
+
+
+def plot(results, path):
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    places = list(dict.fromkeys((r["model"], r["texts"]) for r in results))
+    names = list(dict.fromkeys(f"{r['engine']} {r['dtype']}" for r in results))
+    figure, axes = pyplot.subplots(1, len(places), figsize=(3.2 * len(places), 3.2), layout="constrained")
+    for place, axis in zip(places, axes if len(places) > 1 else [axes]):
+        speed = {f"{r['engine']} {r['dtype']}": statistics.median(x["tokens_per_second"] for x in r["runs"])
+                 for r in results if (r["model"], r["texts"]) == place}
+        axis.barh(names[::-1], [speed.get(n, 0) for n in names[::-1]],
+                  color=["#c0392b" if n.startswith("kandle") else "#7f8c8d" for n in names[::-1]])
+        axis.set_title(", ".join(place))
+        axis.set_xlabel("tokens/s")
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
