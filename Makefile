@@ -55,11 +55,21 @@ deps: ## Licences, bans and sources (cargo-deny), unused dependencies (cargo-mac
 	scripts/deps.sh
 
 .PHONY: bench
-bench: ## The pipeline without a model against a bare loop, on a real Kafka; and the process's footprint
+bench: ## All that is measured: the pipeline on a real Kafka, the process's footprint, the engine beside its peers
 	@scripts/setup.sh test
 	cargo build --release
 	benches/pipeline.sh
 	benches/footprint.sh
+	benches/engine.sh
+
+.PHONY: bench-engine
+bench-engine: ## The engine beside sentence-transformers, ONNX Runtime and OpenVINO (half an hour; Python)
+	cargo build --release
+	benches/engine.sh
+
+.PHONY: gpu-check
+gpu-check: ## Binaries for a machine with a GPU, to be tried there by scripts/gpu-check.sh run
+	scripts/gpu-check.sh build
 
 .PHONY: cuda-check
 cuda-check: ## Compiles, links and starts with --features cuda, without a GPU

@@ -274,8 +274,8 @@ pub enum OnChange {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Batch {
-    /// Tokens of one forward on a GPU at most, halved while the device is out of memory. A CPU core
-    /// takes 512 at a time, or this where it is less: more gains nothing there.
+    /// Tokens of one forward at most, halved while the device is out of memory. A CPU core takes 512 at a
+    /// time, a GPU all of them, unless `kandle bench calibrate` has found better for model and device.
     #[schemars(range(min = 1))]
     pub max_tokens: usize,
     /// CPU cores that run batches, each one of its own at a time: as many as the process may use where

@@ -373,3 +373,57 @@ fn a_model_from_a_hub_is_pinned_cached_and_works_offline() {
     assert_eq!(code, 1);
     assert!(err.contains("org/other@main is not in the cache"), "{err}");
 }
+
+#[test]
+fn bench_engine_measures_and_writes_embeddings_that_are_right() {
+    let fixture = support::root().join("tests/fixtures/bert");
+    let golden: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(fixture.join("golden.json")).expect("golden.json"))
+            .expect("JSON");
+    let golden = golden.as_array().expect("a list");
+    let lines: Vec<String> =
+        golden.iter().map(|g| serde_json::json!({ "text": g["text"] }).to_string()).collect();
+    let input = support::file("texts.jsonl", &lines.join("\n"));
+    let output = support::file("embeddings.jsonl", "");
+    let mut command = kandle();
+    command.args(["bench", "engine", "--json", "--threads", "2", "--dtype", "f32", "--device", "cpu"]);
+    command.arg("--model").arg(&fixture).arg("--input").arg(&input.path).arg("--output").arg(&output.path);
+    let (code, out, error) = finish(&mut command, b"");
+    assert_eq!(code, 0, "{error}");
+    let report: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    let tokens: usize = golden.iter().map(|g| g["ids"].as_array().expect("ids").len()).sum();
+    assert_eq!(report["records"], golden.len());
+    assert_eq!(report["tokens"], tokens);
+    assert_eq!(
+        (&report["dtype"], &report["device"], &report["threads"]),
+        (&"f32".into(), &"cpu".into(), &2.into())
+    );
+    assert_eq!(report["padding_ratio"], 0.0);
+    for key in ["seconds", "records_per_second", "tokens_per_second", "peak_rss_bytes"] {
+        assert!(report[key].as_f64().is_some_and(|x| x > 0.0), "{key}: {report}");
+    }
+    let rows = std::fs::read_to_string(&output.path).expect("embeddings");
+    assert_eq!(rows.lines().count(), golden.len());
+    for (row, golden) in rows.lines().zip(golden) {
+        let row: serde_json::Value = serde_json::from_str(row).expect("JSON");
+        for (got, want) in
+            row["embedding"].as_array().expect("a list").iter().zip(golden["mean"].as_array().unwrap())
+        {
+            assert!((got.as_f64().unwrap() - want.as_f64().unwrap()).abs() < 1e-4, "{golden}");
+        }
+    }
+}
+
+#[test]
+fn calibration_is_kept_for_the_model_and_read_on_the_next_start() {
+    let cache = tempfile::tempdir().expect("a directory");
+    let config = bundled();
+    let mut command = kandle();
+    command.env("XDG_CACHE_HOME", cache.path()).args(["bench", "calibrate", "-c"]).arg(&config.path);
+    let (code, out, error) = finish(&mut command, b"");
+    assert_eq!(code, 0, "{error}");
+    let chosen: usize = out.lines().last().and_then(|l| l.split(' ').next()?.parse().ok()).expect("a number");
+    let kept = std::fs::read_to_string(cache.path().join("kandle/calibration.json")).expect("kept");
+    assert!(kept.contains(&format!(" cpu\": {chosen}")), "{kept}");
+    assert!([64, 128, 256, 512, 1024, 2048].contains(&chosen), "{out}");
+}

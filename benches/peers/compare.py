@@ -17,6 +17,8 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 PEERS = [("torch", "f32"), ("torch", "bf16"), ("onnxruntime", "f32"), ("onnxruntime", "int8"), ("openvino", "f32"),
          ("openvino", "bf16")]
+# bfloat16 only where the processor has it: elsewhere it is made up, ten times slower or as f32.
+HAS_BF16 = any(name in pathlib.Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
 # A BERT-base forward costs eight times as much: fewer texts tell the same.
 SHARE = {"minilm": 1.0, "base": 0.1}
 
@@ -63,6 +65,7 @@ def main():
             texts = args.folder / f"run.{name}.jsonl"
             texts.write_text("".join(lines))
             engines = [("kandle", dtype) for dtype in ("f32", "bf16", "int8")] + PEERS
+            engines = [(engine, dtype) for engine, dtype in engines if HAS_BF16 or dtype != "bf16"]
             rounds, batches, cosines = {e: [] for e in engines}, {}, {}
             for turn in range(args.rounds):
                 for engine in engines:

@@ -3,6 +3,7 @@
 
 mod budget;
 mod cache;
+mod calibrate;
 mod lane;
 mod plan;
 
@@ -13,6 +14,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
 
 pub use budget::Budget;
+pub use calibrate::{Calibrations, Rate};
 pub use lane::{Forward, ForwardError};
 pub use plan::{Batch, Plan, plan};
 
@@ -63,6 +65,8 @@ pub enum EngineError<W> {
 pub struct Limits {
     /// `batch.max_tokens`.
     pub max_tokens: usize,
+    /// What calibration found for the model on the device.
+    pub calibrated: Option<usize>,
     /// `batch.lanes`.
     pub lanes: Option<usize>,
     /// `batch.timeout`.
@@ -76,6 +80,8 @@ pub struct Engine {
     model: Arc<dyn Forward>,
     budget: Arc<Budget>,
     lanes: usize,
+    /// A lane is a core.
+    single_core: bool,
     device: String,
     timeout: Duration,
     cache: Option<Cache>,
@@ -87,12 +93,14 @@ impl Engine {
     pub fn new(model: Arc<Model>, canary: Tokens, limits: Limits, metrics: Arc<Metrics>) -> Self {
         let cpu = model.placement.is_cpu();
         let (lanes, budget) = match cpu {
-            true => (limits.lanes.unwrap_or_else(cores), limits.max_tokens.min(CORE_TOKENS)),
+            true => (limits.lanes.unwrap_or_else(cores), CORE_TOKENS),
             false => (1, limits.max_tokens),
         };
+        let budget = limits.calibrated.unwrap_or(budget).min(limits.max_tokens);
         let device = model.placement.name.clone();
         let limits = Limits { max_tokens: budget, ..limits };
-        Self::with(Arc::new(OnDevice { model, canary }), lanes, limits, device, metrics)
+        let model = Arc::new(OnDevice { model, canary });
+        Self { single_core: cpu, ..Self::with(model, lanes, limits, device, metrics) }
     }
 
     fn with(
@@ -104,7 +112,15 @@ impl Engine {
     ) -> Self {
         let budget = Arc::new(Budget::new(limits.max_tokens));
         let cache = limits.cache.map(|bytes| Cache::new(bytes, model.width()));
-        Self { model, budget, lanes, device, timeout: limits.timeout, cache, metrics }
+        Self { model, budget, lanes, single_core: false, device, timeout: limits.timeout, cache, metrics }
+    }
+
+    /// Tokens a second on one lane, by the tokens of a batch, and the budget to choose.
+    pub fn calibrate(&self) -> Result<(Vec<Rate>, Option<usize>), String> {
+        let (least, most) = if self.single_core { (64, 2048) } else { (1024, 65_536) };
+        let rates = calibrate::measure(&*self.model, least, most).map_err(|e| e.to_string())?;
+        let chosen = calibrate::choose(&rates);
+        Ok((rates, chosen))
     }
 
     pub fn lanes(&self) -> usize {
@@ -411,8 +427,13 @@ mod tests {
             Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
         let metrics = Arc::new(Metrics::new());
         let model: Arc<dyn Forward> = Arc::clone(&fake) as _;
-        let limits =
-            Limits { max_tokens: 10_000, lanes: None, timeout: Duration::from_millis(200), cache: None };
+        let limits = Limits {
+            max_tokens: 10_000,
+            calibrated: None,
+            lanes: None,
+            timeout: Duration::from_millis(200),
+            cache: None,
+        };
         (Engine::with(model, lanes, limits, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
     }
 

@@ -9,7 +9,7 @@ mod files;
 mod head;
 mod hub;
 mod load;
-mod ops;
+pub mod ops;
 mod tokenize;
 
 pub use device::Placement;

@@ -7,7 +7,7 @@ mod similarity;
 
 use std::sync::Arc;
 
-use crate::engine::{Engine, Limits};
+use crate::engine::{Calibrations, Engine, Limits};
 use crate::model::{Digest, Files, FilesError, Model, ModelError, Output, Placement, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{Overflow, Settings, TaskKind};
@@ -90,6 +90,7 @@ impl Task {
         let batch = &settings.batch;
         let limits = Limits {
             max_tokens: batch.max_tokens,
+            calibrated: Calibrations::here().and_then(|c| c.get(digest.short(), &loaded.placement.name)),
             lanes: batch.lanes,
             timeout: batch.timeout.0,
             cache: settings.task.cache.map(|bytes| bytes.0),

@@ -1,5 +1,6 @@
 //! `bench`: measures the engine alone, or the pipeline on a broker.
 
+mod calibrate;
 mod engine;
 mod pipeline;
 
@@ -9,6 +10,8 @@ use crate::settings::{self, Settings, Sources};
 
 #[derive(Subcommand)]
 pub enum Command {
+    /// Find the tokens a batch that suit this device, and keep them for every start
+    Calibrate(super::Configuration),
     /// A model over a file of texts, tokenising included, without Kafka
     Engine(engine::Options),
     /// The pipeline without a model, against a bare consume, produce, commit loop on the same broker
@@ -17,6 +20,7 @@ pub enum Command {
 
 pub fn bench(command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Calibrate(configuration) => super::with(&configuration, calibrate::bench),
         Command::Engine(options) => engine::bench(&options),
         Command::Pipeline(options) => pipeline::bench(options),
     }

@@ -9,7 +9,7 @@ mod attention;
 mod coded;
 mod embed;
 mod linear;
-mod matmul;
+pub mod matmul;
 mod norm;
 mod pool;
 mod simd;

@@ -1,0 +1,100 @@
+//! What a batch of 512 tokens costs on one core, operation by operation, in the shapes of MiniLM-L6;
+//! the multiplication beside the `gemm` crate's. `cargo bench --bench kernels`.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use kandle::model::ops::matmul::{Panels, Then};
+use kandle::model::ops::{Activation, Attention, Code, Norm, Pooling, Scratch, Slot, supported};
+use kandle::model::{Packed, Tokens};
+
+const TOKENS: usize = 512;
+const HIDDEN: usize = 384;
+
+fn numbers(count: usize) -> Vec<f32> {
+    (0..count).map(|i| (i * 7919 % 2003) as f32 / 1001.5 - 1.0).collect()
+}
+
+fn matmul(c: &mut Criterion) {
+    for (inputs, outputs) in
+        [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN), (4 * HIDDEN, HIDDEN)]
+    {
+        let mut group = c.benchmark_group(format!("matmul {TOKENS}x{inputs}x{outputs}"));
+        group.throughput(Throughput::Elements((2 * TOKENS * inputs * outputs) as u64)).sample_size(20);
+        let (x, weight) = (numbers(TOKENS * inputs), numbers(outputs * inputs));
+        let mut out = vec![0.0; TOKENS * outputs];
+        let panels = Panels::new(&weight, None, inputs, outputs);
+        group.bench_function("f32", |b| b.iter(|| panels.multiply(&x, &mut out, &Then::Nothing)));
+        group.bench_function("f32 with GELU", |b| {
+            b.iter(|| panels.multiply(&x, &mut out, &Then::Activate(Activation::Gelu)));
+        });
+        for (name, code) in [("int8", Code::Int8), ("bf16", Code::Bf16)] {
+            if supported(code).is_ok() {
+                let panels = Panels::coded(&weight, None, inputs, outputs, code).expect("supported");
+                group.bench_function(name, |b| b.iter(|| panels.multiply(&x, &mut out, &Then::Nothing)));
+            }
+        }
+        group.bench_function("gemm crate, f32", |b| {
+            b.iter(|| {
+                let (m, n, k) = (TOKENS, outputs, inputs);
+                // SAFETY: the three matrices are as large as their sizes and strides say.
+                unsafe {
+                    gemm::gemm(
+                        m,
+                        n,
+                        k,
+                        out.as_mut_ptr(),
+                        1,
+                        n as isize,
+                        false,
+                        x.as_ptr(),
+                        1,
+                        k as isize,
+                        weight.as_ptr(),
+                        k as isize,
+                        1,
+                        0.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        gemm::Parallelism::None,
+                    );
+                }
+            });
+        });
+        group.finish();
+    }
+}
+
+fn batch(length: usize) -> Packed {
+    let one = Tokens { ids: vec![1; length], type_ids: None, truncated: false };
+    Packed::new(&vec![&one; TOKENS / length])
+}
+
+fn layers(c: &mut Criterion) {
+    let device = Device::Cpu;
+    let mut group = c.benchmark_group("layer");
+    group.sample_size(20);
+    for length in [32, 256] {
+        let (packed, scratch) = (batch(length), Scratch::default());
+        let qkv = Tensor::from_vec(numbers(TOKENS * 3 * HIDDEN), (TOKENS, 3 * HIDDEN), &device).unwrap();
+        let attention = Attention { heads: 12, width: HIDDEN / 12, reach: None };
+        group.bench_function(format!("attention, texts of {length}"), |b| {
+            b.iter(|| attention.forward(&qkv, None, &packed, scratch.at(Slot::Mixed, &device)).unwrap());
+        });
+    }
+    let (packed, scratch, vars) = (batch(32), Scratch::default(), VarMap::new());
+    let x = Tensor::from_vec(numbers(TOKENS * HIDDEN), (TOKENS, HIDDEN), &device).unwrap();
+    let norm = Norm::load(HIDDEN, true, 1e-12, VarBuilder::from_varmap(&vars, DType::F32, &device)).unwrap();
+    group.bench_function("norm", |b| {
+        b.iter(|| norm.forward(&x, scratch.at(Slot::Mixed, &device)).unwrap());
+    });
+    group.bench_function("pool", |b| {
+        b.iter(|| Pooling::Mean.forward(&x, &packed, scratch.at(Slot::Pooled, &device)).unwrap());
+    });
+    group.finish();
+}
+
+criterion_group!(benches, matmul, layers);
+criterion_main!(benches);

@@ -1,0 +1,160 @@
+//! The token budget that suits a device: found once by `kandle bench calibrate`, kept in a file by
+//! model and device, and used on every start after. A row does not depend on its batch, so no
+//! prediction does.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::lane::{Forward, ForwardError};
+use crate::model::Tokens;
+
+/// A budget counts as better from this gain on.
+const GAIN: f64 = 1.02;
+/// Tokens of a text, as short ones have them.
+const LENGTH: usize = 32;
+const ROUNDS: usize = 5;
+
+/// Tokens of a batch, and tokens a second with it on one lane.
+pub type Rate = (usize, f64);
+
+/// Tries budgets from `least`, doubling, up to `most`, in turns, each over `most` tokens; ends early
+/// where the device is out of memory. The median of the turns counts.
+pub fn measure(model: &dyn Forward, least: usize, most: usize) -> Result<Vec<Rate>, ForwardError> {
+    let ids: Vec<u32> = model.canary().ids.iter().copied().cycle().take(LENGTH).collect();
+    let text = Tokens { ids, type_ids: None, truncated: false };
+    let mut budgets: Vec<usize> =
+        std::iter::successors(Some(least), |b| Some(b * 2)).take_while(|&b| b <= most).collect();
+    let mut seconds = vec![Vec::new(); budgets.len()];
+    for _ in 0..ROUNDS {
+        for i in 0..budgets.len() {
+            let batch = vec![&text; budgets[i] / LENGTH];
+            let started = Instant::now();
+            for _ in 0..most / budgets[i] {
+                match model.forward(&batch) {
+                    Ok(_) => {}
+                    Err(ForwardError::OutOfMemory(_)) if i > 0 => {
+                        budgets.truncate(i);
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            if i >= budgets.len() {
+                break;
+            }
+            seconds[i].push(started.elapsed().as_secs_f64());
+        }
+    }
+    let rate = |(budget, mut seconds): (usize, Vec<f64>)| {
+        seconds.sort_by(f64::total_cmp);
+        (budget, (most / budget * budget) as f64 / seconds[seconds.len() / 2])
+    };
+    Ok(budgets.into_iter().zip(seconds).map(rate).collect())
+}
+
+/// The largest budget that still gains: the least within [`GAIN`] of the best.
+pub fn choose(rates: &[Rate]) -> Option<usize> {
+    let best = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
+    rates.iter().find(|(_, rate)| rate * GAIN >= best).map(|(budget, _)| *budget)
+}
+
+/// What was found on this machine, by model digest and device.
+pub struct Calibrations {
+    path: PathBuf,
+}
+
+impl Calibrations {
+    /// In `$XDG_CACHE_HOME/kandle` or `~/.cache/kandle`; `None` where neither is set.
+    pub fn here() -> Option<Self> {
+        let cache = std::env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+            .or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")))?;
+        Some(Self::at(cache.join("kandle/calibration.json")))
+    }
+
+    pub fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn all(&self) -> BTreeMap<String, usize> {
+        // A file that cannot be read holds nothing: the default serves.
+        std::fs::read(&self.path)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .unwrap_or_default()
+    }
+
+    pub fn get(&self, digest: &str, device: &str) -> Option<usize> {
+        self.all().get(&format!("{digest} {device}")).copied().filter(|&budget| budget > 0)
+    }
+
+    pub fn set(&self, digest: &str, device: &str, budget: usize) -> std::io::Result<()> {
+        let mut all = self.all();
+        all.insert(format!("{digest} {device}"), budget);
+        if let Some(directory) = self.path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        // Whole or not at all, whoever reads meanwhile.
+        let new = self.path.with_extension(format!("{}.new", std::process::id()));
+        std::fs::write(&new, serde_json::to_vec_pretty(&all)?)?;
+        std::fs::rename(&new, &self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_that_is_nearly_the_best_is_chosen() {
+        assert_eq!(choose(&[(64, 50.0), (128, 90.0), (256, 99.0), (512, 100.0), (1024, 97.0)]), Some(256));
+        assert_eq!(choose(&[(64, 50.0), (128, 90.0)]), Some(128));
+        assert_eq!(choose(&[]), None);
+    }
+
+    #[test]
+    fn what_was_found_is_kept_by_model_and_device() {
+        let directory = tempfile::tempdir().unwrap();
+        let calibrations = Calibrations::at(directory.path().join("a/b.json"));
+        assert_eq!(calibrations.get("abc", "cpu"), None);
+        calibrations.set("abc", "cpu", 256).unwrap();
+        calibrations.set("abc", "cuda:0", 8192).unwrap();
+        assert_eq!(calibrations.get("abc", "cpu"), Some(256));
+        assert_eq!(calibrations.get("abc", "cuda:0"), Some(8192));
+        assert_eq!(calibrations.get("abd", "cpu"), None);
+        std::fs::write(calibrations.path(), "{").unwrap();
+        assert_eq!(calibrations.get("abc", "cpu"), None);
+    }
+
+    struct Fake(Tokens);
+
+    impl Forward for Fake {
+        fn width(&self) -> usize {
+            1
+        }
+
+        fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
+            match batch.len() * LENGTH {
+                tokens if tokens > 256 => Err(ForwardError::OutOfMemory(tokens.to_string())),
+                _ => Ok(vec![0.0; batch.len()]),
+            }
+        }
+
+        fn canary(&self) -> &Tokens {
+            &self.0
+        }
+    }
+
+    #[test]
+    fn budgets_that_do_not_fit_are_left_out() {
+        let fake = Fake(Tokens { ids: vec![1, 2], type_ids: None, truncated: false });
+        let rates = measure(&fake, 64, 2048).unwrap();
+        assert_eq!(rates.iter().map(|(budget, _)| *budget).collect::<Vec<_>>(), [64, 128, 256]);
+    }
+}
