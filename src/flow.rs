@@ -69,6 +69,8 @@ pub struct Encoded {
 #[derive(Debug)]
 pub struct Published {
     pub spans: Vec<Span>,
+    /// Predictions, dead letters and tombstones of each span.
+    pub counts: Vec<[u64; 3]>,
     pub records: usize,
     /// What the window held of the memory limit.
     pub bytes: usize,

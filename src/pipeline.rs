@@ -32,7 +32,7 @@ use crate::model::Tokens;
 use crate::record::{Position, RecordError};
 use crate::settings::Settings;
 use crate::sink::{self, Publisher};
-use crate::source::{self, Source};
+use crate::source::{self, Drain, Source};
 use crate::task::{Task, TextTask};
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
@@ -45,6 +45,8 @@ pub struct Shared {
     pub health: Arc<Health>,
     /// Set from outside to end the pipeline in good order.
     pub stop: Arc<AtomicBool>,
+    /// The bounds, where it has any: it ends by itself once they are reached.
+    pub drain: Option<Arc<Drain>>,
     /// Why the pipeline ends by itself, in good order.
     verdict: Arc<OnceLock<String>>,
 }
@@ -55,6 +57,7 @@ impl Shared {
             metrics: Arc::new(Metrics::new()),
             health: Arc::new(Health::new(settings.server.stall_after.0)),
             stop: Arc::new(AtomicBool::new(false)),
+            drain: None,
             verdict: Arc::default(),
         }
     }
@@ -71,7 +74,7 @@ impl Shared {
 /// which takes 40 to 100 ms.
 const BEFORE_PUBLISH: usize = 64;
 
-/// Runs until `shared.stop` is set and everything in flight is committed. The first error of any
+/// Runs until `shared.stop` is set, or the bounds are reached, and everything in flight is committed. The first error of any
 /// stage is returned at once, with other stages still running: the process is to end.
 pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Shared) -> Result<(), String> {
     describe(&task, shared);
@@ -87,6 +90,7 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
             digest: task.digest.short().to_owned(),
             model: task.model_name.clone(),
             stop: Arc::clone(&shared.stop),
+            drain: shared.drain.clone(),
             partitions: topics.input_partitions,
             bytes_per_record: task.bytes_per_record(),
         },

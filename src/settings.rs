@@ -52,6 +52,9 @@ pub struct Settings {
     /// What is written to standard error.
     #[serde(default)]
     pub log: Log,
+    /// What running kandle costs, for a drain's report.
+    #[serde(default)]
+    pub cost: Cost,
 }
 
 impl Settings {
@@ -401,13 +404,33 @@ impl Default for Server {
     }
 }
 
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
     /// text or json.
     pub format: LogFormat,
     /// error, warn, info, debug or trace.
     pub level: LogLevel,
+    /// How often a drain says how far it is, where no terminal shows its bar.
+    pub progress_every: Wait,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            format: LogFormat::default(),
+            level: LogLevel::default(),
+            progress_every: Wait::millis(10_000),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cost {
+    /// What an hour of this machine costs, in whatever currency; a drain's report reckons with it.
+    #[schemars(range(min = 0.0))]
+    pub per_hour: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

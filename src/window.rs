@@ -24,6 +24,8 @@ pub enum ClosedBy {
     Records,
     Bytes,
     Wait,
+    /// A drain has all it wants.
+    End,
     Stop,
 }
 
@@ -33,6 +35,7 @@ impl ClosedBy {
             ClosedBy::Records => "records",
             ClosedBy::Bytes => "bytes",
             ClosedBy::Wait => "wait",
+            ClosedBy::End => "end",
             ClosedBy::Stop => "stop",
         }
     }

@@ -168,8 +168,11 @@ fn a_record_that_breaks_the_forward_is_found_by_bisection() {
         "normalized": false, "special": true
     }));
     std::fs::write(model.path().join("tokenizer.json"), tokenizer.to_string()).expect("written");
-    let texts =
-        |i: usize| if i == 37 || i == 90 { "a poison b".to_owned() } else { format!("order {i} is late") };
+    // All different: what is the same is computed once.
+    let texts = |i: usize| match i {
+        37 | 90 => "a poison b".to_owned(),
+        _ => "order ".repeat(i % 11 + 1) + &"late ".repeat(i / 11),
+    };
     place.produce((0..120).map(|i| Sent::ticket(0, i, &texts(i))));
     let model = format!("{{ source: \"{}\" }}", model.path().display());
     let mut daemon = Daemon::start(&place.config(&[("model", &model)]));

@@ -1,9 +1,10 @@
 //! The commands. Exit codes: 0 done; 1 failed while running; 2 the command line or configuration is
-//! wrong.
+//! wrong; 3 `drain --strict` ended with dead letters.
 
 mod bench;
 mod check;
 mod demo;
+mod drain;
 mod model;
 mod predict;
 mod run;
@@ -17,6 +18,7 @@ use crate::settings::{self, Loaded, Sources};
 
 const FAILED: u8 = 1;
 const WRONG: u8 = 2;
+const DEAD_LETTERS: u8 = 3;
 
 #[derive(Parser)]
 #[command(name = "kandle", version, about, long_about = None, after_help = EXIT_CODES)]
@@ -26,7 +28,7 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done; 1 failed while running; 2 the command line or the configuration is wrong.
+Exit codes: 0 done; 1 failed while running; 2 the command line or the configuration is wrong; 3 drain --strict ended\nwith dead letters.
 Settings: defaults < -c FILE (YAML, TOML or JSON; repeatable, later wins) < KANDLE__SECTION__KEY < --set section.key=value.
 config/default.yaml lists every key; `kandle config schema` is the same for machines.";
 
@@ -44,6 +46,14 @@ struct Configuration {
 enum Command {
     /// Consume, predict and publish for ever; SIGTERM finishes what is in flight, commits and exits 0
     Run(Configuration),
+    /// Process what is there now, report and exit: up to the ends that the partitions have at the start.
+    /// SIGTERM commits what is published and exits 1; started again, it goes on
+    Drain {
+        #[command(flatten)]
+        configuration: Configuration,
+        #[command(flatten)]
+        options: drain::Options,
+    },
     /// Try everything `run` needs without consuming: one line a check
     Check(Configuration),
     /// The model and codec without Kafka: one record a line in, one prediction a line out
@@ -86,6 +96,9 @@ pub fn main() -> ExitCode {
     // clap itself exits with 2 where the command line is wrong.
     let result = match Cli::parse().command {
         Command::Run(configuration) => with(&configuration, run::run),
+        Command::Drain { configuration, options } => {
+            with(&configuration, |loaded| drain::drain(loaded, &options))
+        }
         Command::Check(configuration) => with(&configuration, check::check),
         Command::Predict { configuration, inputs } => {
             with(&configuration, |loaded| predict::predict(loaded, &inputs))
@@ -109,7 +122,7 @@ pub fn main() -> ExitCode {
             if error.downcast_ref::<AlreadySaid>().is_none() {
                 eprintln!("kandle: {error:#}");
             }
-            ExitCode::from(FAILED)
+            ExitCode::from(if error.is::<drain::DeadLetters>() { DEAD_LETTERS } else { FAILED })
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `run`: the pipeline, the admin server and the signals.
+//! `run`: the pipeline; and the admin server and the signals, for all that run one.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,6 +15,15 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
     let shared = Shared::new(&settings);
+    serve(&settings, &shared, || consume(&settings, &shared))
+}
+
+/// Does `work` with the admin server up and signals heeded.
+pub(super) fn serve(
+    settings: &Settings,
+    shared: &Shared,
+    work: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime
         .block_on(server::serve(
@@ -24,7 +33,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
         ))
         .with_context(|| format!("server.listen {}", settings.server.listen))?;
     runtime.spawn(signals(shared.clone()));
-    let result = consume(&settings, &shared);
+    let result = work();
     // The server's connections are not waited for.
     runtime.shutdown_background();
     result

@@ -281,13 +281,13 @@ impl Publisher {
             }
         }
         let mut totals = [0; 3];
-        for (span, counts) in window.spans.iter().zip(counts) {
+        for (span, counts) in window.spans.iter().zip(&counts) {
             for (i, (outcome, count)) in
                 ["predicted", "dead_lettered", "tombstone"].iter().zip(counts).enumerate()
             {
                 totals[i] += count;
-                if count > 0 {
-                    metrics.records.with_label_values(&[&*span.partition.topic, *outcome]).inc_by(count);
+                if *count > 0 {
+                    metrics.records.with_label_values(&[&*span.partition.topic, *outcome]).inc_by(*count);
                 }
             }
         }
@@ -305,7 +305,7 @@ impl Publisher {
             "window published"
         );
         let bytes = window.reserved();
-        Published { records: window.records.len(), bytes, spans: window.spans, committed }
+        Published { records: window.records.len(), counts, bytes, spans: window.spans, committed }
     }
 
     /// Predictions of windows not yet acknowledged in full.

@@ -50,6 +50,9 @@ impl Source {
                 _ => None,
             });
             self.ledger.assign(partition.clone(), start);
+            if let Some(drain) = &self.wiring.drain {
+                drain.taken_up(partition, start);
+            }
             // A rate wants a first point.
             self.wiring.metrics.skipped.with_label_values(&[&*partition.topic]);
             let kept = element.and_then(|element| Metadata::read(element.metadata()));
@@ -74,6 +77,15 @@ impl Source {
             // A partition that was paused while it was taken away, and comes back, is still paused for
             // librdkafka.
             self.consumer.resume(list).map_err(SourceError::Client)?;
+        }
+        if let Some(drain) = &self.wiring.drain {
+            let mut done = TopicPartitionList::new();
+            for partition in partitions.iter().filter(|partition| drain.is_done(partition)) {
+                done.add_partition(&partition.topic, partition.number);
+            }
+            if done.count() > 0 {
+                self.consumer.pause(&done).map_err(SourceError::Client)?;
+            }
         }
         self.wiring.metrics.rebalances.with_label_values(&["assigned"]).inc();
         self.wiring.health.set_ready();

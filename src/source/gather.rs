@@ -1,6 +1,7 @@
 //! Gathering: messages into the window, closed windows to the next stage, and the pause while that
 //! is full.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -8,13 +9,15 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{SendTimeoutError, Sender};
 use rdkafka::consumer::Consumer;
 use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::statistics::Statistics;
 use rdkafka::topic_partition_list::TopicPartitionList;
 
+use super::drain;
 use super::ledger::{Owned, Read};
 use super::live::{POLL, Source, SourceError};
 use crate::flow::Queued;
 use crate::record::{Arrival, Partition};
-use crate::window::Window;
+use crate::window::{ClosedBy, Window};
 
 /// Messages taken from the client between two looks at everything else.
 const BURST: usize = 1024;
@@ -54,6 +57,8 @@ impl Source {
         let consumer = Arc::clone(&self.consumer);
         let mut now = Instant::now();
         let mut full = None;
+        // Partitions of which a drain has all.
+        let mut ended = BTreeSet::new();
         // Messages come in runs of one partition.
         let mut run: Option<&mut Owned> = None;
         for i in 0..limit {
@@ -72,6 +77,12 @@ impl Source {
             }
             // Not ours: left in the queue from before a revocation.
             let Some(mut owned) = run.take() else { continue };
+            let end = self.wiring.drain.as_ref().map(|drain| drain.end(&owned.partition));
+            if end.is_some_and(|end| message.offset() >= end) {
+                ended.insert(owned.partition.clone());
+                run = Some(owned);
+                continue;
+            }
             if let Read::Backwards { expected } = owned.read(message.offset(), timestamp(&message)) {
                 let partition = owned.partition.clone();
                 tracing::warn!(
@@ -85,6 +96,9 @@ impl Source {
             }
             let suspect = owned.suspects.contains(&message.offset());
             full = self.gatherer.push(&owned.partition, &owned.lease, arrival(&message, suspect), now);
+            if end == Some(message.offset() + 1) {
+                ended.insert(owned.partition.clone());
+            }
             if full.is_some() {
                 break;
             }
@@ -93,6 +107,7 @@ impl Source {
         if let Some(window) = full {
             self.hold(window);
         }
+        self.end(&ended);
         Ok(())
     }
 
@@ -157,21 +172,89 @@ impl Source {
     fn resume(&mut self) {
         tracing::debug!("resumed");
         self.paused = false;
-        let resumed = self.consumer.assignment().and_then(|mut all| {
-            if let Some(revoking) = &self.revoking {
-                let mut kept = TopicPartitionList::new();
-                for e in all.elements() {
-                    if revoking.list.find_partition(e.topic(), e.partition()).is_none() {
-                        kept.add_partition(e.topic(), e.partition());
-                    }
+        let resumed = self.consumer.assignment().and_then(|all| {
+            let mut wanted = TopicPartitionList::new();
+            for e in all.elements() {
+                let partition = Partition::new(e.topic(), e.partition());
+                let done = self.wiring.drain.as_ref().is_some_and(|drain| drain.is_done(&partition));
+                if !done && !self.is_revoking(&partition) {
+                    wanted.add_partition(e.topic(), e.partition());
                 }
-                all = kept;
             }
-            self.consumer.resume(&all)
+            self.consumer.resume(&wanted)
         });
         if let Err(error) = resumed {
             tracing::debug!(%error, "resuming");
         }
+    }
+}
+
+/// What a drain adds.
+impl Source {
+    /// These partitions have given all that is wanted of them.
+    fn end(&mut self, ended: &BTreeSet<Partition>) {
+        let Some(drain) = &self.wiring.drain else { return };
+        let mut list = TopicPartitionList::new();
+        for partition in ended.iter().filter(|partition| !drain.is_done(partition)) {
+            drain.set_done(partition);
+            list.add_partition(&partition.topic, partition.number);
+        }
+        if list.count() > 0
+            && let Err(error) = self.consumer.pause(&list)
+        {
+            tracing::debug!(%error, "pausing partitions at their ends");
+        }
+        if self.ledger.iter().all(|owned| drain.is_done(&owned.partition))
+            && let Some(window) = self.gatherer.close(ClosedBy::End)
+        {
+            // Nothing is to come that it could wait for.
+            self.hold(window);
+        }
+    }
+
+    /// Finds partitions whose last offsets before the end hold no record: transaction markers, or what
+    /// was compacted away. Statistics tell where to look, and a look whether it is so: after a pause
+    /// they count what was fetched and thrown away again.
+    pub(super) fn past_the_ends(&mut self, statistics: &Statistics) {
+        let Some(drain) = self.wiring.drain.clone() else { return };
+        let mut ended = BTreeSet::new();
+        for owned in self.ledger.iter() {
+            let Partition { topic, number } = &owned.partition;
+            let known = statistics.topics.get(&**topic).and_then(|t| t.partitions.get(number));
+            let end = drain.end(&owned.partition);
+            if owned.is_idle()
+                && !drain.is_done(&owned.partition)
+                && known.is_some_and(|p| p.next_offset >= end && p.fetchq_cnt == 0)
+                && let from = owned.resume_at().unwrap_or_else(|| drain.start(&owned.partition))
+                && drain::is_bare(&self.config, &owned.partition, from, end) == Some(true)
+            {
+                ended.insert(owned.partition.clone());
+            }
+        }
+        self.end(&ended);
+    }
+
+    /// Whether the drain is over: our partitions are at their ends and committed, and so are the
+    /// others'.
+    pub(super) fn drained(&mut self) -> bool {
+        let Some(drain) = self.wiring.drain.clone() else { return false };
+        let mut open = !self.held.is_empty() || self.revoking.is_some();
+        for owned in self.ledger.iter_mut() {
+            if !drain.is_done(&owned.partition) || !owned.is_idle() {
+                open = true;
+                continue;
+            }
+            // The group stands at the end itself, also where no record is right before it.
+            owned.pass(drain.end(&owned.partition));
+        }
+        if open {
+            return false;
+        }
+        if self.ledger.commits_open() {
+            self.commit(None);
+            return false;
+        }
+        drain.look(&self.consumer)
     }
 }
 

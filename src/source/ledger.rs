@@ -102,6 +102,14 @@ impl Owned {
         Read::InOrder
     }
 
+    /// All up to `end` counts as published, records or not: only where nothing is under way.
+    pub fn pass(&mut self, end: i64) {
+        let at = self.published.or(self.committed);
+        if at.is_none_or(|at| at < end) {
+            self.published = Some(end);
+        }
+    }
+
     /// What the window that gathers held of it goes to the next owner.
     pub fn forget_gathering(&mut self) {
         self.gathering = None;

@@ -1,4 +1,4 @@
-//! The source for `run`: consumes for ever.
+//! The source: consumes for ever, or up to a drain's bounds.
 //!
 //! One loop: read the callbacks' notes, book what the stages report, pass on a closed window, poll,
 //! commit. What cannot be passed on because the stages behind are full is held, the partitions are
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerGroupMetadata};
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode;
@@ -17,6 +18,7 @@ use rdkafka::types::RDKafkaErrorCode;
 use super::assignment::Revoking;
 use super::client;
 use super::commit::Committer;
+use super::drain::Drain;
 use super::lag::Lag;
 use super::ledger::Ledger;
 use super::rebalance::{Note, Notes, give_up};
@@ -54,6 +56,7 @@ pub struct Wiring {
     pub model: String,
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
+    pub drain: Option<Arc<Drain>>,
     /// Partitions of the input topics.
     pub partitions: u64,
     /// What a record may take on its way through the stages, beside its own bytes.
@@ -67,6 +70,7 @@ pub struct Source {
     /// Dropped before the consumer, which it shares.
     pub(super) committer: Committer,
     pub(super) consumer: Arc<BaseConsumer<Notes>>,
+    pub(super) config: ClientConfig,
     pub(super) wiring: Wiring,
     pub(super) on_change: OnChange,
     commit_interval: Duration,
@@ -107,11 +111,15 @@ impl Source {
         let consumer = Arc::new(consumer);
         let committer = Committer::start(&consumer).map_err(|e| SourceError::Fatal(e.to_string()))?;
         let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
+        if let Some(drain) = &wiring.drain {
+            drain.freeze(&consumer, &topics).map_err(SourceError::Fatal)?;
+        }
         consumer.subscribe(&topics).map_err(SourceError::Client)?;
         wiring.metrics.memory_limit.set(settings.memory.limit.0 as f64);
         Ok(Self {
             committer,
             consumer,
+            config,
             on_change: settings.model.on_change,
             commit_interval: settings.delivery.commit_interval.0,
             revoke_timeout: settings.delivery.revoke_timeout.0,
@@ -141,7 +149,7 @@ impl Source {
         Arc::new(move || consumer.group_metadata())
     }
 
-    /// Consumes until it is asked to stop and everything in flight is committed.
+    /// Consumes until it is asked to stop, or its bounds are reached, and everything in flight is committed.
     pub fn serve(
         mut self,
         windows: Sender<Queued<Window>>,
@@ -164,6 +172,9 @@ impl Source {
             if self.last_commit.elapsed() >= self.commit_interval {
                 self.commit(None);
             }
+            if self.drained() {
+                break;
+            }
         }
         self.finish(windows, reports)
     }
@@ -175,10 +186,19 @@ impl Source {
         windows: Sender<Queued<Window>>,
         reports: &Receiver<Report>,
     ) -> Result<(), SourceError> {
-        tracing::info!("stopping: finishing what is in flight");
+        let closed_by = match &self.wiring.drain {
+            Some(drain) if drain.is_complete() => {
+                tracing::info!("drained: all partitions are at their ends");
+                ClosedBy::End
+            }
+            _ => {
+                tracing::info!("stopping: finishing what is in flight");
+                ClosedBy::Stop
+            }
+        };
         self.wiring.hurry.set(true);
         self.pause();
-        if let Some(window) = self.gatherer.close(ClosedBy::Stop) {
+        if let Some(window) = self.gatherer.close(closed_by) {
             self.hold(window);
         }
         while !self.held.is_empty() {
@@ -224,8 +244,11 @@ impl Source {
 
     fn take_report(&mut self, report: Report) -> Result<(), SourceError> {
         match report {
-            Report::Published(Published { spans, records, bytes, committed }) => {
+            Report::Published(Published { spans, counts, records, bytes, committed }) => {
                 self.ledger.published(&spans, committed);
+                if let Some(drain) = &self.wiring.drain {
+                    drain.published(&spans, &counts);
+                }
                 self.lag.published += records as u64;
                 self.in_flight -= bytes;
             }
@@ -244,6 +267,7 @@ impl Source {
                 Note::Revoke(list) => self.revoke(list),
                 Note::Committed(result, offsets) => self.committed(result, &offsets),
                 Note::Statistics(statistics) => {
+                    self.past_the_ends(&statistics);
                     let status = self.lag.update(&statistics, &self.ledger, &self.wiring.metrics);
                     self.show_skipped(|p| {
                         let known = statistics.topics.get(&*p.topic)?.partitions.get(&p.number)?;

@@ -5,6 +5,7 @@
 mod assignment;
 mod client;
 mod commit;
+mod drain;
 mod gather;
 mod lag;
 mod ledger;
@@ -14,5 +15,6 @@ mod offsets;
 mod rebalance;
 
 pub use client::FETCH_BACKOFF_MS;
+pub use drain::{Bound, Drain};
 pub use live::{Group, Source, SourceError, Wiring};
 pub use metadata::Metadata;

@@ -97,7 +97,10 @@ impl Source {
                     .find_map(|e| e.error().err().map(|e2| format!("{}/{}: {e2}", e.topic(), e.partition()))),
             };
             match failed {
-                None => return Ok(()),
+                None => {
+                    self.unpause(&list);
+                    return Ok(());
+                }
                 Some(reason) if Instant::now() >= deadline => {
                     return Err(SourceError::Fatal(format!(
                         "after an aborted transaction, the consumer cannot go back: {reason}"
@@ -108,6 +111,21 @@ impl Source {
                     std::thread::park_timeout(Duration::from_millis(100));
                 }
             }
+        }
+    }
+
+    /// Partitions of a drain that had reached their ends have something to give again.
+    fn unpause(&mut self, list: &TopicPartitionList) {
+        let Some(drain) = &self.wiring.drain else { return };
+        for element in list.elements() {
+            if let Offset::Offset(offset) = element.offset() {
+                drain.taken_up(&Partition::new(element.topic(), element.partition()), Some(offset));
+            }
+        }
+        if !self.paused
+            && let Err(error) = self.consumer.resume(list)
+        {
+            tracing::debug!(%error, "resuming what is read again");
         }
     }
 

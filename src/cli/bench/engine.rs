@@ -131,7 +131,7 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         records_per_second: texts.len() as f64 / seconds,
         tokens_per_second: tokens as f64 / seconds,
         padding_ratio: padding.get_sample_sum() / padding.get_sample_count() as f64,
-        peak_rss_bytes: peak_rss()?,
+        peak_rss_bytes: super::super::drain::peak_rss().context("/proc/self/status")?,
         dtype: task.dtype.clone(),
         device: task.device.clone(),
         threads: text.engine.lanes(),
@@ -191,11 +191,4 @@ fn run(task: &TextTask, texts: &[String], window: usize, metrics: &Metrics) -> a
         None => Ok(rows),
         Some(line) => bail!("text {line} of a window has no embedding"),
     }
-}
-
-/// The most memory that the process has had resident.
-fn peak_rss() -> anyhow::Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-    Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()? << 10)
 }

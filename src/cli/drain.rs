@@ -1,0 +1,275 @@
+//! `drain`: the pipeline up to the ends that the partitions have at the start; a bar or lines while
+//! it runs, a report when it is over.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use super::run;
+use crate::cluster;
+use crate::pipeline::{self, Shared};
+use crate::record::Partition;
+use crate::settings::{Loaded, Settings};
+use crate::source::{Bound, Drain};
+use crate::task::Task;
+use crate::telemetry::{Metrics, logging};
+
+#[derive(Args)]
+pub struct Options {
+    /// Where the report goes, as JSON; the log has its main figures in any case
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Exit with 3 where there were dead letters
+    #[arg(long)]
+    strict: bool,
+}
+
+/// A drain is over, with dead letters, and `--strict`.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} dead letters, and --strict")]
+pub struct DeadLetters(u64);
+
+pub fn drain(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
+    let settings = loaded.settings;
+    logging::start(&settings.log);
+    let bounds = Arc::new(Drain::default());
+    let mut shared = Shared::new(&settings);
+    shared.drain = Some(Arc::clone(&bounds));
+    let settings_digest = digest(&loaded.shown);
+    run::serve(&settings, &shared, || work(&settings, &shared, &bounds, &settings_digest, options))
+}
+
+fn work(
+    settings: &Settings,
+    shared: &Shared,
+    drain: &Arc<Drain>,
+    settings_digest: &str,
+    options: &Options,
+) -> anyhow::Result<()> {
+    let task = Arc::new(Task::load(settings, &shared.metrics)?);
+    let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop)?;
+    let Some(topics) = topics else { bail!("stopped before anything was read") };
+    let (model, model_digest) = (task.model_name.clone(), task.digest.full().to_owned());
+    let started = Instant::now();
+    let over = Arc::new(AtomicBool::new(false));
+    let shown = {
+        let (shared, drain, over) = (shared.clone(), Arc::clone(drain), Arc::clone(&over));
+        let every = settings.log.progress_every.0;
+        std::thread::Builder::new()
+            .name("kandle-progress".to_owned())
+            .spawn(move || show(&shared, &drain, &over, every, started))?
+    };
+    let result = pipeline::run(settings, task, &topics, shared).map_err(anyhow::Error::msg);
+    over.store(true, Ordering::Relaxed);
+    shown.thread().unpark();
+    // It ends by itself, and a panic has ended the process already.
+    let _ = shown.join();
+    result?;
+    let report = Report {
+        complete: drain.is_complete(),
+        model,
+        model_digest,
+        settings_digest: settings_digest.to_owned(),
+        ..Report::new(&drain.bounds(), &shared.metrics, started.elapsed(), settings.cost.per_hour)
+    };
+    report.log();
+    if let Some(path) = &options.report {
+        report.write(path)?;
+    }
+    if !report.complete {
+        bail!("stopped before the end: {} records are left; started again, it goes on", drain.left());
+    }
+    match report.dead_lettered {
+        dead @ 1.. if options.strict => Err(DeadLetters(dead).into()),
+        _ => Ok(()),
+    }
+}
+
+/// SHA-256 over the effective settings, secrets hidden, as 64 hex digits.
+fn digest(shown: &serde_json::Value) -> String {
+    Sha256::digest(shown.to_string()).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A bar where somebody looks on, else a line now and then.
+fn show(shared: &Shared, drain: &Drain, over: &AtomicBool, every: Duration, started: Instant) {
+    let terminal = std::io::stderr().is_terminal();
+    let bar = terminal.then(|| {
+        let style = ProgressStyle::with_template(
+            "{bar:30} {percent:>3}%  {pos}/{len} records  {per_sec}  {msg}  ETA {eta}",
+        )
+        .expect("the template is right");
+        ProgressBar::new(0).with_style(style)
+    });
+    let wait = if terminal { Duration::from_millis(200) } else { every };
+    let (mut tokens_before, mut then) = (0, started);
+    while !over.load(Ordering::Relaxed) {
+        std::thread::park_timeout(wait);
+        let bounds = drain.bounds();
+        let total: i64 = bounds.values().map(|bound| bound.to - bound.from).sum();
+        let done: i64 =
+            bounds.values().map(|bound| (bound.reached.unwrap_or(bound.from) - bound.from).max(0)).sum();
+        let dead: u64 = bounds.values().map(|bound| bound.dead_lettered).sum();
+        let tokens = shared.metrics.tokens.get();
+        let seconds = then.elapsed().as_secs_f64().max(1e-3);
+        let tokens_per_second = (tokens - tokens_before) as f64 / seconds;
+        (tokens_before, then) = (tokens, Instant::now());
+        if let Some(bar) = &bar {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+            bar.set_message(format!("{tokens_per_second:.0} tokens/s  {dead} dead letters"));
+        } else if total > 0 && !over.load(Ordering::Relaxed) {
+            let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-3);
+            let eta = if done > 0 { ((total - done) as f64 / rate).ceil() as u64 } else { 0 };
+            tracing::info!(
+                records = done,
+                of = total,
+                percent = done * 100 / total,
+                records_per_second = rate.round(),
+                tokens_per_second = tokens_per_second.round(),
+                dead_letters = dead,
+                eta_seconds = eta,
+                "draining"
+            );
+        }
+    }
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+}
+
+/// What a drain did.
+#[derive(Debug, Default, Serialize)]
+struct Report {
+    /// All partitions reached their ends, by this member or others of the group.
+    complete: bool,
+    model: String,
+    model_digest: String,
+    settings_digest: String,
+    /// By this process alone, as all that follows.
+    records: u64,
+    predicted: u64,
+    dead_lettered: u64,
+    tombstones: u64,
+    dead_letters: BTreeMap<String, u64>,
+    tokens: u64,
+    truncated: u64,
+    seconds: f64,
+    records_per_second: f64,
+    tokens_per_second: f64,
+    device_busy_seconds: f64,
+    /// Neither the device nor anything before it had work: waiting for Kafka.
+    device_idle_seconds: f64,
+    padding_ratio: f64,
+    peak_rss_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost: Option<Spent>,
+    partitions: Vec<Part>,
+}
+
+#[derive(Debug, Serialize)]
+struct Spent {
+    per_hour: f64,
+    total: f64,
+    per_million_records: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Part {
+    topic: String,
+    partition: i32,
+    #[serde(flatten)]
+    bound: Bound,
+}
+
+impl Report {
+    fn new(
+        bounds: &BTreeMap<Partition, Bound>,
+        metrics: &Metrics,
+        time: Duration,
+        per_hour: Option<f64>,
+    ) -> Self {
+        let sum = |of: fn(&Bound) -> u64| bounds.values().map(of).sum::<u64>();
+        let (predicted, dead_lettered) = (sum(|b| b.predicted), sum(|b| b.dead_lettered));
+        let tombstones = sum(|b| b.tombstones);
+        let records = predicted + dead_lettered + tombstones;
+        let seconds = time.as_secs_f64();
+        let busy: f64 = metrics.busy_seconds();
+        let padding = &metrics.batch_padding;
+        let batches = padding.get_sample_count();
+        Self {
+            records,
+            predicted,
+            dead_lettered,
+            tombstones,
+            dead_letters: crate::record::Fault::ALL
+                .iter()
+                .map(|fault| (fault.name(), metrics.dead_letters.with_label_values(&[fault.name()]).get()))
+                .filter(|(_, count)| *count > 0)
+                .map(|(name, count)| (name.to_owned(), count))
+                .collect(),
+            tokens: metrics.tokens.get(),
+            truncated: metrics.truncated.get(),
+            seconds,
+            records_per_second: records as f64 / seconds,
+            tokens_per_second: metrics.tokens.get() as f64 / seconds,
+            device_busy_seconds: busy,
+            device_idle_seconds: (seconds - busy).max(0.0),
+            padding_ratio: if batches == 0 { 0.0 } else { padding.get_sample_sum() / batches as f64 },
+            peak_rss_bytes: peak_rss(),
+            cost: per_hour.map(|per_hour| {
+                let total = per_hour * seconds / 3600.0;
+                Spent {
+                    per_hour,
+                    total,
+                    per_million_records: (records > 0).then(|| total / records as f64 * 1e6),
+                }
+            }),
+            partitions: bounds
+                .iter()
+                .map(|(partition, bound)| Part {
+                    topic: partition.topic.to_string(),
+                    partition: partition.number,
+                    bound: bound.clone(),
+                })
+                .collect(),
+            ..Self::default()
+        }
+    }
+
+    fn log(&self) {
+        tracing::info!(
+            complete = self.complete,
+            records = self.records,
+            predicted = self.predicted,
+            dead_lettered = self.dead_lettered,
+            tokens = self.tokens,
+            seconds = (self.seconds * 10.0).round() / 10.0,
+            records_per_second = self.records_per_second.round(),
+            device_busy_seconds = (self.device_busy_seconds * 10.0).round() / 10.0,
+            cost = self.cost.as_ref().map(|cost| cost.total),
+            digest = &self.model_digest[..16],
+            "drain over"
+        );
+    }
+
+    fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let text = super::pretty(&serde_json::to_value(self)?) + "\n";
+        std::fs::write(path, text).with_context(|| format!("the report, {}", path.display()))
+    }
+}
+
+/// The most memory that the process has had resident; `None` where the system does not say.
+pub(super) fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
+}

@@ -1,0 +1,198 @@
+//! `drain` on a real Kafka: up to ends frozen at the start, shared, interrupted, resumed.
+
+mod support;
+
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+use support::ledger::Ledger;
+use support::{File, Place, Sent, file, finish, kandle, until};
+
+/// No model: what is tested is between the topics.
+const NOOP: [(&str, &str); 4] = [
+    ("task", "{ kind: noop }"),
+    ("model", ""),
+    ("output", "{ topic: $OUTPUT }"),
+    ("input", "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }"),
+];
+
+fn config(place: &Place, more: &[(&str, &str)]) -> File {
+    file("kandle.yaml", &place.config(&[&NOOP, more].concat()))
+}
+
+fn drain(config: &File, report: &File) -> Command {
+    let mut command = kandle();
+    command.arg("drain").arg("-c").arg(&config.path).arg("--report").arg(&report.path);
+    command
+}
+
+fn read(report: &File) -> Value {
+    let text = std::fs::read_to_string(&report.path).expect("a report");
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = Sent> {
+    (from..to).map(move |i| Sent::ticket((i % partitions) as i32, i, "hello"))
+}
+
+#[test]
+fn a_drain_ends_at_the_ends_it_began_with_and_reports() {
+    // The last partition stays empty.
+    let place = Place::new("drain", 4);
+    place.produce(numbered(3, 0, 900));
+    place.produce([Sent::new(1, "no json"), Sent::new(2, r#"{"other": 1}"#)]);
+    let (config, report) = (config(&place, &[("cost", "{ per_hour: 3.6 }")]), file("report.json", ""));
+    let (code, _, log) = finish(&mut drain(&config, &report), b"");
+    assert_eq!(code, 0, "{log}");
+    let first = read(&report);
+    assert_eq!(first["complete"], true);
+    assert_eq!((&first["records"], &first["predicted"]), (&902.into(), &900.into()));
+    assert_eq!(first["dead_letters"], serde_json::json!({ "decode": 1, "field": 1 }));
+    assert_eq!(first["partitions"].as_array().expect("a list").len(), 4);
+    for (i, to) in [300, 301, 301, 0].into_iter().enumerate() {
+        let part = &first["partitions"][i];
+        assert_eq!((&part["from"], &part["to"]), (&0.into(), &to.into()), "{part}");
+        if to > 0 {
+            assert_eq!(part["reached"], to, "{part}");
+            assert_eq!(place.committed(i as i32).expect("an offset").0, to);
+        }
+    }
+    let (seconds, total) = (first["seconds"].as_f64().unwrap(), first["cost"]["total"].as_f64().unwrap());
+    assert!((total - seconds / 1000.0).abs() < 1e-9, "{first}");
+    assert_eq!(first["model_digest"].as_str().map(str::len), Some(64));
+
+    // What came later is another drain's, which starts where this one ended.
+    place.produce(numbered(3, 900, 930));
+    let (code, _, log) = finish(drain(&config, &report).arg("--strict"), b"");
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(
+        (&read(&report)["records"], &read(&report)["partitions"][0]["from"]),
+        (&30.into(), &300.into())
+    );
+    place.produce([Sent::new(0, "no json")]);
+    let (code, _, log) = finish(drain(&config, &report).arg("--strict"), b"");
+    assert_eq!(code, 3, "{log}");
+    // Nothing is there: over at once.
+    let (code, _, log) = finish(&mut drain(&config, &report), b"");
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(read(&report)["records"], 0);
+    let mut ledger = Ledger::of(&place);
+    until("every outcome", || {
+        ledger.read(std::time::Duration::from_millis(200));
+        ledger.missing(&[311, 311, 311, 0]).is_empty().then_some(())
+    });
+    assert_eq!(ledger.duplicates(), 0);
+}
+
+fn start(config: &File, report: &File) -> Child {
+    let mut command = drain(config, report);
+    // As if the model took its time.
+    command.env("FAILPOINTS", "encode=sleep(20)");
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("started")
+}
+
+fn end(child: Child) -> (Option<i32>, String) {
+    let out = child.wait_with_output().expect("ended");
+    (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+/// Small windows and a commit after each, so that a kill finds it half-way.
+const SLOW: [(&str, &str); 2] =
+    [("window", "{ max_records: 20 }"), ("delivery", "{ commit_interval: 50ms }")];
+
+#[test]
+fn two_drains_of_a_group_share_the_work_and_both_end() {
+    let place = Place::new("drain-two", 4);
+    place.produce(numbered(4, 0, 4000));
+    let config = config(&place, &SLOW);
+    let reports = [file("report.json", ""), file("report.json", "")];
+    let children = reports.each_ref().map(|report| start(&config, report));
+    for child in children {
+        let (code, log) = end(child);
+        assert_eq!(code, Some(0), "{log}");
+    }
+    let records: u64 = reports.iter().map(|report| read(report)["records"].as_u64().expect("a number")).sum();
+    assert!(records >= 4000, "{records}");
+    let mut ledger = Ledger::of(&place);
+    until("every outcome", || {
+        ledger.read(std::time::Duration::from_millis(200));
+        ledger.missing(&[1000; 4]).is_empty().then_some(())
+    });
+    for partition in 0..4 {
+        assert_eq!(place.committed(partition).expect("an offset").0, 1000);
+    }
+}
+
+#[test]
+fn killed_and_stopped_again_and_again_it_goes_on_to_the_same_end() {
+    for guarantee in ["at_least_once", "exactly_once"] {
+        let place = Place::new("drain-kill", 2);
+        place.produce(numbered(2, 0, 6000));
+        let delivery = format!("{{ guarantee: {guarantee}, commit_interval: 50ms }}");
+        let config = config(&place, &[SLOW[0], ("delivery", &delivery)]);
+        let report = file("report.json", "");
+        let mut before = 0;
+        let mut interrupted = 0;
+        for turn in 0.. {
+            let mut child = start(&config, &report);
+            // Until something of this turn is there: then kill -9 and SIGTERM by turns.
+            let over = until("progress or the end", || {
+                let count = Ledger::count_of(&place);
+                let ended = child.try_wait().expect("a child").is_some();
+                let moved = turn < 6 && count > before + 200;
+                (ended || moved).then(|| {
+                    before = count;
+                    ended
+                })
+            });
+            if over {
+                let (code, log) = end(child);
+                assert_eq!(code, Some(0), "{log}");
+                break;
+            }
+            interrupted += 1;
+            if turn % 2 == 0 {
+                child.kill().expect("killed");
+                child.wait().expect("ended");
+            } else {
+                let pid = child.id().to_string();
+                assert!(Command::new("kill").arg(&pid).status().expect("kill runs").success());
+                let (code, log) = end(child);
+                assert!(code == Some(1) && log.contains("are left") || code == Some(0), "{code:?} {log}");
+            }
+        }
+        assert!(interrupted >= 3, "it was interrupted {interrupted} times");
+        let mut ledger = Ledger::of(&place);
+        until("every outcome", || {
+            ledger.read(std::time::Duration::from_millis(200));
+            ledger.missing(&[3000; 2]).is_empty().then_some(())
+        });
+        if guarantee == "exactly_once" {
+            assert_eq!(ledger.duplicates(), 0);
+        }
+    }
+}
+
+/// What ends with a transaction's marker has no record right before its end.
+#[test]
+fn markers_of_transactions_at_the_end_are_no_reason_to_wait() {
+    let first = Place::new("drain-chain", 2);
+    first.produce(numbered(2, 0, 100));
+    let report = file("report.json", "");
+    let once = config(&first, &[("delivery", "{ guarantee: exactly_once }")]);
+    let (code, _, log) = finish(&mut drain(&once, &report), b"");
+    assert_eq!(code, 0, "{log}");
+    // The first one's output is the second one's input.
+    let mut second = first.config(&NOOP);
+    let group = support::unique("drain-chain");
+    second = second.replace(&format!("group: {}", first.group), &format!("group: {group}"));
+    second = second.replace(&format!("topics: [{}]", first.input), &format!("topics: [{}]", first.output));
+    second = second.replace(&format!("topic: {} }}", first.output), &format!("topic: {} }}", first.input));
+    let second = file("second.yaml", &second);
+    let (code, _, log) = finish(&mut drain(&second, &report), b"");
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(read(&report)["predicted"], 100);
+    let (code, _, log) = finish(&mut drain(&second, &report), b"");
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(read(&report)["records"], 0, "its group stands behind the markers: {}", read(&report));
+}
