@@ -196,3 +196,56 @@ fn markers_of_transactions_at_the_end_are_no_reason_to_wait() {
     assert_eq!(code, 0, "{log}");
     assert_eq!(read(&report)["records"], 0, "its group stands behind the markers: {}", read(&report));
 }
+
+/// Same digest, same predictions: to the bit, whatever the windows, the lanes and the interruptions.
+#[test]
+fn the_same_records_give_the_same_bytes_however_they_are_batched() {
+    const RECORDS: usize = 1200;
+    let tickets = std::fs::read_to_string(support::root().join("demo/tickets.jsonl")).expect("tickets");
+    let tickets: Vec<&str> = tickets.lines().collect();
+    let runs = [
+        ("{ max_records: 1000 }", "{ lanes: 1 }", false),
+        ("{ max_records: 7 }", "{ lanes: 2, max_tokens: 64 }", false),
+        ("{ max_records: 100 }", "{ lanes: 3, max_tokens: 200 }", true),
+    ];
+    let mut all = Vec::new();
+    for (window, batch, interrupt) in runs {
+        let place = Place::new("drain-same", 3);
+        place.produce((0..RECORDS).map(|i| {
+            // Long and short ones, nearly all different.
+            let more = "please help me with this order ".repeat(i % 9);
+            let text: Value = serde_json::from_str(tickets[i % tickets.len()]).expect("a ticket");
+            let value = serde_json::json!({ "id": i, "text": format!("{more}{} {i}", text["text"]) });
+            Sent::new((i % 3) as i32, value.to_string())
+        }));
+        let input = format!(
+            "{{ topics: [{}], group: {}, field: /text, properties: {{ session.timeout.ms: 6000 }} }}",
+            place.input, place.group
+        );
+        let delivery = "{ commit_interval: 50ms }";
+        let text =
+            place.config(&[("window", window), ("batch", batch), ("input", &input), ("delivery", delivery)]);
+        let (config, report) = (file("kandle.yaml", &text), file("report.json", ""));
+        if interrupt {
+            let mut child = start(&config, &report);
+            until("the middle", || (Ledger::count_of(&place) > 200).then_some(()));
+            child.kill().expect("killed");
+            child.wait().expect("ended");
+        }
+        let (code, _, log) = finish(&mut drain(&config, &report), b"");
+        assert_eq!(code, 0, "{log}");
+        let mut by_position = std::collections::BTreeMap::new();
+        let got = place.read(&place.output, "all predictions", |got| {
+            let positions: std::collections::BTreeSet<_> = got.iter().map(support::Got::source).collect();
+            positions.len() == RECORDS
+        });
+        for got in got {
+            let (position, value) = (got.source(), got.value.clone().expect("a prediction"));
+            let before = by_position.insert(position, value.clone());
+            assert!(before.is_none_or(|before| before == value), "{position:?} differs after the kill");
+        }
+        all.push(by_position);
+    }
+    assert_eq!(all[0].len(), RECORDS);
+    assert!(all[0] == all[1] && all[0] == all[2], "predictions differ between runs");
+}

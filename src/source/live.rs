@@ -111,10 +111,12 @@ impl Source {
         let consumer = Arc::new(consumer);
         let committer = Committer::start(&consumer).map_err(|e| SourceError::Fatal(e.to_string()))?;
         let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
+        consumer.subscribe(&topics).map_err(SourceError::Client)?;
+        // Subscribed first: a client that wants nothing yet does not always connect when it is asked
+        // something. What the group assigns meanwhile waits for the loop.
         if let Some(drain) = &wiring.drain {
             drain.freeze(&consumer, &topics).map_err(SourceError::Fatal)?;
         }
-        consumer.subscribe(&topics).map_err(SourceError::Client)?;
         wiring.metrics.memory_limit.set(settings.memory.limit.0 as f64);
         Ok(Self {
             committer,
