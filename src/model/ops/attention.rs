@@ -344,3 +344,74 @@ fn softmax<S: Simd>(simd: S, scores: &mut [f32]) -> f32 {
     }
     simd.reduce_sum_f32s(sum)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::matmul::tests::numbers as chance;
+    use super::super::{Embedding, Norm, Pooling, Scratch, Slot};
+    use super::*;
+    use crate::model::Tokens;
+
+    const CPU: Device = Device::Cpu;
+
+    fn batch(lengths: &[usize]) -> Packed {
+        let texts: Vec<Tokens> = lengths
+            .iter()
+            .map(|&n| Tokens {
+                ids: (0..n as u32).map(|i| i * 7 % 90).collect(),
+                type_ids: (n % 2 == 0).then(|| (0..n as u32).map(|i| i % 2).collect()),
+                truncated: false,
+            })
+            .collect();
+        Packed::new(&texts.iter().collect::<Vec<_>>())
+    }
+
+    fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
+        Tensor::from_vec(chance(rows * width, seed), (rows, width), &CPU).unwrap()
+    }
+
+    fn near(fused: &Tensor, plain: &Tensor) {
+        assert_eq!(fused.dims(), plain.dims());
+        let worst = (fused - plain).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(worst < 1e-5, "{worst}");
+    }
+
+    /// What other devices run is Candle's operations: the same results on the CPU, whatever the widths.
+    #[test]
+    fn fused_is_what_candles_operations_give() {
+        let packed = batch(&[1, 2, 17, 17, 33, 70, 130]);
+        let scratch = Scratch::default();
+        for (heads, width) in [(1, 8), (3, 16), (2, 20), (2, 64)] {
+            let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
+            for reach in [None, Some(3), Some(40)] {
+                let rotation = Rotation::new(10_000.0, 130, width, DType::F32, &CPU).unwrap();
+                for rotation in [None, Some(&rotation)] {
+                    let attention = Attention { heads, width, reach };
+                    let fused =
+                        attention.forward(&qkv, rotation, &packed, scratch.at(Slot::Mixed, &CPU)).unwrap();
+                    near(&fused, &attention.tensors(&qkv, rotation, &packed).unwrap());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn so_are_embedding_and_pooling() {
+        let packed = batch(&[1, 2, 17, 17, 33, 70]);
+        let scratch = Scratch::default();
+        let vars = candle_nn::VarMap::new();
+        let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &CPU);
+        let embedding = Embedding {
+            word: tensor(100, 20, 1),
+            positions: Some((tensor(80, 20, 2), 2)),
+            types: Some(tensor(2, 20, 3)),
+            norm: Norm::load(20, true, 1e-5, vb).unwrap(),
+        };
+        let x = embedding.forward(&packed, scratch.at(Slot::Stream, &CPU)).unwrap();
+        near(&x, &embedding.tensors(&packed, &CPU).unwrap());
+        for pooling in [Pooling::Mean, Pooling::First, Pooling::Last] {
+            let fused = pooling.forward(&x, &packed, scratch.at(Slot::Pooled, &CPU)).unwrap();
+            near(&fused, &pooling.tensors(&x, &packed).unwrap());
+        }
+    }
+}
