@@ -124,52 +124,60 @@ fn two_drains_of_a_group_share_the_work_and_both_end() {
 }
 
 #[test]
-fn killed_and_stopped_again_and_again_it_goes_on_to_the_same_end() {
-    for guarantee in ["at_least_once", "exactly_once"] {
-        let place = Place::new("drain-kill", 2);
-        place.produce(numbered(2, 0, 6000));
-        let delivery = format!("{{ guarantee: {guarantee}, commit_interval: 50ms }}");
-        let config = config(&place, &[SLOW[0], ("delivery", &delivery)]);
-        let report = file("report.json", "");
-        let mut before = 0;
-        let mut interrupted = 0;
-        for turn in 0.. {
-            let mut child = start(&config, &report);
-            // Until something of this turn is there: then kill -9 and SIGTERM by turns.
-            let over = until("progress or the end", || {
-                let count = Ledger::count_of(&place);
-                let ended = child.try_wait().expect("a child").is_some();
-                let moved = turn < 6 && count > before + 200;
-                (ended || moved).then(|| {
-                    before = count;
-                    ended
-                })
-            });
-            if over {
-                let (code, log) = end(child);
-                assert_eq!(code, Some(0), "{log}");
-                break;
-            }
-            interrupted += 1;
-            if turn % 2 == 0 {
-                child.kill().expect("killed");
-                child.wait().expect("ended");
-            } else {
-                let pid = child.id().to_string();
-                assert!(Command::new("kill").arg(&pid).status().expect("kill runs").success());
-                let (code, log) = end(child);
-                assert!(code == Some(1) && log.contains("are left") || code == Some(0), "{code:?} {log}");
-            }
-        }
-        assert!(interrupted >= 3, "it was interrupted {interrupted} times");
-        let mut ledger = Ledger::of(&place);
-        until("every outcome", || {
-            ledger.read(std::time::Duration::from_millis(200));
-            ledger.missing(&[3000; 2]).is_empty().then_some(())
+fn killed_and_stopped_again_and_again_at_least_once() {
+    killed_and_stopped("at_least_once");
+}
+
+#[test]
+fn killed_and_stopped_again_and_again_exactly_once() {
+    killed_and_stopped("exactly_once");
+}
+
+/// It goes on to the same end.
+fn killed_and_stopped(guarantee: &str) {
+    let place = Place::new("drain-kill", 2);
+    place.produce(numbered(2, 0, 6000));
+    let delivery = format!("{{ guarantee: {guarantee}, commit_interval: 50ms }}");
+    let config = config(&place, &[SLOW[0], ("delivery", &delivery)]);
+    let report = file("report.json", "");
+    let mut before = 0;
+    let mut interrupted = 0;
+    for turn in 0.. {
+        let mut child = start(&config, &report);
+        // Until something of this turn is there: then kill -9 and SIGTERM by turns.
+        let over = until("progress or the end", || {
+            let count = Ledger::count_of(&place);
+            let ended = child.try_wait().expect("a child").is_some();
+            let moved = turn < 6 && count > before + 200;
+            (ended || moved).then(|| {
+                before = count;
+                ended
+            })
         });
-        if guarantee == "exactly_once" {
-            assert_eq!(ledger.duplicates(), 0);
+        if over {
+            let (code, log) = end(child);
+            assert_eq!(code, Some(0), "{log}");
+            break;
         }
+        interrupted += 1;
+        if turn % 2 == 0 {
+            child.kill().expect("killed");
+            child.wait().expect("ended");
+        } else {
+            let pid = child.id().to_string();
+            assert!(Command::new("kill").arg(&pid).status().expect("kill runs").success());
+            let (code, log) = end(child);
+            assert!(code == Some(1) && log.contains("are left") || code == Some(0), "{code:?} {log}");
+        }
+    }
+    assert!(interrupted >= 3, "it was interrupted {interrupted} times");
+    let mut ledger = Ledger::of(&place);
+    until("every outcome", || {
+        ledger.read(std::time::Duration::from_millis(200));
+        ledger.missing(&[3000; 2]).is_empty().then_some(())
+    });
+    if guarantee == "exactly_once" {
+        assert_eq!(ledger.duplicates(), 0);
     }
 }
 
