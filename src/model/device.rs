@@ -35,7 +35,8 @@ impl Placement {
             (Dtype::Bf16, Device::Cpu) => (DType::F32, Some(Code::Bf16)),
             (Dtype::F16, Device::Cpu) => {
                 return Err(
-                    "f16 is for GPUs: on a CPU f32, int8, or bf16 where the processor has it".to_owned()
+                    "model.dtype: f16 is for GPUs: on a CPU f32, int8, or bf16 where the processor has it"
+                        .to_owned(),
                 );
             }
             (Dtype::Int8, _) => {
