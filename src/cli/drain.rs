@@ -16,6 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::run;
 use crate::cluster;
+use crate::model::hex;
 use crate::pipeline::{self, Shared};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
@@ -59,6 +60,7 @@ fn work(
     let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop)?;
     let Some(topics) = topics else { bail!("stopped before anything was read") };
     let (model, model_digest) = (task.model_name.clone(), task.digest.full().to_owned());
+    let device = task.device.clone();
     let started = Instant::now();
     let over = Arc::new(AtomicBool::new(false));
     let shown = {
@@ -79,7 +81,7 @@ fn work(
         model,
         model_digest,
         settings_digest: settings_digest.to_owned(),
-        ..Report::new(&drain.bounds(), &shared.metrics, started.elapsed(), settings.cost.per_hour)
+        ..Report::new(&drain.bounds(), &shared.metrics, started.elapsed(), &device, settings.cost.per_hour)
     };
     report.log();
     if let Some(path) = &options.report {
@@ -96,7 +98,7 @@ fn work(
 
 /// SHA-256 over the effective settings, secrets hidden, as 64 hex digits.
 fn digest(shown: &serde_json::Value) -> String {
-    Sha256::digest(shown.to_string()).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(shown.to_string()))
 }
 
 /// A bar where somebody looks on, else a line now and then.
@@ -115,8 +117,7 @@ fn show(shared: &Shared, drain: &Drain, over: &AtomicBool, every: Duration, star
         std::thread::park_timeout(wait);
         let bounds = drain.bounds();
         let total: i64 = bounds.values().map(|bound| bound.to - bound.from).sum();
-        let done: i64 =
-            bounds.values().map(|bound| (bound.reached.unwrap_or(bound.from) - bound.from).max(0)).sum();
+        let done: i64 = bounds.values().map(|bound| (bound.position() - bound.from).max(0)).sum();
         let dead: u64 = bounds.values().map(|bound| bound.dead_lettered).sum();
         let tokens = shared.metrics.tokens.get();
         let seconds = then.elapsed().as_secs_f64().max(1e-3);
@@ -195,6 +196,7 @@ impl Report {
         bounds: &BTreeMap<Partition, Bound>,
         metrics: &Metrics,
         time: Duration,
+        device: &str,
         per_hour: Option<f64>,
     ) -> Self {
         let sum = |of: fn(&Bound) -> u64| bounds.values().map(of).sum::<u64>();
@@ -202,7 +204,7 @@ impl Report {
         let tombstones = sum(|b| b.tombstones);
         let records = predicted + dead_lettered + tombstones;
         let seconds = time.as_secs_f64();
-        let busy: f64 = metrics.busy_seconds();
+        let busy = metrics.device_busy.with_label_values(&[device]).get();
         let padding = &metrics.batch_padding;
         let batches = padding.get_sample_count();
         Self {

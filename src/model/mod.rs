@@ -14,6 +14,7 @@ mod tokenize;
 
 pub use device::Placement;
 pub use digest::Digest;
+pub(crate) use digest::hex;
 pub use encoder::{Encoder, Packed};
 pub use files::{Files, FilesError};
 pub use head::Head;

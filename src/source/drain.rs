@@ -41,6 +41,13 @@ pub struct Bound {
     done: bool,
 }
 
+impl Bound {
+    /// The offset after the last one that is known to be published.
+    pub fn position(&self) -> i64 {
+        self.reached.unwrap_or(self.from)
+    }
+}
+
 /// A drain under way.
 #[derive(Debug, Default)]
 pub struct Drain {
@@ -117,7 +124,7 @@ impl Drain {
 
     /// Records (offsets) of all partitions that nobody is known to have published.
     pub fn left(&self) -> i64 {
-        self.lock().values().map(|bound| (bound.to - bound.reached.unwrap_or(bound.from)).max(0)).sum()
+        self.lock().values().map(|bound| (bound.to - bound.position()).max(0)).sum()
     }
 
     /// The offset at which a partition ends; one that is not part of the drain has nothing to give.

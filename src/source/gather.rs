@@ -61,6 +61,8 @@ impl Source {
         let mut ended = BTreeSet::new();
         // Messages come in runs of one partition.
         let mut run: Option<&mut Owned> = None;
+        // Where a drain ends in it.
+        let mut end = None;
         for i in 0..limit {
             let message = match consumer.poll(wait) {
                 None => break,
@@ -74,10 +76,11 @@ impl Source {
             let same = |p: &Partition| p.number == message.partition() && *p.topic == *message.topic();
             if !run.as_ref().is_some_and(|owned| same(&owned.partition)) {
                 run = self.ledger.get_mut(&Partition::new(message.topic(), message.partition()));
+                let drain = self.wiring.drain.as_ref();
+                end = run.as_ref().and_then(|owned| Some(drain?.end(&owned.partition)));
             }
             // Not ours: left in the queue from before a revocation.
             let Some(mut owned) = run.take() else { continue };
-            let end = self.wiring.drain.as_ref().map(|drain| drain.end(&owned.partition));
             if end.is_some_and(|end| message.offset() >= end) {
                 ended.insert(owned.partition.clone());
                 run = Some(owned);

@@ -160,17 +160,6 @@ impl Metrics {
         metrics
     }
 
-    /// Time that all devices computed, in seconds.
-    pub fn busy_seconds(&self) -> f64 {
-        use prometheus::core::Collector;
-        let families = self.device_busy.collect();
-        families
-            .iter()
-            .flat_map(|family| family.get_metric())
-            .map(|metric| metric.get_counter().get_value())
-            .sum()
-    }
-
     /// Label values that are known ahead show from the start, so that a rate has a first point.
     fn start_at_zero(&self) {
         for fault in crate::record::Fault::ALL {

@@ -1,10 +1,10 @@
 //! Activations: element by element, on their own or behind a multiplication, and gated.
 
-use candle_core::{CpuStorage, D, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use pulp::{Simd, WithSimd};
 
 use super::simd::{dispatch, erf, sigmoid, tanh};
-use super::{Out, numbers, numbers_mut};
+use super::{Fused, Out};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -81,7 +81,10 @@ pub fn gated(x: &Tensor, activation: Activation, out: Out<'_>) -> Result<Tensor>
     let width = twice / 2;
     match out.view(tokens, width)? {
         Some(y) => {
-            y.inplace_op2(x, &Gated { activation, width })?;
+            y.inplace_op2(
+                x,
+                &Fused("gated", |out: &mut [f32], x: &[f32]| dispatch(Gated { out, x, activation, width })),
+            )?;
             Ok(y)
         }
         None => {
@@ -91,45 +94,23 @@ pub fn gated(x: &Tensor, activation: Activation, out: Out<'_>) -> Result<Tensor>
     }
 }
 
-struct Gated {
+struct Gated<'a> {
+    out: &'a mut [f32],
+    x: &'a [f32],
     activation: Activation,
     width: usize,
 }
 
-impl InplaceOp2 for Gated {
-    fn name(&self) -> &'static str {
-        "gated"
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-    ) -> Result<()> {
-        let (out, x) = (numbers_mut(out, layout)?, numbers(x, x_layout)?);
-        dispatch(Rows { out, x, gated: self });
-        Ok(())
-    }
-}
-
-struct Rows<'a> {
-    out: &'a mut [f32],
-    x: &'a [f32],
-    gated: &'a Gated,
-}
-
-impl WithSimd for Rows<'_> {
+impl WithSimd for Gated<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let width = self.gated.width;
+        let width = self.width;
         for (out, x) in self.out.chunks_mut(width).zip(self.x.chunks(2 * width)) {
             let (first, second) = x.split_at(width);
             out.copy_from_slice(first);
-            activate(simd, self.gated.activation, out);
+            activate(simd, self.activation, out);
             let (vectors, rest) = S::as_mut_simd_f32s(out);
             let (others, others_rest) = S::as_simd_f32s(second);
             for (x, &y) in vectors.iter_mut().zip(others) {

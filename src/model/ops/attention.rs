@@ -3,14 +3,14 @@
 
 use std::cell::RefCell;
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
 use super::matmul::{Left, Start, Target, strip};
 use super::simd::{dispatch, exp};
-use super::{Out, host, numbers, numbers_mut};
+use super::{Fused, Out, host};
 use crate::model::encoder::Packed;
 
 /// How the tokens of a layer see each other.
@@ -56,7 +56,12 @@ impl Attention {
     ) -> Result<Tensor> {
         match out.view(batch.tokens(), self.heads * self.width)? {
             Some(y) => {
-                y.inplace_op2(qkv, &Varlen { attention: self, rotation, batch })?;
+                let run = |out: &mut [f32], qkv: &[f32]| {
+                    ROOM.with_borrow_mut(|room| {
+                        dispatch(Run { attention: self, rotation, batch, qkv, out, room });
+                    });
+                };
+                y.inplace_op2(qkv, &Fused("attention", run))?;
                 Ok(y)
             }
             None => self.tensors(qkv, rotation, batch),
@@ -109,30 +114,6 @@ fn band(length: usize, reach: usize, dtype: DType, device: &Device) -> Result<Te
     Tensor::from_vec(mask, (length, length), device)?.to_dtype(dtype)
 }
 
-struct Varlen<'a> {
-    attention: &'a Attention,
-    rotation: Option<&'a Rotation>,
-    batch: &'a Packed,
-}
-
-impl InplaceOp2 for Varlen<'_> {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        layout: &Layout,
-        qkv: &CpuStorage,
-        qkv_layout: &Layout,
-    ) -> Result<()> {
-        let (out, qkv) = (numbers_mut(out, layout)?, numbers(qkv, qkv_layout)?);
-        ROOM.with_borrow_mut(|room| dispatch(Run { op: self, qkv, out, room }));
-        Ok(())
-    }
-}
-
 thread_local! {
     static ROOM: RefCell<Room> = RefCell::default();
 }
@@ -156,7 +137,9 @@ struct Room {
 }
 
 struct Run<'a> {
-    op: &'a Varlen<'a>,
+    attention: &'a Attention,
+    rotation: Option<&'a Rotation>,
+    batch: &'a Packed,
     qkv: &'a [f32],
     out: &'a mut [f32],
     room: &'a mut Room,
@@ -167,15 +150,15 @@ impl WithSimd for Run<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { op, qkv, out, room } = self;
-        let Attention { heads, width, reach } = *op.attention;
-        let rotation = op.rotation.map(|rotation| {
+        let Self { attention, rotation, batch, qkv, out, room } = self;
+        let Attention { heads, width, reach } = *attention;
+        let rotation = rotation.map(|rotation| {
             let (cos, sin) = rotation.host.as_ref().expect("the tables are on the CPU");
             (&cos[..], &sin[..])
         });
         let hidden = heads * width;
         let mut start = 0;
-        for length in op.batch.lengths() {
+        for length in batch.lengths() {
             let qkv = &qkv[start * 3 * hidden..][..length * 3 * hidden];
             let out = &mut out[start * hidden..][..length * hidden];
             for head in 0..heads {

@@ -1,10 +1,8 @@
 //! From token ids to the first layer's input: rows of tables, added up and normalised.
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Storage, Tensor};
-use pulp::{Simd, WithSimd};
 
-use super::norm::{Norm, add_norm};
-use super::simd::dispatch;
+use super::norm::Norm;
 use super::{Out, numbers, numbers_mut};
 use crate::model::encoder::Packed;
 
@@ -105,7 +103,7 @@ impl InplaceOp1 for Sum<'_> {
                 token += 1;
             }
         }
-        dispatch(Rows { out, norm });
+        norm.rows(out);
         Ok(())
     }
 }
@@ -113,21 +111,5 @@ impl InplaceOp1 for Sum<'_> {
 fn add(out: &mut [f32], row: &[f32]) {
     for (x, y) in out.iter_mut().zip(row) {
         *x += y;
-    }
-}
-
-struct Rows<'a> {
-    out: &'a mut [f32],
-    norm: &'a Norm,
-}
-
-impl WithSimd for Rows<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        for row in self.out.chunks_mut(self.norm.weight.elem_count()) {
-            add_norm(simd, row, None, self.norm);
-        }
     }
 }

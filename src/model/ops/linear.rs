@@ -1,13 +1,13 @@
 //! Linear layers: a multiplication, and what follows it in the same pass.
 
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::activation::Activation;
 use super::coded::Code;
 use super::matmul::{self, Panels};
 use super::norm::Norm;
-use super::{Out, host, numbers, numbers_mut};
+use super::{Fused, Out, host};
 
 pub struct Linear {
     weight: Weight,
@@ -73,11 +73,27 @@ impl Linear {
             Weight::Tensor { weight, bias } => (weight, bias),
             Weight::Panels(panels) => {
                 let y = out.here(x.dim(0)?, self.outputs)?;
+                let alone = |then: matmul::Then<'_>| {
+                    y.inplace_op2(
+                        x,
+                        &Fused("linear", |out: &mut [f32], x: &[f32]| panels.multiply(x, out, &then)),
+                    )
+                };
                 match then {
-                    Then::Add(residual) | Then::AddNorm(residual, _) => {
-                        y.inplace_op3(x, residual, &Multiply { panels, then: &then })?;
+                    Then::Nothing => alone(matmul::Then::Nothing)?,
+                    Then::Activate(activation) => alone(matmul::Then::Activate(activation))?,
+                    Then::Add(residual) => {
+                        let add = |out: &mut [f32], x: &[f32], residual: &[f32]| {
+                            panels.multiply(x, out, &matmul::Then::Add(residual));
+                        };
+                        y.inplace_op3(x, residual, &Fused("linear", add))?;
                     }
-                    _ => y.inplace_op2(x, &Multiply { panels, then: &then })?,
+                    Then::AddNorm(residual, norm) => {
+                        let add = |out: &mut [f32], x: &[f32], residual: &[f32]| {
+                            panels.multiply(x, out, &matmul::Then::AddNorm(residual, norm));
+                        };
+                        y.inplace_op3(x, residual, &Fused("linear", add))?;
+                    }
                 }
                 return Ok(y);
             }
@@ -92,55 +108,5 @@ impl Linear {
             Then::Add(residual) => y + residual,
             Then::AddNorm(residual, norm) => norm.tensor(&(y + residual)?),
         }
-    }
-}
-
-struct Multiply<'a> {
-    panels: &'a Panels,
-    then: &'a Then<'a>,
-}
-
-impl InplaceOp2 for Multiply<'_> {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-    ) -> Result<()> {
-        let then = match self.then {
-            Then::Activate(activation) => matmul::Then::Activate(*activation),
-            _ => matmul::Then::Nothing,
-        };
-        self.panels.multiply(numbers(x, x_layout)?, numbers_mut(out, layout)?, &then);
-        Ok(())
-    }
-}
-
-impl InplaceOp3 for Multiply<'_> {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        residual: &CpuStorage,
-        residual_layout: &Layout,
-    ) -> Result<()> {
-        let residual = numbers(residual, residual_layout)?;
-        let then = match self.then {
-            Then::AddNorm(_, norm) => matmul::Then::AddNorm(residual, norm),
-            _ => matmul::Then::Add(residual),
-        };
-        self.panels.multiply(numbers(x, x_layout)?, numbers_mut(out, layout)?, &then);
-        Ok(())
     }
 }

@@ -15,7 +15,7 @@ use pulp::{Simd, WithSimd};
 use super::activation::{Activation, activate};
 use super::coded::{Code, Coded};
 use super::norm::{Norm, add_norm};
-use super::simd::{dispatch, lanes};
+use super::simd::{add, dispatch, lanes};
 
 /// Rows of the input that are worked on at a time; a multiple of every height of a tile.
 const ROWS: usize = 120;
@@ -187,19 +187,6 @@ fn activate_columns(activation: Activation, out: &mut [f32], outputs: usize, col
         }
     }
     dispatch(Columns(activation, out, outputs, columns));
-}
-
-#[inline(always)]
-fn add<S: Simd>(simd: S, out: &mut [f32], other: &[f32]) {
-    let other = &other[..out.len()];
-    let (vectors, rest) = S::as_mut_simd_f32s(out);
-    let (others, others_rest) = S::as_simd_f32s(other);
-    for (x, &y) in vectors.iter_mut().zip(others) {
-        *x = simd.add_f32s(*x, y);
-    }
-    for (x, &y) in rest.iter_mut().zip(others_rest) {
-        *x += y;
-    }
 }
 
 /// The rows that a panel is multiplied with.

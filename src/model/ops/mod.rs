@@ -16,7 +16,7 @@ mod simd;
 
 use std::cell::RefCell;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Result, Tensor};
 
 pub use activation::{Activation, gated};
 pub use attention::{Attention, Rotation};
@@ -83,6 +83,39 @@ impl Out<'_> {
             Some(view) => Ok(view),
             None => candle_core::bail!("the weights are on the CPU and their input is not"),
         }
+    }
+}
+
+/// A fused operation: its name, and what it does with the numbers of its result and its sources.
+struct Fused<F>(&'static str, F);
+
+impl<F: Fn(&mut [f32], &[f32])> InplaceOp2 for Fused<F> {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn cpu_fwd(&self, out: &mut CpuStorage, layout: &Layout, x: &CpuStorage, of_x: &Layout) -> Result<()> {
+        (self.1)(numbers_mut(out, layout)?, numbers(x, of_x)?);
+        Ok(())
+    }
+}
+
+impl<F: Fn(&mut [f32], &[f32], &[f32])> InplaceOp3 for Fused<F> {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        layout: &Layout,
+        x: &CpuStorage,
+        of_x: &Layout,
+        y: &CpuStorage,
+        of_y: &Layout,
+    ) -> Result<()> {
+        (self.1)(numbers_mut(out, layout)?, numbers(x, of_x)?, numbers(y, of_y)?);
+        Ok(())
     }
 }
 

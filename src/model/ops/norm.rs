@@ -1,16 +1,16 @@
 //! Layer normalisation (arXiv:1607.06450) of rows, with what is added before it.
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 use pulp::{Simd, WithSimd};
 
-use super::simd::{dispatch, sum};
-use super::{Out, host, numbers, numbers_mut};
+use super::simd::{add, dispatch, sum};
+use super::{Fused, Out, host};
 
 pub struct Norm {
     pub(super) weight: Tensor,
-    pub(super) bias: Tensor,
-    pub(super) eps: f32,
+    bias: Tensor,
+    eps: f32,
     /// Weight and bias where they are on the CPU.
     host: Option<(Vec<f32>, Vec<f32>)>,
 }
@@ -34,35 +34,25 @@ impl Norm {
         let (tokens, size) = x.dims2()?;
         match out.view(tokens, size)? {
             Some(y) => {
-                y.inplace_op2(x, self)?;
+                let copied = |out: &mut [f32], x: &[f32]| {
+                    out.copy_from_slice(x);
+                    self.rows(out);
+                };
+                y.inplace_op2(x, &Fused("norm", copied))?;
                 Ok(y)
             }
             None => self.tensor(x),
         }
     }
 
+    /// Every row of the size, in place.
+    pub(super) fn rows(&self, out: &mut [f32]) {
+        dispatch(Rows { out, norm: self });
+    }
+
     /// In Candle's own operation.
     pub(super) fn tensor(&self, x: &Tensor) -> Result<Tensor> {
         candle_nn::ops::layer_norm(x, &self.weight, &self.bias, self.eps)
-    }
-}
-
-impl InplaceOp2 for Norm {
-    fn name(&self) -> &'static str {
-        "norm"
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-    ) -> Result<()> {
-        let out = numbers_mut(out, layout)?;
-        out.copy_from_slice(numbers(x, x_layout)?);
-        dispatch(Rows { out, norm: self });
-        Ok(())
     }
 }
 
@@ -89,14 +79,7 @@ pub(super) fn add_norm<S: Simd>(simd: S, row: &mut [f32], residual: Option<&[f32
     let (weight, bias) = norm.host.as_ref().expect("the weights are on the CPU");
     let size = row.len();
     if let Some(residual) = residual {
-        let (vectors, rest) = S::as_mut_simd_f32s(row);
-        let (others, others_rest) = S::as_simd_f32s(&residual[..size]);
-        for (x, &y) in vectors.iter_mut().zip(others) {
-            *x = simd.add_f32s(*x, y);
-        }
-        for (x, &y) in rest.iter_mut().zip(others_rest) {
-            *x += y;
-        }
+        add(simd, row, residual);
     }
     let mean = sum(simd, row, |x| x, |x| x) / size as f32;
     let center = simd.splat_f32s(mean);

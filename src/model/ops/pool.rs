@@ -1,8 +1,8 @@
 //! From a sequence's tokens to one vector.
 
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use super::{Out, numbers, numbers_mut};
+use super::{Fused, Out};
 use crate::model::encoder::Packed;
 
 /// How a sequence's tokens become one vector.
@@ -16,9 +16,11 @@ pub enum Pooling {
 impl Pooling {
     /// `[tokens, hidden]` to `[sequences, hidden]`.
     pub fn forward(self, x: &Tensor, batch: &Packed, out: Out<'_>) -> Result<Tensor> {
-        match out.view(batch.order().len(), x.dim(1)?)? {
+        let hidden = x.dim(1)?;
+        match out.view(batch.order().len(), hidden)? {
             Some(y) => {
-                y.inplace_op2(x, &Pool { pooling: self, batch })?;
+                let pool = |out: &mut [f32], x: &[f32]| self.rows(out, x, hidden, batch);
+                y.inplace_op2(x, &Fused("pool", pool))?;
                 Ok(y)
             }
             None => self.tensors(x, batch),
@@ -47,32 +49,12 @@ impl Pooling {
         let count = rows.len();
         x.index_select(&Tensor::from_vec(rows, count, x.device())?, 0)
     }
-}
 
-struct Pool<'a> {
-    pooling: Pooling,
-    batch: &'a Packed,
-}
-
-impl InplaceOp2 for Pool<'_> {
-    fn name(&self) -> &'static str {
-        "pool"
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-    ) -> Result<()> {
-        let hidden = layout.dims()[1];
-        let mut x = numbers(x, x_layout)?;
-        let out = numbers_mut(out, layout)?;
-        for (out, length) in out.chunks_mut(hidden).zip(self.batch.lengths()) {
+    fn rows(self, out: &mut [f32], mut x: &[f32], hidden: usize, batch: &Packed) {
+        for (out, length) in out.chunks_mut(hidden).zip(batch.lengths()) {
             let tokens;
             (tokens, x) = x.split_at(length * hidden);
-            match self.pooling {
+            match self {
                 Pooling::First => out.copy_from_slice(&tokens[..hidden]),
                 Pooling::Last => out.copy_from_slice(&tokens[(length - 1) * hidden..]),
                 Pooling::Mean => {
@@ -88,6 +70,5 @@ impl InplaceOp2 for Pool<'_> {
                 }
             }
         }
-        Ok(())
     }
 }

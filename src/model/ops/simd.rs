@@ -97,6 +97,20 @@ pub(super) fn tanh<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.mul_add_e_f32s(sigmoid(simd, twice), simd.splat_f32s(2.0), simd.splat_f32s(-1.0))
 }
 
+/// Adds another slice, at least as long, in place.
+#[inline(always)]
+pub(super) fn add<S: Simd>(simd: S, out: &mut [f32], other: &[f32]) {
+    let other = &other[..out.len()];
+    let (vectors, rest) = S::as_mut_simd_f32s(out);
+    let (others, others_rest) = S::as_simd_f32s(other);
+    for (x, &y) in vectors.iter_mut().zip(others) {
+        *x = simd.add_f32s(*x, y);
+    }
+    for (x, &y) in rest.iter_mut().zip(others_rest) {
+        *x += y;
+    }
+}
+
 /// The sum over a slice: the vectors in four strands, then what is left over. The order depends on
 /// nothing but the length.
 #[inline(always)]
