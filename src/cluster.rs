@@ -209,6 +209,26 @@ impl<'a> Cluster<'a> {
     }
 }
 
+/// A member of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    pub client_id: String,
+    pub host: String,
+}
+
+impl Cluster<'_> {
+    /// The group's live members. Of groups of the new protocol (KIP-848) the client cannot say any.
+    pub fn members(&self, group: &str) -> Result<Vec<Member>, KafkaError> {
+        let list = self.client.fetch_group_list(Some(group), ATTEMPT)?;
+        let members = list.groups().iter().flat_map(|group| group.members());
+        let member = |m: &rdkafka::groups::GroupMemberInfo| Member {
+            client_id: m.client_id().to_owned(),
+            host: m.client_host().trim_start_matches('/').to_owned(),
+        };
+        Ok(members.map(member).collect())
+    }
+}
+
 /// The group's offsets, tried again while its coordinator is only just coming up.
 pub fn committed<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
@@ -232,13 +252,32 @@ pub fn committed<C: ConsumerContext>(
     }
 }
 
+/// What becomes of a topic that is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// It may be made yet: a daemon waits.
+    Wait,
+    /// A batch job fails.
+    Fail,
+}
+
+/// Why there is nothing to wait for.
+#[derive(Debug, thiserror::Error)]
+pub enum WaitError {
+    #[error(transparent)]
+    Client(#[from] KafkaError),
+    #[error("{0}")]
+    Missing(Trouble),
+}
+
 /// Waits until the cluster can be used, and says what it waits for; `None` when asked to stop.
 pub fn wait(
     settings: &Settings,
     metrics: &Metrics,
     health: &Health,
     stop: &AtomicBool,
-) -> Result<Option<Topics>, KafkaError> {
+    missing: Missing,
+) -> Result<Option<Topics>, WaitError> {
     let cluster = Cluster::connect(settings)?;
     let mut backoff = BACKOFF.0;
     loop {
@@ -249,6 +288,12 @@ pub fn wait(
             },
             Err(trouble) => vec![trouble],
         };
+        let (gone, troubles): (Vec<_>, Vec<_>) = troubles
+            .into_iter()
+            .partition(|trouble| missing == Missing::Fail && matches!(trouble, Trouble::Missing { .. }));
+        if let Some(trouble) = gone.into_iter().next() {
+            return Err(WaitError::Missing(trouble));
+        }
         for trouble in &troubles {
             tracing::error!("{trouble}; trying again in {}", humantime::format_duration(backoff));
             health.error(&trouble.to_string());

@@ -1,6 +1,7 @@
 //! kandle: batch inference for Kafka.
 
 pub mod cli;
+pub mod clock;
 pub mod cluster;
 pub mod codec;
 pub mod engine;
@@ -10,6 +11,7 @@ pub mod lease;
 pub mod model;
 pub mod pipeline;
 pub mod record;
+pub mod schedule;
 pub mod settings;
 pub mod sink;
 pub mod source;

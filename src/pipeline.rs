@@ -30,9 +30,10 @@ use crate::failpoint;
 use crate::flow::{Encoded, Hurry, Inferred, Outcome, Prepared, Queued, Report, State};
 use crate::model::Tokens;
 use crate::record::{Position, RecordError};
+use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::sink::{self, Publisher};
-use crate::source::{self, Drain, Source};
+use crate::source::{self, Drain, Origins, Source};
 use crate::task::{Task, TextTask};
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
@@ -47,6 +48,10 @@ pub struct Shared {
     pub stop: Arc<AtomicBool>,
     /// The bounds, where it has any: it ends by itself once they are reached.
     pub drain: Option<Arc<Drain>>,
+    /// When records are consumed; with `outside: leave` it ends by itself at the end of a period.
+    pub schedule: Arc<Schedule>,
+    /// The input are dead letters, of records of these topics.
+    pub revive: Option<Arc<Origins>>,
     /// Why the pipeline ends by itself, in good order.
     verdict: Arc<OnceLock<String>>,
 }
@@ -58,6 +63,9 @@ impl Shared {
             health: Arc::new(Health::new(settings.server.stall_after.0)),
             stop: Arc::new(AtomicBool::new(false)),
             drain: None,
+            // The settings have been checked.
+            revive: None,
+            schedule: Arc::new(Schedule::new(&settings.schedule).unwrap_or_else(Schedule::always)),
             verdict: Arc::default(),
         }
     }
@@ -74,7 +82,7 @@ impl Shared {
 /// which takes 40 to 100 ms.
 const BEFORE_PUBLISH: usize = 64;
 
-/// Runs until `shared.stop` is set, or the bounds are reached, and everything in flight is committed. The first error of any
+/// Runs until `shared.stop` is set, the bounds are reached, or the schedule's period is over, and everything in flight is committed. The first error of any
 /// stage is returned at once, with other stages still running: the process is to end.
 pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Shared) -> Result<(), String> {
     describe(&task, shared);
@@ -91,6 +99,8 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
             model: task.model_name.clone(),
             stop: Arc::clone(&shared.stop),
             drain: shared.drain.clone(),
+            schedule: Arc::clone(&shared.schedule),
+            revive: shared.revive.clone(),
             partitions: topics.input_partitions,
             bytes_per_record: task.bytes_per_record(),
         },

@@ -59,6 +59,8 @@ pub struct Arrival<'a> {
     pub value: Option<&'a [u8]>,
     pub headers: Option<Headers>,
     pub suspect: bool,
+    /// Where it once came from, if not from here: it was a dead letter.
+    pub origin: Option<Box<Position>>,
 }
 
 /// A record inside a window; its bytes are in the window's memory.
@@ -73,6 +75,8 @@ pub struct Record {
     pub headers: Option<Headers>,
     /// It was in a forward that did not come to an end: it runs alone.
     pub suspect: bool,
+    /// Where it once came from, if not from here: it was a dead letter.
+    pub origin: Option<Box<Position>>,
     pub(crate) key: Option<Range<usize>>,
     pub(crate) value: Option<Range<usize>>,
 }

@@ -52,6 +52,9 @@ pub struct Settings {
     /// What is written to standard error.
     #[serde(default)]
     pub log: Log,
+    /// When `run` consumes, and by when a backlog is to be done.
+    #[serde(default)]
+    pub schedule: Schedule,
     /// What running kandle costs, for a drain's report.
     #[serde(default)]
     pub cost: Cost,
@@ -423,6 +426,54 @@ impl Default for Log {
             progress_every: Wait::millis(10_000),
         }
     }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// When `run` consumes; always where there are none. What they share counts once.
+    pub periods: Vec<Period>,
+    /// The time zone of `periods` and `finish_by`, by its IANA name.
+    #[schemars(example = "Europe/Berlin")]
+    pub timezone: String,
+    /// Outside of all periods: stay in the group with partitions paused, or leave it.
+    pub outside: Outside,
+    /// outside: leave: the model goes too, so that its memory and the GPU are free, and is loaded again
+    /// ahead of the next period.
+    pub unload_model: bool,
+    /// The time of day, HH:MM, by which a backlog is to be done: what will not be is said ahead of time.
+    pub finish_by: Option<String>,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self {
+            periods: Vec::new(),
+            timezone: "UTC".to_owned(),
+            outside: Outside::default(),
+            unload_model: false,
+            finish_by: None,
+        }
+    }
+}
+
+/// A time in which is consumed, again and again.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Period {
+    /// When it begins: minute, hour, day of the month, month, day of the week.
+    #[schemars(example = "0 22 * * MON-FRI")]
+    pub cron: String,
+    /// How long it lasts, by a stopwatch: clocks that are put forward or back meanwhile do not count.
+    pub duration: Wait,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Outside {
+    #[default]
+    Stay,
+    Leave,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]

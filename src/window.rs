@@ -125,6 +125,7 @@ impl Gatherer {
             arrived: now,
             headers: arrival.headers,
             suspect: arrival.suspect,
+            origin: arrival.origin,
             key,
             value,
         });

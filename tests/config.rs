@@ -243,7 +243,25 @@ fn rules_between_keys() {
         &format!("{exactly_once}input: {{ properties: {{ isolation.level: read_uncommitted }} }}"),
         &["input.properties", "isolation.level must be read_committed"],
     );
-    one_fault("schedule: {}", &["schedule", "planned"]);
+    one_fault("otel: {}", &["otel", "planned"]);
+    let night = "{ cron: '0 22 * * *', duration: 8h }";
+    let more = ", outside: leave, unload_model: true, timezone: Europe/Berlin, finish_by: '06:00'";
+    assert!(faults(&format!("schedule: {{ periods: [{night}]{more} }}")).is_empty());
+    one_fault(
+        "schedule: { periods: [{ cron: '0 0 30 2 *', duration: 1h }] }",
+        &["schedule.periods.0.cron", "never comes"],
+    );
+    one_fault(
+        "schedule: { periods: [{ cron: 'at night', duration: 1h }] }",
+        &["schedule.periods.0.cron", "is no cron expression"],
+    );
+    one_fault("schedule: { timezone: Berlin }", &["schedule.timezone", "no IANA time zone"]);
+    one_fault("schedule: { finish_by: 6am }", &["schedule.finish_by", "no time of day"]);
+    one_fault("schedule: { outside: leave }", &["schedule.outside", "without schedule.periods"]);
+    one_fault(
+        &format!("schedule: {{ periods: [{night}], unload_model: true }}"),
+        &["schedule.unload_model", "needs outside: leave"],
+    );
     one_fault(
         "kafka: { properties: { sasl.password: '${env:NOT_SET}' } }",
         &["kafka.properties.sasl.password", "NOT_SET is not set"],

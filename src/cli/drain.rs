@@ -15,16 +15,17 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use super::run;
-use crate::cluster;
+use crate::cluster::{self, Cluster, Missing};
 use crate::model::hex;
 use crate::pipeline::{self, Shared};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
-use crate::source::{Bound, Drain};
+use crate::source::{Bound, Drain, Origins, Role};
 use crate::task::Task;
 use crate::telemetry::{Metrics, logging};
 
 #[derive(Args)]
+#[group(id = "drain")]
 pub struct Options {
     /// Where the report goes, as JSON; the log has its main figures in any case
     #[arg(long, value_name = "FILE")]
@@ -32,6 +33,10 @@ pub struct Options {
     /// Exit with 3 where there were dead letters
     #[arg(long)]
     strict: bool,
+    /// Go on where it would be refused: beside members of the group that are no drains; replay: where
+    /// retention has deleted a part of what is wanted
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 /// A drain is over, with dead letters, and `--strict`.
@@ -42,11 +47,23 @@ pub struct DeadLetters(u64);
 pub fn drain(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
-    let bounds = Arc::new(Drain::default());
-    let mut shared = Shared::new(&settings);
-    shared.drain = Some(Arc::clone(&bounds));
     let settings_digest = digest(&loaded.shown);
-    run::serve(&settings, &shared, || work(&settings, &shared, &bounds, &settings_digest, options))
+    carry_out(&settings, Drain::default(), None, &settings_digest, options)
+}
+
+/// Drains, with the admin server up, and reports. `revive`: the input are dead letters of these topics.
+pub(super) fn carry_out(
+    settings: &Settings,
+    bounds: Drain,
+    revive: Option<Origins>,
+    settings_digest: &str,
+    options: &Options,
+) -> anyhow::Result<()> {
+    let bounds = Arc::new(bounds);
+    let mut shared = Shared::new(settings);
+    shared.drain = Some(Arc::clone(&bounds));
+    shared.revive = revive.map(Arc::new);
+    run::serve(settings, &shared, || work(settings, &shared, &bounds, settings_digest, options))
 }
 
 fn work(
@@ -56,9 +73,11 @@ fn work(
     settings_digest: &str,
     options: &Options,
 ) -> anyhow::Result<()> {
+    refuse_others(settings, options.force)?;
     let task = Arc::new(Task::load(settings, &shared.metrics)?);
-    let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop)?;
+    let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop, Missing::Fail)?;
     let Some(topics) = topics else { bail!("stopped before anything was read") };
+    run::refuse_other_models(settings, &task)?;
     let (model, model_digest) = (task.model_name.clone(), task.digest.full().to_owned());
     let device = task.device.clone();
     let started = Instant::now();
@@ -96,8 +115,35 @@ fn work(
     }
 }
 
+/// A drain shares its group's work with other drains. A member that goes on for ever would take a part of
+/// the partitions too, beyond their ends, and the two would wait for each other's commits.
+fn refuse_others(settings: &Settings, force: bool) -> anyhow::Result<()> {
+    let group = &settings.input.group;
+    let members = match Cluster::connect(settings).and_then(|cluster| cluster.members(group)) {
+        Ok(members) => members,
+        Err(error) => {
+            tracing::warn!(group, %error, "whether the group has members cannot be seen");
+            return Ok(());
+        }
+    };
+    let others = members.into_iter().filter(|m| !matches!(Role::of(&m.client_id), Some((Role::Drain, _))));
+    let names: Vec<String> = others.map(|m| format!("{} at {}", m.client_id, m.host)).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    let names = names.join(", ");
+    if force {
+        tracing::warn!(group, members = names, "the group has members that are no drains");
+        return Ok(());
+    }
+    bail!(
+        "group {group} has live members that are no drains ({names}): they would take a part of the \
+         partitions, and read on past the ends; stop them, use another group, or go on with --force"
+    )
+}
+
 /// SHA-256 over the effective settings, secrets hidden, as 64 hex digits.
-fn digest(shown: &serde_json::Value) -> String {
+pub(super) fn digest(shown: &serde_json::Value) -> String {
     hex(&Sha256::digest(shown.to_string()))
 }
 
@@ -161,14 +207,17 @@ struct Report {
     dead_lettered: u64,
     tombstones: u64,
     dead_letters: BTreeMap<String, u64>,
+    /// Dead letters that a replay of such left alone: another job's, or without their bytes.
+    passed_over: u64,
     tokens: u64,
     truncated: u64,
     seconds: f64,
     records_per_second: f64,
     tokens_per_second: f64,
     device_busy_seconds: f64,
-    /// Neither the device nor anything before it had work: waiting for Kafka.
     device_idle_seconds: f64,
+    /// Nothing at all was under way but records from Kafka; part of the device's idle time.
+    kafka_wait_seconds: f64,
     padding_ratio: f64,
     peak_rss_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -212,6 +261,7 @@ impl Report {
             predicted,
             dead_lettered,
             tombstones,
+            passed_over: sum(|b| b.passed_over),
             dead_letters: crate::record::Fault::ALL
                 .iter()
                 .map(|fault| (fault.name(), metrics.dead_letters.with_label_values(&[fault.name()]).get()))
@@ -225,6 +275,7 @@ impl Report {
             tokens_per_second: metrics.tokens.get() as f64 / seconds,
             device_busy_seconds: busy,
             device_idle_seconds: (seconds - busy).max(0.0),
+            kafka_wait_seconds: metrics.input_wait.get(),
             padding_ratio: if batches == 0 { 0.0 } else { padding.get_sample_sum() / batches as f64 },
             peak_rss_bytes: peak_rss(),
             cost: per_hour.map(|per_hour| {

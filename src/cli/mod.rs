@@ -1,12 +1,14 @@
 //! The commands. Exit codes: 0 done; 1 failed while running; 2 the command line or configuration is
-//! wrong; 3 `drain --strict` ended with dead letters.
+//! wrong; 3 `drain --strict` ended with dead letters, or `audit` found something.
 
+mod audit;
 mod bench;
 mod check;
 mod demo;
 mod drain;
 mod model;
 mod predict;
+mod replay;
 mod run;
 
 use std::path::PathBuf;
@@ -15,10 +17,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::settings::{self, Loaded, Sources};
+use crate::source::RangeError;
 
 const FAILED: u8 = 1;
 const WRONG: u8 = 2;
-const DEAD_LETTERS: u8 = 3;
+const FOUND: u8 = 3;
 
 #[derive(Parser)]
 #[command(name = "kandle", version, about, long_about = None, after_help = EXIT_CODES)]
@@ -28,7 +31,7 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done; 1 failed while running; 2 the command line or the configuration is wrong; 3 drain --strict ended\nwith dead letters.
+Exit codes: 0 done; 1 failed while running; 2 the command line or the configuration is wrong; 3 drain --strict or\nreplay --strict ended with dead letters, or audit found something missing or doubled.
 Settings: defaults < -c FILE (YAML, TOML or JSON; repeatable, later wins) < KANDLE__SECTION__KEY < --set section.key=value.
 config/default.yaml lists every key; `kandle config schema` is the same for machines.";
 
@@ -53,6 +56,21 @@ enum Command {
         configuration: Configuration,
         #[command(flatten)]
         options: drain::Options,
+    },
+    /// Drain between two points in time (or of the dead letters), in a group of its own; run again, it
+    /// resumes. The live group's offsets are not touched
+    Replay {
+        #[command(flatten)]
+        configuration: Configuration,
+        #[command(flatten)]
+        options: replay::Options,
+    },
+    /// Read predictions back: which model made which, and whether any is missing or doubled
+    Audit {
+        #[command(flatten)]
+        configuration: Configuration,
+        #[command(flatten)]
+        options: audit::Options,
     },
     /// Try everything `run` needs without consuming: one line a check
     Check(Configuration),
@@ -99,6 +117,12 @@ pub fn main() -> ExitCode {
         Command::Drain { configuration, options } => {
             with(&configuration, |loaded| drain::drain(loaded, &options))
         }
+        Command::Replay { configuration, options } => {
+            with(&configuration, |loaded| replay::replay(loaded, &options))
+        }
+        Command::Audit { configuration, options } => {
+            with(&configuration, |loaded| audit::audit(loaded, &options))
+        }
         Command::Check(configuration) => with(&configuration, check::check),
         Command::Predict { configuration, inputs } => {
             with(&configuration, |loaded| predict::predict(loaded, &inputs))
@@ -122,7 +146,13 @@ pub fn main() -> ExitCode {
             if error.downcast_ref::<AlreadySaid>().is_none() {
                 eprintln!("kandle: {error:#}");
             }
-            ExitCode::from(if error.is::<drain::DeadLetters>() { DEAD_LETTERS } else { FAILED })
+            ExitCode::from(if error.is::<drain::DeadLetters>() || error.is::<audit::Findings>() {
+                FOUND
+            } else if error.is::<RangeError>() {
+                WRONG
+            } else {
+                FAILED
+            })
         }
     }
 }

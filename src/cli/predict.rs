@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use crate::codec::decoder;
 use crate::engine::Request;
-use crate::flow::{Inferred, Outcome, State};
+use crate::flow::{Encoded, Inferred, Outcome, State};
 use crate::lease::Lease;
 use crate::pipeline::{Shared, Worker};
 use crate::record::{Arrival, Partition};
@@ -70,19 +70,7 @@ fn answer(
     window: Window,
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
-    let prepared = worker.prepare(decoder, window);
-    let mut states = prepared.states;
-    let (mut rows, mut width) = (Vec::new(), 0);
-    if let Some(task) = &worker.task.text {
-        let request = Request { window: (), tokens: prepared.tokens, plan: prepared.plan };
-        let response = task.engine.answer(request).map_err(anyhow::Error::msg)?;
-        for (record, error) in response.failed {
-            states[record as usize] = State::Failed(error);
-        }
-        (rows, width) = (response.rows, response.width);
-    }
-    let inferred = Inferred { window: prepared.window, states, includes: prepared.includes, rows, width };
-    let encoded = worker.encode(inferred);
+    let encoded = predicted(worker, decoder, window)?;
     for (record, outcome) in encoded.window.records.iter().zip(&encoded.outcomes) {
         match outcome {
             Outcome::Prediction { part, bytes } => {
@@ -98,4 +86,25 @@ fn answer(
         out.write_all(b"\n")?;
     }
     Ok(())
+}
+
+/// A window through decode, prepare, infer and encode.
+pub(super) fn predicted(
+    worker: &Worker,
+    decoder: &dyn crate::codec::Decoder,
+    window: Window,
+) -> anyhow::Result<Encoded> {
+    let prepared = worker.prepare(decoder, window);
+    let mut states = prepared.states;
+    let (mut rows, mut width) = (Vec::new(), 0);
+    if let Some(task) = &worker.task.text {
+        let request = Request { window: (), tokens: prepared.tokens, plan: prepared.plan };
+        let response = task.engine.answer(request).map_err(anyhow::Error::msg)?;
+        for (record, error) in response.failed {
+            states[record as usize] = State::Failed(error);
+        }
+        (rows, width) = (response.rows, response.width);
+    }
+    let inferred = Inferred { window: prepared.window, states, includes: prepared.includes, rows, width };
+    Ok(worker.encode(inferred))
 }

@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
-use crate::cluster;
+use crate::clock;
+use crate::cluster::{self, Cluster, Missing};
 use crate::pipeline::{self, Shared};
-use crate::settings::{Loaded, Settings};
+use crate::schedule::Phase;
+use crate::settings::{Loaded, OnChange, Outside, Settings};
+use crate::source::Role;
 use crate::task::Task;
 use crate::telemetry::{logging, server};
 
@@ -39,13 +43,101 @@ pub(super) fn serve(
     result
 }
 
+/// Without a schedule, or with one under which the member stays in the group, the pipeline once; else
+/// once a period.
 fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
-    let task = Arc::new(Task::load(settings, &shared.metrics)?);
-    let Some(topics) = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop)? else {
-        return Ok(());
-    };
-    pipeline::run(settings, task, &topics, shared).map_err(anyhow::Error::msg)
+    let mut loaded = None;
+    loop {
+        if shared.schedule.unload_model && !await_period(shared, LOAD_AHEAD) {
+            return Ok(());
+        }
+        let task = match loaded.take() {
+            Some(task) => task,
+            None => Arc::new(Task::load(settings, &shared.metrics)?),
+        };
+        if shared.schedule.outside == Outside::Leave && !await_period(shared, Duration::ZERO) {
+            return Ok(());
+        }
+        let Some(topics) =
+            cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop, Missing::Wait)?
+        else {
+            return Ok(());
+        };
+        refuse_other_models(settings, &task)?;
+        pipeline::run(settings, Arc::clone(&task), &topics, shared).map_err(anyhow::Error::msg)?;
+        if shared.stop.load(Ordering::Relaxed) || shared.schedule.outside == Outside::Stay {
+            return Ok(());
+        }
+        if shared.schedule.unload_model {
+            tracing::info!("model unloaded until the next period");
+        } else {
+            loaded = Some(task);
+        }
+    }
 }
+
+/// Under `model.on_change: refuse`, a group whose live members have another model is not joined. What the
+/// group has committed is compared once we are in it.
+pub(super) fn refuse_other_models(settings: &Settings, task: &Task) -> anyhow::Result<()> {
+    if settings.model.on_change != OnChange::Refuse {
+        return Ok(());
+    }
+    let group = &settings.input.group;
+    let members = Cluster::connect(settings)?
+        .members(group)
+        .with_context(|| format!("the members of {group} cannot be seen, and model.on_change is refuse"))?;
+    for member in members {
+        if let Some((_, digest)) = Role::of(&member.client_id)
+            && digest != task.digest.short()
+        {
+            bail!(
+                "group {group} has a live member at {} with digest {digest}, and this is {} (digest {}): \
+                 model.on_change is refuse; stop that one first, or use another group",
+                member.host,
+                task.model_name,
+                task.digest.short(),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// How long before a period a model is loaded that was unloaded.
+const LOAD_AHEAD: Duration = Duration::from_secs(60);
+
+/// Waits until `ahead` of the next period, or not at all inside of one; false when asked to stop.
+fn await_period(shared: &Shared, ahead: Duration) -> bool {
+    let mut said = false;
+    while !shared.stop.load(Ordering::Relaxed) {
+        let now = clock::now();
+        match shared.schedule.at(now) {
+            Phase::Closed { until } if until.duration_since(now).as_secs_f64() > ahead.as_secs_f64() => {
+                if !said {
+                    tracing::info!(%until, "outside of the schedule, out of the group");
+                    shared.metrics.schedule_open.set(0.0);
+                    shared.metrics.deadline.set(f64::INFINITY);
+                    shared
+                        .health
+                        .set_source(serde_json::json!({ "outside_schedule_until": until.to_string() }));
+                    // Standing by is what it is to do now.
+                    shared.health.set_ready();
+                    said = true;
+                }
+                std::thread::park_timeout(LOOK);
+            }
+            _ => {
+                if ahead.is_zero() {
+                    shared.metrics.schedule_open.set(1.0);
+                }
+                return true;
+            }
+        }
+    }
+    false
+}
+
+/// Between two looks at the clock.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// The first SIGTERM or SIGINT asks for the end, the second takes it.
 async fn signals(shared: Shared) {

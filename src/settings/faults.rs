@@ -45,7 +45,7 @@ const PLANNED: &[(&str, &str)] = &[
     ("task.kind", "zero-shot-classification"),
     ("task.kind", "tensor"),
 ];
-const PLANNED_SECTIONS: &[&str] = &["schedule", "otel"];
+const PLANNED_SECTIONS: &[&str] = &["otel"];
 
 pub(super) fn check(
     value: &Value,

@@ -3,6 +3,7 @@
 use rdkafka::ClientConfig;
 
 use super::{Fields, Format, Guarantee, Properties, Settings, TaskKind};
+use crate::schedule::Schedule;
 
 /// Properties of librdkafka that kandle owns, and why.
 const OWNED: &[(&str, &str)] = &[
@@ -207,6 +208,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     }
     for (key, message) in check_delivery(settings) {
         fault(key, message);
+    }
+    for (key, message) in Schedule::check(&settings.schedule) {
+        fault(&key, message);
     }
     if settings.delivery.commit_interval.0.is_zero() {
         fault("delivery.commit_interval", "is zero".to_owned());

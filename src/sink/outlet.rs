@@ -18,7 +18,6 @@ use crate::flow::{Encoded, Outcome};
 use crate::record::{Fault, Partition, Position, RecordError, header_bytes};
 use crate::settings::{Guarantee, Partitioning, Settings};
 use crate::telemetry::{Health, Metrics};
-use crate::window::Span;
 
 /// What a message takes in the producer's queue beside its key and value: librdkafka's own structure
 /// and our headers.
@@ -75,14 +74,14 @@ struct SourceText {
 }
 
 impl SourceText {
-    fn at(&mut self, span: &Span, offset: i64) -> &str {
+    fn at(&mut self, partition: &Partition, offset: i64) -> &str {
         match &self.of {
-            Some((partition, length)) if *partition == span.partition => self.text.truncate(*length),
+            Some((known, length)) if known == partition => self.text.truncate(*length),
             _ => {
                 self.text.clear();
                 // Writing to a String cannot fail.
-                let _ = write!(self.text, "{}/", span.partition);
-                self.of = Some((span.partition.clone(), self.text.len()));
+                let _ = write!(self.text, "{partition}/");
+                self.of = Some((partition.clone(), self.text.len()));
             }
         }
         self.text.push_str(itoa::Buffer::new().format(offset));
@@ -132,8 +131,11 @@ impl Outlet {
         }
         let Encoded { window, outcomes, memory } = &*content;
         let record = &window.records[place];
-        let span = &window.spans[record.span as usize];
-        let source = self.source.at(span, record.offset);
+        let (partition, offset) = match &record.origin {
+            None => (&window.spans[record.span as usize].partition, record.offset),
+            Some(origin) => (&origin.partition, origin.offset),
+        };
+        let source = self.source.at(partition, offset);
         let (topic, written, value, headers) = match &outcomes[place] {
             Outcome::Dead(error) => {
                 let headers = message::dead_letter(record.headers.as_ref(), source, error, &self.stamp);
@@ -163,7 +165,7 @@ impl Outlet {
         }
         self.produce(BaseRecord {
             topic,
-            partition: message::partition(self.partitioning, key, span.partition.number, written.partitions),
+            partition: message::partition(self.partitioning, key, partition.number, written.partitions),
             payload: value,
             key,
             timestamp: record.timestamp,
@@ -193,7 +195,11 @@ impl Outlet {
 
     /// A dead letter of headers alone.
     fn send_bare(&self, number: u64, content: &Encoded, place: usize) -> Result<(), String> {
-        let position = content.window.position(&content.window.records[place]).to_string();
+        let record = &content.window.records[place];
+        let position = match &record.origin {
+            None => content.window.position(record).to_string(),
+            Some(origin) => origin.to_string(),
+        };
         let Outcome::Dead(error) = &content.outcomes[place] else {
             unreachable!("only a dead letter loses its bytes");
         };

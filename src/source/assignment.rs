@@ -9,6 +9,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use super::ledger::Ledger;
 use super::live::{Source, SourceError};
 use super::metadata::Metadata;
+use super::range;
 use super::rebalance::{give_up, take_up};
 use crate::cluster::committed;
 use crate::record::Partition;
@@ -38,17 +39,29 @@ impl Source {
                 list.clone()
             }
         };
-        if let Err(changed) = self.compare_models(&known) {
+        let compared = self.compare_all_models().and_then(|()| self.compare_models(&known));
+        if let Err(changed) = compared {
             // The client waits for an answer, also when it is about to leave.
             let _ = take_up(&self.consumer, list);
             return Err(changed);
         }
+        let taken = list.clone();
         for partition in &partitions {
             let element = known.find_partition(&partition.topic, partition.number);
-            let start = element.as_ref().and_then(|element| match element.offset() {
+            let mut start = element.as_ref().and_then(|element| match element.offset() {
                 Offset::Offset(offset) => Some(offset),
                 _ => None,
             });
+            let begin = self.wiring.drain.as_ref().and_then(|drain| drain.begin(partition));
+            if let Some(begin) = begin {
+                // Not before the bounds, whatever the group has.
+                let begin = start.map_or(begin, |start| start.max(begin));
+                start = Some(begin);
+                let element = taken.find_partition(&partition.topic, partition.number);
+                if let Some(mut element) = element {
+                    element.set_offset(Offset::Offset(begin)).map_err(SourceError::Client)?;
+                }
+            }
             self.ledger.assign(partition.clone(), start);
             if let Some(drain) = &self.wiring.drain {
                 drain.taken_up(partition, start);
@@ -68,7 +81,7 @@ impl Source {
                 }
             }
         }
-        if let Err(error) = take_up(&self.consumer, list) {
+        if let Err(error) = take_up(&self.consumer, &taken) {
             return Err(SourceError::Fatal(format!("partitions cannot be taken up: {error}")));
         }
         if self.paused {
@@ -95,6 +108,27 @@ impl Source {
             false => tracing::info!(partitions = %names(&partitions), "assigned"),
         }
         Ok(())
+    }
+
+    /// Under `refuse`, what the group has of all partitions counts, ours or another member's: once, when we
+    /// come.
+    fn compare_all_models(&mut self) -> Result<(), SourceError> {
+        if self.on_change != OnChange::Refuse || std::mem::replace(&mut self.compared, true) {
+            return Ok(());
+        }
+        let unreadable = |error: String| {
+            SourceError::Fatal(format!(
+                "the group's offsets cannot be read ({error}), and model.on_change is refuse"
+            ))
+        };
+        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+        let all = range::partitions(&self.consumer, &topics).map_err(|e| unreadable(e.to_string()))?;
+        let mut list = TopicPartitionList::new();
+        for partition in &all {
+            list.add_partition(&partition.topic, partition.number);
+        }
+        let known = committed(&self.consumer, &list, Duration::from_secs(10));
+        self.compare_models(&known.map_err(|e| unreadable(e.to_string()))?)
     }
 
     /// `model.on_change`: the digest in the committed offsets' metadata against ours.

@@ -2,6 +2,8 @@
 //! hold.
 
 use rdkafka::ClientConfig;
+use rdkafka::consumer::BaseConsumer;
+use rdkafka::error::KafkaResult;
 
 use crate::settings::{Guarantee, Settings, Start};
 
@@ -47,13 +49,66 @@ impl Prefetch {
     }
 }
 
+/// What a member of a group does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Run,
+    /// Replays too.
+    Drain,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Run => "run",
+            Role::Drain => "drain",
+        }
+    }
+
+    /// The client.id, which the group shows of each member: what it does, and by which model.
+    fn client_id(self, digest: &str) -> String {
+        format!("kandle-{}-{digest}", self.name())
+    }
+
+    /// What a client.id says of a kandle; `None` where it is something else's.
+    pub fn of(client_id: &str) -> Option<(Self, &str)> {
+        let rest = client_id.strip_prefix("kandle-")?;
+        let (role, digest) = rest.split_once('-')?;
+        [Role::Run, Role::Drain].into_iter().find(|known| known.name() == role).map(|role| (role, digest))
+    }
+}
+
+/// A consumer that looks around and commits nothing: it is in no group, and sees what the settings' group
+/// would see.
+pub fn reader(settings: &Settings) -> KafkaResult<BaseConsumer> {
+    observer(&config(settings, Role::Drain, "", 1))
+}
+
+/// The same, of a member's configuration.
+pub(super) fn observer(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
+    let mut config = config.clone();
+    // Assigned by hand it is no member; a static one's name stays that one's.
+    config.remove("group.instance.id");
+    config.set("client.id", "kandle").set("statistics.interval.ms", "0");
+    config.set("enable.partition.eof", "true");
+    config.create()
+}
+
+/// A client that says where the group stands at once: it waits neither for the group's rebalance, as a
+/// member's requests do, which stand in line behind its own joining, nor for transactions that are open.
+pub(super) fn bystander(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
+    let mut config = config.clone();
+    config.set("isolation.level", "read_uncommitted");
+    observer(&config)
+}
+
 /// `partitions`: of all input topics.
-pub(super) fn config(settings: &Settings, partitions: u64) -> ClientConfig {
+pub(super) fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) -> ClientConfig {
     let mut config = ClientConfig::new();
     let prefetch = Prefetch::within(settings.memory.limit.0 / 4, partitions);
     config
         .set("bootstrap.servers", &settings.kafka.brokers)
-        .set("client.id", "kandle")
+        .set("client.id", role.client_id(digest))
         .set("group.id", &settings.input.group)
         .set(
             "auto.offset.reset",

@@ -7,19 +7,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 
+use super::client;
+use super::range::{self, ASK, Range, RangeError};
 use crate::cluster;
 use crate::record::Partition;
+use crate::settings::Settings;
 use crate::window::Span;
 
-/// How long one question to the cluster may take, and how often it is asked.
-const ASK: Duration = Duration::from_secs(5);
-const TRIES: usize = 6;
 /// Between two looks at how far the group's other members are.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -36,6 +36,8 @@ pub struct Bound {
     pub predicted: u64,
     pub dead_lettered: u64,
     pub tombstones: u64,
+    /// Dead letters left alone by a replay of such: another job's, or without their bytes.
+    pub passed_over: u64,
     /// Nothing before `to` is left to be read by this process.
     #[serde(skip)]
     done: bool,
@@ -49,64 +51,54 @@ impl Bound {
 }
 
 /// A drain under way.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Drain {
+    /// Of a replay: from where to where.
+    ranges: Option<BTreeMap<Partition, Range>>,
     bounds: Mutex<BTreeMap<Partition, Bound>>,
     complete: AtomicBool,
     /// When the other members were last looked at.
     looked: Mutex<Option<Instant>>,
+    /// By what.
+    bystander: Mutex<Option<BaseConsumer>>,
 }
 
 impl Drain {
-    /// Freezes the ends of all partitions of `topics` (names, or one pattern).
-    pub fn freeze<C: ConsumerContext>(
-        &self,
-        consumer: &BaseConsumer<C>,
-        topics: &[&str],
-    ) -> Result<(), String> {
-        let said = |error: KafkaError| format!("the ends of the input cannot be read: {error}");
-        let mut partitions = Vec::new();
-        let pattern =
-            topics.iter().find_map(|topic| topic.starts_with('^').then(|| regex::Regex::new(topic)));
-        let wanted: Vec<Option<&str>> = match &pattern {
-            Some(_) => vec![None],
-            None => topics.iter().copied().map(Some).collect(),
+    /// Between points that are known already: a replay.
+    pub fn between(ranges: BTreeMap<Partition, Range>) -> Self {
+        Self { ranges: Some(ranges), ..Self::default() }
+    }
+
+    /// Freezes the ends of all partitions of `topics` (names, or one pattern), and where the group stands.
+    pub(super) fn freeze(&self, config: &ClientConfig, topics: &[&str]) -> Result<(), RangeError> {
+        let ranges = match &self.ranges {
+            Some(ranges) => ranges.clone(),
+            None => range::resolve(&client::observer(config)?, topics, None, None, true)?,
         };
-        for topic in wanted {
-            let metadata = again(|| consumer.fetch_metadata(topic, ASK)).map_err(said)?;
-            for found in metadata.topics() {
-                let fits = match &pattern {
-                    Some(Ok(pattern)) => pattern.is_match(found.name()),
-                    _ => topic == Some(found.name()),
-                };
-                if fits {
-                    partitions
-                        .extend(found.partitions().iter().map(|p| Partition::new(found.name(), p.id())));
-                }
-            }
-        }
-        let mut ends = BTreeMap::new();
-        for partition in partitions {
-            let (low, high) =
-                again(|| consumer.fetch_watermarks(&partition.topic, partition.number, ASK)).map_err(said)?;
-            ends.insert(partition, (low, high));
-        }
-        let known = again(|| committed(consumer, ends.keys())).map_err(said)?;
-        let bound = |(partition, (low, high)): (Partition, (i64, i64))| {
-            let from = known.get(&partition).copied().unwrap_or(low).max(low).min(high);
+        let bystander = client::bystander(config)?;
+        let known = committed(&bystander, ranges.keys())?;
+        *self.bystander.lock().unwrap_or_else(|e| e.into_inner()) = Some(bystander);
+        let bound = |(partition, range): (Partition, Range)| {
+            let from = known.get(&partition).copied().unwrap_or(range.from).clamp(range.from, range.to);
             let bound = Bound {
                 from,
-                to: high,
+                to: range.to,
                 reached: None,
                 predicted: 0,
                 dead_lettered: 0,
                 tombstones: 0,
-                done: from >= high,
+                passed_over: 0,
+                done: from >= range.to,
             };
             (partition, bound)
         };
-        *self.lock() = ends.into_iter().map(bound).collect();
+        *self.lock() = ranges.into_iter().map(bound).collect();
         Ok(())
+    }
+
+    /// Where to begin in a partition for which the group has no offset; `None` leaves it to `input.start`.
+    pub(super) fn begin(&self, partition: &Partition) -> Option<i64> {
+        self.ranges.as_ref()?.get(partition).map(|range| range.from)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Partition, Bound>> {
@@ -148,6 +140,12 @@ impl Drain {
         }
     }
 
+    pub(super) fn passed_over(&self, partition: &Partition) {
+        if let Some(bound) = self.lock().get_mut(partition) {
+            bound.passed_over += 1;
+        }
+    }
+
     /// The partition comes to this process, which reads on from `start`.
     pub(super) fn taken_up(&self, partition: &Partition, start: Option<i64>) {
         if let Some(bound) = self.lock().get_mut(partition) {
@@ -171,7 +169,7 @@ impl Drain {
     }
 
     /// Asks, now and then, how far the whole group is; true once all partitions are at their ends.
-    pub(super) fn look<C: ConsumerContext>(&self, consumer: &BaseConsumer<C>) -> bool {
+    pub(super) fn look(&self) -> bool {
         {
             let mut looked = self.looked.lock().unwrap_or_else(|e| e.into_inner());
             if looked.is_some_and(|at| at.elapsed() < LOOK) {
@@ -184,9 +182,12 @@ impl Drain {
             let open = bounds.iter().filter(|(_, bound)| bound.from < bound.to);
             open.map(|(partition, _)| partition.clone()).collect()
         };
-        let known = match committed(consumer, open.iter()) {
-            Ok(known) => known,
-            Err(error) => {
+        let bystander = self.bystander.lock().unwrap_or_else(|e| e.into_inner());
+        let known = match bystander.as_ref().map(|bystander| committed(bystander, open.iter())) {
+            // Nothing is frozen yet.
+            None => return false,
+            Some(Ok(known)) => known,
+            Some(Err(error)) => {
                 tracing::warn!(%error, "how far the group is cannot be read now; asking again");
                 return false;
             }
@@ -206,29 +207,11 @@ impl Drain {
     }
 }
 
-/// Asks until there is an answer, some times: brokers come and go.
-fn again<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
-    let mut tries = 1;
-    loop {
-        match ask() {
-            Err(error) if tries < TRIES => {
-                tracing::warn!(%error, tries, "the ends of the input: asking again")
-            }
-            answer => return answer,
-        }
-        tries += 1;
-    }
-}
-
 /// Whether a partition has no record from `from` up to `to`: nothing but the markers of transactions,
 /// or what was compacted away. A consumer of its own looks, whose end of the partition cannot be
 /// mistaken for another's. `None` where there is no answer in time.
 pub(super) fn is_bare(config: &ClientConfig, partition: &Partition, from: i64, to: i64) -> Option<bool> {
-    let mut config = config.clone();
-    // It is assigned by hand and commits nothing: the group does not see it.
-    config.remove("group.instance.id");
-    config.set("enable.partition.eof", "true").set("statistics.interval.ms", "0");
-    let consumer: BaseConsumer = config.create().ok()?;
+    let consumer = client::observer(config).ok()?;
     let mut list = TopicPartitionList::new();
     list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from)).ok()?;
     consumer.assign(&list).ok()?;
@@ -244,8 +227,17 @@ pub(super) fn is_bare(config: &ClientConfig, partition: &Partition, from: i64, t
     None
 }
 
-fn committed<'a, C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
+/// Where a group stands, as its settings name it.
+pub fn standing<'a>(
+    settings: &Settings,
+    partitions: impl Iterator<Item = &'a Partition>,
+) -> Result<BTreeMap<Partition, i64>, KafkaError> {
+    committed(&client::bystander(&client::config(settings, client::Role::Drain, "", 1))?, partitions)
+}
+
+/// The offsets of a client's group.
+fn committed<'a>(
+    consumer: &BaseConsumer,
     partitions: impl Iterator<Item = &'a Partition>,
 ) -> Result<BTreeMap<Partition, i64>, KafkaError> {
     let mut list = TopicPartitionList::new();
@@ -255,7 +247,7 @@ fn committed<'a, C: ConsumerContext>(
     if list.count() == 0 {
         return Ok(BTreeMap::new());
     }
-    let known = cluster::committed(consumer, &list, ASK)?;
+    let known = range::again(|| cluster::committed(consumer, &list, ASK))?;
     let offset = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset()
     {
         Offset::Offset(offset) => Some((Partition::new(element.topic(), element.partition()), offset)),

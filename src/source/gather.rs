@@ -64,7 +64,14 @@ impl Source {
         // Where a drain ends in it.
         let mut end = None;
         for i in 0..limit {
-            let message = match consumer.poll(wait) {
+            // Nothing at all is under way.
+            let idle = i == 0 && self.in_flight == 0 && self.held.is_empty() && self.gatherer.bytes() == 0;
+            let waits = idle.then(Instant::now);
+            let polled = consumer.poll(wait);
+            if let Some(since) = waits {
+                self.wiring.metrics.input_wait.inc_by(since.elapsed().as_secs_f64());
+            }
+            let mut message = match polled {
                 None => break,
                 Some(Ok(message)) => message,
                 Some(Err(error)) => return self.error(error, ""),
@@ -86,6 +93,21 @@ impl Source {
                 run = Some(owned);
                 continue;
             }
+            let mut origin = None;
+            if let Some(origins) = &self.wiring.revive {
+                origin = origins.revive(&mut message).map(Box::new);
+                if origin.is_none() {
+                    owned.pass_over(message.offset());
+                    if let Some(drain) = &self.wiring.drain {
+                        drain.passed_over(&owned.partition);
+                    }
+                    if end == Some(message.offset() + 1) {
+                        ended.insert(owned.partition.clone());
+                    }
+                    run = Some(owned);
+                    continue;
+                }
+            }
             if let Read::Backwards { expected } = owned.read(message.offset(), timestamp(&message)) {
                 let partition = owned.partition.clone();
                 tracing::warn!(
@@ -98,7 +120,8 @@ impl Source {
                 owned.read(message.offset(), timestamp(&message));
             }
             let suspect = owned.suspects.contains(&message.offset());
-            full = self.gatherer.push(&owned.partition, &owned.lease, arrival(&message, suspect), now);
+            let arrival = Arrival { origin, ..arrival(&message, suspect) };
+            full = self.gatherer.push(&owned.partition, &owned.lease, arrival, now);
             if end == Some(message.offset() + 1) {
                 ended.insert(owned.partition.clone());
             }
@@ -150,7 +173,7 @@ impl Source {
             }
         }
         self.full_since = None;
-        if self.paused && !self.wiring.stop.load(Ordering::Relaxed) {
+        if self.paused && !self.period.resting && !self.wiring.stop.load(Ordering::Relaxed) {
             self.resume();
         }
     }
@@ -165,14 +188,14 @@ impl Source {
     }
 
     pub(super) fn pause(&mut self) {
-        tracing::debug!("paused: the pipeline is full");
+        tracing::debug!("paused");
         self.paused = true;
         if let Err(error) = self.consumer.assignment().and_then(|all| self.consumer.pause(&all)) {
             tracing::debug!(%error, "pausing");
         }
     }
 
-    fn resume(&mut self) {
+    pub(super) fn resume(&mut self) {
         tracing::debug!("resumed");
         self.paused = false;
         let resumed = self.consumer.assignment().and_then(|all| {
@@ -257,7 +280,7 @@ impl Source {
             self.commit(None);
             return false;
         }
-        drain.look(&self.consumer)
+        drain.look()
     }
 }
 
@@ -269,6 +292,7 @@ fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool) -> Arrival<'a> {
         value: message.payload(),
         headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
         suspect,
+        origin: None,
     }
 }
 

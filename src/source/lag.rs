@@ -1,12 +1,14 @@
 //! How far behind: the lag metrics and the source's part of /status, made once a second from the
 //! client's statistics and the ledger.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rdkafka::statistics::{Partition as PartitionStatistics, Statistics};
 use serde_json::{Value, json};
 
+use super::drain::Drain;
+use super::ends::Known;
 use super::ledger::{Ledger, Owned};
 use crate::record::Partition;
 use crate::telemetry::Metrics;
@@ -22,15 +24,25 @@ pub(super) struct Lag {
     last: Option<(Instant, u64)>,
     /// Records per second.
     rate: f64,
+    /// Since when, in seconds since the epoch, a partition of which nothing is read is behind.
+    since: HashMap<Partition, f64>,
 }
 
 impl Lag {
     pub fn new() -> Self {
-        Self { shown: HashSet::new(), published: 0, last: None, rate: 0.0 }
+        Self { shown: HashSet::new(), published: 0, last: None, rate: 0.0, since: HashMap::new() }
     }
 
-    /// Updates the metrics; returns what /status shows.
-    pub fn update(&mut self, statistics: &Statistics, ledger: &Ledger, metrics: &Metrics) -> Value {
+    /// Updates the metrics; returns what /status shows, and the seconds that the backlog takes at the
+    /// present rate.
+    pub fn update(
+        &mut self,
+        statistics: &Statistics,
+        ledger: &Ledger,
+        drain: Option<&Drain>,
+        ends: &Known,
+        metrics: &Metrics,
+    ) -> (Value, f64) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
         let mut total = 0;
         let mut prefetched = 0;
@@ -42,7 +54,16 @@ impl Lag {
                 continue;
             };
             prefetched += known.fetchq_size;
-            let (records, seconds) = behind(owned, known, now);
+            let bound = drain.map(|drain| drain.end(&owned.partition));
+            let end = known.hi_offset.max(ends.get(&owned.partition).copied().unwrap_or(-1));
+            let (records, mut seconds) = behind(owned, known, end.min(bound.unwrap_or(i64::MAX)), now);
+            if records > 0 && owned.oldest().is_none() {
+                // Of records that nobody has read, it is known since when they wait, at the least.
+                let since = *self.since.entry(owned.partition.clone()).or_insert(now);
+                seconds = (now - since).max(0.0);
+            } else {
+                self.since.remove(&owned.partition);
+            }
             let labels = [&**topic, &number.to_string()];
             metrics.lag_records.with_label_values(&labels).set(records);
             metrics.lag_seconds.with_label_values(&labels).set(seconds);
@@ -51,7 +72,7 @@ impl Lag {
             partitions.push(json!({
                 "topic": &**topic, "partition": number,
                 "published": owned.published.or(owned.start), "committed": owned.committed,
-                "end": Some(known.hi_offset).filter(|&o| o >= 0),
+                "end": Some(end).filter(|&o| o >= 0),
                 "lag_records": records, "lag_seconds": seconds,
                 "windows_in_flight": owned.windows_in_flight(),
             }));
@@ -69,12 +90,14 @@ impl Lag {
         };
         metrics.drain_remaining.set(remaining);
         partitions.sort_by_key(|p| (p["topic"].to_string(), p["partition"].as_i64()));
-        json!({ "assignment": partitions, "lag_records": total, "records_per_second": (self.rate * 10.0).round() / 10.0 })
+        let rate = (self.rate * 10.0).round() / 10.0;
+        (json!({ "assignment": partitions, "lag_records": total, "records_per_second": rate }), remaining)
     }
 
     /// The partition is no longer ours: its lag is another member's to show.
     pub fn forget(&mut self, partition: &Partition, metrics: &Metrics) {
         self.shown.remove(partition);
+        self.since.remove(partition);
         forget(partition, metrics);
     }
 
@@ -95,11 +118,10 @@ fn forget(partition: &Partition, metrics: &Metrics) {
     let _ = metrics.lag_seconds.remove_label_values(&labels);
 }
 
-/// Records and seconds that a partition is behind; `now` in seconds since the epoch.
-fn behind(owned: &Owned, known: &PartitionStatistics, now: f64) -> (i64, f64) {
-    let end = known.hi_offset;
+/// Records and seconds that a partition is behind its end, -1 where that is not known yet; `now` in seconds
+/// since the epoch.
+fn behind(owned: &Owned, known: &PartitionStatistics, end: i64, now: f64) -> (i64, f64) {
     if end < 0 {
-        // Not asked yet.
         return (0, 0.0);
     }
     // The fetcher is past the end although less was published: what lies between are transaction
@@ -135,16 +157,25 @@ mod tests {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
         let lease = ledger.assign(p.clone(), Some(4));
-        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (0, 0.0), "markers at the end");
-        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 6), 100.0).0, 6, "prefetched");
-        assert_eq!(behind(ledger.get(&p).unwrap(), &known(-1001, -1001, 0), 100.0), (0, 0.0), "unknown");
+        assert_eq!(
+            behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 10, 100.0),
+            (0, 0.0),
+            "markers at the end"
+        );
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 6), 10, 100.0).0, 6, "prefetched");
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 6), 7, 100.0).0, 3, "a drain's end");
+        assert_eq!(
+            behind(ledger.get(&p).unwrap(), &known(-1001, -1001, 0), -1001, 100.0),
+            (0, 0.0),
+            "unknown"
+        );
         let span = crate::window::Span { partition: p.clone(), lease, first: 4, last: 9 };
         for offset in 4..=9 {
             ledger.get_mut(&p).unwrap().read(offset, Some(90_000));
         }
         ledger.gathered(std::slice::from_ref(&span));
-        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (6, 10.0));
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 10, 100.0), (6, 10.0));
         ledger.published(&[span], false);
-        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 100.0), (0, 0.0));
+        assert_eq!(behind(ledger.get(&p).unwrap(), &known(10, 10, 0), 10, 100.0), (0, 0.0));
     }
 }

@@ -90,14 +90,22 @@ impl Owned {
             .or_else(|| self.in_flight.front().or(self.gathering.as_ref()).map(|pending| pending.first))
     }
 
-    /// A record comes in; it belongs to the window that gathers.
-    pub fn read(&mut self, offset: i64, timestamp: Option<i64>) -> Read {
+    /// A record comes in that nothing is to be done about.
+    pub fn pass_over(&mut self, offset: i64) -> Read {
         match self.next {
             Some(expected) if offset < expected => return Read::Backwards { expected },
             Some(expected) if offset > expected => self.gaps.push((expected, offset)),
             _ => {}
         }
         self.next = Some(offset + 1);
+        Read::InOrder
+    }
+
+    /// A record comes in; it belongs to the window that gathers.
+    pub fn read(&mut self, offset: i64, timestamp: Option<i64>) -> Read {
+        if let backwards @ Read::Backwards { .. } = self.pass_over(offset) {
+            return backwards;
+        }
         self.gathering.get_or_insert(Pending { first: offset, oldest: timestamp });
         Read::InOrder
     }

@@ -18,11 +18,15 @@ use rdkafka::types::RDKafkaErrorCode;
 use super::assignment::Revoking;
 use super::client;
 use super::commit::Committer;
+use super::dead_letters::Origins;
 use super::drain::Drain;
+use super::ends::Ends;
 use super::lag::Lag;
 use super::ledger::Ledger;
+use super::period::Period;
 use super::rebalance::{Note, Notes, give_up};
 use crate::flow::{Hurry, Published, Queued, Report};
+use crate::schedule::Schedule;
 use crate::settings::{OnChange, Settings};
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
@@ -57,6 +61,9 @@ pub struct Wiring {
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
     pub drain: Option<Arc<Drain>>,
+    pub schedule: Arc<Schedule>,
+    /// The input are dead letters, of records of these topics.
+    pub revive: Option<Arc<Origins>>,
     /// Partitions of the input topics.
     pub partitions: u64,
     /// What a record may take on its way through the stages, beside its own bytes.
@@ -73,6 +80,10 @@ pub struct Source {
     pub(super) config: ClientConfig,
     pub(super) wiring: Wiring,
     pub(super) on_change: OnChange,
+    /// The models of the whole group have been compared.
+    pub(super) compared: bool,
+    /// Names, or one pattern.
+    pub(super) topics: Vec<String>,
     commit_interval: Duration,
     pub(super) revoke_timeout: Duration,
     /// Bytes that windows may hold in all.
@@ -80,6 +91,7 @@ pub struct Source {
     pub(super) gatherer: Gatherer,
     pub(super) ledger: Ledger,
     pub(super) lag: Lag,
+    ends: Ends,
     /// Closed and not yet passed on.
     pub(super) held: VecDeque<Queued<Window>>,
     /// Bytes of windows passed on and not yet published.
@@ -88,6 +100,7 @@ pub struct Source {
     /// The limit on memory holds windows up.
     pub(super) out_of_room: bool,
     pub(super) paused: bool,
+    pub(super) period: Period,
     pub(super) revoking: Option<Revoking>,
     pub(super) last_commit: Instant,
     last_error: Option<(String, Instant)>,
@@ -105,24 +118,26 @@ impl Drop for Source {
 
 impl Source {
     pub fn new(settings: &Settings, wiring: Wiring) -> Result<Self, SourceError> {
-        let config = client::config(settings, wiring.partitions);
+        let role = if wiring.drain.is_some() { client::Role::Drain } else { client::Role::Run };
+        let config = client::config(settings, role, &wiring.digest, wiring.partitions);
         let consumer: BaseConsumer<Notes> =
             config.create_with_context(Notes::default()).map_err(SourceError::Client)?;
         let consumer = Arc::new(consumer);
         let committer = Committer::start(&consumer).map_err(|e| SourceError::Fatal(e.to_string()))?;
         let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
-        consumer.subscribe(&topics).map_err(SourceError::Client)?;
-        // Subscribed first: a client that wants nothing yet does not always connect when it is asked
-        // something. What the group assigns meanwhile waits for the loop.
         if let Some(drain) = &wiring.drain {
-            drain.freeze(&consumer, &topics).map_err(SourceError::Fatal)?;
+            drain.freeze(&config, &topics).map_err(|e| SourceError::Fatal(e.to_string()))?;
         }
+        consumer.subscribe(&topics).map_err(SourceError::Client)?;
+        let ends = Ends::start(&consumer, &config).map_err(|e| SourceError::Fatal(e.to_string()))?;
         wiring.metrics.memory_limit.set(settings.memory.limit.0 as f64);
         Ok(Self {
             committer,
             consumer,
             config,
             on_change: settings.model.on_change,
+            compared: false,
+            topics: settings.input.topics.clone(),
             commit_interval: settings.delivery.commit_interval.0,
             revoke_timeout: settings.delivery.revoke_timeout.0,
             window_bytes: (settings.memory.limit.0 / 2) as usize,
@@ -133,11 +148,13 @@ impl Source {
             }),
             ledger: Ledger::default(),
             lag: Lag::new(),
+            ends,
             held: VecDeque::new(),
             in_flight: 0,
             full_since: None,
             out_of_room: false,
             paused: false,
+            period: Period::new(&wiring.schedule, wiring.drain.is_some()),
             revoking: None,
             last_commit: Instant::now(),
             last_error: None,
@@ -174,14 +191,14 @@ impl Source {
             if self.last_commit.elapsed() >= self.commit_interval {
                 self.commit(None);
             }
-            if self.drained() {
+            if self.drained() || self.over_for_now() {
                 break;
             }
         }
         self.finish(windows, reports)
     }
 
-    /// SIGTERM: the window that gathers goes too, all in flight is published and committed, and the
+    /// SIGTERM, or the end of a drain or a period: the window that gathers goes too, all in flight is published and committed, and the
     /// member leaves the group.
     fn finish(
         mut self,
@@ -193,10 +210,12 @@ impl Source {
                 tracing::info!("drained: all partitions are at their ends");
                 ClosedBy::End
             }
-            _ => {
+            _ if self.wiring.stop.load(Ordering::Relaxed) => {
                 tracing::info!("stopping: finishing what is in flight");
                 ClosedBy::Stop
             }
+            // The period.
+            _ => ClosedBy::End,
         };
         self.wiring.hurry.set(true);
         self.pause();
@@ -270,7 +289,18 @@ impl Source {
                 Note::Committed(result, offsets) => self.committed(result, &offsets),
                 Note::Statistics(statistics) => {
                     self.past_the_ends(&statistics);
-                    let status = self.lag.update(&statistics, &self.ledger, &self.wiring.metrics);
+                    let drain = self.wiring.drain.as_deref();
+                    let (status, remaining) = self.lag.update(
+                        &statistics,
+                        &self.ledger,
+                        drain,
+                        &self.ends.known,
+                        &self.wiring.metrics,
+                    );
+                    if self.paused {
+                        self.ends.look(self.ledger.iter().map(|owned| owned.partition.clone()));
+                    }
+                    self.reckon(remaining);
                     self.show_skipped(|p| {
                         let known = statistics.topics.get(&*p.topic)?.partitions.get(&p.number)?;
                         Some(known.lo_offset).filter(|&low| low >= 0)
@@ -281,6 +311,7 @@ impl Source {
                         self.wiring.health.set_ready();
                     }
                 }
+                Note::Ends(ends) => self.ends.known = ends,
                 Note::Error(error, reason) => self.error(error, &reason)?,
             }
         }

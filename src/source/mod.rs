@@ -5,16 +5,23 @@
 mod assignment;
 mod client;
 mod commit;
+mod dead_letters;
 mod drain;
+mod ends;
 mod gather;
+pub mod headers;
 mod lag;
 mod ledger;
 mod live;
 mod metadata;
 mod offsets;
+mod period;
+mod range;
 mod rebalance;
 
-pub use client::FETCH_BACKOFF_MS;
-pub use drain::{Bound, Drain};
+pub use client::{FETCH_BACKOFF_MS, Role, reader};
+pub use dead_letters::Origins;
+pub use drain::{Bound, Drain, standing};
 pub use live::{Group, Source, SourceError, Wiring};
 pub use metadata::Metadata;
+pub use range::{Point, Range, RangeError, resolve};

@@ -16,6 +16,8 @@ use rdkafka::statistics::Statistics;
 use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaRespErr;
 
+use super::ends::Known;
+
 /// What a callback had to say.
 #[derive(Debug)]
 pub(super) enum Note {
@@ -23,6 +25,8 @@ pub(super) enum Note {
     Revoke(TopicPartitionList),
     Committed(Result<(), KafkaError>, TopicPartitionList),
     Statistics(Box<Statistics>),
+    /// Of partitions that rest.
+    Ends(Known),
     Error(KafkaError, String),
 }
 

@@ -1,7 +1,7 @@
 //! Every metric, in one table: name, labels, help. Tests hold documentation and code to it.
 
 use prometheus::{
-    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    Counter, CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
     IntGaugeVec, Opts, Registry,
 };
 
@@ -49,6 +49,9 @@ pub const TABLE: &[Row] = &[
     ("kandle_lag_records", G, &["topic", "partition"], "Records after the last one published."),
     ("kandle_lag_seconds", G, &["topic", "partition"], "Age of the oldest record not yet published, 0 where there is none."),
     ("kandle_drain_remaining_seconds", G, &[], "Records behind, at the present rate; +Inf where there is a backlog and no progress."),
+    ("kandle_deadline_seconds", G, &[], "Until schedule.finish_by, negative once a drain is past it; +Inf where none is set or nothing is consumed now."),
+    ("kandle_schedule_open", G, &[], "1 while records are consumed, 0 outside of schedule.periods."),
+    ("kandle_input_wait_seconds_total", C, &[], "Time in which kandle had nothing at all to work on and waited for records from Kafka."),
     ("kandle_memory_bytes", G, &["kind"], "Bytes in flight: prefetched by the consumer, windows, predictions waiting for acknowledgement; cache: task.cache."),
     ("kandle_memory_limit_bytes", G, &[], "memory.limit."),
     ("kandle_retries_total", C, &["cause"], "What was tried again."),
@@ -80,6 +83,9 @@ pub struct Metrics {
     pub lag_records: IntGaugeVec,
     pub lag_seconds: GaugeVec,
     pub drain_remaining: Gauge,
+    pub deadline: Gauge,
+    pub schedule_open: Gauge,
+    pub input_wait: Counter,
     pub memory: IntGaugeVec,
     pub memory_limit: Gauge,
     pub retries: IntCounterVec,
@@ -144,6 +150,9 @@ impl Metrics {
             lag_records: gauges("kandle_lag_records"),
             lag_seconds: register(r, "kandle_lag_seconds", |o, _, l| GaugeVec::new(o, l)),
             drain_remaining: gauge("kandle_drain_remaining_seconds"),
+            deadline: gauge("kandle_deadline_seconds"),
+            schedule_open: gauge("kandle_schedule_open"),
+            input_wait: register(r, "kandle_input_wait_seconds_total", |o, _, _| Counter::with_opts(o)),
             memory: gauges("kandle_memory_bytes"),
             memory_limit: gauge("kandle_memory_limit_bytes"),
             retries: counters("kandle_retries_total"),
@@ -180,6 +189,8 @@ impl Metrics {
         for cause in ["commit", "produce", "topics", "transaction"] {
             self.retries.with_label_values(&[cause]);
         }
+        self.deadline.set(f64::INFINITY);
+        self.schedule_open.set(1.0);
         self.oom_splits.with_label_values(&["forward"]);
         self.bisections.with_label_values(&["forward"]);
     }

@@ -18,7 +18,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use serde::Serialize;
 
-use crate::cluster;
+use crate::cluster::{self, Missing};
 use crate::pipeline::{self, Shared};
 use crate::settings::Settings;
 use crate::task::Task;
@@ -257,8 +257,8 @@ fn kandle(
     let settings = pipeline_settings(options, [input, output, dead], guarantee, round)?;
     let shared = Shared::new(&settings);
     let task = Arc::new(Task::load(&settings, &shared.metrics)?);
-    let topics =
-        cluster::wait(&settings, &shared.metrics, &shared.health, &shared.stop)?.context("stopped")?;
+    let topics = cluster::wait(&settings, &shared.metrics, &shared.health, &shared.stop, Missing::Fail)?
+        .context("stopped")?;
     let running = {
         let (settings, shared) = (settings.clone(), shared.clone());
         std::thread::spawn(move || pipeline::run(&settings, task, &topics, &shared))

@@ -1,0 +1,341 @@
+//! `audit`: predictions and dead letters read back, beside the input that they are about.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::Message;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use serde::Serialize;
+
+use crate::record::Partition;
+use crate::settings::{Loaded, Settings};
+use crate::source::{self, Point, Range, headers};
+use crate::telemetry::logging;
+
+#[derive(Args)]
+pub struct Options {
+    /// The predictions, where they are not in output.topic
+    #[arg(long, value_name = "TOPIC")]
+    topic: Option<String>,
+    /// The first input position: an RFC 3339 time, or offset:N in every partition
+    #[arg(long, value_name = "T")]
+    from: Option<Point>,
+    /// Where the input ends, itself not a part
+    #[arg(long, value_name = "T")]
+    to: Option<Point>,
+    /// All of it, as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Something is missing or doubled.
+#[derive(Debug, thiserror::Error)]
+#[error("{missing} positions are missing and {doubled} are there more than once")]
+pub struct Findings {
+    missing: u64,
+    doubled: u64,
+}
+
+/// How long Kafka may give nothing before it is given up.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Ranges shown of each kind, where not all are asked for.
+const SHOWN: usize = 10;
+
+/// Offsets as ranges: first, last.
+type List = Vec<(i64, i64)>;
+
+/// What was found about a partition of the input.
+#[derive(Debug, Default, Serialize)]
+struct Found {
+    topic: String,
+    partition: i32,
+    from: i64,
+    to: i64,
+    /// Positions with a prediction, a tombstone or a dead letter.
+    covered: u64,
+    models: Vec<Model>,
+    /// Records without any, before the group's offset.
+    missing: u64,
+    missing_offsets: List,
+    /// Positions with more than one.
+    doubled: u64,
+    doubled_offsets: List,
+    /// Offsets that the group has not come to.
+    pending: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Model {
+    /// 16 hex digits.
+    digest: String,
+    model: Option<String>,
+    predictions: u64,
+    dead_letters: u64,
+    offsets: List,
+}
+
+pub fn audit(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
+    let settings = loaded.settings;
+    logging::start(&settings.log);
+    let consumer = source::reader(&settings)?;
+    let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
+    let input = source::resolve(&consumer, &topics, options.from, options.to, true)?;
+    let mut tallies: BTreeMap<Partition, Tally> =
+        input.keys().map(|partition| (partition.clone(), Tally::default())).collect();
+    let output = options.topic.as_deref().unwrap_or(&settings.output.topic);
+    for (topic, dead) in [(output, false), (&*settings.dead_letters.topic, true)] {
+        read_back(&consumer, topic, options.from, dead, &input, &mut tallies)?;
+    }
+    let stands = source::standing(&settings, input.keys())?;
+    let mut all = Vec::new();
+    for (partition, range) in &input {
+        let tally = tallies.remove(partition).unwrap_or_default();
+        let at = stands.get(partition).copied();
+        all.push(judge(&consumer, &settings, partition, range, at, tally)?);
+    }
+    if options.json {
+        println!("{}", super::pretty(&serde_json::to_value(&all)?));
+    } else {
+        all.iter().for_each(show);
+    }
+    let sum = |of: fn(&Found) -> u64| all.iter().map(of).sum();
+    let (missing, doubled) = (sum(|f| f.missing), sum(|f| f.doubled));
+    if missing + doubled > 0 {
+        return Err(Findings { missing, doubled }.into());
+    }
+    Ok(())
+}
+
+/// What was read of one input partition's predictions.
+#[derive(Debug, Default)]
+struct Tally {
+    all: Offsets,
+    doubled: Offsets,
+    models: BTreeMap<String, (Option<String>, [u64; 2], Offsets)>,
+}
+
+fn read_back(
+    consumer: &BaseConsumer,
+    topic: &str,
+    from: Option<Point>,
+    dead: bool,
+    input: &BTreeMap<Partition, Range>,
+    tallies: &mut BTreeMap<Partition, Tally>,
+) -> anyhow::Result<()> {
+    // Predictions have their records' timestamps; offsets are others.
+    let from = from.filter(|from| matches!(from, Point::Time(_)));
+    let parts = match source::resolve(consumer, &[topic], from, None, true) {
+        Err(source::RangeError::Empty(_)) => return Ok(()),
+        parts => parts?,
+    };
+    for (partition, range) in parts {
+        read(consumer, &partition, range.from, range.to, |message| {
+            let Some(origin) = headers::origin(message) else { return };
+            let Some(bounds) = input.get(&origin.partition) else { return };
+            if !(bounds.from..bounds.to).contains(&origin.offset) {
+                return;
+            }
+            let text =
+                |name| headers::last(message, name).map(|value| String::from_utf8_lossy(value).into_owned());
+            let tally = tallies.entry(origin.partition).or_default();
+            if !tally.all.insert(origin.offset) {
+                tally.doubled.insert(origin.offset);
+            }
+            let digest = text(c"kandle-model-digest").unwrap_or_default();
+            let (model, counts, offsets) = tally.models.entry(digest).or_default();
+            if model.is_none() {
+                *model = text(c"kandle-model");
+            }
+            counts[usize::from(dead)] += 1;
+            offsets.insert(origin.offset);
+        })?;
+    }
+    Ok(())
+}
+
+/// Reads a part of a partition.
+fn read(
+    consumer: &BaseConsumer,
+    partition: &Partition,
+    from: i64,
+    to: i64,
+    mut take: impl FnMut(&rdkafka::message::BorrowedMessage<'_>),
+) -> anyhow::Result<()> {
+    if from >= to {
+        return Ok(());
+    }
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from))?;
+    consumer.assign(&list)?;
+    let mut heard = Instant::now();
+    loop {
+        match consumer.poll(Duration::from_millis(100)) {
+            None if heard.elapsed() > PATIENCE => {
+                bail!("{partition}: nothing came from Kafka for {} s", PATIENCE.as_secs())
+            }
+            None => continue,
+            Some(Err(KafkaError::PartitionEOF(_))) => break,
+            Some(Err(error)) => {
+                // Most pass.
+                tracing::warn!(%partition, %error, "reading");
+                if heard.elapsed() > PATIENCE {
+                    return Err(error).with_context(|| format!("reading {partition}"));
+                }
+            }
+            Some(Ok(message)) => {
+                heard = Instant::now();
+                if message.offset() < to {
+                    take(&message);
+                }
+                if message.offset() + 1 >= to {
+                    break;
+                }
+            }
+        }
+    }
+    consumer.unassign()?;
+    Ok(())
+}
+
+/// `stands`: the group's offset; where it has none, all of the input should be there.
+fn judge(
+    consumer: &BaseConsumer,
+    settings: &Settings,
+    partition: &Partition,
+    range: &Range,
+    stands: Option<i64>,
+    tally: Tally,
+) -> anyhow::Result<Found> {
+    let end = stands.unwrap_or(range.to).clamp(range.from, range.to);
+    let mut lost = Offsets::default();
+    // An offset need not have a record: transactions leave marks, compaction leaves holes.
+    for (first, last) in tally.all.gaps(range.from, end) {
+        read(consumer, partition, first, last + 1, |message| {
+            lost.insert(message.offset());
+        })?;
+    }
+    if stands.is_none() {
+        tracing::warn!(%partition, group = settings.input.group, "the group has no offset: all of the partition is expected");
+    }
+    let model = |(digest, (model, [predictions, dead_letters], offsets)): (_, (_, [u64; 2], Offsets))| {
+        Model { digest, model, predictions, dead_letters, offsets: offsets.list() }
+    };
+    Ok(Found {
+        topic: partition.topic.to_string(),
+        partition: partition.number,
+        from: range.from,
+        to: range.to,
+        covered: tally.all.count(),
+        models: tally.models.into_iter().map(model).collect(),
+        missing: lost.count(),
+        missing_offsets: lost.list(),
+        doubled: tally.doubled.count(),
+        doubled_offsets: tally.doubled.list(),
+        pending: (range.to - end) as u64,
+    })
+}
+
+fn show(found: &Found) {
+    let Found { topic, partition, from, to, covered, missing, doubled, pending, .. } = found;
+    println!("{topic}/{partition}: offsets {from} to {to}, {covered} with an outcome, {pending} to come");
+    for Model { digest, model, predictions, dead_letters, offsets } in &found.models {
+        let name = model.as_deref().unwrap_or("?");
+        println!(
+            "  {digest} {name}: {predictions} predictions, {dead_letters} dead letters; {}",
+            ranges(offsets)
+        );
+    }
+    if *missing > 0 {
+        println!("  missing {missing}: {}", ranges(&found.missing_offsets));
+    }
+    if *doubled > 0 {
+        println!("  doubled {doubled}: {}", ranges(&found.doubled_offsets));
+    }
+}
+
+fn ranges(list: &List) -> String {
+    let one = |&(first, last): &(i64, i64)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    let mut text = list.iter().take(SHOWN).map(one).collect::<Vec<_>>().join(" ");
+    if list.len() > SHOWN {
+        text += &format!(" and {} ranges more", list.len() - SHOWN);
+    }
+    text
+}
+
+/// A set of offsets that mostly come in order.
+#[derive(Debug, Default)]
+struct Offsets(BTreeMap<i64, i64>);
+
+impl Offsets {
+    /// False where it was in already.
+    fn insert(&mut self, offset: i64) -> bool {
+        let before = self.0.range(..=offset).next_back().map(|(&first, &last)| (first, last));
+        if before.is_some_and(|(_, last)| last >= offset) {
+            return false;
+        }
+        let first = before.filter(|(_, last)| last + 1 == offset).map_or(offset, |(first, _)| first);
+        let last = self.0.remove(&(offset + 1)).unwrap_or(offset);
+        self.0.insert(first, last);
+        true
+    }
+
+    fn count(&self) -> u64 {
+        self.0.iter().map(|(first, last)| (last - first + 1) as u64).sum()
+    }
+
+    fn list(&self) -> List {
+        self.0.iter().map(|(&first, &last)| (first, last)).collect()
+    }
+
+    /// What is not in it of `from..to`.
+    fn gaps(&self, from: i64, to: i64) -> List {
+        let mut gaps = Vec::new();
+        let mut next = from;
+        for (&first, &last) in &self.0 {
+            if first >= to {
+                break;
+            }
+            if first > next {
+                gaps.push((next, first - 1));
+            }
+            next = next.max(last + 1);
+        }
+        if next < to {
+            gaps.push((next, to - 1));
+        }
+        gaps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ranges_are_the_set(offsets in proptest::collection::vec(0i64..60, 0..80)) {
+            let (mut ranges, mut set) = (Offsets::default(), BTreeSet::new());
+            for offset in offsets {
+                prop_assert_eq!(ranges.insert(offset), set.insert(offset));
+            }
+            let listed: BTreeSet<i64> = ranges.list().into_iter().flat_map(|(a, b)| a..=b).collect();
+            prop_assert_eq!(&listed, &set);
+            prop_assert!(ranges.list().windows(2).all(|w| w[0].1 + 1 < w[1].0), "neighbours are one range");
+            prop_assert_eq!(ranges.count(), set.len() as u64);
+            let gaps: BTreeSet<i64> = ranges.gaps(5, 50).into_iter().flat_map(|(a, b)| a..=b).collect();
+            let expected: BTreeSet<i64> = (5..50).filter(|offset| !set.contains(offset)).collect();
+            prop_assert_eq!(gaps, expected);
+        }
+    }
+}

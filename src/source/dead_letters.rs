@@ -1,0 +1,63 @@
+//! Dead letters as input: each is a record again, at the position it once came from, without the headers
+//! that made it a dead letter.
+
+use std::ffi::CStr;
+
+use rdkafka::message::{BorrowedMessage, Message};
+
+use super::headers;
+use crate::record::Position;
+
+/// What a dead letter has of kandle (src/sink/message.rs).
+const OURS: [&CStr; 5] =
+    [c"kandle-source", c"kandle-error", c"kandle-error-message", c"kandle-stage", c"kandle-model-digest"];
+
+/// Which dead letters are a job's own: those whose records came from its topics.
+#[derive(Debug)]
+pub struct Origins {
+    names: Vec<String>,
+    pattern: Option<regex::Regex>,
+}
+
+impl Origins {
+    /// `topics`: names, or one pattern that starts with ^.
+    pub fn new(topics: &[String]) -> Result<Self, regex::Error> {
+        let (patterns, names): (Vec<&String>, Vec<&String>) = topics.iter().partition(|t| t.starts_with('^'));
+        let pattern = patterns.first().map(|pattern| regex::Regex::new(pattern)).transpose()?;
+        Ok(Self { names: names.into_iter().cloned().collect(), pattern })
+    }
+
+    fn holds(&self, topic: &str) -> bool {
+        self.names.iter().any(|name| name == topic)
+            || self.pattern.as_ref().is_some_and(|p| p.is_match(topic))
+    }
+
+    /// Where the record once was that a message is the dead letter of. `None`: it is another job's, no dead
+    /// letter at all, or its bytes were too large to keep.
+    pub fn origin(&self, message: &BorrowedMessage<'_>) -> Option<Position> {
+        // A dead letter was no tombstone: one without a value has lost it.
+        message.payload()?;
+        headers::last(message, c"kandle-error")?;
+        headers::origin(message).filter(|origin| self.holds(&origin.partition.topic))
+    }
+
+    /// Makes a dead letter the record it was, and says where that came from.
+    pub(super) fn revive(&self, message: &mut BorrowedMessage<'_>) -> Option<Position> {
+        let origin = self.origin(message)?;
+        OURS.iter().for_each(|name| headers::remove_last(message, name));
+        Some(origin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_knows_its_own() {
+        let names = Origins::new(&["a".to_owned(), "b".to_owned()]).unwrap();
+        assert!(names.holds("b") && !names.holds("c"));
+        let pattern = Origins::new(&["^tickets\\..*".to_owned()]).unwrap();
+        assert!(pattern.holds("tickets.de") && !pattern.holds("tickets"));
+    }
+}

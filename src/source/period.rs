@@ -1,0 +1,111 @@
+//! The schedule: partitions rest, or the group is left, outside of its periods; and whether the backlog
+//! will be done by the time that is set for it.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+
+use super::live::Source;
+use crate::clock;
+use crate::schedule::{Phase, Schedule};
+use crate::settings::Outside;
+
+/// Between two looks at the clock.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a rate is watched before something is said of it.
+const WATCH: Duration = Duration::from_secs(5);
+/// Between two warnings of the same.
+const REPEAT: Duration = Duration::from_secs(300);
+
+/// Where the schedule stands.
+#[derive(Debug)]
+pub(super) struct Period {
+    looked: Option<Instant>,
+    /// Outside of all periods: partitions are paused.
+    pub resting: bool,
+    /// Since when records are consumed.
+    since: Instant,
+    /// Of a drain, set when it began.
+    deadline: Option<Timestamp>,
+    warned: Option<Instant>,
+}
+
+impl Period {
+    pub fn new(schedule: &Schedule, drain: bool) -> Self {
+        Self {
+            looked: None,
+            resting: false,
+            since: Instant::now(),
+            deadline: if drain { schedule.deadline(clock::now()) } else { None },
+            warned: None,
+        }
+    }
+}
+
+impl Source {
+    /// Follows the schedule; true once the group is to be left.
+    pub(super) fn over_for_now(&mut self) -> bool {
+        // A drain begins when it is started.
+        if self.wiring.drain.is_some() || !self.wiring.schedule.has_periods() {
+            return false;
+        }
+        if self.period.looked.is_some_and(|at| at.elapsed() < LOOK) {
+            return false;
+        }
+        self.period.looked = Some(Instant::now());
+        match self.wiring.schedule.at(clock::now()) {
+            Phase::Open { until } => {
+                if std::mem::take(&mut self.period.resting) {
+                    self.period.since = Instant::now();
+                    tracing::info!(until = until.map(|t| t.to_string()), "a period of the schedule begins");
+                    self.wiring.metrics.schedule_open.set(1.0);
+                    if self.full_since.is_none() {
+                        self.resume();
+                    }
+                }
+                false
+            }
+            Phase::Closed { until } if self.wiring.schedule.outside == Outside::Leave => {
+                tracing::info!(%until, "the period is over: leaving the group");
+                true
+            }
+            Phase::Closed { until } => {
+                if !std::mem::replace(&mut self.period.resting, true) {
+                    tracing::info!(%until, "outside of the schedule: partitions rest");
+                    self.wiring.metrics.schedule_open.set(0.0);
+                    self.wiring.metrics.deadline.set(f64::INFINITY);
+                    self.pause();
+                }
+                false
+            }
+        }
+    }
+
+    /// Says ahead of time that what is left will not be done by `schedule.finish_by`; `remaining` in
+    /// seconds, at the present rate.
+    pub(super) fn reckon(&mut self, remaining: f64) {
+        let now = clock::now();
+        let Some(deadline) = self.period.deadline.or_else(|| self.wiring.schedule.deadline(now)) else {
+            return;
+        };
+        if self.period.resting {
+            return;
+        }
+        let left = deadline.duration_since(now).as_secs_f64();
+        self.wiring.metrics.deadline.set(left);
+        let early = self.period.since.elapsed() < WATCH && left > 0.0;
+        let again = self.period.warned.is_some_and(|at| at.elapsed() < REPEAT);
+        if remaining <= left.max(0.0) || early || again {
+            return;
+        }
+        self.period.warned = Some(Instant::now());
+        let whole = |seconds: f64| seconds.ceil();
+        let message = format!(
+            "the backlog will not be done by {deadline}: it takes {} s more at the present rate, and {} s are left",
+            whole(remaining),
+            whole(left),
+        );
+        self.wiring.health.error(&message);
+        tracing::warn!("{message}");
+    }
+}

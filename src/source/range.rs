@@ -1,0 +1,296 @@
+//! Parts of topics, by time or by offset.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::KafkaError;
+use rdkafka::message::Message;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use crate::record::Partition;
+
+/// How long one question to the cluster may take, and how often it is asked.
+pub(super) const ASK: Duration = Duration::from_secs(5);
+const TRIES: usize = 6;
+
+/// A point in a partition: `2026-11-25T22:00:00+01:00` (RFC 3339) or `offset:1200`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Point {
+    /// The first record that is not older.
+    Time(Timestamp),
+    Offset(i64),
+}
+
+impl FromStr for Point {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(offset) = text.strip_prefix("offset:") {
+            return match offset.parse() {
+                Ok(offset @ 0..) => Ok(Self::Offset(offset)),
+                _ => Err(format!("{offset:?} is no offset")),
+            };
+        }
+        text.parse().map(Self::Time).map_err(|_| {
+            format!("{text:?} is neither a time such as 2026-11-25T22:00:00Z (RFC 3339, with its offset from UTC) nor offset:N")
+        })
+    }
+}
+
+impl fmt::Display for Point {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Time(time) => time.fmt(f),
+            Self::Offset(offset) => write!(f, "offset:{offset}"),
+        }
+    }
+}
+
+/// A part of a partition, and what there is of it in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    pub from: i64,
+    /// The offset after the last one.
+    pub to: i64,
+    /// The log's first offset: what was before is deleted.
+    pub low: i64,
+    /// The end of the log, or of what was committed to it by transactions, for readers of such.
+    pub high: i64,
+}
+
+/// Why a part cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RangeError {
+    #[error("what there is in the topics cannot be read: {0}")]
+    Kafka(#[from] KafkaError),
+    #[error("topic {0} does not exist")]
+    Unknown(String),
+    #[error("--from {from} is not before --to {to}")]
+    Order { from: Point, to: Point },
+    #[error("--to {0} is not over yet: what comes until then would be left out")]
+    Future(Timestamp),
+    /// Retention has deleted a part of it.
+    #[error("{0}")]
+    Deleted(String),
+    #[error("{0}")]
+    Empty(String),
+}
+
+/// All partitions of `topics` (names, or one pattern).
+pub(super) fn partitions<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topics: &[&str],
+) -> Result<Vec<Partition>, RangeError> {
+    let pattern = topics.iter().find_map(|topic| topic.starts_with('^').then(|| regex::Regex::new(topic)));
+    let wanted: Vec<Option<&str>> = match &pattern {
+        Some(_) => vec![None],
+        None => topics.iter().copied().map(Some).collect(),
+    };
+    let mut partitions = Vec::new();
+    for topic in wanted {
+        let metadata = again(|| consumer.fetch_metadata(topic, ASK))?;
+        for found in metadata.topics() {
+            let fits = match &pattern {
+                Some(Ok(pattern)) => pattern.is_match(found.name()),
+                _ => topic == Some(found.name()),
+            };
+            if fits && found.partitions().is_empty() {
+                return Err(RangeError::Unknown(found.name().to_owned()));
+            }
+            if fits {
+                partitions.extend(found.partitions().iter().map(|p| Partition::new(found.name(), p.id())));
+            }
+        }
+    }
+    partitions.sort();
+    Ok(partitions)
+}
+
+/// First offset and end of a partition's log.
+pub(super) fn watermarks<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partition: &Partition,
+) -> Result<(i64, i64), KafkaError> {
+    again(|| consumer.fetch_watermarks(&partition.topic, partition.number, ASK))
+}
+
+/// The parts of all partitions of `topics` from one point to another; the whole where none is given.
+/// `even_deleted`: what retention has left of a part that it has begun to delete will do.
+///
+/// # Errors
+/// Points in the wrong order or in the future, topics that are not there, parts of which nothing is there
+/// or not all, with what there is.
+pub fn resolve<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topics: &[&str],
+    from: Option<Point>,
+    to: Option<Point>,
+    even_deleted: bool,
+) -> Result<BTreeMap<Partition, Range>, RangeError> {
+    match (from, to) {
+        (Some(Point::Time(a)), Some(Point::Time(b))) if a >= b => {
+            return Err(RangeError::Order { from: Point::Time(a), to: Point::Time(b) });
+        }
+        (Some(Point::Offset(a)), Some(Point::Offset(b))) if a >= b => {
+            return Err(RangeError::Order { from: Point::Offset(a), to: Point::Offset(b) });
+        }
+        _ => {}
+    }
+    if let Some(Point::Time(to)) = to
+        && to > Timestamp::now()
+    {
+        return Err(RangeError::Future(to));
+    }
+    let mut ranges = BTreeMap::new();
+    for partition in partitions(consumer, topics)? {
+        let (low, high) = watermarks(consumer, &partition)?;
+        ranges.insert(partition, Range { from: low, to: high, low, high });
+    }
+    let mut deleted = Vec::new();
+    if let Some(point) = from {
+        let at = offsets(consumer, &ranges, point)?;
+        for (partition, range) in &mut ranges {
+            let at = at.get(partition).copied().unwrap_or(range.high);
+            range.from = at.clamp(range.low, range.high);
+            if range.low > 0 && range.low < range.high && begins_before(consumer, partition, range, point)? {
+                deleted.push(partition.clone());
+            }
+        }
+    }
+    if let Some(point) = to {
+        let at = offsets(consumer, &ranges, point)?;
+        for (partition, range) in &mut ranges {
+            let at = at.get(partition).copied().unwrap_or(range.high);
+            range.to = at.clamp(range.from, range.high);
+        }
+    }
+    if (from.is_some() || to.is_some()) && ranges.values().all(|range| range.from == range.to) {
+        return Err(RangeError::Empty(format!(
+            "nothing is there from {} to {}; {}",
+            from.map_or("the beginning".to_owned(), |p| p.to_string()),
+            to.map_or("the end".to_owned(), |p| p.to_string()),
+            there_is(consumer, &ranges),
+        )));
+    }
+    if !deleted.is_empty() && !even_deleted {
+        let deleted: BTreeMap<Partition, Range> =
+            deleted.into_iter().filter_map(|p| ranges.get(&p).map(|range| (p.clone(), *range))).collect();
+        return Err(RangeError::Deleted(format!(
+            "not all from {} on is there any more, retention has deleted some; {}; --force takes what is left",
+            from.map_or("the beginning".to_owned(), |p| p.to_string()),
+            there_is(consumer, &deleted),
+        )));
+    }
+    Ok(ranges)
+}
+
+/// Whether a point lies before the first record that is left.
+fn begins_before<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partition: &Partition,
+    range: &Range,
+    point: Point,
+) -> Result<bool, KafkaError> {
+    Ok(match point {
+        Point::Offset(offset) => offset < range.low,
+        Point::Time(time) => {
+            range.from == range.low
+                && timestamp_at(consumer, partition, range.low)?.is_some_and(|first| time < first)
+        }
+    })
+}
+
+/// Where a point lies in each partition; nothing where all records are before it.
+fn offsets<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    ranges: &BTreeMap<Partition, Range>,
+    point: Point,
+) -> Result<BTreeMap<Partition, i64>, KafkaError> {
+    let time = match point {
+        Point::Offset(offset) => {
+            return Ok(ranges.keys().map(|partition| (partition.clone(), offset)).collect());
+        }
+        Point::Time(time) => time.as_millisecond(),
+    };
+    let mut list = TopicPartitionList::new();
+    for partition in ranges.keys() {
+        list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(time.max(0)))?;
+    }
+    let found = again(|| consumer.offsets_for_times(list.clone(), ASK))?;
+    let mut offsets = BTreeMap::new();
+    for element in found.elements() {
+        element.error()?;
+        if let Offset::Offset(offset) = element.offset() {
+            offsets.insert(Partition::new(element.topic(), element.partition()), offset);
+        }
+    }
+    Ok(offsets)
+}
+
+/// The timestamp of the first record at or after an offset; `None` where none comes in time.
+fn timestamp_at<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partition: &Partition,
+    offset: i64,
+) -> Result<Option<Timestamp>, KafkaError> {
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(offset))?;
+    consumer.assign(&list)?;
+    let message = consumer.poll(ASK);
+    let first = match message {
+        Some(Ok(message)) => message.timestamp().to_millis(),
+        _ => None,
+    };
+    consumer.unassign()?;
+    Ok(first.and_then(|ms| Timestamp::from_millisecond(ms).ok()))
+}
+
+/// What there is, in words.
+fn there_is<C: ConsumerContext>(consumer: &BaseConsumer<C>, ranges: &BTreeMap<Partition, Range>) -> String {
+    let one = |(partition, range): (&Partition, &Range)| {
+        if range.low == range.high {
+            return format!("{partition} is empty");
+        }
+        let at = |offset| match timestamp_at(consumer, partition, offset) {
+            Ok(Some(time)) => format!(" ({time})"),
+            // It is said for help alone.
+            Ok(None) | Err(_) => String::new(),
+        };
+        let last = range.high - 1;
+        format!("{partition} has offsets {}{} to {last}{}", range.low, at(range.low), at(last))
+    };
+    ranges.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// Asks until there is an answer, some times: brokers come and go.
+pub(super) fn again<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
+    let mut tries = 1;
+    loop {
+        match ask() {
+            Err(error) if tries < TRIES => {
+                tracing::warn!(%error, tries, "what there is in the topics: asking again")
+            }
+            answer => return answer,
+        }
+        tries += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_are_times_or_offsets() {
+        assert_eq!("offset:12".parse(), Ok(Point::Offset(12)));
+        let time: Point = "2026-11-25T22:00:00+01:00".parse().unwrap();
+        assert_eq!(time.to_string(), "2026-11-25T21:00:00Z");
+        for wrong in ["offset:-1", "offset:", "2026-11-25", "2026-11-25T22:00:00", "yesterday"] {
+            assert!(wrong.parse::<Point>().is_err(), "{wrong}");
+        }
+    }
+}

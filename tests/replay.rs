@@ -1,0 +1,360 @@
+//! `replay` and `audit` on a real Kafka: parts of topics by time and offset, dead letters once more, what
+//! was read back; and which models may share a group.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::process::{Command, Stdio};
+
+use jiff::Timestamp;
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::producer::{BaseRecord, Producer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use serde_json::Value;
+use support::ledger::Ledger;
+use support::{Daemon, File, Place, Sent, file, finish, kandle, until};
+
+const NOOP: [(&str, &str); 4] = [
+    ("task", "{ kind: noop }"),
+    ("model", ""),
+    ("output", "{ topic: $OUTPUT }"),
+    ("input", "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }"),
+];
+
+fn config(place: &Place, more: &[(&str, &str)]) -> File {
+    file("kandle.yaml", &place.config(&[&NOOP, more].concat()))
+}
+
+/// `kandle COMMAND -c CONFIG MORE…` to its end: exit code, standard output, log.
+fn run(command: &str, config: &File, more: &[&str]) -> (i32, String, String) {
+    finish(kandle().arg(command).arg("-c").arg(&config.path).args(more), b"")
+}
+
+const START: i64 = 1_790_000_000_000;
+
+/// The time of record `i`.
+fn at(i: i64) -> String {
+    Timestamp::from_millisecond(START + i * 1000).expect("a time").to_string()
+}
+
+fn timed(i: i64, size: usize) -> Sent {
+    let value = serde_json::json!({ "id": i, "text": "x".repeat(size) });
+    Sent { timestamp: Some(START + i * 1000), ..Sent::new(0, value.to_string()) }
+}
+
+fn offsets(place: &Place, count: usize) -> BTreeSet<i64> {
+    let got = place.read(&place.output, "the predictions", |got| got.len() >= count);
+    got.iter().map(|got| got.source().1).collect()
+}
+
+/// Deletes the records before an offset.
+fn delete_before(place: &Place, offset: i64) {
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(&place.input, 0, Offset::Offset(offset)).expect("an offset");
+    place.administer(async |admin, options| {
+        admin.delete_records(&list, options).await.expect("deleted");
+    });
+}
+
+/// Three segments, their beginning deleted, an aborted transaction in the middle.
+#[test]
+fn by_time_over_segments_and_holes() {
+    let place = Place::new("replay", 1);
+    let segmented = format!("{}-segmented", place.input);
+    place.create(&segmented, 1, &[("segment.bytes", "1048576")]);
+    let place = Place { input: segmented, ..place };
+    place.produce((0..1500).map(|i| timed(i, 1000)));
+    // Offsets 1500 to 1599, which no reader of committed records sees, and a marker after them.
+    let producer: rdkafka::producer::BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", &place.brokers)
+        .set("transactional.id", support::unique("replay-hole"))
+        .create()
+        .expect("a producer");
+    producer.init_transactions(support::PATIENCE).expect("a transactional producer");
+    producer.begin_transaction().expect("begun");
+    for i in 1500..1600 {
+        let record = timed(i, 1000);
+        let value = record.value.expect("a value");
+        let base = BaseRecord::<[u8], [u8]>::to(&place.input).partition(0).payload(&value[..]);
+        producer.send(base.timestamp(START + i * 1000)).expect("sent");
+    }
+    producer.flush(support::PATIENCE).expect("acknowledged");
+    producer.abort_transaction(support::PATIENCE).expect("aborted");
+    place.produce((1600..3400).map(|i| timed(i, 1000)));
+    delete_before(&place, 500);
+    let config = config(&place, &[]);
+
+    // From the seven hundredth second to the three thousandth: after the marker offsets are one ahead.
+    let (from, to) = (at(700), at(3000));
+    let report = file("report.json", "");
+    let part = ["--from", &from, "--to", &to, "--report", report.path.to_str().expect("a path")];
+    let (code, _, log) = run("replay", &config, &part);
+    assert_eq!(code, 0, "{log}");
+    let expected: BTreeSet<i64> = (700..1500).chain(1601..3001).collect();
+    assert_eq!(offsets(&place, expected.len()), expected);
+    assert_eq!(place.committed(0), None, "the live group has no offset");
+    let read = |report: &File| -> Value {
+        serde_json::from_str(&std::fs::read_to_string(&report.path).expect("a report")).expect("JSON")
+    };
+    let first = read(&report);
+    assert_eq!((&first["complete"], &first["records"]), (&true.into(), &2200.into()), "{first}");
+    // The same once more: it has been done.
+    let (code, _, log) = run("replay", &config, &part);
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(read(&report)["records"], 0);
+    assert_eq!(place.predictions(2200).len(), 2200);
+
+    // Retention has taken a part.
+    let (code, _, log) = run("replay", &config, &["--from", &at(100), "--to", &at(600)]);
+    assert_eq!(code, 2, "{log}");
+    let has = format!("{}/0 has offsets 500 ({}) to 3400 ({})", place.input, at(500), at(3399));
+    assert!(log.contains(&has), "{has:?} is not in {log}");
+    let (code, _, log) = run("replay", &config, &["--from", &at(100), "--to", &at(600), "--force"]);
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(offsets(&place, 2300).first(), Some(&500));
+    // All of it is over.
+    let (code, _, log) = run("replay", &config, &["--from", &at(10), "--to", &at(20)]);
+    assert!(code == 2 && log.contains("nothing is there") && log.contains("has offsets 500"), "{code} {log}");
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_the_reason() {
+    let place = Place::new("replay-bad", 1);
+    place.produce((0..10).map(|i| timed(i, 10)));
+    let config = config(&place, &[]);
+    let refused = |arguments: &[&str], parts: &[&str]| {
+        let (code, _, log) = run("replay", &config, arguments);
+        assert_eq!(code, 2, "{arguments:?}: {log}");
+        for part in parts {
+            assert!(log.contains(part), "{part:?} is not in {log}");
+        }
+    };
+    refused(&["--from", &at(5), "--to", &at(5)], &["--from", "is not before --to"]);
+    refused(&["--from", "offset:5", "--to", "offset:2"], &["--from offset:5 is not before --to offset:2"]);
+    refused(&["--from", &at(5), "--to", "2999-01-01T00:00:00Z"], &["is not over yet"]);
+    refused(&["--from", "yesterday", "--to", &at(5)], &["RFC 3339"]);
+    refused(&["--from", &at(5)], &["--to"]);
+    let set = format!("input.topics=[{}-not]", place.input);
+    refused(&["--from", &at(0), "--to", &at(5), "--set", &set], &["-not does not exist"]);
+    // A name stands for one range.
+    let (code, _, log) = run("replay", &config, &["--from", "offset:5", "--to", "offset:8", "--id", "a"]);
+    assert_eq!(code, 0, "{log}");
+    let (code, _, log) = run("replay", &config, &["--from", "offset:0", "--to", "offset:3", "--id", "a"]);
+    assert!(code == 1 && log.contains("--id a has been used for another range"), "{code} {log}");
+}
+
+#[test]
+fn killed_it_resumes_where_it_was() {
+    let place = Place::new("replay-kill", 2);
+    place.produce((0..3000).map(|i| Sent::ticket((i % 2) as i32, i, "hello")));
+    let slow = [("window", "{ max_records: 20 }"), ("delivery", "{ commit_interval: 50ms }")];
+    let config = config(&place, &slow);
+    let arguments = ["--from", "offset:100", "--to", "offset:1400", "--id", "night"];
+    for _ in 0..3 {
+        let mut command = kandle();
+        command.args(["replay", "-c"]).arg(&config.path).args(arguments);
+        // As if the model took its time.
+        command.env("FAILPOINTS", "encode=sleep(20)").stdout(Stdio::null()).stderr(Stdio::null());
+        let before = Ledger::count_of(&place);
+        let mut child = command.spawn().expect("started");
+        let mut ended = false;
+        until("progress", || {
+            ended = child.try_wait().expect("a child").is_some();
+            (ended || Ledger::count_of(&place) > before + 100).then_some(())
+        });
+        assert!(!ended, "it ended before it was killed");
+        child.kill().expect("killed");
+        child.wait().expect("ended");
+    }
+    let (code, _, log) = run("replay", &config, &arguments);
+    assert_eq!(code, 0, "{log}");
+    let mut seen = BTreeSet::new();
+    let got = place.read(&place.output, "all predictions", |got| {
+        seen.extend(got[seen.len().min(got.len())..].iter().map(support::Got::source));
+        got.iter().map(support::Got::source).collect::<BTreeSet<_>>().len() == 2600
+    });
+    assert!(got.iter().all(|got| (100..1400).contains(&got.source().1)), "nothing but what was asked for");
+    assert!(got.len() < 2600 + 1500, "most of it was done once: {}", got.len());
+}
+
+#[test]
+fn dead_letters_are_judged_again_at_their_own_positions() {
+    let place = Place::new("replay-dead", 2);
+    let with_header = Sent {
+        headers: vec![("traceparent".to_owned(), "00-ab".to_owned())],
+        key: Some(b"k".to_vec()),
+        ..Sent::new(1, r#"{"body": "other field"}"#)
+    };
+    place.produce([Sent::ticket(0, 0, "fine"), with_header, Sent::new(0, "no json")]);
+    let config = config(&place, &[]);
+    let (code, _, log) = run("drain", &config, &[]);
+    assert_eq!(code, 0, "{log}");
+    let dead = place.dead_letters(2);
+    // Another job's, in the same topic.
+    let mut foreign = Sent::new(0, "{}");
+    foreign.headers = vec![
+        ("kandle-source".to_owned(), "elsewhere/0/7".to_owned()),
+        ("kandle-error".to_owned(), "decode".to_owned()),
+    ];
+    let elsewhere = Place {
+        brokers: place.brokers.clone(),
+        input: place.dead.clone(),
+        output: String::new(),
+        dead: String::new(),
+        group: String::new(),
+    };
+    elsewhere.produce([foreign]);
+
+    let report = file("report.json", "");
+    let path = report.path.to_str().expect("a path");
+    let again = ["--dead-letters", "--set", "input.field=/body", "--report", path, "--strict"];
+    let (code, _, log) = run("replay", &config, &again);
+    assert_eq!(code, 3, "one is dead still: {log}");
+    let text = std::fs::read_to_string(&report.path).expect("a report");
+    let read: Value = serde_json::from_str(&text).expect("JSON");
+    let counts = ["predicted", "dead_lettered", "passed_over"].map(|name| read[name].as_u64());
+    assert_eq!(counts, [Some(1), Some(1), Some(1)], "{text}");
+
+    let found = place.predictions(2).into_iter().find(|got| got.source() == (1, 0)).expect("judged again");
+    assert_eq!(found.header("traceparent"), Some("00-ab"));
+    assert_eq!(found.key.as_deref(), Some(&b"k"[..]));
+    assert_eq!(found.header("kandle-error"), None);
+    assert_eq!(found.headers.iter().filter(|(name, _)| name == "kandle-source").count(), 1);
+    let original = dead.iter().find(|got| got.source() == (1, 0)).expect("it was dead");
+    assert_eq!(found.timestamp, original.timestamp);
+    let dead = place.dead_letters(4);
+    let last = dead.last().expect("four");
+    assert_eq!((last.source(), last.header("kandle-error")), ((0, 1), Some("decode")));
+    assert_eq!(last.headers.iter().filter(|(name, _)| name == "kandle-source").count(), 1);
+
+    // Run again it takes what has come since: the one that is dead still.
+    let (code, _, log) = run("replay", &config, &again);
+    assert_eq!(code, 3, "{log}");
+    let read: Value =
+        serde_json::from_str(&std::fs::read_to_string(&report.path).expect("a report")).expect("JSON");
+    assert_eq!((&read["records"], &read["dead_lettered"]), (&1.into(), &1.into()));
+}
+
+#[test]
+fn a_dry_run_says_what_it_would_be_and_does_nothing() {
+    let place = Place::new("replay-dry", 2);
+    let tickets = std::fs::read_to_string(support::root().join("demo/tickets.jsonl")).expect("tickets");
+    place.produce(tickets.lines().cycle().take(600).enumerate().map(|(i, t)| Sent::new((i % 2) as i32, t)));
+    let config = file("kandle.yaml", &place.config(&[("cost", "{ per_hour: 36 }")]));
+    let arguments = ["--from", "offset:0", "--to", "offset:250", "--dry-run"];
+    let (code, out, log) = run("replay", &config, &arguments);
+    assert_eq!(code, 0, "{log}");
+    let estimate: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!((&estimate["records"], &estimate["sampled"]), (&500.into(), &500.into()), "{estimate}");
+    let number = |name: &str| estimate[name].as_f64().unwrap_or_else(|| panic!("{name}: {estimate}"));
+    assert!(number("tokens_per_record") > 3.0, "{estimate}");
+    assert!((number("seconds") - 500.0 / number("records_per_second")).abs() < 1e-6, "{estimate}");
+    assert!((number("cost") - number("seconds") / 100.0).abs() < 1e-9, "{estimate}");
+    assert_eq!(Ledger::count_of(&place), 0, "nothing is published");
+}
+
+/// Has the group stand somewhere.
+fn commit(place: &Place, partition: i32, offset: i64) {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", &place.brokers)
+        .set("group.id", &place.group)
+        .create()
+        .expect("a consumer");
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(&place.input, partition, Offset::Offset(offset)).expect("an offset");
+    until("the group's offset", || consumer.commit(&list, CommitMode::Sync).ok());
+}
+
+#[test]
+fn an_audit_finds_what_is_missing_and_doubled() {
+    let place = Place::new("audit", 2);
+    place.produce((0..400).map(|i| Sent::ticket((i % 2) as i32, i, "hello")));
+    place.produce([Sent::new(0, "no json")]);
+    let config = config(&place, &[("delivery", "{ guarantee: exactly_once }")]);
+    let audit = |arguments: &[&str]| -> (i32, Value, String) {
+        let (code, out, log) = run("audit", &config, &[&["--json"], arguments].concat());
+        (code, serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out} {log}")), log)
+    };
+    let (code, _, log) = run("drain", &config, &[]);
+    assert_eq!(code, 0, "{log}");
+    place.produce([Sent::ticket(0, 400, "not yet")]);
+    let (code, found, log) = audit(&[]);
+    assert_eq!(code, 0, "{log}");
+    let part = |found: &Value, name: &str| [found[0][name].clone(), found[1][name].clone()];
+    assert_eq!(part(&found, "covered"), [201.into(), Value::from(200)]);
+    assert_eq!(part(&found, "pending"), [1.into(), Value::from(0)]);
+    let model = &found[0]["models"][0];
+    assert_eq!((&model["predictions"], &model["dead_letters"]), (&200.into(), &1.into()), "{found}");
+    assert_eq!(model["offsets"], serde_json::json!([[0, 200]]));
+    assert_eq!((&model["model"], model["digest"].as_str().map(str::len)), (&"noop".into(), Some(16)));
+
+    // The group stands after a record without an outcome, and goes back over twenty that have one. Another
+    // model this time: the settings that change a prediction are others.
+    commit(&place, 0, 202);
+    commit(&place, 1, 180);
+    let (code, _, log) = run("drain", &config, &["--set", "input.join=-"]);
+    assert_eq!(code, 0, "{log}");
+    let (code, found, log) = audit(&[]);
+    assert_eq!(code, 3, "{log}");
+    assert!(log.contains("1 positions are missing and 20 are there more than once"), "{log}");
+    assert_eq!(found[0]["missing_offsets"], serde_json::json!([[201, 201]]));
+    assert_eq!(found[1]["doubled_offsets"], serde_json::json!([[180, 199]]));
+    assert_eq!(found[1]["models"].as_array().map(Vec::len), Some(2), "{found}");
+    // Another part has nothing of that.
+    let (code, found, log) = audit(&["--from", "offset:0", "--to", "offset:150"]);
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(part(&found, "covered"), [150.into(), Value::from(150)]);
+    // In words.
+    let (code, out, _) = run("audit", &config, &[]);
+    assert_eq!(code, 3);
+    assert!(out.contains("missing 1: 201") && out.contains("doubled 20: 180-199"), "{out}");
+}
+
+#[test]
+fn under_refuse_a_group_has_one_model() {
+    for protocol in ["classic", "consumer"] {
+        let place = Place::new("one-model", 2);
+        let input = format!(
+            "{{ topics: [{}], group: {}, field: /text, properties: {{ group.protocol: {protocol} }} }}",
+            place.input, place.group
+        );
+        // Of the new protocol the settings for sessions are the broker's.
+        let text =
+            place.config(&[NOOP[0], NOOP[1], NOOP[2], ("input", &input), ("model", "{ on_change: refuse }")]);
+        let mut first = Daemon::start(&text);
+        first.wait_log("assigned partitions");
+        if protocol == "consumer" {
+            // Its members cannot be seen; what they have committed can.
+            place.produce((0..10).map(|i| Sent::ticket(0, i, "hello")));
+            until("an offset", || place.committed(0));
+        }
+        let config = file("kandle.yaml", &text);
+        let (code, _, log) = run("run", &config, &["--set", "input.join=-"]);
+        assert_eq!(code, 1, "{log}");
+        assert!(log.contains("model.on_change is refuse"), "{log}");
+        // With the same model it is welcome.
+        let mut second = Daemon::start(&text);
+        second.wait_log("in the group");
+        first.stop();
+    }
+}
+
+#[test]
+fn a_drain_beside_a_daemon_of_its_group_is_refused() {
+    let place = Place::new("beside", 2);
+    place.produce((0..10).map(|i| Sent::ticket((i % 2) as i32, i, "hello")));
+    let text = place.config(&NOOP);
+    let mut daemon = Daemon::start(&text);
+    daemon.wait_log("assigned partitions");
+    let config = file("kandle.yaml", &text);
+    let (code, _, log) = run("drain", &config, &[]);
+    assert!(code == 1 && log.contains("has live members that are no drains (kandle-run-"), "{code} {log}");
+    let (code, _, log) = run("drain", &config, &["--force"]);
+    assert_eq!(code, 0, "{log}");
+    daemon.stop();
+    // A group without members is anybody's.
+    let mut command: Command = kandle();
+    let (code, _, log) = finish(command.args(["drain", "-c"]).arg(&config.path), b"");
+    assert_eq!(code, 0, "{log}");
+}
