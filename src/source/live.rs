@@ -174,6 +174,33 @@ impl Source {
         windows: Sender<Queued<Window>>,
         reports: &Receiver<Report>,
     ) -> Result<(), SourceError> {
+        let result = self.consume(windows, reports);
+        if result.is_err() {
+            self.leave();
+        }
+        result
+    }
+
+    /// Leaves the group, which need not wait for our session to end then. The consumer itself is shared.
+    fn leave(&mut self) {
+        self.consumer.context().close();
+        if let Some(revoking) = self.revoking.take() {
+            let _ = give_up(&self.consumer, &revoking.list);
+        }
+        if self.consumer.close_queue().is_err() {
+            return;
+        }
+        let deadline = Instant::now() + FAREWELL;
+        while !self.consumer.closed() && Instant::now() < deadline {
+            self.consumer.poll(POLL);
+        }
+    }
+
+    fn consume(
+        &mut self,
+        windows: Sender<Queued<Window>>,
+        reports: &Receiver<Report>,
+    ) -> Result<(), SourceError> {
         while !self.wiring.stop.load(Ordering::Relaxed) {
             self.wiring.health.busy(Stage::Source);
             self.settle(reports)?;
@@ -201,7 +228,7 @@ impl Source {
     /// SIGTERM, or the end of a drain or a period: the window that gathers goes too, all in flight is published and committed, and the
     /// member leaves the group.
     fn finish(
-        mut self,
+        &mut self,
         windows: Sender<Queued<Window>>,
         reports: &Receiver<Report>,
     ) -> Result<(), SourceError> {
