@@ -3,7 +3,7 @@
 # the one command to type is named.
 #
 #   setup.sh build      C and C++ compilers, make, perl (librdkafka and OpenSSL are built from source)
-#   setup.sh test       that, Java and Maven (a real Kafka), and Kafka's jars
+#   setup.sh test       that, Java and Maven (a real Kafka), Kafka's jars, and a Prometheus
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -21,6 +21,7 @@ want perl perl
 if [ "${1:-build}" = test ]; then
   want java default-jre-headless
   want mvn maven
+  want python3 python3
 fi
 
 if [ ${#packages[@]} -gt 0 ]; then
@@ -35,5 +36,8 @@ if [ ${#packages[@]} -gt 0 ]; then
   fi
 fi
 
-[ "${1:-build}" = test ] && "$here/../tests/support/kafka.sh" fetch
+if [ "${1:-build}" = test ]; then
+  "$here/../tests/support/kafka.sh" fetch
+  "$here/tools.sh" prometheus promtool >/dev/null
+fi
 exit 0

@@ -165,6 +165,12 @@ impl Metrics {
         register(&metrics.registry, "kandle_build_info", |o, _, l| IntGaugeVec::new(o, l))
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
             .set(1);
+        // Memory, CPU, open files and the start of the process, where the system tells: process_*.
+        #[cfg(target_os = "linux")]
+        {
+            let process = prometheus::process_collector::ProcessCollector::for_self();
+            metrics.registry.register(Box::new(process)).expect("a name is registered once");
+        }
         metrics.start_at_zero();
         metrics
     }

@@ -2,7 +2,7 @@
 
 pub mod health;
 pub mod logging;
-mod metrics;
+pub mod metrics;
 mod openmetrics;
 pub mod server;
 

@@ -1,0 +1,307 @@
+{{- define "kandle.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "kandle.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains (include "kandle.name" .) .Release.Name }}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "kandle.name" .) | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "kandle.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "kandle.labels" -}}
+{{ include "kandle.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Values.image.tag | default .Chart.AppVersion | trunc 63 | quote }}
+app.kubernetes.io/component: {{ .Values.mode }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "kandle.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- default "default" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{/* The configuration file. What looks like a secret and is none of ${env:…} and ${file:…} is refused. */}}
+{{- define "kandle.config" -}}
+{{- $config := .Values.config }}
+{{- range list "kafka" "input" "output" }}
+{{- $section := . }}
+{{- range $name, $value := (get $config $section | default dict).properties | default dict }}
+{{- if and (regexMatch "(?i)(password|secret|token|\\.pem$|key\\.pem)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value))) }}
+{{- fail (printf "config.%s.properties.%s would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" $section $name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with ($config.model | default dict).token }}
+{{- if not (regexMatch "\\$\\{(env|file):" .) }}
+{{- fail "config.model.token would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" }}
+{{- end }}
+{{- end }}
+{{- toYaml $config }}
+{{- end }}
+
+{{/* The port of server.listen. */}}
+{{- define "kandle.port" -}}
+{{- $listen := (.Values.config.server | default dict).listen | default "0.0.0.0:9464" }}
+{{- $port := regexFind "[0-9]+$" $listen }}
+{{- if eq $port "0" }}
+{{- fail "config.server.listen: probes and scrapes want a port that is known: not 0" }}
+{{- end }}
+{{- $port }}
+{{- end }}
+
+{{/* Whole seconds of a duration such as 1m 30s, at least 1. */}}
+{{- define "kandle.seconds" -}}
+{{- $total := 0 }}
+{{- range regexFindAll "[0-9]+ ?(ns|us|ms|s|m|h|d)" . -1 }}
+{{- $number := regexFind "^[0-9]+" . | int }}
+{{- $unit := regexFind "[a-z]+$" . }}
+{{- $factor := dict "ns" 0 "us" 0 "ms" 0 "s" 1 "m" 60 "h" 3600 "d" 86400 }}
+{{- $total = add $total (mul $number (get $factor $unit)) }}
+{{- end }}
+{{- max $total 1 }}
+{{- end }}
+
+{{/* The longest that what is in flight may take: one forward, and the end of its window. */}}
+{{- define "kandle.grace" -}}
+{{- if .Values.terminationGracePeriodSeconds }}
+{{- .Values.terminationGracePeriodSeconds | int }}
+{{- else }}
+{{- $forward := include "kandle.seconds" ((.Values.config.batch | default dict).timeout | default "2m") | int }}
+{{- $revoke := include "kandle.seconds" ((.Values.config.delivery | default dict).revoke_timeout | default "30s") | int }}
+{{- add $forward $revoke 30 }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.args" -}}
+{{- if eq .Values.mode "run" -}}
+- run
+{{- else if eq .Values.mode "drain" -}}
+- drain
+{{- if .Values.drain.strict }}
+- --strict
+{{- end }}
+{{- else -}}
+- replay
+{{- with .Values.replay }}
+- --id={{ .id | default $.Release.Name }}
+{{- if .deadLetters }}
+- --dead-letters
+{{- end }}
+{{- with .from }}
+- --from={{ . }}
+{{- end }}
+{{- with .to }}
+- --to={{ . }}
+{{- end }}
+{{- if .force }}
+- --force
+{{- end }}
+{{- if .strict }}
+- --strict
+{{- end }}
+{{- end }}
+{{- end }}
+- --config=/etc/kandle/kandle.yaml
+{{- with .Values.extraArgs }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.env" -}}
+# Models, and what calibration found, are kept where there is room.
+- name: HF_HOME
+  value: /var/cache/kandle/huggingface
+- name: XDG_CACHE_HOME
+  value: /var/cache/kandle
+{{- if and (eq .Values.mode "run") (eq .Values.run.workload "StatefulSet") }}
+- name: KANDLE__INPUT__PROPERTIES__GROUP_INSTANCE_ID
+  valueFrom: { fieldRef: { fieldPath: metadata.name } }
+{{- end }}
+{{- range .Values.secretEnv }}
+- name: {{ .name }}
+  valueFrom: { secretKeyRef: { name: {{ .secret }}, key: {{ .key }} } }
+{{- end }}
+{{- with .Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.volumes" -}}
+- name: config
+  configMap: { name: {{ include "kandle.fullname" . }} }
+- name: tmp
+  emptyDir: { sizeLimit: 64Mi }
+{{- if eq .Values.modelCache.type "persistentVolumeClaim" }}
+- name: cache
+  persistentVolumeClaim: { claimName: {{ include "kandle.fullname" . }}-models }
+{{- else if eq .Values.modelCache.type "existingClaim" }}
+- name: cache
+  persistentVolumeClaim: { claimName: {{ required "modelCache.existingClaim names no claim" .Values.modelCache.existingClaim }} }
+{{- else if eq .Values.modelCache.type "emptyDir" }}
+- name: cache
+  emptyDir: { sizeLimit: {{ .Values.modelCache.size }} }
+{{- else }}
+- name: cache
+  emptyDir: { sizeLimit: 64Mi }
+{{- end }}
+{{- range $i, $file := .Values.secretFiles }}
+- name: secret-{{ $i }}
+  secret: { secretName: {{ $file.secret }} }
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.mounts" -}}
+- { name: config, mountPath: /etc/kandle, readOnly: true }
+- { name: tmp, mountPath: /tmp }
+- { name: cache, mountPath: /var/cache/kandle }
+{{- range $i, $file := .Values.secretFiles }}
+- { name: secret-{{ $i }}, mountPath: {{ $file.mountPath }}, readOnly: true }
+{{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* What every container of kandle has. */}}
+{{- define "kandle.container" -}}
+image: {{ include "kandle.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext: {{- toYaml .Values.securityContext | nindent 2 }}
+volumeMounts: {{- include "kandle.mounts" . | nindent 2 }}
+{{- with .Values.extraEnvFrom }}
+envFrom: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "kandle.resources" -}}
+{{- $resources := deepCopy .Values.resources }}
+{{- if .Values.gpu.enabled }}
+{{- $limits := merge (dict .Values.gpu.resource .Values.gpu.count) ($resources.limits | default dict) }}
+{{- $_ := set $resources "limits" $limits }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
+{{- define "kandle.podAnnotations" -}}
+checksum/config: {{ include "kandle.config" . | sha256sum }}
+{{- with .Values.podAnnotations }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Not the chart's version: an upgrade that changes nothing for the pods leaves them alone. */}}
+{{- define "kandle.podLabels" -}}
+{{ include "kandle.selectorLabels" . }}
+app.kubernetes.io/component: {{ .Values.mode }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- with .Values.podLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* The pod's spec, but for restartPolicy. */}}
+{{- define "kandle.pod" -}}
+serviceAccountName: {{ include "kandle.serviceAccountName" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
+terminationGracePeriodSeconds: {{ include "kandle.grace" . }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+{{- with .Values.topologySpreadConstraints }}
+{{- toYaml . | nindent 2 }}
+{{- else }}
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "kandle.selectorLabels" . | nindent 8 }}
+{{- end }}
+{{- if .Values.checkBeforeStart }}
+initContainers:
+  - name: check
+    args: [check, --config=/etc/kandle/kandle.yaml]
+    {{- include "kandle.container" . | nindent 4 }}
+    env: {{- include "kandle.env" . | nindent 6 }}
+    resources: {{- include "kandle.resources" . | nindent 6 }}
+{{- end }}
+containers:
+  - name: kandle
+    args: {{- include "kandle.args" . | nindent 6 }}
+    {{- include "kandle.container" . | nindent 4 }}
+    env: {{- include "kandle.env" . | nindent 6 }}
+{{- if .Values.modelCache.pullJob }}
+      - { name: KANDLE__MODEL__OFFLINE, value: "true" }
+{{- end }}
+    ports:
+      - { name: metrics, containerPort: {{ include "kandle.port" . }} }
+    resources: {{- include "kandle.resources" . | nindent 6 }}
+    # SIGTERM finishes what is in flight, commits and leaves the group: no preStop hook is needed.
+    startupProbe:
+      httpGet: { path: /livez, port: metrics }
+      {{- toYaml .Values.probes.startup | nindent 6 }}
+    livenessProbe:
+      httpGet: { path: /livez, port: metrics }
+      {{- toYaml .Values.probes.liveness | nindent 6 }}
+{{- if eq .Values.mode "run" }}
+    readinessProbe:
+      httpGet: { path: /readyz, port: metrics }
+      {{- toYaml .Values.probes.readiness | nindent 6 }}
+{{- end }}
+volumes: {{- include "kandle.volumes" . | nindent 2 }}
+{{- end }}
+
+{{/* The rule by which a Job gives up at once: a wrong configuration (2), dead letters with strict (3). */}}
+{{- define "kandle.podFailurePolicy" -}}
+rules:
+  - action: FailJob
+    onExitCodes: { containerName: kandle, operator: In, values: [2, 3] }
+  - action: Ignore
+    onPodConditions: [{ type: DisruptionTarget, status: "True" }]
+{{- end }}

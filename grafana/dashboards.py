@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Makes the dashboards: grafana/dashboards/*.json. Standard library alone.
+
+    grafana/dashboards.py          write them
+    grafana/dashboards.py --check  exit 1 where what is committed differs
+
+A panel is a line or two below; what all panels share (data source, units, sizes) stands once. Grafana 11
+and 12 read the result.
+"""
+import json
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).parent
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+# What the variables of a dashboard choose.
+JOB = 'namespace=~"$namespace",job=~"$job"'
+TOPIC = JOB + ',topic=~"$topic"'
+RATE = "[$__rate_interval]"
+
+
+class Panel(dict):
+    """A panel without its place."""
+
+
+def target(expr, legend="", fmt="time_series", instant=False):
+    return {
+        "datasource": DATASOURCE,
+        "expr": expr,
+        "legendFormat": legend or "__auto",
+        "format": fmt,
+        "instant": instant,
+        "range": not instant,
+    }
+
+
+def panel(kind, title, description, unit, targets, *, width=8, height=7, steps=None, options=None, custom=None, mappings=None, **more):
+    """`steps`: (value, colour) from the lowest on; the first value is None."""
+    targets = [t if isinstance(t, dict) else target(*t) if isinstance(t, tuple) else target(t) for t in targets]
+    for ref, t in zip("ABCDEFGH", targets):
+        t["refId"] = ref
+    defaults = {
+        "unit": unit,
+        "thresholds": {
+            "mode": "absolute",
+            "steps": [{"value": value, "color": colour} for value, colour in steps or [(None, "green")]],
+        },
+        "mappings": mappings or [],
+    }
+    if custom is not None:
+        defaults["custom"] = custom
+    return Panel(
+        type=kind,
+        title=title,
+        description=description,
+        datasource=DATASOURCE,
+        targets=targets,
+        fieldConfig={"defaults": defaults, "overrides": []},
+        options=options or {},
+        _size=(width, height),
+        **more,
+    )
+
+
+def stat(title, description, unit, expr, **more):
+    more.setdefault("width", 4)
+    more.setdefault("height", 4)
+    options = {"reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}, "colorMode": "background" if "steps" in more else "value", "graphMode": "area"}
+    return panel("stat", title, description, unit, [expr], options=options, **more)
+
+
+def lines(title, description, unit, *targets, stack=False, **more):
+    steps = more.get("steps")
+    custom = {
+        "drawStyle": "line",
+        "fillOpacity": 25 if stack else 8,
+        "lineWidth": 1,
+        "showPoints": "never",
+        "spanNulls": False,
+        "stacking": {"mode": "normal" if stack else "none", "group": "A"},
+        "thresholdsStyle": {"mode": "dashed" if steps else "off"},
+    }
+    options = {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True}, "tooltip": {"mode": "multi", "sort": "desc"}}
+    return panel("timeseries", title, description, unit, targets, custom=custom, options=options, **more)
+
+
+def heatmap(title, description, unit, expr, **more):
+    options = {
+        "calculate": False,
+        "yAxis": {"unit": unit},
+        "cellGap": 1,
+        "color": {"mode": "scheme", "scheme": "Oranges", "steps": 64},
+        "tooltip": {"mode": "single", "yHistogram": False},
+    }
+    return panel("heatmap", title, description, unit, [target(expr, "{{le}}", "heatmap")], options=options, **more)
+
+
+def table(title, description, targets, **more):
+    queries = [target(expr, "", "table", True) for expr, _, _ in targets]
+    overrides = []
+    rename = {}
+    for ref, (_, name, unit) in zip("ABCDEFGH", targets):
+        rename[f"Value #{ref}" if len(targets) > 1 else "Value"] = name
+        overrides.append({"matcher": {"id": "byName", "options": name}, "properties": [{"id": "unit", "value": unit}]})
+    result = panel(
+        "table", title, description, "short", queries,
+        options={"showHeader": True, "footer": {"show": False}},
+        transformations=[
+            {"id": "merge", "options": {}},
+            {"id": "organize", "options": {"excludeByName": {"Time": True}, "renameByName": rename}},
+        ],
+        **more,
+    )
+    result["fieldConfig"]["overrides"] = overrides
+    return result
+
+
+def quantiles(metric, by=JOB):
+    return [
+        (f"histogram_quantile({q}, sum by (le) (rate({metric}_bucket{{{by}}}{RATE})))", name)
+        for q, name in [(0.5, "half within"), (0.95, "95 % within"), (0.99, "99 % within")]
+    ]
+
+
+LATE = [(None, "green"), (300, "orange"), (600, "red")]
+NONE_IS_GOOD = [(None, "green"), (0.000001, "orange"), (0.01, "red")]
+ANY_IS_BAD = [(None, "green"), (1, "red")]
+OPEN = [{"type": "value", "options": {"0": {"text": "outside of the schedule", "color": "blue"}, "1": {"text": "consuming", "color": "green"}}}]
+
+OVERVIEW = [
+    ("Is it keeping up?", [
+        stat("Records predicted", "Records whose prediction is acknowledged by Kafka, a second.", "cps",
+             f'sum(rate(kandle_records_total{{{TOPIC},outcome="predicted"}}{RATE}))'),
+        stat("Late by", "Age of the oldest record that has no prediction yet: the lag that users feel. Red from ten minutes, as the alert.", "s",
+             f"max(kandle_lag_seconds{{{TOPIC}}})", steps=LATE),
+        stat("Records behind", "Records in Kafka after the last one published.", "short", f"sum(kandle_lag_records{{{TOPIC}}})"),
+        stat("Backlog done in", "Records behind at the present rate; infinite where there is a backlog and no progress.", "s",
+             f"max(kandle_drain_remaining_seconds{{{JOB}}})"),
+        stat("Dead letters", "Share of records that could not become a prediction. Red from one in a hundred, as the alert.", "percentunit",
+             f'sum(rate(kandle_dead_letters_total{{{JOB}}}{RATE})) / sum(rate(kandle_records_total{{{JOB}}}{RATE}))', steps=NONE_IS_GOOD),
+        stat("Schedule", "Whether records are consumed now, or schedule.periods says to rest.", "short", f"max(kandle_schedule_open{{{JOB}}})", mappings=OPEN),
+        lines("Records a second", "By what became of them. Tombstones are passed on as such.", "cps",
+              (f"sum by (outcome) (rate(kandle_records_total{{{TOPIC}}}{RATE}))", "{{outcome}}"), stack=True, width=12),
+        lines("Late by, partition by partition", "Age of the oldest record without a prediction. One partition that stands out has a key that is hot, or a member that is slow.", "s",
+              (f"max by (topic, partition) (kandle_lag_seconds{{{TOPIC}}})", "{{topic}}/{{partition}}"), width=12, steps=LATE),
+        lines("Records behind", "Lag by partition.", "short",
+              (f"sum by (topic, partition) (kandle_lag_records{{{TOPIC}}})", "{{topic}}/{{partition}}"), stack=True, width=12),
+        lines("How far is the drain?", "Seconds that the backlog takes at the present rate, against the seconds until schedule.finish_by.", "s",
+              (f"max(kandle_drain_remaining_seconds{{{JOB}}} < Inf)", "backlog"), (f"min(kandle_deadline_seconds{{{JOB}}} < Inf)", "until finish_by"), width=12),
+    ]),
+    ("How late, how many dead?", [
+        lines("From arrival to acknowledgement", "Time of a record inside kandle: gathering, model, publishing.", "s", *quantiles("kandle_record_latency_seconds"), width=8),
+        lines("From the record's own timestamp", "Age of a record when its prediction is acknowledged: what the record waited in Kafka is in it.", "s", *quantiles("kandle_record_age_seconds"), width=8),
+        lines("Dead letters by reason", "What was wrong with them; the message is in the header kandle-error-message.", "cps",
+              (f"sum by (error) (rate(kandle_dead_letters_total{{{JOB}}}{RATE}))", "{{error}}"), stack=True, width=8),
+        lines("Lost to retention", "Offsets that Kafka had deleted before they were read: these records have no prediction.", "short",
+              (f"sum by (topic) (increase(kandle_skipped_records_total{{{TOPIC}}}{RATE}))", "{{topic}}"), width=8, steps=ANY_IS_BAD),
+        lines("Rebalances", "Changes of the assignment. Lost means that a session expired: the member was away too long.", "short",
+              (f"sum by (cause) (increase(kandle_rebalances_total{{{JOB}}}{RATE}))", "{{cause}}"), width=8),
+        lines("Tried again", "Commits, sends, transactions and looks at topics that had to be made again: Kafka's passing faults.", "short",
+              (f"sum by (cause) (increase(kandle_retries_total{{{JOB}}}{RATE}))", "{{cause}}"), width=8),
+    ]),
+    ("What does it cost?", [
+        stat("A million records take", "Hours of one member for a million records at the present rate, busy or not: times the price of an hour, what they cost.", "h",
+             f'count(kandle_build_info{{{JOB}}}) * 1000000 / 3600 / sum(rate(kandle_records_total{{{JOB}}}{RATE}))', width=6),
+        stat("Device busy", "Share of time in which the device computed. What is missing to one is paid for and not used.", "percentunit",
+             f"avg(sum by (instance) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE})))", width=6),
+        stat("Waiting for records", "Share of time in which nothing at all was under way: fewer members would do.", "percentunit",
+             f"avg(rate(kandle_input_wait_seconds_total{{{JOB}}}{RATE}))", width=6),
+        stat("Computed once", "Share of records whose input was another one's, and was not computed again.", "percentunit",
+             f"sum(rate(kandle_reused_predictions_total{{{JOB}}}{RATE})) / sum(rate(kandle_records_total{{{JOB}}}{RATE}))", width=6),
+    ]),
+]
+
+ENGINE = [
+    ("Device", [
+        lines("Device busy", "Share of time in which each device computed.", "percentunit",
+              (f"sum by (instance, device) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE}))", "{{instance}} {{device}}"), width=8),
+        lines("Tokens a second", "Tokens that went through the model.", "cps", (f"sum by (instance) (rate(kandle_tokens_total{{{JOB}}}{RATE}))", "{{instance}}"), width=8),
+        lines("Tokens a busy second", "What the device does while it computes: its speed, apart from how much there is to do.", "cps",
+              (f"sum by (instance) (rate(kandle_tokens_total{{{JOB}}}{RATE})) / sum by (instance) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE}))", "{{instance}}"), width=8),
+    ]),
+    ("Windows and batches", [
+        lines("Windows by what closed them", "wait: traffic is low; records or bytes: windows are full, and larger ones may be cheaper.", "cps",
+              (f"sum by (closed_by) (rate(kandle_windows_total{{{JOB}}}{RATE}))", "{{closed_by}}"), stack=True, width=8),
+        heatmap("Records in a window", "Windows by how many records they hold.", "short", f"sum by (le) (increase(kandle_window_records_bucket{{{JOB}}}{RATE}))", width=8),
+        heatmap("Tokens in a batch", "Batches by how many tokens they hold.", "short", f"sum by (le) (increase(kandle_batch_tokens_bucket{{{JOB}}}{RATE}))", width=8),
+        lines("Records in a batch", "Mean.", "short",
+              (f"sum(rate(kandle_batch_records_sum{{{JOB}}}{RATE})) / sum(rate(kandle_batch_records_count{{{JOB}}}{RATE}))", "records"), width=8),
+        lines("Padding", "Share of padding among a batch's tokens: zero on a CPU, where batches are packed.", "percentunit",
+              (f"sum(rate(kandle_batch_padding_ratio_sum{{{JOB}}}{RATE})) / sum(rate(kandle_batch_padding_ratio_count{{{JOB}}}{RATE}))", "padding"), width=8),
+        lines("Cut to the model's limit", "Records with more tokens than the model takes.", "cps", (f"sum(rate(kandle_truncated_records_total{{{JOB}}}{RATE}))", "truncated"), width=8),
+    ]),
+    ("Stages", [
+        heatmap("Time in stage $stage", "Windows by how long they were in the stages chosen.", "s",
+                f'sum by (le) (increase(kandle_stage_seconds_bucket{{{JOB},stage=~"$stage"}}{RATE}))', width=12, height=9),
+        lines("Mean time by stage", "wait_*: waiting for that stage; the one before the slowest stage waits most.", "s",
+              (f"sum by (stage) (rate(kandle_stage_seconds_sum{{{JOB}}}{RATE})) / sum by (stage) (rate(kandle_stage_seconds_count{{{JOB}}}{RATE}))", "{{stage}}"), width=12, height=9),
+    ]),
+    ("Memory", [
+        lines("In flight", "Bytes by kind, against memory.limit.", "bytes", (f"sum by (kind) (kandle_memory_bytes{{{JOB}}})", "{{kind}}"),
+              (f"sum(kandle_memory_limit_bytes{{{JOB}}})", "limit"), width=8),
+        lines("Resident", "Of the process: the model and the cache are in it.", "bytes", (f"process_resident_memory_bytes{{{JOB}}}", "{{instance}}"), width=8),
+        lines("Device out of memory, records at fault", "Batches halved because the device was out of memory, and in search of a record that fails.", "short",
+              (f"sum(increase(kandle_oom_splits_total{{{JOB}}}{RATE}))", "out of memory"), (f"sum(increase(kandle_bisections_total{{{JOB}}}{RATE}))", "bisections"), width=8),
+        lines("CPU", "Cores used.", "short", (f"rate(process_cpu_seconds_total{{{JOB}}}{RATE})", "{{instance}}"), width=8),
+        lines("Computed once", "Records not computed: their input was another one's of the window, or in task.cache.", "cps",
+              (f"sum by (from) (rate(kandle_reused_predictions_total{{{JOB}}}{RATE}))", "{{from}}"), stack=True, width=8),
+        lines("Waiting for records", "Share of time in which nothing at all was under way.", "percentunit",
+              (f"rate(kandle_input_wait_seconds_total{{{JOB}}}{RATE})", "{{instance}}"), width=8),
+    ]),
+]
+
+PAIR = "namespace, job"
+FLEET = [
+    ("Jobs", [
+        table("Jobs", "One line a job: how fast, how late, how far behind, how many dead.", [
+            (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}[5m]))", "records a second", "cps"),
+            (f"max by ({PAIR}) (kandle_lag_seconds{{{JOB}}})", "late by", "s"),
+            (f"sum by ({PAIR}) (kandle_lag_records{{{JOB}}})", "behind", "short"),
+            (f"max by ({PAIR}) (kandle_drain_remaining_seconds{{{JOB}}})", "done in", "s"),
+            (f"sum by ({PAIR}) (increase(kandle_dead_letters_total{{{JOB}}}[1h]))", "dead in an hour", "short"),
+            (f"count by ({PAIR}) (kandle_build_info{{{JOB}}})", "members", "short"),
+        ], width=24, height=8),
+        table("Models", "Which model predicts where. More than one digest in a job is an update under way, or a mistake.", [
+            (f"count by ({PAIR}, model, digest, task, device, dtype) (kandle_model_info{{{JOB}}})", "members", "short"),
+        ], width=16, height=8),
+        table("Versions", "Of kandle.", [(f"count by ({PAIR}, version) (kandle_build_info{{{JOB}}})", "members", "short")], width=8, height=8),
+    ]),
+    ("Side by side", [
+        lines("Records a second", "By job.", "cps", (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}{RATE}))", "{{namespace}} {{job}}"), stack=True, width=12),
+        lines("Late by", "By job.", "s", (f"max by ({PAIR}) (kandle_lag_seconds{{{JOB}}})", "{{namespace}} {{job}}"), width=12, steps=LATE),
+        lines("Device busy", "By job: the mean over its members.", "percentunit",
+              (f"avg by ({PAIR}) (sum by ({PAIR}, instance) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE})))", "{{namespace}} {{job}}"), width=12),
+        lines("Starts", "Members that were started: again and again is a crash.", "short",
+              (f"sum by ({PAIR}) (changes(process_start_time_seconds{{{JOB}}}{RATE}))", "{{namespace}} {{job}}"), width=12),
+    ]),
+]
+
+
+def query_variable(name, label, query, multi=True):
+    return {
+        "name": name, "label": label, "type": "query", "datasource": DATASOURCE, "definition": query,
+        "query": {"query": query, "refId": name}, "refresh": 2, "sort": 1, "multi": multi, "includeAll": True, "allValue": ".*",
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
+
+
+def variables(stage):
+    result = [
+        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "current": {}},
+        query_variable("namespace", "Namespace", "label_values(kandle_build_info, namespace)"),
+        query_variable("job", "Job", 'label_values(kandle_build_info{namespace=~"$namespace"}, job)'),
+        query_variable("topic", "Topic", f"label_values(kandle_records_total{{{JOB}}}, topic)"),
+    ]
+    if stage:
+        result.append(query_variable("stage", "Stage", f"label_values(kandle_stage_seconds_count{{{JOB}}}, stage)"))
+    return result
+
+
+def annotation(name, colour, expr, title):
+    return {
+        "name": name, "datasource": DATASOURCE, "enable": True, "iconColor": colour, "expr": expr, "step": "60s",
+        "titleFormat": title, "textFormat": "{{namespace}} {{job}} {{digest}}",
+    }
+
+
+ANNOTATIONS = [
+    annotation("Rebalances", "orange", f'sum by ({PAIR}) (increase(kandle_rebalances_total{{{JOB},cause!="assigned"}}[1m])) > 0', "partitions moved"),
+    annotation("Model changes", "purple", f"count by ({PAIR}, digest) (kandle_model_info{{{JOB}}}) unless count by ({PAIR}, digest) (kandle_model_info{{{JOB}}} offset 1m)", "another model"),
+]
+
+
+def dashboard(uid, title, rows, stage=False):
+    panels, y, number = [], 0, 1
+    for name, content in rows:
+        panels.append({"id": number, "type": "row", "title": name, "collapsed": False, "gridPos": {"x": 0, "y": y, "w": 24, "h": 1}, "panels": []})
+        number, y, x, line = number + 1, y + 1, 0, 0
+        for one in content:
+            one = dict(one)
+            width, height = one.pop("_size")
+            if x + width > 24:
+                x, y, line = 0, y + line, 0
+            panels.append({"id": number, **one, "gridPos": {"x": x, "y": y, "w": width, "h": height}})
+            number, x, line = number + 1, x + width, max(line, height)
+        y += line
+    return {
+        "uid": uid,
+        "title": f"kandle / {title}",
+        "tags": ["kandle"],
+        "schemaVersion": 39,
+        "version": 1,
+        "editable": True,
+        "graphTooltip": 1,
+        "time": {"from": "now-3h", "to": "now"},
+        "refresh": "30s",
+        "templating": {"list": variables(stage)},
+        "annotations": {"list": ANNOTATIONS},
+        "links": [
+            {"type": "dashboards", "title": "kandle", "tags": ["kandle"], "asDropdown": False, "includeVars": True, "keepTime": True},
+        ],
+        "panels": panels,
+    }
+
+
+ALL = {
+    "overview": dashboard("kandle-overview", "overview", OVERVIEW),
+    "engine": dashboard("kandle-engine", "engine", ENGINE, stage=True),
+    "fleet": dashboard("kandle-fleet", "fleet", FLEET),
+}
+
+if __name__ == "__main__":
+    stale = False
+    for name, content in ALL.items():
+        path = HERE / "dashboards" / f"{name}.json"
+        text = json.dumps(content, indent=1) + "\n"
+        if "--check" in sys.argv:
+            stale |= not path.exists() or path.read_text() != text
+        else:
+            path.write_text(text)
+    if stale:
+        sys.exit("grafana/dashboards is not what grafana/dashboards.py makes: run it")

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# The chart on a real Kubernetes API server: every set of values in charts/kandle/ci is installed, upgraded,
+# rolled back and uninstalled, in a namespace that holds pods to the standard "restricted", beside the custom
+# resources of KEDA and of the Prometheus operator. Nothing runs: there are no nodes.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+PATH=$("$root/scripts/tools.sh" helm etcd kube-apiserver):$PATH
+export PATH
+chart=$root/charts/kandle
+work=$(mktemp -d)
+pids=()
+finish() {
+  for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+  wait 2>/dev/null || true
+  rm -rf "$work"
+}
+trap finish EXIT
+
+KEDA=github.com/kedacore/keda/v2@v2.18.0
+OPERATOR=github.com/prometheus-operator/prometheus-operator@v0.85.0
+command -v go >/dev/null || PATH=$PATH:/usr/local/go/bin
+source_of() { (cd "$work" && go mod download -json "$1" | sed -n 's/.*"Dir": "\(.*\)",*/\1/p'); }
+
+port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+await() { # await() WHAT COMMAND…
+  local what=$1 try
+  shift
+  for try in $(seq 600); do
+    "$@" >/dev/null 2>&1 && return
+    read -rt 0.1 <> <(:) || true
+  done
+  echo "chart-check: waited in vain for $what" >&2
+  tail -n 20 "$work"/*.log >&2
+  exit 1
+}
+
+etcd_port=$(port) peer_port=$(port) api_port=$(port)
+etcd --data-dir "$work/etcd" --listen-client-urls "http://127.0.0.1:$etcd_port" --advertise-client-urls "http://127.0.0.1:$etcd_port" \
+  --listen-peer-urls "http://127.0.0.1:$peer_port" --initial-advertise-peer-urls "http://127.0.0.1:$peer_port" \
+  --initial-cluster "default=http://127.0.0.1:$peer_port" >"$work/etcd.log" 2>&1 &
+pids+=($!)
+openssl genrsa -out "$work/sa.key" 2048 2>/dev/null
+token=$(openssl rand -hex 16)
+echo "$token,admin,admin,system:masters" >"$work/tokens.csv"
+kube-apiserver --etcd-servers "http://127.0.0.1:$etcd_port" --bind-address 127.0.0.1 --secure-port "$api_port" --cert-dir "$work/certs" \
+  --service-account-issuer https://chart-check --service-account-key-file "$work/sa.key" --service-account-signing-key-file "$work/sa.key" \
+  --service-cluster-ip-range 10.0.0.0/24 --token-auth-file "$work/tokens.csv" --authorization-mode RBAC >"$work/apiserver.log" 2>&1 &
+pids+=($!)
+api=https://127.0.0.1:$api_port
+ask() { curl -sSk --fail-with-body -H "Authorization: Bearer $token" "$@"; }
+await "the API server" ask "$api/readyz"
+
+cat >"$work/kubeconfig" <<Y
+apiVersion: v1
+kind: Config
+current-context: check
+clusters: [{ name: check, cluster: { server: "$api", insecure-skip-tls-verify: true } }]
+users: [{ name: check, user: { token: "$token" } }]
+contexts: [{ name: check, context: { cluster: check, user: check, namespace: apps } }]
+Y
+export KUBECONFIG=$work/kubeconfig HELM_CACHE_HOME=$work/helm HELM_CONFIG_HOME=$work/helm HELM_DATA_HOME=$work/helm
+
+post() { ask -o /dev/null -H 'Content-Type: application/yaml' --data-binary @- "$api$1"; }
+post /api/v1/namespaces <<'Y'
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: apps
+  labels:
+    pod-security.kubernetes.io/enforce: restricted
+    pod-security.kubernetes.io/warn: restricted
+Y
+keda=$(source_of "$KEDA") operator=$(source_of "$OPERATOR")
+for crd in "$keda"/config/crd/bases/keda.sh_{scaledobjects,triggerauthentications}.yaml \
+  "$operator"/example/prometheus-operator-crd/monitoring.coreos.com_{podmonitors,servicemonitors,prometheusrules}.yaml; do
+  post /apis/apiextensions.k8s.io/v1/customresourcedefinitions <"$crd"
+done
+for served in keda.sh/v1alpha1/namespaces/apps/scaledobjects monitoring.coreos.com/v1/namespaces/apps/prometheusrules; do
+  await "$served" ask "$api/apis/$served"
+done
+
+fail() { echo "chart-check: $*" >&2; exit 1; }
+quiet() { grep -v 'found symbolic link' || true; }
+workloads() { ask "$api/apis/apps/v1/namespaces/apps/deployments" "$api/apis/apps/v1/namespaces/apps/statefulsets" "$api/apis/batch/v1/namespaces/apps/cronjobs" "$api/apis/batch/v1/namespaces/apps/jobs"; }
+checksum() { workloads | grep -o '"checksum/config": *"[0-9a-f]*"' | head -n 1; }
+
+# The check itself: a pod that may do what it likes is told of.
+helm install loose "$chart" -n apps -f "$chart/ci/run-values.yaml" --set securityContext.allowPrivilegeEscalation=true --no-hooks >"$work/out" 2>&1 || { cat "$work/out" >&2; exit 1; }
+grep -q 'would violate PodSecurity' "$work/out" || fail "the API server does not look at pods: $(cat "$work/out")"
+helm uninstall loose -n apps >/dev/null
+
+count=0
+for values in "$chart"/ci/*-values.yaml; do
+  name=$(basename "$values" -values.yaml)
+  helm lint --strict "$chart" -f "$values" 2>&1 | quiet >"$work/out" || fail "$name: $(cat "$work/out")"
+  helm_() { # helm_() WHAT ARGUMENTS…: warnings of the API server are failures
+    local what=$1
+    shift
+    helm "$@" -n apps >"$work/out" 2>&1 || fail "$name: $what: $(quiet <"$work/out")"
+    grep -E 'would violate|unknown field|deprecated' "$work/out" && fail "$name: $what"
+    true
+  }
+  # Hooks wait for Jobs to end, which nothing runs here: they are looked at below.
+  helm_ install install "$name" "$chart" -f "$values" --no-hooks
+  first=$(checksum)
+  helm_ upgrade upgrade "$name" "$chart" -f "$values" --set config.window.max_records=7 --no-hooks
+  [ "$(checksum)" != "$first" ] || fail "$name: another configuration, and the same pods"
+  helm_ rollback rollback "$name" 1 --no-hooks
+  checksums=$(checksum)
+  # A Job of other settings is another Job; the one of before is back.
+  [ "$checksums" = "$first" ] || fail "$name: rolled back, and other pods"
+  # Pods themselves, of the hooks too, as the server sees them.
+  helm get hooks "$name" -n apps 2>/dev/null >"$work/hooks.yaml"
+  python3 - "$work" <<'PY'
+import pathlib, re, sys
+work = pathlib.Path(sys.argv[1])
+for old in work.glob("hook-*"):
+    old.unlink()
+paths = {"Pod": "/api/v1/namespaces/apps/pods", "Job": "/apis/batch/v1/namespaces/apps/jobs", "ConfigMap": "/api/v1/namespaces/apps/configmaps", "PersistentVolumeClaim": "/api/v1/namespaces/apps/persistentvolumeclaims"}
+for i, text in enumerate(re.split(r"^---$", (work / "hooks.yaml").read_text(), flags=re.M)):
+    kind = re.search(r"^kind: (\w+)$", text, flags=re.M)
+    if kind:
+        (work / f"hook-{i}").write_text(text)
+        (work / f"hook-{i}.path").write_text(paths[kind[1]])
+PY
+  for hook in "$work"/hook-*.path; do
+    ask -D "$work/headers" -o "$work/out" -H 'Content-Type: application/yaml' --data-binary @"${hook%.path}" "$api$(cat "$hook")?dryRun=All&fieldValidation=Strict" \
+      || fail "$name: $(cat "$work/out")"
+    grep -i 'would violate' "$work/headers" && fail "$name: $(cat "${hook%.path}")"
+  done
+  helm_ uninstall uninstall "$name" --no-hooks
+  [ -z "$(checksum)" ] || fail "$name: something is left"
+  echo "chart-check: $name: installed, upgraded, rolled back, uninstalled"
+  count=$((count + 1))
+done
+echo "chart-check: $count sets of values passed on $(ask "$api/version" | sed -n 's/.*"gitVersion": "\(.*\)",/\1/p')"

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Tools that are no part of kandle, into .cache/tools, where they are not on the PATH already; prints the
+# folder. Nothing is installed on the machine.
+#
+#   tools.sh prometheus promtool etcd   from the distribution's packages (apt-get, no root)
+#   tools.sh helm helm-docs             built from their sources (Go)
+#   tools.sh kube-apiserver             the same; minutes
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+bin=$root/.cache/tools
+mkdir -p "$bin"
+export PATH=$bin:$PATH
+
+KUBERNETES=1.34.2
+
+package() { # package() NAME: its programs, without installing it
+  command -v apt-get >/dev/null || { echo "tools: $2 is missing; install it (on Debian the package $1)" >&2; exit 1; }
+  local work
+  work=$(mktemp -d)
+  (
+    cd "$work"
+    chmod 755 .
+    apt-get download -q "$1" >&2 || { apt-get update -q >&2 && apt-get download -q "$1" >&2; }
+    dpkg -x ./*.deb x
+    cp x/usr/bin/* "$bin/"
+  )
+  rm -rf "$work"
+}
+
+with_go() {
+  command -v go >/dev/null || PATH=$PATH:/usr/local/go/bin
+  command -v go >/dev/null || { echo "tools: Go is missing, of which $1 is built: https://go.dev/dl" >&2; exit 1; }
+}
+
+api_server() {
+  with_go kube-apiserver
+  local work
+  work=$(mktemp -d)
+  cat > "$work/main.go" <<'GO'
+package main
+
+import (
+	"os"
+
+	"k8s.io/component-base/cli"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app"
+)
+
+func main() { os.Exit(cli.Run(app.NewAPIServerCommand())) }
+GO
+  (
+    cd "$work"
+    # The module names its parts by folders of its repository: as modules they have versions of their own.
+    mod=$(go mod download -json "k8s.io/kubernetes@v$KUBERNETES" | sed -n 's/.*"GoMod": "\(.*\)",*/\1/p')
+    {
+      printf 'module apiserver\n\ngo 1.24\n\nrequire k8s.io/kubernetes v%s\n\n' "$KUBERNETES"
+      sed -n "s|^\s*\(k8s.io/[a-z-]*\) => ./staging.*|replace \1 => \1 v0.${KUBERNETES#1.}|p" "$mod"
+    } > go.mod
+    go mod tidy >&2
+    # What it says it is, which charts ask for.
+    version=k8s.io/component-base/version
+    go build -ldflags "-X $version.gitVersion=v$KUBERNETES" -o "$bin/kube-apiserver" .
+  )
+  rm -rf "$work"
+}
+
+for tool in "$@"; do
+  command -v "$tool" >/dev/null && continue
+  echo "tools: getting $tool" >&2
+  case $tool in
+    prometheus | promtool) package prometheus "$tool" ;;
+    etcd) package etcd-server etcd ;;
+    helm) with_go helm; GOBIN=$bin go install helm.sh/helm/v3/cmd/helm@v3.22.0 >&2 ;;
+    helm-docs) with_go helm-docs; GOBIN=$bin go install github.com/norwoodj/helm-docs/cmd/helm-docs@v1.14.2 >&2 ;;
+    kube-apiserver) api_server ;;
+    *) echo "tools: $tool is not known" >&2; exit 1 ;;
+  esac
+done
+echo "$bin"

@@ -1,0 +1,296 @@
+//! The chart: its schema against the daemon's, what it renders and refuses. What wants helm is run by `make
+//! chart-test` (cargo test --test chart -- --ignored).
+
+mod support;
+
+use std::process::Command;
+
+use kandle::settings;
+use serde_json::{Value, json};
+use support::{file, root};
+
+/// A job's configuration, as values.
+fn minimal() -> Value {
+    json!({ "config": {
+        "kafka": { "brokers": "kafka:9092" },
+        "input": { "topics": ["tickets"], "group": "kandle-tickets", "field": "/text" },
+        "task": { "kind": "text-classification" },
+        "model": { "source": "bundled" },
+        "output": { "topic": "tickets-predictions" },
+        "dead_letters": { "topic": "tickets-dead" },
+    } })
+}
+
+/// JSON merged over JSON.
+fn merge(into: &mut Value, over: Value) {
+    match (into, over) {
+        (Value::Object(into), Value::Object(over)) => {
+            for (key, value) in over {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, over) => *into = over,
+    }
+}
+
+#[test]
+fn the_schema_of_the_values_holds_the_daemons_own() {
+    let base = root().join("charts/kandle/ci/values.base.json");
+    let mut schema: Value =
+        serde_json::from_str(&std::fs::read_to_string(base).expect("read")).expect("JSON");
+    let mut config = settings::schema();
+    let fields = config.as_object_mut().expect("an object");
+    fields.remove("$schema");
+    fields.remove("title");
+    schema["properties"]["config"] = config;
+    let wanted = serde_json::to_string_pretty(&schema).expect("JSON") + "\n";
+    let path = root().join("charts/kandle/values.schema.json");
+    if std::env::var_os("KANDLE_WRITE").is_some() {
+        std::fs::write(&path, &wanted).expect("written");
+    }
+    let there = std::fs::read_to_string(&path).expect("read");
+    assert!(there == wanted, "values.schema.json is not what the daemon says: KANDLE_WRITE=1 makes it anew");
+    // The values of the chart and those of a job are what it allows.
+    let mut values: Value = serde_saphyr::from_str(
+        &std::fs::read_to_string(root().join("charts/kandle/values.yaml")).expect("read"),
+    )
+    .expect("YAML");
+    let validator = jsonschema::validator_for(&schema).expect("a schema");
+    assert!(!validator.is_valid(&values), "a chart without a configuration is refused");
+    merge(&mut values, minimal());
+    let faults: Vec<String> = validator.iter_errors(&values).map(|e| e.to_string()).collect();
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+fn helm() -> Command {
+    let own = root().join(".cache/tools/helm");
+    Command::new(if own.exists() { own } else { "helm".into() })
+}
+
+/// What the chart makes of the minimal values with `more` over them, or how it refuses.
+fn render(more: Value) -> Result<Vec<Value>, String> {
+    let mut values = minimal();
+    merge(&mut values, more);
+    let values = file("values.json", &values.to_string());
+    let output = helm()
+        .args(["template", "job", "--namespace", "apps", "--kube-version", "1.34.0"])
+        .args(["--api-versions", "monitoring.coreos.com/v1", "--values"])
+        .arg(&values.path)
+        .arg(root().join("charts/kandle"))
+        .output()
+        .expect("helm runs");
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    let documents: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    Ok(documents.into_iter().filter(|document| !document.is_null()).collect())
+}
+
+#[track_caller]
+fn rendered(more: Value) -> Vec<Value> {
+    render(more).unwrap_or_else(|e| panic!("{e}"))
+}
+
+#[track_caller]
+fn refused(more: Value, part: &str) {
+    let Err(error) = render(more) else { panic!("it is not refused for {part:?}") };
+    assert!(error.contains(part), "{part:?} is not in {error}");
+}
+
+#[track_caller]
+fn one<'a>(documents: &'a [Value], kind: &str) -> &'a Value {
+    let found: Vec<&Value> = documents.iter().filter(|d| d["kind"] == kind).collect();
+    assert_eq!(found.len(), 1, "{kind} in {:?}", documents.iter().map(|d| &d["kind"]).collect::<Vec<_>>());
+    found[0]
+}
+
+fn kinds(documents: &[Value]) -> Vec<String> {
+    let mut kinds: Vec<String> =
+        documents.iter().map(|d| d["kind"].as_str().expect("a kind").to_owned()).collect();
+    kinds.sort();
+    kinds
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn each_mode_has_its_workload() {
+    let run = rendered(json!({}));
+    assert_eq!(kinds(&run), ["ConfigMap", "Deployment", "Pod", "Service", "ServiceAccount"]);
+    let pod = &one(&run, "Deployment")["spec"]["template"]["spec"];
+    assert_eq!(pod["containers"][0]["args"], json!(["run", "--config=/etc/kandle/kandle.yaml"]));
+    // The configuration is the value as it is.
+    let text = one(&run, "ConfigMap")["data"]["kandle.yaml"].as_str().expect("a file");
+    let read: Value = serde_saphyr::from_str(text).expect("YAML");
+    assert_eq!(read, minimal()["config"]);
+
+    let set = rendered(json!({ "run": { "workload": "StatefulSet", "replicas": 3 } }));
+    let set = &one(&set, "StatefulSet")["spec"];
+    assert_eq!(set["replicas"], 3);
+    let env = set["template"]["spec"]["containers"][0]["env"].as_array().expect("env");
+    let name = env.iter().find(|e| e["name"] == "KANDLE__INPUT__PROPERTIES__GROUP_INSTANCE_ID");
+    assert_eq!(name.expect("a static member")["valueFrom"]["fieldRef"]["fieldPath"], "metadata.name");
+
+    let drain = rendered(
+        json!({ "mode": "drain", "drain": { "schedule": "0 1 * * *", "timeZone": "Europe/Berlin", "parallelism": 2, "strict": true } }),
+    );
+    assert_eq!(kinds(&drain), ["ConfigMap", "CronJob", "Pod", "ServiceAccount"]);
+    let cron = &one(&drain, "CronJob")["spec"];
+    assert_eq!((&cron["schedule"], &cron["timeZone"]), (&json!("0 1 * * *"), &json!("Europe/Berlin")));
+    let job = &cron["jobTemplate"]["spec"];
+    assert_eq!((&job["parallelism"], &job["completions"]), (&json!(2), &json!(2)));
+    assert_eq!(job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"], json!([2, 3]));
+    let container = &job["template"]["spec"]["containers"][0];
+    assert_eq!(container["args"], json!(["drain", "--strict", "--config=/etc/kandle/kandle.yaml"]));
+    assert_eq!(container["readinessProbe"], Value::Null, "nobody sends it anything");
+
+    let replay = json!({ "mode": "replay", "replay": { "from": "offset:0", "to": "2026-01-01T00:00:00Z" } });
+    let first = rendered(replay.clone());
+    let args = &one(&first, "Job")["spec"]["template"]["spec"]["containers"][0]["args"];
+    assert_eq!(
+        args,
+        &json!([
+            "replay",
+            "--id=job",
+            "--from=offset:0",
+            "--to=2026-01-01T00:00:00Z",
+            "--config=/etc/kandle/kandle.yaml"
+        ])
+    );
+    // Other settings are another Job: one that exists cannot be changed.
+    let mut other = replay;
+    merge(&mut other, json!({ "replay": { "to": "2026-01-02T00:00:00Z" } }));
+    let other = rendered(other);
+    assert_ne!(one(&first, "Job")["metadata"]["name"], one(&other, "Job")["metadata"]["name"]);
+    refused(json!({ "mode": "replay" }), "replay.from and replay.to");
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn install_refuses_what_check_would() {
+    refused(json!({ "config": { "kafka": { "borkers": "x" } } }), "borkers");
+    refused(json!({ "config": { "window": { "max_records": 0 } } }), "max_records");
+    refused(json!({ "config": { "task": { "kind": "poetry" } } }), "kind");
+    refused(json!({ "config": null }), "config");
+    refused(json!({ "mode": "walk" }), "mode");
+    refused(json!({ "replicas": 3 }), "replicas");
+    refused(json!({ "config": { "server": { "listen": "0.0.0.0:0" } } }), "a port that is known");
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn secrets_are_named_and_never_in_a_config_map() {
+    let with = |value: &str| json!({ "config": { "kafka": { "properties": { "sasl.password": value } } } });
+    refused(with("hunter2"), "would stand in a ConfigMap");
+    refused(json!({ "config": { "model": { "source": "o/n", "token": "hf_x" } } }), "config.model.token");
+    let mut named = with("${env:SASL_PASSWORD}");
+    merge(
+        &mut named,
+        json!({
+            "secretEnv": [{ "name": "SASL_PASSWORD", "secret": "kafka", "key": "password" }],
+            "secretFiles": [{ "secret": "kafka-tls", "mountPath": "/run/secrets/kafka" }],
+        }),
+    );
+    let all = rendered(named);
+    let pod = &one(&all, "Deployment")["spec"]["template"]["spec"];
+    let env = pod["containers"][0]["env"].as_array().expect("env");
+    let password = env.iter().find(|e| e["name"] == "SASL_PASSWORD").expect("it is there");
+    assert_eq!(password["valueFrom"]["secretKeyRef"], json!({ "name": "kafka", "key": "password" }));
+    let volumes = pod["volumes"].as_array().expect("volumes");
+    assert!(volumes.iter().any(|v| v["secret"]["secretName"] == "kafka-tls"), "{volumes:?}");
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn a_pod_has_time_for_what_is_in_flight_and_is_rolled_by_its_configuration() {
+    let grace = |more| {
+        let all = rendered(more);
+        one(&all, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"].clone()
+    };
+    // batch.timeout 2m, delivery.revoke_timeout 30s, and 30 s.
+    assert_eq!(grace(json!({})), 180);
+    let longer =
+        json!({ "config": { "batch": { "timeout": "3m 30s" }, "delivery": { "revoke_timeout": "1m" } } });
+    assert_eq!(grace(longer), 300);
+    assert_eq!(grace(json!({ "terminationGracePeriodSeconds": 77 })), 77);
+    let template = |more| {
+        let all = rendered(more);
+        one(&all, "Deployment")["spec"]["template"]["metadata"].clone()
+    };
+    let other = json!({ "config": { "window": { "max_records": 7 } } });
+    assert_ne!(template(json!({})), template(other));
+    assert_eq!(template(json!({})), template(json!({ "dashboards": { "enabled": true } })));
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn scaling_stays_within_partitions_and_one_hand() {
+    let keda = rendered(json!({ "keda": { "enabled": true, "maxReplicas": 6 } }));
+    assert_eq!(one(&keda, "Deployment")["spec"]["replicas"], Value::Null, "the autoscaler's");
+    let object = &one(&keda, "ScaledObject")["spec"];
+    assert_eq!(object["maxReplicaCount"], 6);
+    let trigger = &object["triggers"][0];
+    assert_eq!(trigger["metadata"]["consumerGroup"], "kandle-tickets");
+    assert_eq!(trigger["metadata"]["allowIdleConsumers"], "false");
+    let time = json!({ "keda": { "enabled": true, "trigger": "prometheus", "prometheusAddress": "http://p:9090", "remainingSeconds": 300 } });
+    let time = rendered(time);
+    let metadata = &one(&time, "ScaledObject")["spec"]["triggers"][0]["metadata"];
+    assert!(metadata["query"].as_str().is_some_and(|q| q.contains("kandle_drain_remaining_seconds")));
+    let hpa = rendered(json!({ "autoscaling": { "enabled": true } }));
+    assert_eq!(one(&hpa, "HorizontalPodAutoscaler")["spec"]["maxReplicas"], 4);
+    refused(json!({ "autoscaling": { "enabled": true }, "keda": { "enabled": true } }), "one of them");
+    refused(json!({ "mode": "drain", "keda": { "enabled": true } }), "scale mode run");
+    refused(
+        json!({ "keda": { "enabled": true }, "config": { "input": { "topics": ["^t.*"] } } }),
+        "a pattern",
+    );
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn gpus_caches_and_alerts() {
+    let gpu = rendered(json!({
+        "gpu": { "enabled": true, "resource": "nvidia.com/mig-1g.10gb" },
+        "runtimeClassName": "nvidia",
+        "tolerations": [{ "key": "nvidia.com/gpu", "operator": "Exists" }],
+    }));
+    let pod = &one(&gpu, "Deployment")["spec"]["template"]["spec"];
+    assert_eq!(
+        pod["containers"][0]["resources"]["limits"],
+        json!({ "memory": "2Gi", "nvidia.com/mig-1g.10gb": 1 })
+    );
+    assert_eq!(pod["runtimeClassName"], "nvidia");
+
+    let pulled = rendered(json!({ "modelCache": { "type": "persistentVolumeClaim", "pullJob": true } }));
+    let claim = one(&pulled, "PersistentVolumeClaim");
+    let job = one(&pulled, "Job");
+    let weight = |v: &Value| {
+        v["metadata"]["annotations"]["helm.sh/hook-weight"].as_str().and_then(|w| w.parse::<i32>().ok())
+    };
+    assert!(weight(claim) < weight(job), "the claim is there before what fills it");
+    let pull = &job["spec"]["template"]["spec"];
+    assert_eq!(pull["containers"][0]["args"], json!(["model", "pull", "--config=/etc/kandle/kandle.yaml"]));
+    let names: Vec<&Value> =
+        pull["volumes"].as_array().expect("volumes").iter().map(|v| &v["configMap"]["name"]).collect();
+    assert!(names.contains(&&json!("job-kandle-pull")), "{names:?}");
+    let env = &one(&pulled, "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"];
+    assert!(
+        env.as_array().expect("env").contains(&json!({ "name": "KANDLE__MODEL__OFFLINE", "value": "true" }))
+    );
+    refused(json!({ "modelCache": { "pullJob": true } }), "wants a claim");
+
+    let watched = rendered(json!({
+        "podMonitor": { "enabled": true }, "dashboards": { "enabled": true },
+        "prometheusRule": { "enabled": true, "lagSeconds": 90, "runbook": "https://wiki/kandle" },
+    }));
+    let rules = &one(&watched, "PrometheusRule")["spec"]["groups"][0]["rules"];
+    assert_eq!(rules[0]["expr"], "max by (namespace, job, topic) (kandle_lag_seconds) > 90");
+    assert_eq!(rules[0]["annotations"]["runbook_url"], "https://wiki/kandle#kandlelagging");
+    let dashboards = watched.iter().filter(|d| d["metadata"]["labels"]["grafana_dashboard"] == "1");
+    for map in dashboards.clone() {
+        for text in map["data"].as_object().expect("data").values() {
+            serde_json::from_str::<Value>(text.as_str().expect("text")).expect("a dashboard is JSON");
+        }
+    }
+    assert_eq!(dashboards.count(), 3);
+}
