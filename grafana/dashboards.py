@@ -225,11 +225,11 @@ FLEET = [
         table("Models", "Which model predicts where. More than one digest in a job is an update under way, or a mistake.", [
             (f"count by ({PAIR}, model, digest, task, device, dtype) (kandle_model_info{{{JOB}}})", "members", "short"),
         ], width=16, height=8),
-        table("Versions", "Of kandle.", [(f"count by ({PAIR}, version) (kandle_build_info{{{JOB}}})", "members", "short")], width=8, height=8),
+        table("Versions", "Which version of kandle each job runs, and in how many members.", [(f"count by ({PAIR}, version) (kandle_build_info{{{JOB}}})", "members", "short")], width=8, height=8),
     ]),
     ("Side by side", [
-        lines("Records a second", "By job.", "cps", (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}{RATE}))", "{{namespace}} {{job}}"), stack=True, width=12),
-        lines("Late by", "By job.", "s", (f"max by ({PAIR}) (kandle_lag_seconds{{{JOB}}})", "{{namespace}} {{job}}"), width=12, steps=LATE),
+        lines("Records a second", "Whatever became of them, by job.", "cps", (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}{RATE}))", "{{namespace}} {{job}}"), stack=True, width=12),
+        lines("Late by", "Age of the oldest record without a prediction, by job.", "s", (f"max by ({PAIR}) (kandle_lag_seconds{{{JOB}}})", "{{namespace}} {{job}}"), width=12, steps=LATE),
         lines("Device busy", "By job: the mean over its members.", "percentunit",
               (f"avg by ({PAIR}) (sum by ({PAIR}, instance) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE})))", "{{namespace}} {{job}}"), width=12),
         lines("Starts", "Members that were started: again and again is a crash.", "short",

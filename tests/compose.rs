@@ -65,7 +65,7 @@ fn the_services_are_a_live_system() {
             assert!(root().join(from).exists(), "{name}: {from}");
         }
     }
-    let kafka = Kafka::start(1);
+    let kafka = Kafka::start_creating_topics();
     let brokers = |text: &str| text.replace("kafka:9092", &kafka.brokers);
 
     let producer = command(&services["producer"]);
@@ -89,7 +89,8 @@ fn the_services_are_a_live_system() {
     let address = daemon.address();
 
     let prometheus = command(&services["prometheus"]);
-    let flag = prometheus.iter().find_map(|word| word.strip_prefix("--config.file=")).expect("a configuration");
+    let flag =
+        prometheus.iter().find_map(|word| word.strip_prefix("--config.file=")).expect("a configuration");
     let folder = tempfile::tempdir().expect("a folder");
     let scrape = read(flag).replace("kandle:9464", &address);
     assert!(scrape.contains(&address), "it scrapes kandle: {scrape}");
@@ -97,7 +98,8 @@ fn the_services_are_a_live_system() {
     std::fs::write(&prometheus_yml, scrape).expect("written");
     let alerts = here(&services["prometheus"], "/etc/prometheus/alerts.yaml").expect("alerts are mounted");
     std::fs::copy(alerts, folder.path().join("alerts.yaml")).expect("copied");
-    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let port =
+        std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let _prometheus = Running(
         Command::new(tool("prometheus"))
             .args(prometheus.iter().filter(|word| !word.starts_with("--config.file=")))
@@ -120,13 +122,18 @@ fn the_services_are_a_live_system() {
     daemon.stop();
 
     // Grafana is given the dashboards and the data source they are made for.
-    let provider = read(&here(&services["grafana"], "/etc/grafana/provisioning/dashboards/kandle.yaml").expect("mounted"));
+    let provider = read(
+        &here(&services["grafana"], "/etc/grafana/provisioning/dashboards/kandle.yaml").expect("mounted"),
+    );
     let provider: Value = serde_saphyr::from_str(&provider).expect("YAML");
     let path = provider["providers"][0]["options"]["path"].as_str().expect("a path");
     let overview = here(&services["grafana"], &format!("{path}/overview.json")).expect("mounted");
     let overview: Value = serde_json::from_str(&read(&overview)).expect("a dashboard");
     assert_eq!(overview["uid"], "kandle-overview");
-    let source = read(&here(&services["grafana"], "/etc/grafana/provisioning/datasources/prometheus.yaml").expect("mounted"));
+    let source = read(
+        &here(&services["grafana"], "/etc/grafana/provisioning/datasources/prometheus.yaml")
+            .expect("mounted"),
+    );
     let source: Value = serde_saphyr::from_str(&source).expect("YAML");
     assert_eq!(source["datasources"][0]["url"], "http://prometheus:9090");
 }

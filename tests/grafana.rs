@@ -253,9 +253,11 @@ impl Prometheus {
         value["data"]["result"].clone()
     }
 
-    /// Whether a query has any series now.
+    /// Whether a query has any number now.
     fn has(&self, query: &str) -> bool {
-        self.ask("/api/v1/query", &[("query", query)]).as_array().is_some_and(|result| !result.is_empty())
+        let result = self.ask("/api/v1/query", &[("query", query)]);
+        let numbers = result.as_array().into_iter().flatten().map(|series| &series["value"][1]);
+        numbers.into_iter().any(|value| value != "NaN")
     }
 }
 
@@ -273,12 +275,13 @@ fn load(place: &Arc<Place>, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<(
     let (place, stop) = (Arc::clone(place), Arc::clone(stop));
     std::thread::spawn(move || {
         let tickets = std::fs::read_to_string(root().join("demo/tickets.jsonl")).expect("tickets");
-        let tickets: Vec<&str> = tickets.lines().collect();
+        let tickets: Vec<Value> =
+            tickets.lines().map(|line| serde_json::from_str(line).expect("a ticket")).collect();
         let long =
             serde_json::json!({ "id": 1, "text": "please help me with this ".repeat(400) }).to_string();
         let mut next = 0usize;
         while !stop.load(Ordering::Relaxed) {
-            place.produce((0..60).map(|_| {
+            place.produce((0..180).map(|_| {
                 next += 1;
                 let partition = (next % 3) as i32;
                 match next % 60 {
@@ -286,7 +289,12 @@ fn load(place: &Arc<Place>, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<(
                     11 => Sent::new(partition, r#"{"other": 1}"#),
                     13 => Sent { value: None, key: Some(b"k".to_vec()), ..Sent::new(partition, "") },
                     17 => Sent::new(partition, long.as_bytes()),
-                    _ => Sent::new(partition, tickets[next * 7 % tickets.len()]),
+                    // Some are the same once more, most are not.
+                    n if n % 10 == 0 => Sent::ticket(partition, next, "where is my order?"),
+                    _ => {
+                        let text = &tickets[next * 7 % tickets.len()]["text"];
+                        Sent::ticket(partition, next, &format!("{text} Reference {next}."))
+                    }
                 }
             }));
             std::thread::park_timeout(Duration::from_millis(50));

@@ -14,6 +14,7 @@ pub struct Kafka {
     nodes: Vec<Node>,
     directory: tempfile::TempDir,
     voters: String,
+    creates_topics: bool,
 }
 
 struct Node {
@@ -42,6 +43,15 @@ impl Kafka {
 
     /// `file_kib`: until it is started again, a broker's files may not grow larger.
     pub fn start_with(count: usize, file_kib: Option<u32>) -> Self {
+        Self::new(count, file_kib, false)
+    }
+
+    /// One that makes topics that somebody writes to, as most brokers do unless told otherwise.
+    pub fn start_creating_topics() -> Self {
+        Self::new(1, None, true)
+    }
+
+    fn new(count: usize, file_kib: Option<u32>, creates_topics: bool) -> Self {
         let fetched = Command::new(script()).arg("fetch").status().expect("kafka.sh runs");
         assert!(fetched.success(), "kafka.sh fetch failed");
         let ports: Vec<u16> = (0..count).map(|_| free_ports()).collect();
@@ -53,6 +63,7 @@ impl Kafka {
             nodes: ports.into_iter().map(|port| Node { port, running: None }).collect(),
             directory: tempfile::tempdir().expect("a directory"),
             voters: voters.join(","),
+            creates_topics,
         };
         for node in 0..count {
             kafka.run(node, file_kib);
@@ -89,6 +100,7 @@ impl Kafka {
             .env("NODE", (node + 1).to_string())
             .env("VOTERS", &self.voters)
             .env("REPLICAS", self.nodes.len().to_string())
+            .env("CREATE_TOPICS", self.creates_topics.to_string())
             .env("FILE_KIB", file_kib.map(|kib| kib.to_string()).unwrap_or_default())
             .stdin(Stdio::piped())
             .spawn()

@@ -7,6 +7,7 @@
 #                             the test that holds the other end. Its process id is in DIR/pid
 #   kafka.sh tool CLASS …     a tool of Kafka's, such as org.apache.kafka.tools.AclCommand
 #
+# CREATE_TOPICS=true: topics that somebody writes to are made, as most brokers do unless told otherwise.
 # FILE_KIB=20000: no file may grow larger, which the broker takes for a full disk.
 # One of several brokers: NODE=2 VOTERS=1@127.0.0.1:9093,2@… REPLICAS=3, each with a DIR of its own.
 set -euo pipefail
@@ -59,7 +60,7 @@ broker.heartbeat.interval.ms=500
 offsets.topic.num.partitions=4
 transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
-auto.create.topics.enable=false
+auto.create.topics.enable=${CREATE_TOPICS:-false}
 message.max.bytes=20000000
 EOF
   # Several would wait for each other's rules before they let each other in.
