@@ -2,7 +2,7 @@
 # Tools that are no part of kandle, into .cache/tools, where they are not on the PATH already; prints the
 # folder. Nothing is installed on the machine.
 #
-#   tools.sh prometheus promtool etcd   from the distribution's packages (apt-get, no root)
+#   tools.sh prometheus promtool etcd   from the distribution's packages (apt-get), else built from their sources (Go)
 #   tools.sh helm helm-docs             built from their sources (Go)
 #   tools.sh kube-apiserver             the same; minutes
 set -euo pipefail
@@ -13,18 +13,16 @@ export PATH=$bin:$PATH
 
 KUBERNETES=1.34.2
 
-package() { # package() NAME: its programs, without installing it
-  command -v apt-get >/dev/null || { echo "tools: $2 is missing; install it (on Debian the package $1)" >&2; exit 1; }
+# Programs of a package of the distribution, without installing it.
+package() {
+  command -v apt-get >/dev/null || return 1
   local work
   work=$(mktemp -d)
-  (
-    cd "$work"
-    chmod 755 .
-    apt-get download -q "$1" >&2 || { apt-get update -q >&2 && apt-get download -q "$1" >&2; }
-    dpkg -x ./*.deb x
-    cp x/usr/bin/* "$bin/"
-  )
+  chmod 755 "$work"
+  (cd "$work" && { apt-get download -q "$1" || { apt-get update -q && apt-get download -q "$1"; }; } && dpkg -x ./*.deb x && cp x/usr/bin/* "$bin/") >&2
+  local result=$?
   rm -rf "$work"
+  return $result
 }
 
 with_go() {
@@ -68,8 +66,9 @@ for tool in "$@"; do
   command -v "$tool" >/dev/null && continue
   echo "tools: getting $tool" >&2
   case $tool in
-    prometheus | promtool) package prometheus "$tool" ;;
-    etcd) package etcd-server etcd ;;
+    # Without its pages, which nothing here looks at, where it is built.
+    prometheus | promtool) package prometheus || { with_go "$tool"; GOBIN=$bin go install "github.com/prometheus/prometheus/cmd/$tool@v0.307.3" >&2; } ;;
+    etcd) package etcd-server || { with_go etcd; GOBIN=$bin go install go.etcd.io/etcd/server/v3@v3.6.5 >&2 && mv "$bin/server" "$bin/etcd"; } ;;
     helm) with_go helm; GOBIN=$bin go install helm.sh/helm/v3/cmd/helm@v3.22.0 >&2 ;;
     helm-docs) with_go helm-docs; GOBIN=$bin go install github.com/norwoodj/helm-docs/cmd/helm-docs@v1.14.2 >&2 ;;
     kube-apiserver) api_server ;;

@@ -36,6 +36,7 @@ use crate::sink::{self, Publisher};
 use crate::source::{self, Drain, Origins, Source};
 use crate::task::{Task, TextTask};
 use crate::telemetry::health::Stage;
+use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
 use crate::window::Window;
 
@@ -52,6 +53,8 @@ pub struct Shared {
     pub schedule: Arc<Schedule>,
     /// The input are dead letters, of records of these topics.
     pub revive: Option<Arc<Origins>>,
+    /// Where spans go, if anywhere.
+    pub traces: Option<Arc<Traces>>,
     /// Why the pipeline ends by itself, in good order.
     verdict: Arc<OnceLock<String>>,
 }
@@ -65,6 +68,7 @@ impl Shared {
             drain: None,
             // The settings have been checked.
             revive: None,
+            traces: None,
             schedule: Arc::new(Schedule::new(&settings.schedule).unwrap_or_else(Schedule::always)),
             verdict: Arc::default(),
         }
@@ -101,6 +105,7 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
             drain: shared.drain.clone(),
             schedule: Arc::clone(&shared.schedule),
             revive: shared.revive.clone(),
+            traced: shared.traces.is_some(),
             partitions: topics.input_partitions,
             bytes_per_record: task.bytes_per_record(),
         },
@@ -117,6 +122,7 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
             digest: task.digest.short().to_owned(),
             topics: *topics,
             stop: Arc::clone(&shared.stop),
+            traces: shared.traces.clone(),
         },
     )?;
 

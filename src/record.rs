@@ -48,6 +48,40 @@ impl fmt::Display for Position {
     }
 }
 
+/// The header `traceparent`: the span that a record was produced in (W3C Trace Context, version 00 and what
+/// later versions begin with).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceParent {
+    pub trace: [u8; 16],
+    pub span: [u8; 8],
+    pub flags: u8,
+}
+
+impl TraceParent {
+    /// `None` where it is none.
+    pub fn read(text: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(text).ok()?;
+        let mut parts = text.split('-');
+        let version = parts.next()?;
+        let (trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?);
+        let lengths = [version.len(), trace.len(), span.len(), flags.len()];
+        let hex = |c: char| matches!(c, '0'..='9' | 'a'..='f' | '-');
+        let whole = version != "00" || parts.next().is_none();
+        if lengths != [2, 32, 16, 2] || version == "ff" || !whole || !text[..55].chars().all(hex) {
+            return None;
+        }
+        let mut read = Self { trace: [0; 16], span: [0; 8], flags: u8::from_str_radix(flags, 16).ok()? };
+        for (i, byte) in read.trace.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&trace[2 * i..2 * i + 2], 16).ok()?;
+        }
+        for (i, byte) in read.span.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&span[2 * i..2 * i + 2], 16).ok()?;
+        }
+        // All zeros stand for none.
+        (read.trace != [0; 16] && read.span != [0; 8]).then_some(read)
+    }
+}
+
 /// A record as it arrives, still in the client's memory.
 #[derive(Debug, Default)]
 pub struct Arrival<'a> {
@@ -61,6 +95,8 @@ pub struct Arrival<'a> {
     pub suspect: bool,
     /// Where it once came from, if not from here: it was a dead letter.
     pub origin: Option<Box<Position>>,
+    /// Where spans are sent: what its header says of where it comes from.
+    pub trace: Option<Box<TraceParent>>,
 }
 
 /// A record inside a window; its bytes are in the window's memory.
@@ -77,6 +113,8 @@ pub struct Record {
     pub suspect: bool,
     /// Where it once came from, if not from here: it was a dead letter.
     pub origin: Option<Box<Position>>,
+    /// Where spans are sent: what its header says of where it comes from.
+    pub trace: Option<Box<TraceParent>>,
     pub(crate) key: Option<Range<usize>>,
     pub(crate) value: Option<Range<usize>>,
 }
@@ -137,5 +175,30 @@ pub struct RecordError {
 impl RecordError {
     pub fn new(fault: Fault, message: impl Into<String>) -> Self {
         Self { fault, message: message.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trace_parents() {
+        let read = TraceParent::read(b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01").unwrap();
+        assert_eq!((read.trace[0], read.trace[15], read.span[1], read.flags), (0x4b, 0x36, 0xf0, 1));
+        // A later version may have more.
+        assert!(TraceParent::read(b"01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00-x").is_some());
+        for none in [
+            &b""[..],
+            b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
+            b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-x",
+            b"00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+            b"00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            b"00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+            b"ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e473\u{e9}-00f067aa0ba902b7-1".as_bytes(),
+        ] {
+            assert_eq!(TraceParent::read(none), None, "{}", String::from_utf8_lossy(none));
+        }
     }
 }

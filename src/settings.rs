@@ -55,6 +55,9 @@ pub struct Settings {
     /// When `run` consumes, and by when a backlog is to be done.
     #[serde(default)]
     pub schedule: Schedule,
+    /// OpenTelemetry: a span a window.
+    #[serde(default)]
+    pub otel: Otel,
     /// What running kandle costs, for a drain's report.
     #[serde(default)]
     pub cost: Cost,
@@ -474,6 +477,22 @@ pub enum Outside {
     #[default]
     Stay,
     Leave,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Otel {
+    /// Where spans are sent by OTLP over HTTP, without /v1/traces; none are where unset.
+    #[schemars(example = "http://localhost:4318")]
+    pub endpoint: Option<String>,
+    /// The name under which they stand.
+    pub service_name: String,
+}
+
+impl Default for Otel {
+    fn default() -> Self {
+        Self { endpoint: None, service_name: "kandle".to_owned() }
+    }
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]

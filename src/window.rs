@@ -126,6 +126,7 @@ impl Gatherer {
             headers: arrival.headers,
             suspect: arrival.suspect,
             origin: arrival.origin,
+            trace: arrival.trace,
             key,
             value,
         });

@@ -243,7 +243,7 @@ fn rules_between_keys() {
         &format!("{exactly_once}input: {{ properties: {{ isolation.level: read_uncommitted }} }}"),
         &["input.properties", "isolation.level must be read_committed"],
     );
-    one_fault("otel: {}", &["otel", "planned"]);
+    one_fault("otel: { endpoint: 'localhost:4318' }", &["otel.endpoint", "http://localhost:4318"]);
     let night = "{ cron: '0 22 * * *', duration: 8h }";
     let more = ", outside: leave, unload_model: true, timezone: Europe/Berlin, finish_by: '06:00'";
     assert!(faults(&format!("schedule: {{ periods: [{night}]{more} }}")).is_empty());

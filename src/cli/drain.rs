@@ -22,6 +22,7 @@ use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
 use crate::source::{Bound, Drain, Origins, Role};
 use crate::task::Task;
+use crate::telemetry::traces::Traces;
 use crate::telemetry::{Metrics, logging};
 
 #[derive(Args)]
@@ -63,6 +64,7 @@ pub(super) fn carry_out(
     let mut shared = Shared::new(settings);
     shared.drain = Some(Arc::clone(&bounds));
     shared.revive = revive.map(Arc::new);
+    shared.traces = Traces::start(&settings.otel).map_err(anyhow::Error::msg)?;
     run::serve(settings, &shared, || work(settings, &shared, &bounds, settings_digest, options))
 }
 

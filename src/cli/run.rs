@@ -13,12 +13,14 @@ use crate::schedule::Phase;
 use crate::settings::{Loaded, OnChange, Outside, Settings};
 use crate::source::Role;
 use crate::task::Task;
+use crate::telemetry::traces::Traces;
 use crate::telemetry::{logging, server};
 
 pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
-    let shared = Shared::new(&settings);
+    let mut shared = Shared::new(&settings);
+    shared.traces = Traces::start(&settings.otel).map_err(anyhow::Error::msg)?;
     serve(&settings, &shared, || consume(&settings, &shared))
 }
 
@@ -38,6 +40,9 @@ pub(super) fn serve(
         .with_context(|| format!("server.listen {}", settings.server.listen))?;
     runtime.spawn(signals(shared.clone()));
     let result = work();
+    if let Some(traces) = &shared.traces {
+        traces.end();
+    }
     // The server's connections are not waited for.
     runtime.shutdown_background();
     result

@@ -45,7 +45,6 @@ const PLANNED: &[(&str, &str)] = &[
     ("task.kind", "zero-shot-classification"),
     ("task.kind", "tensor"),
 ];
-const PLANNED_SECTIONS: &[&str] = &["otel"];
 
 pub(super) fn check(
     value: &Value,
@@ -130,9 +129,6 @@ fn required_leaves(schema: &Value, key: &str, out: &mut Vec<(String, String)>) {
 
 fn unknown(name: &str, section: &str, at: &Value, root: &Value) -> String {
     let key = join(section, name);
-    if section.is_empty() && PLANNED_SECTIONS.contains(&name) {
-        return format!("{name} is planned, but not in this version");
-    }
     let here: Vec<String> =
         at["properties"].as_object().into_iter().flatten().map(|(known, _)| join(section, known)).collect();
     let mut all = Vec::new();

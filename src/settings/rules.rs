@@ -212,6 +212,11 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for (key, message) in Schedule::check(&settings.schedule) {
         fault(&key, message);
     }
+    if let Some(endpoint) = &settings.otel.endpoint
+        && !["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme))
+    {
+        fault("otel.endpoint", format!("{endpoint:?} is not an address such as http://localhost:4318"));
+    }
     if settings.delivery.commit_interval.0.is_zero() {
         fault("delivery.commit_interval", "is zero".to_owned());
     }

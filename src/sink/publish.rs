@@ -29,6 +29,7 @@ use crate::record::Record;
 use crate::settings::{Guarantee, Settings};
 use crate::source::Group;
 use crate::telemetry::health::Stage;
+use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
 use crate::window::Span;
 
@@ -50,6 +51,7 @@ pub struct Wiring {
     pub topics: Topics,
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
+    pub traces: Option<Arc<Traces>>,
 }
 
 pub struct Publisher {
@@ -293,6 +295,8 @@ impl Publisher {
         }
         self.show_memory();
         let ms = (now - window.records[0].arrived).as_millis() as u64;
+        let traces = self.wiring.traces.as_ref();
+        let trace_id = traces.map(|traces| traces.window(&window, totals, &self.wiring.digest, now));
         tracing::debug!(
             window = window.id,
             records = window.records.len(),
@@ -302,6 +306,7 @@ impl Publisher {
             tombstones = totals[2],
             closed_by = window.closed_by.name(),
             ms,
+            trace_id,
             "window published"
         );
         let bytes = window.reserved();

@@ -16,7 +16,7 @@ use super::drain;
 use super::ledger::{Owned, Read};
 use super::live::{POLL, Source, SourceError};
 use crate::flow::Queued;
-use crate::record::{Arrival, Partition};
+use crate::record::{Arrival, Partition, TraceParent};
 use crate::window::{ClosedBy, Window};
 
 /// Messages taken from the client between two looks at everything else.
@@ -120,7 +120,9 @@ impl Source {
                 owned.read(message.offset(), timestamp(&message));
             }
             let suspect = owned.suspects.contains(&message.offset());
-            let arrival = Arrival { origin, ..arrival(&message, suspect) };
+            let parent = || TraceParent::read(super::headers::last(&message, c"traceparent")?);
+            let trace = if self.wiring.traced { parent().map(Box::new) } else { None };
+            let arrival = Arrival { origin, trace, ..arrival(&message, suspect) };
             full = self.gatherer.push(&owned.partition, &owned.lease, arrival, now);
             if end == Some(message.offset() + 1) {
                 ended.insert(owned.partition.clone());
@@ -293,6 +295,7 @@ fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool) -> Arrival<'a> {
         headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
         suspect,
         origin: None,
+        trace: None,
     }
 }
 

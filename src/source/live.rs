@@ -62,6 +62,8 @@ pub struct Wiring {
     pub stop: Arc<AtomicBool>,
     pub drain: Option<Arc<Drain>>,
     pub schedule: Arc<Schedule>,
+    /// Spans are sent: records are asked where they come from.
+    pub traced: bool,
     /// The input are dead letters, of records of these topics.
     pub revive: Option<Arc<Origins>>,
     /// Partitions of the input topics.

@@ -231,6 +231,6 @@ mod tests {
         for (name, ..) in TABLE {
             assert!(text.contains(&format!("# TYPE {name} ")), "{name} is in the table but not registered");
         }
-        assert_eq!(text.matches("# TYPE ").count(), TABLE.len());
+        assert_eq!(text.matches("# TYPE kandle_").count(), TABLE.len());
     }
 }

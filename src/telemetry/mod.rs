@@ -5,6 +5,7 @@ pub mod logging;
 pub mod metrics;
 mod openmetrics;
 pub mod server;
+pub mod traces;
 
 pub use health::Health;
 pub use metrics::{Metrics, TABLE};

@@ -473,6 +473,10 @@ impl Daemon {
 
     pub fn address(&mut self) -> String {
         let line = self.wait_log("admin server listens");
+        // A log of JSON lines.
+        if let Ok(line) = serde_json::from_str::<serde_json::Value>(&line) {
+            return line["address"].as_str().expect("an address").to_owned();
+        }
         line.rsplit("address=").next().expect("an address").trim().to_owned()
     }
 
