@@ -45,8 +45,10 @@ fn dashboards() -> Vec<(String, Value)> {
     all
 }
 
-/// Dashboard, panel and queries.
-fn queries() -> Vec<(String, String, Vec<(String, String)>)> {
+/// Of a panel: its dashboard, its title, its queries with their legends.
+type Panel = (String, String, Vec<(String, String)>);
+
+fn queries() -> Vec<Panel> {
     let mut all = Vec::new();
     for (name, dashboard) in dashboards() {
         for panel in dashboard["panels"].as_array().expect("panels") {
@@ -165,7 +167,8 @@ fn alerts_fire_when_they_should_and_lead_somewhere() {
             url.strip_prefix("/d/kandle-").and_then(|rest| rest.split('?').next()).expect("a dashboard");
         let panels = dashboards[uid]["panels"].as_array().expect("panels");
         if let Some((_, id)) = url.split_once("viewPanel=") {
-            let found = panels.iter().any(|panel| panel["id"].to_string() == id && panel["type"] != "row");
+            let id: u64 = id.parse().expect("a number");
+            let found = panels.iter().any(|panel| panel["id"] == id && panel["type"] != "row");
             assert!(found, "{name}: no panel {id}");
         }
     }
