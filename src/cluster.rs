@@ -20,6 +20,9 @@ const ATTEMPT: Duration = Duration::from_secs(5);
 /// Waits between attempts: doubled from the first to the last.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
+/// The wait by which a topic that is made on demand is there.
+const MADE: Duration = Duration::from_secs(2);
+
 /// A topic that is written.
 #[derive(Debug, Clone, Copy)]
 pub struct Written {
@@ -267,7 +270,7 @@ pub enum WaitError {
     #[error(transparent)]
     Client(#[from] KafkaError),
     #[error("{0}")]
-    Missing(Trouble),
+    Missing(String),
 }
 
 /// Waits until the cluster can be used, and says what it waits for; `None` when asked to stop.
@@ -291,10 +294,13 @@ pub fn wait(
         let (gone, troubles): (Vec<_>, Vec<_>) = troubles
             .into_iter()
             .partition(|trouble| missing == Missing::Fail && matches!(trouble, Trouble::Missing { .. }));
-        if let Some(trouble) = gone.into_iter().next() {
-            return Err(WaitError::Missing(trouble));
+        // Brokers that make topics on demand say at first that there is none.
+        if let Some(trouble) = gone.first()
+            && backoff >= MADE
+        {
+            return Err(WaitError::Missing(trouble.to_string()));
         }
-        for trouble in &troubles {
+        for trouble in troubles.iter().chain(&gone) {
             tracing::error!("{trouble}; trying again in {}", humantime::format_duration(backoff));
             health.error(&trouble.to_string());
         }

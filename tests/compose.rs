@@ -3,11 +3,13 @@
 
 mod support;
 
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 use support::kafka::Kafka;
-use support::{Daemon, root, tool, until};
+use support::prometheus::Prometheus;
+use support::{Daemon, root, until};
 
 /// A process that ends with the test.
 struct Running(Child);
@@ -91,33 +93,15 @@ fn the_services_are_a_live_system() {
     let prometheus = command(&services["prometheus"]);
     let flag =
         prometheus.iter().find_map(|word| word.strip_prefix("--config.file=")).expect("a configuration");
-    let folder = tempfile::tempdir().expect("a folder");
     let scrape = read(flag).replace("kandle:9464", &address);
     assert!(scrape.contains(&address), "it scrapes kandle: {scrape}");
-    let prometheus_yml = folder.path().join("prometheus.yml");
-    std::fs::write(&prometheus_yml, scrape).expect("written");
     let alerts = here(&services["prometheus"], "/etc/prometheus/alerts.yaml").expect("alerts are mounted");
-    std::fs::copy(alerts, folder.path().join("alerts.yaml")).expect("copied");
-    let port =
-        std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
-    let _prometheus = Running(
-        Command::new(tool("prometheus"))
-            .args(prometheus.iter().filter(|word| !word.starts_with("--config.file=")))
-            .arg(format!("--config.file={}", prometheus_yml.display()))
-            .arg(format!("--storage.tsdb.path={}", folder.path().join("data").display()))
-            .arg(format!("--web.listen-address=127.0.0.1:{port}"))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("prometheus starts"),
-    );
+    let flags: Vec<String> =
+        prometheus.iter().filter(|word| !word.starts_with("--config.file=")).cloned().collect();
+    let prometheus = Prometheus::start(&scrape, Path::new(&alerts), &flags);
     // Grafana's first panel has something to show.
-    let query = "/api/v1/query?query=sum(rate(kandle_records_total%7Boutcome%3D%22predicted%22%7D%5B1m%5D))";
     until("predictions in Prometheus", || {
-        let answer = support::http(&format!("127.0.0.1:{port}"), query)?;
-        let value: Value = serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()?;
-        let rate = value["data"]["result"][0]["value"][1].as_str()?.parse::<f64>().ok()?;
-        (rate > 1.0).then_some(())
+        prometheus.has(r#"sum(rate(kandle_records_total{outcome="predicted"}[1m])) > 1"#).then_some(())
     });
     daemon.stop();
 

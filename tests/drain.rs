@@ -6,15 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 use support::ledger::Ledger;
-use support::{File, Place, Sent, file, finish, kandle, until};
-
-/// No model: what is tested is between the topics.
-const NOOP: [(&str, &str); 4] = [
-    ("task", "{ kind: noop }"),
-    ("model", ""),
-    ("output", "{ topic: $OUTPUT }"),
-    ("input", "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }"),
-];
+use support::{File, NOOP, Place, Sent, file, finish, kandle, until};
 
 fn config(place: &Place, more: &[(&str, &str)]) -> File {
     file("kandle.yaml", &place.config(&[&NOOP, more].concat()))

@@ -4,17 +4,16 @@
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kandle::telemetry::metrics::{Kind, TABLE};
 use serde_json::Value;
-use support::{Daemon, Place, Sent, root, tool, until};
+use support::prometheus::Prometheus;
+use support::{Daemon, Place, Sent, root, tool};
 
 /// What the system says of the process, by the client library.
 const PROCESS: [&str; 7] = [
@@ -174,96 +173,6 @@ fn alerts_fire_when_they_should_and_lead_somewhere() {
     }
 }
 
-/// A Prometheus that scrapes one address.
-struct Prometheus {
-    child: Child,
-    address: String,
-    _folder: tempfile::TempDir,
-}
-
-impl Drop for Prometheus {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Prometheus {
-    fn start(scraped: &str) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let config = folder.path().join("prometheus.yml");
-        let rules = root().join("grafana/alerts.yaml");
-        let text = format!(
-            "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\n\
-             rule_files: [{}]\n\
-             scrape_configs: [{{ job_name: kandle, static_configs: [{{ targets: ['{scraped}'], labels: {{ namespace: test }} }}] }}]\n",
-            rules.display()
-        );
-        std::fs::write(&config, text).expect("written");
-        let port =
-            std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
-        let address = format!("127.0.0.1:{port}");
-        let child = Command::new(tool("prometheus"))
-            .arg(format!("--config.file={}", config.display()))
-            .arg(format!("--storage.tsdb.path={}", folder.path().join("data").display()))
-            .arg(format!("--web.listen-address={address}"))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("prometheus starts");
-        let prometheus = Self { child, address, _folder: folder };
-        until("Prometheus", || {
-            prometheus.get("/-/ready", &[]).filter(|answer| answer.starts_with("HTTP/1.1 200"))
-        });
-        prometheus
-    }
-
-    /// The whole answer to a form posted.
-    fn get(&self, path: &str, form: &[(&str, &str)]) -> Option<String> {
-        let encode =
-            |text: &str| -> String {
-                text.bytes()
-                    .map(|b| {
-                        if b.is_ascii_alphanumeric() {
-                            char::from(b).to_string()
-                        } else {
-                            format!("%{b:02X}")
-                        }
-                    })
-                    .collect()
-            };
-        let form: Vec<String> =
-            form.iter().map(|(name, value)| format!("{name}={}", encode(value))).collect();
-        let form = form.join("&");
-        let method = if form.is_empty() { "GET" } else { "POST" };
-        let mut stream = TcpStream::connect(&self.address).ok()?;
-        write!(
-            stream,
-            "{method} {path} HTTP/1.0\r\nHost: test\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{form}",
-            form.len()
-        )
-        .ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        Some(answer.replacen("HTTP/1.0", "HTTP/1.1", 1))
-    }
-
-    fn ask(&self, path: &str, form: &[(&str, &str)]) -> Value {
-        let answer = self.get(path, form).expect("Prometheus answers");
-        let body = answer.split_once("\r\n\r\n").expect("a body").1;
-        let value: Value = serde_json::from_str(body).unwrap_or_else(|e| panic!("{e}: {body}"));
-        assert_eq!(value["status"], "success", "{form:?}: {value}");
-        value["data"]["result"].clone()
-    }
-
-    /// Whether a query has any number now.
-    fn has(&self, query: &str) -> bool {
-        let result = self.ask("/api/v1/query", &[("query", query)]);
-        let numbers = result.as_array().into_iter().flatten().map(|series| &series["value"][1]);
-        numbers.into_iter().any(|value| value != "NaN")
-    }
-}
-
 /// A query as Grafana sends it, all chosen in every variable.
 fn expand(query: &str) -> String {
     let mut query = query.replace("$__rate_interval", "10s");
@@ -311,7 +220,16 @@ fn every_query_has_data_from_a_kandle_under_load() {
     let more =
         [("schedule", "{ finish_by: \"06:00\" }"), ("task", "{ kind: text-classification, cache: 16MiB }")];
     let mut daemon = Daemon::start(&place.config(&more));
-    let prometheus = Prometheus::start(&daemon.address());
+    let prometheus = Prometheus::start(
+        &format!(
+            "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\n\
+             rule_files: [alerts.yaml]\n\
+             scrape_configs: [{{ job_name: kandle, static_configs: [{{ targets: ['{}'], labels: {{ namespace: test }} }}] }}]\n",
+            daemon.address(),
+        ),
+        &root().join("grafana/alerts.yaml"),
+        &[],
+    );
     let stop = Arc::new(AtomicBool::new(false));
     let load = load(&place, &stop);
     let panels = queries();
@@ -343,7 +261,7 @@ fn every_query_has_data_from_a_kandle_under_load() {
             assert!(prometheus.has(&name), "{name} of {query} has no data");
         }
     }
-    let loaded = prometheus.get("/api/v1/rules", &[]).expect("an answer");
+    let loaded = prometheus.ask("/api/v1/rules", &[]).to_string();
     for rule in &rules {
         assert!(loaded.contains(rule["alert"].as_str().expect("a name")), "{rule} is not loaded");
     }
@@ -372,7 +290,7 @@ fn preview(prometheus: &Prometheus, folder: &Path) {
             .iter()
             .map(|(query, legend)| {
                 let form = [("query", &*expand(query)), ("start", &from), ("end", &to), ("step", "2")];
-                serde_json::json!({ "legend": legend, "result": prometheus.ask("/api/v1/query_range", &form) })
+                serde_json::json!({ "legend": legend, "result": prometheus.ask("/api/v1/query_range", &form)["result"] })
             })
             .collect();
         all.entry(dashboard).or_default().insert(panel, results.into());

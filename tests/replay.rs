@@ -13,14 +13,7 @@ use rdkafka::producer::{BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde_json::Value;
 use support::ledger::Ledger;
-use support::{Daemon, File, Place, Sent, file, finish, kandle, until};
-
-const NOOP: [(&str, &str); 4] = [
-    ("task", "{ kind: noop }"),
-    ("model", ""),
-    ("output", "{ topic: $OUTPUT }"),
-    ("input", "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }"),
-];
+use support::{Daemon, File, NOOP, Place, Sent, file, finish, kandle, until};
 
 fn config(place: &Place, more: &[(&str, &str)]) -> File {
     file("kandle.yaml", &place.config(&[&NOOP, more].concat()))

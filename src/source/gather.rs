@@ -65,7 +65,8 @@ impl Source {
         let mut end = None;
         for i in 0..limit {
             // Nothing at all is under way.
-            let idle = i == 0 && self.in_flight == 0 && self.held.is_empty() && self.gatherer.bytes() == 0;
+            let idle =
+                i == 0 && self.in_flight == 0 && self.held.is_empty() && self.gatherer.deadline().is_none();
             let waits = idle.then(Instant::now);
             let polled = consumer.poll(wait);
             if let Some(since) = waits {

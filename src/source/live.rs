@@ -280,6 +280,11 @@ impl Source {
         if self.ledger.commits_open() {
             tracing::warn!("the last offsets could not be committed: their records will be predicted again");
         }
+        // What is behind is other members' to show, or nobody's.
+        for owned in self.ledger.iter() {
+            self.lag.forget(&owned.partition, &self.wiring.metrics);
+        }
+        self.wiring.metrics.drain_remaining.set(0.0);
         self.wiring.health.idle(Stage::Source);
         Ok(())
     }

@@ -4,6 +4,7 @@
 
 pub mod kafka;
 pub mod ledger;
+pub mod prometheus;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -81,6 +82,14 @@ pub fn unique(name: &str) -> String {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_millis();
     format!("{name}-{}-{millis}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
+
+/// Sections of a job without a model, where what is tested is between the topics.
+pub const NOOP: [(&str, &str); 4] = [
+    ("task", "{ kind: noop }"),
+    ("model", ""),
+    ("output", "{ topic: $OUTPUT }"),
+    ("input", "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }"),
+];
 
 /// Topics and a group of one test.
 pub struct Place {
