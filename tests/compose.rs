@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use serde_json::Value;
 use support::kafka::Kafka;
 use support::prometheus::Prometheus;
-use support::{Daemon, root, until};
+use support::{Daemon, file, finish, root, until};
 
 /// A process that ends with the test.
 struct Running(Child);
@@ -104,6 +104,13 @@ fn the_services_are_a_live_system() {
         prometheus.has(r#"sum(rate(kandle_records_total{outcome="predicted"}[1m])) > 1"#).then_some(())
     });
     daemon.stop();
+    // A batch job does not wait for topics that are not there, but for those that the broker makes.
+    let config = file("kandle.yaml", &own);
+    let set = ["output.topic=made-on-demand", "input.group=another"];
+    let mut drain = support::kandle();
+    drain.args(["drain", "-c"]).arg(&config.path).args(set.iter().flat_map(|set| ["--set", *set]));
+    let (code, _, log) = finish(&mut drain, b"");
+    assert_eq!(code, 0, "{log}");
 
     // Grafana is given the dashboards and the data source they are made for.
     let provider = read(

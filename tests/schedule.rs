@@ -91,6 +91,8 @@ fn outside_of_its_periods_it_leaves_the_group_and_unloads_the_model() {
     assert_eq!(members(&place), 0);
     assert_eq!(sum(&place), 20, "what was in flight is committed");
     assert_eq!(daemon.get("/readyz").0, 200);
+    let metrics = daemon.get("/metrics").1;
+    assert!(!metrics.contains("kandle_lag_records{"), "nothing is this member's: {metrics}");
     let status = daemon.get("/status").1;
     assert!(status.contains("\"outside_schedule_until\":\"2026-11-26T21:00:00Z\""), "{status}");
     place.produce(tickets(20, 40));
