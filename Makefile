@@ -36,6 +36,7 @@ test-repeat: ## The tests 20 times in a row beside two busy loops (N=… for ano
 chaos: ## 200 faults under each guarantee, the memory limit under long backlogs (CHAOS_SEED=… repeats a schedule)
 	@scripts/setup.sh test
 	cargo test --features failpoints --test chaos -- --ignored --nocapture --test-threads 1
+	cargo test --features failpoints --test drain -- --ignored --nocapture --test-threads 1
 	cargo test --features failpoints --test memory -- --ignored --nocapture --test-threads 1
 
 .PHONY: chart-test

@@ -71,6 +71,16 @@ fn every_command_runs() {
                 assert_eq!((&prediction["label"], &prediction["id"]), (&"billing".into(), &7.into()));
                 daemon.stop();
             }
+            // It builds what `make build` builds: the one binary of the package.
+            ["cargo", "install", "--path", "."] => {
+                let metadata = ["metadata", "--no-deps", "--offline", "--format-version", "1"];
+                let output =
+                    Command::new("cargo").args(metadata).current_dir(root()).output().expect("cargo");
+                let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+                let targets = metadata["packages"][0]["targets"].as_array().expect("targets");
+                let binaries = targets.iter().filter(|target| target["kind"][0] == "bin");
+                assert_eq!(binaries.map(|target| &target["name"]).collect::<Vec<_>>(), ["kandle"]);
+            }
             // Its file is linted (make lint-deploy): there is nothing here that builds images.
             ["docker", "build", ..] => {
                 let text = std::fs::read_to_string(root().join("Dockerfile")).expect("Dockerfile");
