@@ -1,5 +1,6 @@
 //! The producer, and the message that is made of each record: its topic, partition, headers, value.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -96,8 +97,11 @@ pub(super) struct Outlet {
     partitioning: Partitioning,
     stamp: Stamp,
     topics: Topics,
+    transactional: bool,
     metrics: Arc<Metrics>,
     source: SourceText,
+    /// The transaction takes no more: a message of it has failed already.
+    pub transaction_failed: Cell<bool>,
     /// What a transaction that is sent again must not send again.
     pub too_large: HashMap<Position, TooLarge>,
 }
@@ -111,8 +115,10 @@ impl Outlet {
             partitioning: settings.output.partition,
             stamp: Stamp { model: wiring.model.clone(), digest: wiring.digest.clone() },
             topics: wiring.topics,
+            transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
             metrics: Arc::clone(&wiring.metrics),
             source: SourceText::default(),
+            transaction_failed: Cell::new(false),
             too_large: HashMap::new(),
         }
     }
@@ -228,6 +234,11 @@ impl Outlet {
                     self.metrics.retries.with_label_values(&["produce"]).inc();
                     self.producer.poll(Duration::from_millis(10));
                     self.check_fatal()?;
+                }
+                // It says so of a transaction alone, before the report of the message that failed.
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::State), _)) if self.transactional => {
+                    self.transaction_failed.set(true);
+                    return Ok(());
                 }
                 Err((error, back)) => return Err(format!("cannot publish to {}: {error}", back.topic)),
             }

@@ -38,6 +38,18 @@ const REPORTS: Duration = Duration::from_millis(2);
 /// The same while there are none.
 const IDLE: Duration = Duration::from_millis(500);
 
+/// Refusals that trying again does not change.
+pub(super) const FOR_GOOD: [RDKafkaErrorCode; 8] = [
+    RDKafkaErrorCode::TopicAuthorizationFailed,
+    RDKafkaErrorCode::ClusterAuthorizationFailed,
+    RDKafkaErrorCode::UnknownTopic,
+    RDKafkaErrorCode::UnknownTopicOrPartition,
+    RDKafkaErrorCode::UnknownPartition,
+    RDKafkaErrorCode::InvalidTopic,
+    RDKafkaErrorCode::InvalidRecord,
+    RDKafkaErrorCode::PolicyViolation,
+];
+
 /// What the publisher is told at the start.
 pub struct Wiring {
     pub metrics: Arc<Metrics>,
@@ -168,6 +180,11 @@ impl Publisher {
             }
             sent += 1;
             self.outlet.send(number, &mut content, place)?;
+            if self.outlet.transaction_failed.take() {
+                // Reports say why, and until they are read this is what is known.
+                self.broken.get_or_insert_with(|| "a message of it was not delivered".to_owned());
+                break;
+            }
             // The producer's queue is to drain while it is filled.
             if place % 4096 == 4095 {
                 self.outlet.producer.poll(Duration::ZERO);
@@ -210,13 +227,12 @@ impl Publisher {
     /// dead letter one of headers alone. Anything else is no record's fault: in a transaction it may
     /// pass, and without one nothing comes here that may.
     fn refused(&mut self, ticket: Ticket, code: RDKafkaErrorCode) -> Result<(), String> {
-        use RDKafkaErrorCode as Code;
         let transactional = self.session.is_some();
         let number = ticket.window();
         let Some(at) = self.index(number) else { return Ok(()) };
         let content = &mut self.under_way[at].content;
         let position = content.window.position(&content.window.records[ticket.place()]);
-        if code == Code::MessageSizeTooLarge {
+        if code == RDKafkaErrorCode::MessageSizeTooLarge {
             if !transactional {
                 return self.outlet.send_instead(number, content, ticket.place());
             }
@@ -229,17 +245,7 @@ impl Publisher {
             self.broken = Some(format!("{position}: too large for its topic"));
             return Ok(());
         }
-        let for_good = [
-            Code::TopicAuthorizationFailed,
-            Code::ClusterAuthorizationFailed,
-            Code::UnknownTopic,
-            Code::UnknownTopicOrPartition,
-            Code::UnknownPartition,
-            Code::InvalidTopic,
-            Code::InvalidRecord,
-            Code::PolicyViolation,
-        ];
-        if !transactional || for_good.contains(&code) {
+        if !transactional || FOR_GOOD.contains(&code) {
             return Err(format!("{position}: the broker refuses its prediction for good: {code}"));
         }
         self.broken.get_or_insert(format!("{position}: not delivered: {code}"));

@@ -22,7 +22,7 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::acks::Reports;
 use super::member::MemberId;
 use super::outlet::{config, producer};
-use super::publish::{Publisher, UnderWay};
+use super::publish::{FOR_GOOD, Publisher, UnderWay};
 use super::transaction::{Broken, Call, Transactions};
 use crate::failpoint;
 use crate::flow::Report;
@@ -175,9 +175,12 @@ impl Publisher {
         self.drop_all(reason, reports);
         match self.call(Call::Abort) {
             Ok(()) => {
-                // Of messages that are no more.
+                // Of messages that are no more; but what was refused for good would be again.
                 self.outlet.producer.poll(Duration::ZERO);
-                drop(self.outlet.producer.context().take());
+                let failed = self.outlet.producer.context().take().failed;
+                if let Some((_, code)) = failed.iter().find(|(_, code)| FOR_GOOD.contains(code)) {
+                    return Err(format!("the broker refuses predictions for good: {code}"));
+                }
                 self.session().begun = None;
                 let _ = reports.send(Report::Aborted);
                 Ok(())
