@@ -66,9 +66,9 @@ impl Shared {
             health: Arc::new(Health::new(settings.server.stall_after.0)),
             stop: Arc::new(AtomicBool::new(false)),
             drain: None,
-            // The settings have been checked.
             revive: None,
             traces: None,
+            // The settings have been checked.
             schedule: Arc::new(Schedule::new(&settings.schedule).unwrap_or_else(Schedule::always)),
             verdict: Arc::default(),
         }
@@ -86,8 +86,9 @@ impl Shared {
 /// which takes 40 to 100 ms.
 const BEFORE_PUBLISH: usize = 64;
 
-/// Runs until `shared.stop` is set, the bounds are reached, or the schedule's period is over, and everything in flight is committed. The first error of any
-/// stage is returned at once, with other stages still running: the process is to end.
+/// Runs until `shared.stop` is set, the bounds are reached, or the schedule's period is over, and
+/// everything in flight is committed. The first error of any stage is returned at once, with other
+/// stages still running: the process is to end.
 pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Shared) -> Result<(), String> {
     describe(&task, shared);
     let (metrics, health) = (&shared.metrics, &shared.health);

@@ -236,6 +236,16 @@ fn dead_letters_are_judged_again_at_their_own_positions() {
     let read: Value =
         serde_json::from_str(&std::fs::read_to_string(&report.path).expect("a report")).expect("JSON");
     assert_eq!((&read["records"], &read["dead_lettered"]), (&1.into(), &1.into()));
+
+    // Retention has gone past where the replay stands: it goes on with what there is.
+    let letters = place.dead_letters(5).len() as i64;
+    place.produce([Sent::new(0, "no json")]);
+    let (code, _, log) = run("drain", &config, &[]);
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(place.dead_letters(6).last().expect("six").offset, letters);
+    delete_before(&elsewhere, letters);
+    let (code, _, log) = run("replay", &config, &again);
+    assert_eq!(code, 3, "{log}");
 }
 
 #[test]

@@ -218,7 +218,7 @@ struct Report {
     tokens_per_second: f64,
     device_busy_seconds: f64,
     device_idle_seconds: f64,
-    /// Nothing at all was under way but records from Kafka; part of the device's idle time.
+    /// Nothing at all was under way: records from Kafka were waited for. Part of the device's idle time.
     kafka_wait_seconds: f64,
     padding_ratio: f64,
     peak_rss_bytes: Option<u64>,

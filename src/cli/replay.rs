@@ -63,7 +63,7 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     if let Some(transactional_id) = &mut settings.delivery.transactional_id {
         *transactional_id = format!("{transactional_id}-replay-{id}");
     }
-    // A static member's name is the live one's; and where to begin is said here.
+    // A static member's name is the live one's.
     settings.input.properties.remove("group.instance.id");
     settings.kafka.properties.remove("group.instance.id");
 
@@ -110,8 +110,9 @@ fn refuse_another_range(
     id: &str,
 ) -> anyhow::Result<()> {
     for (partition, offset) in source::standing(settings, ranges.keys())? {
-        if let Some(Range { from, to, .. }) = ranges.get(&partition)
-            && !(*from..=*to).contains(&offset)
+        if let Some(Range { from, to, low, .. }) = ranges.get(&partition)
+            // What retention has deleted meanwhile is no other range.
+            && (offset > *to || (offset < *from && from > low))
         {
             bail!(
                 "--id {id} has been used for another range: it stands at {partition}/{offset}, and this one \

@@ -227,8 +227,8 @@ impl Source {
         self.finish(windows, reports)
     }
 
-    /// SIGTERM, or the end of a drain or a period: the window that gathers goes too, all in flight is published and committed, and the
-    /// member leaves the group.
+    /// SIGTERM, or the end of a drain or a period: the window that gathers goes too, all in flight is
+    /// published and committed, and the member leaves the group.
     fn finish(
         &mut self,
         windows: Sender<Queued<Window>>,
