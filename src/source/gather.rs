@@ -186,12 +186,12 @@ impl Source {
         // Some still come until it is paused: of large ones, few may.
         let large = self.waiting() > self.window_bytes / 4;
         if (large || since.elapsed() >= PATIENCE) && !self.paused {
+            tracing::debug!("paused: the pipeline is full");
             self.pause();
         }
     }
 
     pub(super) fn pause(&mut self) {
-        tracing::debug!("paused");
         self.paused = true;
         if let Err(error) = self.consumer.assignment().and_then(|all| self.consumer.pause(&all)) {
             tracing::debug!(%error, "pausing");
