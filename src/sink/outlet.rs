@@ -18,6 +18,7 @@ use crate::cluster::Topics;
 use crate::flow::{Encoded, Outcome};
 use crate::record::{Fault, Partition, Position, RecordError, header_bytes};
 use crate::settings::{Guarantee, Partitioning, Settings};
+use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
 
 /// What a message takes in the producer's queue beside its key and value: librdkafka's own structure
@@ -99,6 +100,7 @@ pub(super) struct Outlet {
     topics: Topics,
     transactional: bool,
     metrics: Arc<Metrics>,
+    health: Arc<Health>,
     source: SourceText,
     /// The transaction takes no more: a message of it has failed already.
     pub transaction_failed: Cell<bool>,
@@ -117,6 +119,7 @@ impl Outlet {
             topics: wiring.topics,
             transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
             metrics: Arc::clone(&wiring.metrics),
+            health: Arc::clone(&wiring.health),
             source: SourceText::default(),
             transaction_failed: Cell::new(false),
             too_large: HashMap::new(),
@@ -234,6 +237,8 @@ impl Outlet {
                     self.metrics.retries.with_label_values(&["produce"]).inc();
                     self.producer.poll(Duration::from_millis(10));
                     self.check_fatal()?;
+                    // Kafka is away: it is waited for, and nothing of ours has stopped.
+                    self.health.busy(Stage::Publish);
                 }
                 // It says so of a transaction alone, before the report of the message that failed.
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::State), _)) if self.transactional => {
