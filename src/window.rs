@@ -78,6 +78,14 @@ impl Window {
         Position { partition: self.spans[record.span as usize].partition.clone(), offset: record.offset }
     }
 
+    /// Where a record once came from: its own position, or for one that was a dead letter, its original one.
+    pub fn origin<'a>(&'a self, record: &'a Record) -> (&'a Partition, i64) {
+        match &record.origin {
+            None => (&self.spans[record.span as usize].partition, record.offset),
+            Some(origin) => (&origin.partition, origin.offset),
+        }
+    }
+
     /// Reserves what this window takes of the memory limit until it is published: what it holds, once
     /// more for what is decoded of it, and `per_record` for tokens, outputs and predictions.
     pub fn reserve(&mut self, per_record: usize) {

@@ -140,10 +140,7 @@ impl Outlet {
         }
         let Encoded { window, outcomes, memory } = &*content;
         let record = &window.records[place];
-        let (partition, offset) = match &record.origin {
-            None => (&window.spans[record.span as usize].partition, record.offset),
-            Some(origin) => (&origin.partition, origin.offset),
-        };
+        let (partition, offset) = window.origin(record);
         let source = self.source.at(partition, offset);
         let (topic, written, value, headers) = match &outcomes[place] {
             Outcome::Dead(error) => {
@@ -204,11 +201,8 @@ impl Outlet {
 
     /// A dead letter of headers alone.
     fn send_bare(&self, number: u64, content: &Encoded, place: usize) -> Result<(), String> {
-        let record = &content.window.records[place];
-        let position = match &record.origin {
-            None => content.window.position(record).to_string(),
-            Some(origin) => origin.to_string(),
-        };
+        let (partition, offset) = content.window.origin(&content.window.records[place]);
+        let position = format!("{partition}/{offset}");
         let Outcome::Dead(error) = &content.outcomes[place] else {
             unreachable!("only a dead letter loses its bytes");
         };
