@@ -124,7 +124,8 @@ fn started_outside_and_stopped_there_it_has_done_nothing() {
 fn a_backlog_that_will_not_be_done_in_time_is_said_ahead() {
     let place = Place::new("schedule-late", 2);
     place.produce(tickets(0, 2000));
-    let clock = file("clock", "2026-11-25T05:59:50Z");
+    // The clock stands: two seconds are left all the while, and nine are needed when the rate has been watched.
+    let clock = file("clock", "2026-11-25T05:59:58Z");
     let more = [
         ("schedule", "{ finish_by: \"06:00\" }"),
         ("window", "{ max_records: 10 }"),
@@ -133,7 +134,7 @@ fn a_backlog_that_will_not_be_done_in_time_is_said_ahead() {
     let config = file("kandle.yaml", &place.config(&[&NOOP[..], &more].concat()));
     let mut command = kandle();
     command.args(["drain", "-c"]).arg(&config.path).env("KANDLE_TEST_CLOCK", &clock.path);
-    // Ten records in 70 ms: 14 s for all of them.
+    // Ten records in 70 ms: 14 s for all of them, of which the first five are watched.
     let (code, _, log) = finish(command.env("FAILPOINTS", "encode=sleep(70)"), b"");
     assert_eq!(code, 0, "{log}");
     assert_eq!(log.matches("will not be done by 2026-11-25T06:00:00Z").count(), 1, "{log}");
