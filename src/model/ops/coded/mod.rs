@@ -8,11 +8,15 @@
 //! Weights and input stand in groups of 4 bytes, as many inputs as one instruction multiplies and adds
 //! up: two of 16 bits or four of 8. Panels are as in [`super::matmul`], a group in the place of a number.
 
-use std::cell::RefCell;
-use std::hint::black_box;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+mod vector;
 
-/// Inputs of a part of a panel at most: sums of as many products of bytes are exact in an f32.
-const DEPTH: usize = 768;
+use std::cell::RefCell;
+
+use vector::{Isa, Plain};
+#[cfg(target_arch = "x86_64")]
+use vector::x86;
 
 /// What a weight is stored as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,10 +36,21 @@ enum Kernel {
     Vnni,
     #[cfg(target_arch = "x86_64")]
     Bf16,
+    /// Whole tiles of 16 rows.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx(Code),
 }
 
 impl Kernel {
     fn choose(code: Code) -> Result<Self, String> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if amx::available() {
+            return Ok(Kernel::Amx(code));
+        }
+        Self::choose_vectors(code)
+    }
+
+    fn choose_vectors(code: Code) -> Result<Self, String> {
         #[cfg(target_arch = "x86_64")]
         {
             let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
@@ -48,7 +63,7 @@ impl Kernel {
         }
         match code {
             Code::Int8 => Ok(Kernel::Plain),
-            Code::Bf16 => Err("this processor has no bf16 (AVX512-BF16): f32 or int8".to_owned()),
+            Code::Bf16 => Err("this processor has no bf16 (AVX512-BF16 or AMX): f32 or int8".to_owned()),
         }
     }
 
@@ -61,6 +76,8 @@ impl Kernel {
             Kernel::Vnni => Shape::of::<x86::Vnni>(),
             #[cfg(target_arch = "x86_64")]
             Kernel::Bf16 => Shape::of::<x86::Bf16>(),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Kernel::Amx(code) => amx::shape(code),
         }
     }
 }
@@ -77,11 +94,21 @@ struct Shape {
     /// Columns of a panel.
     width: usize,
     encoding: Encoding,
+    /// Groups that are multiplied at a time: rows are whole ones, zeros at their ends.
+    step: usize,
+    /// Rows that are multiplied at a time.
+    height: usize,
 }
 
 impl Shape {
     fn of<K: Isa>() -> Self {
-        Self { group: K::ENCODING.group(), width: 2 * K::LANES, encoding: K::ENCODING }
+        let encoding = K::ENCODING;
+        Self { group: encoding.group(), width: 2 * K::LANES, encoding, step: 1, height: 1 }
+    }
+
+    /// Groups of a row.
+    fn groups(&self, inputs: usize) -> usize {
+        inputs.div_ceil(self.group).next_multiple_of(self.step)
     }
 }
 
@@ -92,6 +119,8 @@ enum Encoding {
     Pairs,
     /// Four: weights i8, inputs u8 with 128 added, whose share the sums begin without.
     Quads,
+    /// Four of i8, both sides.
+    Bytes,
     /// Two of bf16.
     Bf16,
 }
@@ -100,7 +129,16 @@ impl Encoding {
     fn group(self) -> usize {
         match self {
             Encoding::Pairs | Encoding::Bf16 => 2,
-            Encoding::Quads => 4,
+            Encoding::Quads | Encoding::Bytes => 4,
+        }
+    }
+
+    /// Inputs of a part of a panel at most. Sums of 768 products of bytes are exact in an f32; of bf16, 32
+    /// columns and 512 inputs are 32 KiB, which the first-level cache keeps.
+    fn depth(self) -> usize {
+        match self {
+            Encoding::Pairs | Encoding::Quads | Encoding::Bytes => 768,
+            Encoding::Bf16 => 512,
         }
     }
 }
@@ -127,14 +165,15 @@ impl Coded {
     }
 
     fn with(weight: &[f32], inputs: usize, outputs: usize, kernel: Kernel) -> Self {
-        let Shape { group, width, encoding } = kernel.shape();
-        let depth = inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(group);
+        let shape = kernel.shape();
+        let Shape { group, width, encoding, step, .. } = shape;
+        let depth = inputs.div_ceil(inputs.div_ceil(encoding.depth())).next_multiple_of(group * step);
         let columns = outputs.next_multiple_of(width);
         let mut scales = vec![0.0; columns];
         for (scale, row) in scales.iter_mut().zip(weight.chunks(inputs)) {
             *scale = match encoding {
                 Encoding::Bf16 => 1.0,
-                Encoding::Pairs | Encoding::Quads => greatest(row) / 127.0,
+                Encoding::Pairs | Encoding::Quads | Encoding::Bytes => greatest(row) / 127.0,
             };
         }
         let quantized = |input: usize, output: usize| -> i32 {
@@ -143,15 +182,16 @@ impl Coded {
             }
             (weight[output * inputs + input] / scales[output]).round_ties_even() as i32
         };
-        let mut panels = Vec::with_capacity(columns * inputs.div_ceil(group));
+        let mut panels = Vec::with_capacity(columns * shape.groups(inputs));
         let mut start = Vec::new();
         for part in (0..inputs).step_by(depth) {
             let end = (part + depth).min(inputs);
             for first in (0..columns).step_by(width) {
-                for input in (part..end).step_by(group) {
+                // Past the last input the weights are 0.
+                for input in (part..part + group * shape.groups(end - part)).step_by(group) {
                     panels.extend((first..first + width).map(|output| match encoding {
                         Encoding::Pairs => pair([0, 1].map(|i| quantized(input + i, output) as i16 as u16)),
-                        Encoding::Quads => {
+                        Encoding::Quads | Encoding::Bytes => {
                             u32::from_le_bytes([0, 1, 2, 3].map(|i| quantized(input + i, output) as i8 as u8))
                         }
                         Encoding::Bf16 => {
@@ -164,7 +204,7 @@ impl Coded {
                 }
                 start.extend((first..first + width).map(|output| match encoding {
                     Encoding::Quads => (part..end).map(|input| -128 * quantized(input, output)).sum(),
-                    Encoding::Pairs | Encoding::Bf16 => 0,
+                    Encoding::Pairs | Encoding::Bytes | Encoding::Bf16 => 0,
                 }));
             }
         }
@@ -185,11 +225,13 @@ impl Coded {
         out: &mut [f32],
         mut strip: impl FnMut(&mut [f32], std::ops::Range<usize>),
     ) {
-        let Shape { group, width, encoding } = self.kernel.shape();
+        let shape = self.kernel.shape();
+        let Shape { group, width, encoding, step, height } = shape;
         let rows = x.len() / self.inputs;
-        let groups = self.inputs.div_ceil(group);
+        // Where rows stand a power of two apart, many of them share few sets of the cache.
+        let groups = shape.groups(self.inputs) + if step > 1 { step } else { 0 };
         ROOM.with_borrow_mut(|room| {
-            room.codes.resize(rows * groups, 0);
+            room.codes.resize(rows.next_multiple_of(height) * groups, 0);
             room.scales.resize(rows, 1.0);
             for ((x, codes), scale) in
                 x.chunks(self.inputs).zip(room.codes.chunks_mut(groups)).zip(&mut room.scales)
@@ -198,14 +240,14 @@ impl Coded {
             }
             let (mut panels, mut start) = (&self.panels[..], &self.start[..]);
             for part in (0..self.inputs).step_by(self.depth) {
-                let depth = self.depth.min(self.inputs - part).div_ceil(group);
+                let depth = shape.groups(self.depth.min(self.inputs - part));
                 for column in (0..self.outputs).step_by(width) {
                     let (panel, from);
                     (panel, panels) = panels.split_at(depth * width);
                     (from, start) = start.split_at(width);
                     let last = part + self.depth >= self.inputs;
                     let columns = column..self.outputs.min(column + width);
-                    self.run(Strip {
+                    self.run(&mut Strip {
                         left: &room.codes[part / group..],
                         stride: groups,
                         rows,
@@ -239,13 +281,15 @@ impl Coded {
             Kernel::Avx2 => unsafe { x86::encode_avx2(encoding, x, codes) },
             #[cfg(target_arch = "x86_64")]
             Kernel::Vnni | Kernel::Bf16 => unsafe { x86::encode_avx512(encoding, x, codes) },
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Kernel::Amx(_) => unsafe { x86::encode_avx512(encoding, x, codes) },
         }
     }
 
-    fn run(&self, strip: Strip<'_>) {
+    fn run(&self, strip: &mut Strip<'_>) {
         match self.kernel {
             // SAFETY: plain code runs everywhere.
-            Kernel::Plain => unsafe { run::<Plain, 4>(strip) },
+            Kernel::Plain => unsafe { vector::run::<Plain, 4>(strip) },
             // SAFETY: `choose` has seen the processor's features.
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => unsafe { x86::run_avx2(strip) },
@@ -253,6 +297,8 @@ impl Coded {
             Kernel::Vnni => unsafe { x86::run_vnni(strip) },
             #[cfg(target_arch = "x86_64")]
             Kernel::Bf16 => unsafe { x86::run_bf16(strip) },
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Kernel::Amx(code) => unsafe { amx::run(code, strip) },
         }
     }
 }
@@ -301,12 +347,14 @@ fn encode(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     let (scale, factor) = match encoding {
         Encoding::Bf16 => (1.0, 1.0),
-        Encoding::Pairs | Encoding::Quads => {
+        Encoding::Pairs | Encoding::Quads | Encoding::Bytes => {
             let greatest = greatest(x);
             (greatest / 127.0, if greatest > 0.0 { 127.0 / greatest } else { 0.0 })
         }
     };
     let nearest = |x: f32| (x * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits());
+    // Past the last input: what is there may be left from other rows.
+    codes[x.len().div_ceil(encoding.group())..].fill(0);
     match encoding {
         Encoding::Pairs => {
             let (pairs, rest) = x.as_chunks::<2>();
@@ -317,8 +365,9 @@ fn encode(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
                 codes[pairs.len()] = nearest(a) & 0xffff;
             }
         }
-        Encoding::Quads => {
-            let byte = |x: f32| nearest(x).wrapping_add(128) & 0xff;
+        Encoding::Quads | Encoding::Bytes => {
+            let offset = if encoding == Encoding::Quads { 128 } else { 0 };
+            let byte = |x: f32| nearest(x).wrapping_add(offset) & 0xff;
             let (quads, rest) = x.as_chunks::<4>();
             for (code, &[a, b, c, d]) in codes.iter_mut().zip(quads) {
                 *code = byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
@@ -364,273 +413,35 @@ struct Strip<'a> {
     finish: Option<Finish<'a>>,
 }
 
-/// The scales that turn sums into results, and what is added.
-#[derive(Clone, Copy)]
-struct Finish<'a> {
-    rows: &'a [f32],
-    columns: &'a [f32],
-    bias: &'a [f32],
-}
-
-/// What the kernels need of a processor. All of it is unsafe for its features may be absent.
-trait Isa {
-    /// Sums in a vector.
-    const LANES: usize;
-    const ENCODING: Encoding;
-    /// A vector of groups.
-    type Groups: Copy;
-    type Sums: Copy;
-    unsafe fn start(from: *const i32) -> Self::Sums;
-    unsafe fn load(from: *const u32) -> Self::Groups;
-    unsafe fn splat(group: u32) -> Self::Groups;
-    /// To every sum the products within its group.
-    unsafe fn dot(sums: Self::Sums, left: Self::Groups, right: Self::Groups) -> Self::Sums;
-    unsafe fn store(sums: Self::Sums, to: *mut f32);
-}
-
-/// The strip in tiles of `R` rows and two vectors.
-///
-/// # Safety
-/// The processor has what `K` uses.
-#[inline(always)]
-unsafe fn run<K: Isa, const R: usize>(mut strip: Strip<'_>) {
-    let mut row = 0;
-    // SAFETY: as of this function.
-    unsafe {
-        while row + R <= strip.rows {
-            tile::<K, R>(&mut strip, row);
-            row += R;
-        }
-        if R > 6 && row + 6 <= strip.rows {
-            tile::<K, 6>(&mut strip, row);
-            row += 6;
-        }
-        while row + 2 <= strip.rows {
-            tile::<K, 2>(&mut strip, row);
-            row += 2;
-        }
-        if row < strip.rows {
-            tile::<K, 1>(&mut strip, row);
-        }
-    }
-}
-
-/// # Safety
-/// The processor has what `K` uses.
-#[inline(always)]
-#[allow(clippy::needless_range_loop)] // as in matmul.rs: behind iterators the sums leave the registers
-unsafe fn tile<K: Isa, const R: usize>(strip: &mut Strip<'_>, row: usize) {
-    let (depth, stride, lanes) = (strip.depth, strip.stride, K::LANES);
-    let left = &strip.left[row * stride..][..(R - 1) * stride + depth];
-    let panel = &strip.panel[..depth * 2 * lanes];
-    let start = &strip.start[..2 * lanes];
-    let mut raw = [[0f32; 32]; R];
-    assert!(2 * lanes <= 32);
-    // SAFETY: the slices above are as long as what is read, and a row of `raw` holds two vectors.
-    unsafe {
-        let mut sums = [[K::start(start.as_ptr()), K::start(start.as_ptr().add(lanes))]; R];
-        // A pointer for every row: from one, LLVM reckons the others anew for every group.
-        let rows: [*const u32; R] = std::array::from_fn(|r| black_box(left.as_ptr().add(r * stride)));
-        for k in 0..depth {
-            let first = K::load(panel.as_ptr().add(k * 2 * lanes));
-            let second = K::load(panel.as_ptr().add(k * 2 * lanes + lanes));
-            for r in 0..R {
-                let x = K::splat(*rows[r].add(k));
-                sums[r][0] = K::dot(sums[r][0], x, first);
-                sums[r][1] = K::dot(sums[r][1], x, second);
+impl Strip<'_> {
+    /// A row's sums, as many as the panel is wide, go where they belong.
+    #[inline(always)]
+    fn write(&mut self, row: usize, sums: &mut [f32]) {
+        let out = &mut self.out[row * self.out_stride..][..self.width];
+        let sums = &mut sums[..self.width];
+        if self.add {
+            for (sum, out) in sums.iter_mut().zip(&*out) {
+                *sum += out;
             }
         }
-        for r in 0..R {
-            K::store(sums[r][0], raw[r].as_mut_ptr());
-            K::store(sums[r][1], raw[r].as_mut_ptr().add(lanes));
-        }
-    }
-    for (r, raw) in raw.iter_mut().enumerate() {
-        let out = &mut strip.out[(row + r) * strip.out_stride..][..strip.width];
-        let raw = &mut raw[..strip.width];
-        if strip.add {
-            for (raw, out) in raw.iter_mut().zip(&*out) {
-                *raw += out;
-            }
-        }
-        match strip.finish {
-            None => out.copy_from_slice(raw),
+        match self.finish {
+            None => out.copy_from_slice(sums),
             Some(Finish { rows, columns, bias }) => {
-                let scale = rows[row + r];
-                for (((out, raw), column), bias) in out.iter_mut().zip(raw).zip(columns).zip(bias) {
-                    *out = *raw * (scale * column) + bias;
+                let scale = rows[row];
+                for (((out, sum), column), bias) in out.iter_mut().zip(sums).zip(columns).zip(bias) {
+                    *out = *sum * (scale * column) + bias;
                 }
             }
         }
     }
 }
 
-/// Pairs of i16, eight sums.
-struct Plain;
-
-impl Isa for Plain {
-    const LANES: usize = 8;
-    const ENCODING: Encoding = Encoding::Pairs;
-    type Groups = [u32; 8];
-    type Sums = [i32; 8];
-
-    #[inline(always)]
-    unsafe fn start(from: *const i32) -> [i32; 8] {
-        // SAFETY: the caller has eight.
-        unsafe { from.cast::<[i32; 8]>().read() }
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const u32) -> [u32; 8] {
-        // SAFETY: the caller has eight.
-        unsafe { from.cast::<[u32; 8]>().read() }
-    }
-
-    #[inline(always)]
-    unsafe fn splat(group: u32) -> [u32; 8] {
-        [group; 8]
-    }
-
-    #[inline(always)]
-    unsafe fn dot(sums: [i32; 8], left: [u32; 8], right: [u32; 8]) -> [i32; 8] {
-        let half = |x: u32, shift: u32| i32::from((x >> shift) as u16 as i16);
-        std::array::from_fn(|i| {
-            sums[i] + half(left[i], 0) * half(right[i], 0) + half(left[i], 16) * half(right[i], 16)
-        })
-    }
-
-    #[inline(always)]
-    unsafe fn store(sums: [i32; 8], to: *mut f32) {
-        // SAFETY: the caller has room for eight.
-        unsafe { to.cast::<[f32; 8]>().write(sums.map(|sum| sum as f32)) }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::{Encoding, Isa, Strip, encode, run};
-
-    /// `vpmaddwd` on pairs of i16.
-    pub(super) struct Avx2;
-    /// `vpdpbusd` on quads of bytes.
-    pub(super) struct Vnni;
-    /// `vdpbf16ps` on pairs.
-    pub(super) struct Bf16;
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn run_avx2(strip: Strip<'_>) {
-        // SAFETY: the features are this function's.
-        unsafe { run::<Avx2, 6>(strip) }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn run_vnni(strip: Strip<'_>) {
-        // SAFETY: the features are this function's.
-        unsafe { run::<Vnni, 12>(strip) }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) unsafe fn run_bf16(strip: Strip<'_>) {
-        // SAFETY: the features are this function's.
-        unsafe { run::<Bf16, 12>(strip) }
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn encode_avx2(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
-        encode(encoding, x, codes)
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) unsafe fn encode_avx512(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
-        encode(encoding, x, codes)
-    }
-
-    // SAFETY of all below: the caller has the features, and memory for a vector behind every pointer.
-    impl Isa for Avx2 {
-        const LANES: usize = 8;
-        const ENCODING: Encoding = Encoding::Pairs;
-        type Groups = __m256i;
-        type Sums = __m256i;
-
-        #[inline(always)]
-        unsafe fn start(from: *const i32) -> __m256i {
-            unsafe { _mm256_loadu_si256(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const u32) -> __m256i {
-            unsafe { _mm256_loadu_si256(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn splat(group: u32) -> __m256i {
-            unsafe { _mm256_set1_epi32(group as i32) }
-        }
-        #[inline(always)]
-        unsafe fn dot(sums: __m256i, left: __m256i, right: __m256i) -> __m256i {
-            unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(left, right)) }
-        }
-        #[inline(always)]
-        unsafe fn store(sums: __m256i, to: *mut f32) {
-            unsafe { _mm256_storeu_ps(to, _mm256_cvtepi32_ps(sums)) }
-        }
-    }
-
-    impl Isa for Vnni {
-        const LANES: usize = 16;
-        const ENCODING: Encoding = Encoding::Quads;
-        type Groups = __m512i;
-        type Sums = __m512i;
-
-        #[inline(always)]
-        unsafe fn start(from: *const i32) -> __m512i {
-            unsafe { _mm512_loadu_si512(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const u32) -> __m512i {
-            unsafe { _mm512_loadu_si512(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn splat(group: u32) -> __m512i {
-            unsafe { _mm512_set1_epi32(group as i32) }
-        }
-        #[inline(always)]
-        unsafe fn dot(sums: __m512i, left: __m512i, right: __m512i) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(sums, left, right) }
-        }
-        #[inline(always)]
-        unsafe fn store(sums: __m512i, to: *mut f32) {
-            unsafe { _mm512_storeu_ps(to, _mm512_cvtepi32_ps(sums)) }
-        }
-    }
-
-    impl Isa for Bf16 {
-        const LANES: usize = 16;
-        const ENCODING: Encoding = Encoding::Bf16;
-        type Groups = __m512bh;
-        type Sums = __m512;
-
-        #[inline(always)]
-        unsafe fn start(_: *const i32) -> __m512 {
-            unsafe { _mm512_setzero_ps() }
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const u32) -> __m512bh {
-            unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn splat(group: u32) -> __m512bh {
-            unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(group as i32)) }
-        }
-        #[inline(always)]
-        unsafe fn dot(sums: __m512, left: __m512bh, right: __m512bh) -> __m512 {
-            unsafe { _mm512_dpbf16_ps(sums, left, right) }
-        }
-        #[inline(always)]
-        unsafe fn store(sums: __m512, to: *mut f32) {
-            unsafe { _mm512_storeu_ps(to, sums) }
-        }
-    }
+/// The scales that turn sums into results, and what is added.
+#[derive(Clone, Copy)]
+struct Finish<'a> {
+    rows: &'a [f32],
+    columns: &'a [f32],
+    bias: &'a [f32],
 }
 
 #[cfg(test)]
@@ -648,7 +459,8 @@ mod tests {
 
     /// Every kernel that this processor has.
     fn kernels(code: Code) -> Vec<Kernel> {
-        let mut all: Vec<Kernel> = Kernel::choose(code).into_iter().collect();
+        let mut all: Vec<Kernel> =
+            [Kernel::choose(code), Kernel::choose_vectors(code)].into_iter().flatten().collect();
         if code == Code::Int8 {
             all.push(Kernel::Plain);
             #[cfg(target_arch = "x86_64")]
