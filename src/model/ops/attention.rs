@@ -2,13 +2,15 @@
 //! padding: nothing is computed for a position that no sequence has.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
+use aligned_vec::AVec;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
-use super::matmul::{Left, Start, Target, strip};
+use super::matmul::{Left, Right, Start, Target, strip};
 use super::simd::{dispatch, exp};
 use super::{Fused, Out, host};
 use crate::model::encoder::Packed;
@@ -115,25 +117,30 @@ fn band(length: usize, reach: usize, dtype: DType, device: &Device) -> Result<Te
 }
 
 thread_local! {
-    static ROOM: RefCell<Room> = RefCell::default();
+    static ROOM: RefCell<Room> = RefCell::new(Room {
+        query: Vec::new(),
+        queries: AVec::new(0),
+        keys: Vec::new(),
+        values: AVec::new(0),
+        scores: AVec::new(0),
+        factors: AVec::new(0),
+    });
 }
 
-/// Queries that are worked on at a time: a multiple of every height of a tile.
-const QUERIES: usize = 24;
-
-/// One head of one sequence.
-#[derive(Default)]
+/// One head of one sequence. Queries are worked on as many at a time as two vectors have numbers, or one:
+/// they are the columns.
 struct Room {
-    /// Scaled and rotated, `[QUERIES, width]`.
-    queries: Vec<f32>,
-    /// Rotated and transposed: panels of keys, a row for each number of the head.
+    query: Vec<f32>,
+    /// Scaled, rotated and transposed: a row for each number of the head.
+    queries: AVec<f32>,
+    /// Rotated, a row for each.
     keys: Vec<f32>,
-    /// Panels of the head's numbers, a row for each key.
-    values: Vec<f32>,
-    /// `[QUERIES, keys up to whole vectors]`.
-    scores: Vec<f32>,
+    /// A row for each key, zeros up to a whole vector.
+    values: AVec<f32>,
+    /// A row for each key.
+    scores: AVec<f32>,
     /// One over the sum of a query's weights.
-    factors: Vec<f32>,
+    factors: AVec<f32>,
 }
 
 struct Run<'a> {
@@ -190,11 +197,17 @@ fn columns<S: Simd>(left: usize) -> usize {
 
 /// As [`strip`], for a panel of as many columns as [`columns`] says.
 #[inline(always)]
-fn panel<S: Simd>(simd: S, columns: usize, left: Left<'_>, right: &[f32], mut target: Target<'_>) {
+fn panel<S: Simd, const TRANSPOSED: bool>(
+    simd: S,
+    columns: usize,
+    left: Left<'_>,
+    right: Right<'_>,
+    mut target: Target<'_>,
+) {
     if columns == S::F32_LANES {
-        strip::<S, 1>(simd, left, right, &mut target);
+        strip::<S, 1, TRANSPOSED>(simd, left, right, &mut target);
     } else {
-        strip::<S, 2>(simd, left, right, &mut target);
+        strip::<S, 2, TRANSPOSED>(simd, left, right, &mut target);
     }
 }
 
@@ -205,15 +218,16 @@ impl Sequence<'_> {
         &self.qkv[token * 3 * self.hidden + part * self.hidden + self.at..][..self.width]
     }
 
-    /// Number `i` of a query or key, rotated by its position.
+    /// A query or key, rotated by its position.
     #[inline(always)]
-    fn rotated(&self, x: &[f32], token: usize, i: usize) -> f32 {
-        let Some((cos, sin)) = self.rotation else { return x[i] };
+    fn rotate(&self, x: &[f32], token: usize, out: &mut [f32]) {
+        let Some((cos, sin)) = self.rotation else { return out.copy_from_slice(x) };
         let half = self.width / 2;
-        let at = token * half + i % half;
-        match i < half {
-            true => x[i] * cos[at] - x[i + half] * sin[at],
-            false => x[i] * cos[at] + x[i - half] * sin[at],
+        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+        let ((x1, x2), (out1, out2)) = (x.split_at(half), out.split_at_mut(half));
+        for i in 0..half {
+            out1[i] = x1[i] * cos[i] - x2[i] * sin[i];
+            out2[i] = x2[i] * cos[i] + x1[i] * sin[i];
         }
     }
 
@@ -221,111 +235,112 @@ impl Sequence<'_> {
     #[inline(always)]
     fn head<S: Simd>(&self, simd: S, reach: usize, out: &mut [f32], room: &mut Room) {
         let Self { hidden, width, length, .. } = *self;
-        self.pack_keys::<S>(&mut room.keys);
-        self.pack_values::<S>(&mut room.values);
-        let scale = 1.0 / (width as f32).sqrt();
-        let two = 2 * S::F32_LANES;
-        for first in (0..length).step_by(QUERIES) {
-            let rows = QUERIES.min(length - first);
-            room.queries.clear();
-            for token in first..first + rows {
-                let query = self.part(0, token);
-                room.queries.extend((0..width).map(|i| self.rotated(query, token, i) * scale));
+        let Room { query, queries, keys, values, scores, factors } = room;
+        // Where they stand, rows are so far apart that few of them share the first-level cache.
+        keys.resize(keys.len().max(length * width), 0.0);
+        for (token, row) in keys.chunks_exact_mut(width).take(length).enumerate() {
+            self.rotate(self.part(1, token), token, row);
+        }
+        let stride = width.next_multiple_of(S::F32_LANES);
+        values.resize(values.len().max(length * stride), 0.0);
+        for (token, row) in values.chunks_exact_mut(stride).take(length).enumerate() {
+            row[..width].copy_from_slice(self.part(2, token));
+            row[width..].fill(0.0);
+        }
+        let mut first = 0;
+        while first < length {
+            let columns = columns::<S>(length - first);
+            let count = columns.min(length - first);
+            self.pack_queries(first..first + count, columns, query, queries);
+            // The keys that any of these queries sees.
+            let from = first.saturating_sub(reach);
+            let to = (first + count).saturating_add(reach).min(length);
+            scores.resize(scores.len().max((to - from) * columns), 0.0);
+            let scores = &mut scores[..(to - from) * columns];
+            panel::<S, false>(
+                simd,
+                columns,
+                Left { x: &keys[from * width..], stride: width, rows: to - from, depth: width },
+                Right { x: queries, stride: columns },
+                Target { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
+            );
+            if reach < length {
+                for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
+                    for (query, score) in (first..).zip(scores) {
+                        if key.abs_diff(query) > reach {
+                            *score = f32::NEG_INFINITY;
+                        }
+                    }
+                }
             }
-            // The keys that any of these queries sees, from the beginning of a panel.
-            let (from, to) = (first.saturating_sub(reach), (first + rows).saturating_add(reach).min(length));
-            let base = from / two * two;
-            let stride = (to - base).next_multiple_of(S::F32_LANES);
-            room.scores.resize(QUERIES * (length + two), 0.0);
-            for key in (base..to).step_by(two) {
-                let columns = columns::<S>(length - key);
-                // What the last panel has beyond the last key that is seen is not written.
-                let written = columns.min(stride - (key - base));
-                let left = Left { x: &room.queries, stride: width, rows, depth: width };
-                let out = &mut room.scores[key - base..];
-                let target = Target { out, stride, width: written, start: Start::Zero, factors: None };
-                panel(simd, columns, left, &room.keys[key * width..], target);
+            factors.resize(2 * S::F32_LANES, 0.0);
+            match columns == S::F32_LANES {
+                true => softmax::<S, 1>(simd, scores, factors),
+                false => softmax::<S, 2>(simd, scores, factors),
             }
-            room.factors.clear();
-            for (row, scores) in room.scores.chunks_mut(stride).take(rows).enumerate() {
-                let token = first + row;
-                scores[to - base..].fill(f32::NEG_INFINITY);
-                scores[..token.saturating_sub(reach).saturating_sub(base)].fill(f32::NEG_INFINITY);
-                let last = token.saturating_add(reach).saturating_add(1).min(to) - base;
-                scores[last..].fill(f32::NEG_INFINITY);
-                room.factors.push(1.0 / softmax(simd, scores));
-            }
-            for column in (0..width).step_by(two) {
-                let columns = columns::<S>(width - column);
-                let left = Left { x: &room.scores[from - base..], stride, rows, depth: to - from };
+            let left = Left { x: scores, stride: columns, rows: count, depth: to - from };
+            for column in (0..width).step_by(2 * S::F32_LANES) {
+                let columns = self::columns::<S>(width - column);
                 let target = Target {
                     out: &mut out[first * hidden + column..],
                     stride: hidden,
                     width: columns.min(width - column),
                     start: Start::Zero,
-                    factors: Some(&room.factors),
+                    factors: Some(factors),
                 };
-                let values = &room.values[column * length + from * columns..];
-                panel(simd, columns, left, values, target);
+                let right = Right { x: &values[from * stride + column..], stride };
+                panel::<S, true>(simd, columns, left, right, target);
             }
+            first += count;
         }
     }
 
+    /// Scaled, rotated and transposed; zeros right of the last.
     #[inline(always)]
-    fn pack_keys<S: Simd>(&self, keys: &mut Vec<f32>) {
-        let (width, length) = (self.width, self.length);
-        keys.clear();
-        keys.resize(length.next_multiple_of(2 * S::F32_LANES) * width, 0.0);
-        for key in (0..length).step_by(2 * S::F32_LANES) {
-            let columns = columns::<S>(length - key);
-            let panel = &mut keys[key * width..][..columns * width];
-            for column in 0..columns.min(length - key) {
-                let x = self.part(1, key + column);
-                if self.rotation.is_none() {
-                    for (row, &x) in panel.chunks_exact_mut(columns).zip(x) {
-                        row[column] = x;
-                    }
-                } else {
-                    for (i, row) in panel.chunks_exact_mut(columns).enumerate() {
-                        row[column] = self.rotated(x, key + column, i);
-                    }
-                }
+    fn pack_queries(
+        &self,
+        tokens: Range<usize>,
+        columns: usize,
+        row: &mut Vec<f32>,
+        queries: &mut AVec<f32>,
+    ) {
+        let scale = 1.0 / (self.width as f32).sqrt();
+        row.resize(self.width, 0.0);
+        queries.resize(self.width * columns, 0.0);
+        for (column, token) in tokens.clone().enumerate() {
+            self.rotate(self.part(0, token), token, row);
+            for (row, x) in queries.chunks_exact_mut(columns).zip(&*row) {
+                row[column] = x * scale;
             }
         }
-    }
-
-    #[inline(always)]
-    fn pack_values<S: Simd>(&self, values: &mut Vec<f32>) {
-        let (width, length) = (self.width, self.length);
-        values.clear();
-        for column in (0..width).step_by(2 * S::F32_LANES) {
-            let columns = columns::<S>(width - column);
-            for key in 0..length {
-                let x = &self.part(2, key)[column..];
-                let x = &x[..columns.min(x.len())];
-                values.extend_from_slice(x);
-                values.resize(values.len() + columns - x.len(), 0.0);
-            }
+        for row in queries.chunks_exact_mut(columns) {
+            row[tokens.len()..].fill(0.0);
         }
     }
 }
 
-/// Replaces scores by e^(score - the greatest) and returns their sum. -inf becomes e^-87, which adds
-/// nothing to a sum of 1 and more. The row is whole vectors.
+/// Replaces each column's scores, `W` vectors of them, by e^(score - the column's greatest), and keeps one
+/// over their sum. -inf becomes e^-87, which adds nothing to a sum of 1 and more.
 #[inline(always)]
-fn softmax<S: Simd>(simd: S, scores: &mut [f32]) -> f32 {
-    let (vectors, _) = S::as_mut_simd_f32s(scores);
-    let mut greatest = simd.splat_f32s(f32::NEG_INFINITY);
-    for &x in &*vectors {
-        greatest = simd.max_f32s(greatest, x);
+fn softmax<S: Simd, const W: usize>(simd: S, scores: &mut [f32], factors: &mut [f32]) {
+    let (rows, _) = S::as_mut_simd_f32s(scores).0.as_chunks_mut::<W>();
+    let mut greatest = [simd.splat_f32s(f32::NEG_INFINITY); W];
+    for row in &*rows {
+        for w in 0..W {
+            greatest[w] = simd.max_f32s(greatest[w], row[w]);
+        }
     }
-    let greatest = simd.splat_f32s(simd.reduce_max_f32s(greatest));
-    let mut sum = simd.splat_f32s(0.0);
-    for x in vectors {
-        *x = exp(simd, simd.sub_f32s(*x, greatest));
-        sum = simd.add_f32s(sum, *x);
+    let mut sums = [simd.splat_f32s(0.0); W];
+    for row in rows {
+        for w in 0..W {
+            row[w] = exp(simd, simd.sub_f32s(row[w], greatest[w]));
+            sums[w] = simd.add_f32s(sums[w], row[w]);
+        }
     }
-    simd.reduce_sum_f32s(sum)
+    let (factors, _) = S::as_mut_simd_f32s(factors);
+    for (factor, sum) in factors.iter_mut().zip(sums) {
+        *factor = simd.div_f32s(simd.splat_f32s(1.0), sum);
+    }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 
 use std::ops::Range;
 
+use aligned_vec::AVec;
 use pulp::{Simd, WithSimd};
 
 use super::activation::{Activation, activate};
@@ -18,7 +19,7 @@ use super::norm::{Norm, add_norm};
 use super::simd::{add, dispatch, lanes};
 
 /// Rows of the input that are worked on at a time; a multiple of every height of a tile.
-const ROWS: usize = 120;
+const ROWS: usize = 264;
 /// Rows of a panel that are worked on at a time.
 const DEPTH: usize = 512;
 
@@ -38,7 +39,7 @@ enum Weights {
         /// Inputs of each part but perhaps the last.
         depth: usize,
         /// Part after part, panel after panel, row after row; zeros right of the last column.
-        panels: Vec<f32>,
+        panels: AVec<f32>,
     },
     Coded(Coded),
 }
@@ -58,14 +59,13 @@ impl Panels {
     pub fn new(weight: &[f32], bias: Option<&[f32]>, inputs: usize, outputs: usize) -> Self {
         let width = 2 * lanes();
         let depth = inputs.div_ceil(inputs.div_ceil(DEPTH));
-        let mut panels = Vec::with_capacity(outputs.next_multiple_of(width) * inputs);
+        let mut panels = AVec::with_capacity(0, outputs.next_multiple_of(width) * inputs);
         for part in (0..inputs).step_by(depth) {
             for column in (0..outputs).step_by(width) {
                 for input in part..(part + depth).min(inputs) {
-                    panels.extend((column..column + width).map(|output| match output < outputs {
-                        true => weight[output * inputs + input],
-                        false => 0.0,
-                    }));
+                    for output in column..column + width {
+                        panels.push(if output < outputs { weight[output * inputs + input] } else { 0.0 });
+                    }
                 }
             }
         }
@@ -164,7 +164,7 @@ fn multiply_f32<S: Simd>(
                 factors: None,
             };
             let left = Left { x: &x[part..], stride: inputs, rows: x.len() / inputs, depth };
-            strip::<S, 2>(simd, left, panel, &mut target);
+            strip::<S, 2, false>(simd, left, Right { x: panel, stride: 2 * S::F32_LANES }, &mut target);
             if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
                 for row in out.chunks_mut(outputs) {
                     activate(simd, *activation, &mut row[column..column + columns]);
@@ -193,11 +193,19 @@ fn activate_columns(activation: Activation, out: &mut [f32], outputs: usize, col
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a> {
     pub x: &'a [f32],
-    /// From one row to the next.
+    /// From one row to the next; where they stand transposed, from one number of a row to the next.
     pub stride: usize,
     pub rows: usize,
     /// Numbers of a row that are multiplied.
     pub depth: usize,
+}
+
+/// The rows of a panel.
+#[derive(Clone, Copy)]
+pub(super) struct Right<'a> {
+    pub x: &'a [f32],
+    /// From one row to the next.
+    pub stride: usize,
 }
 
 /// Where the products go.
@@ -221,47 +229,46 @@ pub(super) enum Start<'a> {
     Out,
 }
 
-/// `left` times one panel of `W` vectors, `[depth, W × lanes]`.
+/// `left`, which may stand `TRANSPOSED`, times one panel of `W` vectors, `[depth, W × lanes]`.
 #[inline(always)]
-pub(super) fn strip<S: Simd, const W: usize>(
+pub(super) fn strip<S: Simd, const W: usize, const TRANSPOSED: bool>(
     simd: S,
     left: Left<'_>,
-    panel: &[f32],
+    right: Right<'_>,
     target: &mut Target<'_>,
 ) {
-    let (panel, _) = S::as_simd_f32s(panel);
     let mut row = 0;
     // Sums, a panel's row and one number have to fit in the registers.
     if S::REGISTER_COUNT >= 32 {
         while row + 12 <= left.rows {
-            tile::<S, 12, W>(simd, left, row, panel, target);
+            tile::<S, 12, W, TRANSPOSED>(simd, left, row, right, target);
             row += 12;
         }
     }
     while row + 6 <= left.rows {
-        tile::<S, 6, W>(simd, left, row, panel, target);
+        tile::<S, 6, W, TRANSPOSED>(simd, left, row, right, target);
         row += 6;
     }
     if row + 4 <= left.rows {
-        tile::<S, 4, W>(simd, left, row, panel, target);
+        tile::<S, 4, W, TRANSPOSED>(simd, left, row, right, target);
         row += 4;
     }
     if row + 2 <= left.rows {
-        tile::<S, 2, W>(simd, left, row, panel, target);
+        tile::<S, 2, W, TRANSPOSED>(simd, left, row, right, target);
         row += 2;
     }
     if row < left.rows {
-        tile::<S, 1, W>(simd, left, row, panel, target);
+        tile::<S, 1, W, TRANSPOSED>(simd, left, row, right, target);
     }
 }
 
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // the reason is below
-fn tile<S: Simd, const R: usize, const W: usize>(
+fn tile<S: Simd, const R: usize, const W: usize, const TRANSPOSED: bool>(
     simd: S,
     left: Left<'_>,
     row: usize,
-    panel: &[S::f32s],
+    right: Right<'_>,
     target: &mut Target<'_>,
 ) {
     let Left { x, stride, depth, .. } = left;
@@ -286,19 +293,25 @@ fn tile<S: Simd, const R: usize, const W: usize>(
             }
         }
     }
-    let x = &x[row * stride..][..(R - 1) * stride + depth];
-    let panel = &panel[..W * depth];
+    let x = match TRANSPOSED {
+        true => &x[row..][..(depth - 1) * stride + R],
+        false => &x[row * stride..][..(R - 1) * stride + depth],
+    };
+    let panel = &right.x[..(depth - 1) * right.stride + W * lanes];
     for k in 0..depth {
-        let mut right = [simd.splat_f32s(0.0); W];
+        let mut vectors = [simd.splat_f32s(0.0); W];
         for w in 0..W {
-            // SAFETY: k < depth and w < W, and the panel was cut to W × depth above.
-            right[w] = unsafe { *panel.get_unchecked(W * k + w) };
+            // SAFETY: k < depth and w < W, and the panel was cut to the end of the last of them above.
+            vectors[w] = unsafe {
+                panel.as_ptr().add(k * right.stride + w * lanes).cast::<S::f32s>().read_unaligned()
+            };
         }
         for r in 0..R {
-            // SAFETY: r < R and k < depth, and x was cut to (R - 1) × stride + depth above.
-            let left = simd.splat_f32s(unsafe { *x.get_unchecked(r * stride + k) });
+            let at = if TRANSPOSED { k * stride + r } else { r * stride + k };
+            // SAFETY: r < R and k < depth, and x was cut to the end of the last of them above.
+            let left = simd.splat_f32s(unsafe { *x.get_unchecked(at) });
             for w in 0..W {
-                sums[r][w] = simd.mul_add_e_f32s(left, right[w], sums[r][w]);
+                sums[r][w] = simd.mul_add_e_f32s(left, vectors[w], sums[r][w]);
             }
         }
     }

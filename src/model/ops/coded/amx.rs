@@ -6,10 +6,12 @@
 //! Architectures Software Developer's Manual, volume 1, chapter 18.)
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+use std::arch::x86_64::*;
+use std::mem::transmute;
+use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::{Code, Encoding, Shape, Strip};
+use super::{Code, Encoding, Shape, Strip, greatest};
 
 /// Rows of a tile, its columns, and groups of a row that are multiplied at a time.
 const TILE: usize = 16;
@@ -94,9 +96,10 @@ struct Sums([[u32; WIDTH]; 2 * TILE]);
 pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
     let Strip { left, stride, rows, depth, panel, .. } = *strip;
     let padded = rows.next_multiple_of(TILE);
+    // `stride` is a row's groups; of 16 rows, tiles of 16 groups each stand one after the other.
     assert!(depth.is_multiple_of(TILE) && depth > 0);
     assert!(panel.len() >= depth * WIDTH);
-    assert!(left.len() >= (padded - 1) * stride + depth);
+    assert!(left.len() >= (padded - TILE) * stride + depth * TILE);
     let mut sums = Sums([[0; WIDTH]; 2 * TILE]);
     // SAFETY: the configuration is a valid one, and thread and process may use it.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) };
@@ -106,21 +109,16 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
         // SAFETY: the rows that are read and the panel are as long as was asserted.
         unsafe {
             let left = left.as_ptr().add(row * stride);
+            let both = [left, left.wrapping_add(TILE * stride)];
             match (code, tall) {
-                (Code::Bf16, true) => tall_bf16(left, stride, depth, panel.as_ptr(), &mut sums),
-                (Code::Bf16, false) => flat_bf16(left, stride, depth, panel.as_ptr(), &mut sums),
-                (Code::Int8, true) => tall_int8(left, stride, depth, panel.as_ptr(), &mut sums),
-                (Code::Int8, false) => flat_int8(left, stride, depth, panel.as_ptr(), &mut sums),
+                (Code::Bf16, true) => tall_bf16(both, depth, panel.as_ptr(), &mut sums),
+                (Code::Bf16, false) => flat_bf16(left, depth, panel.as_ptr(), &mut sums),
+                (Code::Int8, true) => tall_int8(both, depth, panel.as_ptr(), &mut sums),
+                (Code::Int8, false) => flat_int8(left, depth, panel.as_ptr(), &mut sums),
             }
         }
         let height = if tall { 2 * TILE } else { TILE };
-        for (r, sums) in sums.0.iter().take(height.min(rows - row)).enumerate() {
-            let mut sums = match code {
-                Code::Bf16 => sums.map(f32::from_bits),
-                Code::Int8 => sums.map(|sum| sum as i32 as f32),
-            };
-            strip.write(row + r, &mut sums);
-        }
+        write(code, strip, row..rows.min(row + height), &sums);
         row += height;
     }
     // Without it the kernel would save the tiles at every switch of threads.
@@ -128,11 +126,86 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
+/// As [`Strip::write`] for some rows, by hand: what follows the tiles costs as much as they do.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: &Sums) {
+    for first in (0..strip.width).step_by(TILE) {
+        let mask = __mmask16::MAX >> (TILE - TILE.min(strip.width - first));
+        let columns = |of: &[f32]| {
+            let of = &of[first..strip.width];
+            // SAFETY: masked to as many as there are.
+            unsafe { _mm512_maskz_loadu_ps(mask, of.as_ptr()) }
+        };
+        let finish = strip.finish.map(|f| (f.rows, columns(f.columns), columns(f.bias)));
+        for (sums, row) in sums.0.iter().zip(rows.clone()) {
+            let out = &mut strip.out[row * strip.out_stride..][first..strip.width];
+            // SAFETY: `sums` is aligned and has so many columns, `out` is masked to as many as there are.
+            unsafe {
+                let bits = _mm512_load_si512(sums[first..].as_ptr().cast());
+                let mut x = match code {
+                    Code::Bf16 => _mm512_castsi512_ps(bits),
+                    Code::Int8 => _mm512_cvtepi32_ps(bits),
+                };
+                if strip.add {
+                    x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, out.as_ptr()));
+                }
+                if let Some((scales, columns, bias)) = finish {
+                    if code == Code::Int8 {
+                        x = _mm512_mul_ps(x, _mm512_mul_ps(_mm512_set1_ps(scales[row]), columns));
+                    }
+                    x = _mm512_add_ps(x, bias);
+                }
+                _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, x);
+            }
+        }
+    }
+}
+
+/// A row's numbers, rounded, into the tiles where it stands: the numbers of a row are `TILE` groups at a
+/// time, and those are as far apart as a tile is large. Returns the row's scale.
+///
+/// # Safety
+/// [`available`] has said so.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn encode(code: Code, x: &[f32], tiles: &mut [u32], row: usize) -> f32 {
+    let tiles = tiles.chunks_mut(TILE * TILE).map(|tile| &mut tile[row * TILE..][..TILE]);
+    // What a chunk of the row has, zeros behind it.
+    let part = |x: &[f32], at: usize| {
+        let x = &x[x.len().min(at)..];
+        let mask = if x.len() < TILE { !(__mmask16::MAX << x.len()) } else { __mmask16::MAX };
+        // SAFETY: masked to as many as there are.
+        unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }
+    };
+    match code {
+        Code::Bf16 => {
+            for (x, groups) in x.chunks(2 * TILE).zip(tiles) {
+                let both = _mm512_cvtne2ps_pbh(part(x, TILE), part(x, 0));
+                // SAFETY: the groups are 64 bytes.
+                unsafe { _mm512_storeu_si512(groups.as_mut_ptr().cast(), transmute(both)) };
+            }
+            1.0
+        }
+        Code::Int8 => {
+            let greatest = greatest(x);
+            let factor = _mm512_set1_ps(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
+            for (x, groups) in x.chunks(4 * TILE).zip(tiles) {
+                for (quarter, groups) in groups.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let nearest = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, quarter * TILE), factor));
+                    // SAFETY: four groups are 16 bytes.
+                    unsafe { _mm_storeu_si128(groups.as_mut_ptr().cast(), _mm512_cvtsepi32_epi8(nearest)) };
+                }
+            }
+            greatest / 127.0
+        }
+    }
+}
+
 /// Functions that multiply 32 rows, and 16, with a panel.
 macro_rules! kernels {
     ($tall:ident, $flat:ident, $dot:literal) => {
         #[inline(always)]
-        unsafe fn $tall(left: *const u32, stride: usize, depth: usize, panel: *const u32, sums: &mut Sums) {
+        unsafe fn $tall([upper, lower]: [*const u32; 2], depth: usize, panel: *const u32, sums: &mut Sums) {
             // SAFETY: the caller has 32 rows, a panel of that depth, and tiles.
             unsafe {
                 asm!(
@@ -150,17 +223,17 @@ macro_rules! kernels {
                     concat!($dot, " tmm2, tmm5, tmm6"),
                     concat!($dot, " tmm3, tmm5, tmm7"),
                     "add {panel}, 2048",
-                    "add {upper}, 64",
-                    "add {lower}, 64",
+                    "add {upper}, 1024",
+                    "add {lower}, 1024",
                     "dec {steps}",
                     "jnz 2b",
                     "tilestored [{sums} + {panel_stride}], tmm0",
                     "tilestored [{sums} + {panel_stride} + 64], tmm1",
                     "tilestored [{sums} + {panel_stride} + 2048], tmm2",
                     "tilestored [{sums} + {panel_stride} + 2112], tmm3",
-                    upper = inout(reg) left => _,
-                    lower = inout(reg) left.add(TILE * stride) => _,
-                    stride = in(reg) 4 * stride,
+                    upper = inout(reg) upper => _,
+                    lower = inout(reg) lower => _,
+                    stride = in(reg) 64usize,
                     panel = inout(reg) panel => _,
                     panel_stride = in(reg) 4 * WIDTH,
                     steps = inout(reg) depth / TILE => _,
@@ -171,7 +244,7 @@ macro_rules! kernels {
         }
 
         #[inline(always)]
-        unsafe fn $flat(left: *const u32, stride: usize, depth: usize, panel: *const u32, sums: &mut Sums) {
+        unsafe fn $flat(left: *const u32, depth: usize, panel: *const u32, sums: &mut Sums) {
             // SAFETY: the caller has 16 rows, a panel of that depth, and tiles.
             unsafe {
                 asm!(
@@ -184,13 +257,13 @@ macro_rules! kernels {
                     concat!($dot, " tmm0, tmm4, tmm6"),
                     concat!($dot, " tmm1, tmm4, tmm7"),
                     "add {panel}, 2048",
-                    "add {left}, 64",
+                    "add {left}, 1024",
                     "dec {steps}",
                     "jnz 2b",
                     "tilestored [{sums} + {panel_stride}], tmm0",
                     "tilestored [{sums} + {panel_stride} + 64], tmm1",
                     left = inout(reg) left => _,
-                    stride = in(reg) 4 * stride,
+                    stride = in(reg) 64usize,
                     panel = inout(reg) panel => _,
                     panel_stride = in(reg) 4 * WIDTH,
                     steps = inout(reg) depth / TILE => _,

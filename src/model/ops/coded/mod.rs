@@ -14,9 +14,11 @@ mod vector;
 
 use std::cell::RefCell;
 
-use vector::{Isa, Plain};
+use aligned_vec::AVec;
+
 #[cfg(target_arch = "x86_64")]
 use vector::x86;
+use vector::{Isa, Plain};
 
 /// What a weight is stored as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +98,7 @@ struct Shape {
     encoding: Encoding,
     /// Groups that are multiplied at a time: rows are whole ones, zeros at their ends.
     step: usize,
-    /// Rows that are multiplied at a time.
+    /// Rows that are multiplied at a time; `step` groups of each stand side by side.
     height: usize,
 }
 
@@ -151,7 +153,7 @@ pub struct Coded {
     /// Inputs of each part but perhaps the last; a multiple of a group.
     depth: usize,
     /// Part after part, panel after panel, group after group.
-    panels: Vec<u32>,
+    panels: AVec<u32>,
     /// Of a column's weights; 1 for bf16.
     scales: Vec<f32>,
     /// What each part's sums begin with, a number for every column.
@@ -182,14 +184,14 @@ impl Coded {
             }
             (weight[output * inputs + input] / scales[output]).round_ties_even() as i32
         };
-        let mut panels = Vec::with_capacity(columns * shape.groups(inputs));
+        let mut panels = AVec::with_capacity(0, columns * shape.groups(inputs));
         let mut start = Vec::new();
         for part in (0..inputs).step_by(depth) {
             let end = (part + depth).min(inputs);
             for first in (0..columns).step_by(width) {
                 // Past the last input the weights are 0.
                 for input in (part..part + group * shape.groups(end - part)).step_by(group) {
-                    panels.extend((first..first + width).map(|output| match encoding {
+                    let group = |output| match encoding {
                         Encoding::Pairs => pair([0, 1].map(|i| quantized(input + i, output) as i16 as u16)),
                         Encoding::Quads | Encoding::Bytes => {
                             u32::from_le_bytes([0, 1, 2, 3].map(|i| quantized(input + i, output) as i8 as u8))
@@ -200,7 +202,8 @@ impl Coded {
                                 false => 0,
                             }))
                         }
-                    }));
+                    };
+                    (first..first + width).for_each(|output| panels.push(group(output)));
                 }
                 start.extend((first..first + width).map(|output| match encoding {
                     Encoding::Quads => (part..end).map(|input| -128 * quantized(input, output)).sum(),
@@ -226,17 +229,17 @@ impl Coded {
         mut strip: impl FnMut(&mut [f32], std::ops::Range<usize>),
     ) {
         let shape = self.kernel.shape();
-        let Shape { group, width, encoding, step, height } = shape;
+        let Shape { group, width, encoding, height, .. } = shape;
         let rows = x.len() / self.inputs;
-        // Where rows stand a power of two apart, many of them share few sets of the cache.
-        let groups = shape.groups(self.inputs) + if step > 1 { step } else { 0 };
+        let groups = shape.groups(self.inputs);
         ROOM.with_borrow_mut(|room| {
-            room.codes.resize(rows.next_multiple_of(height) * groups, 0);
-            room.scales.resize(rows, 1.0);
-            for ((x, codes), scale) in
-                x.chunks(self.inputs).zip(room.codes.chunks_mut(groups)).zip(&mut room.scales)
-            {
-                *scale = self.encode(encoding, x, codes);
+            let Room { codes, scales } = room;
+            // What is there from another time is written over, or of rows that nobody reads.
+            codes.resize(codes.len().max(rows.next_multiple_of(height) * groups), 0);
+            scales.resize(scales.len().max(rows), 1.0);
+            for (row, (x, scale)) in x.chunks(self.inputs).zip(&mut *scales).enumerate() {
+                let codes = &mut codes[row / height * height * groups..][..height * groups];
+                *scale = self.encode(encoding, x, codes, row % height);
             }
             let (mut panels, mut start) = (&self.panels[..], &self.start[..]);
             for part in (0..self.inputs).step_by(self.depth) {
@@ -248,7 +251,7 @@ impl Coded {
                     let last = part + self.depth >= self.inputs;
                     let columns = column..self.outputs.min(column + width);
                     self.run(&mut Strip {
-                        left: &room.codes[part / group..],
+                        left: &codes[part / group * height..],
                         stride: groups,
                         rows,
                         depth,
@@ -259,7 +262,7 @@ impl Coded {
                         width: columns.len(),
                         add: part > 0,
                         finish: last.then(|| Finish {
-                            rows: &room.scales,
+                            rows: scales,
                             columns: &self.scales[column..][..width],
                             bias: &bias[column..][..width],
                         }),
@@ -272,8 +275,9 @@ impl Coded {
         });
     }
 
-    /// A row in groups, and its scale.
-    fn encode(&self, encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
+    /// A row in groups, and its scale; `row` tells which of those that are multiplied at a time.
+    fn encode(&self, encoding: Encoding, x: &[f32], codes: &mut [u32], row: usize) -> f32 {
+        debug_assert!(row < self.kernel.shape().height);
         match self.kernel {
             Kernel::Plain => encode(encoding, x, codes),
             // SAFETY: `choose` has seen the processor's features.
@@ -282,7 +286,7 @@ impl Coded {
             #[cfg(target_arch = "x86_64")]
             Kernel::Vnni | Kernel::Bf16 => unsafe { x86::encode_avx512(encoding, x, codes) },
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Kernel::Amx(_) => unsafe { x86::encode_avx512(encoding, x, codes) },
+            Kernel::Amx(code) => unsafe { amx::encode(code, x, codes, row) },
         }
     }
 
@@ -304,13 +308,13 @@ impl Coded {
 }
 
 thread_local! {
-    static ROOM: RefCell<Room> = RefCell::default();
+    static ROOM: RefCell<Room> =
+        RefCell::new(Room { codes: AVec::new(0), scales: Vec::new() });
 }
 
 /// The encoded input.
-#[derive(Default)]
 struct Room {
-    codes: Vec<u32>,
+    codes: AVec<u32>,
     scales: Vec<f32>,
 }
 
@@ -353,8 +357,6 @@ fn encode(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
         }
     };
     let nearest = |x: f32| (x * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits());
-    // Past the last input: what is there may be left from other rows.
-    codes[x.len().div_ceil(encoding.group())..].fill(0);
     match encoding {
         Encoding::Pairs => {
             let (pairs, rest) = x.as_chunks::<2>();
@@ -365,9 +367,9 @@ fn encode(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
                 codes[pairs.len()] = nearest(a) & 0xffff;
             }
         }
-        Encoding::Quads | Encoding::Bytes => {
-            let offset = if encoding == Encoding::Quads { 128 } else { 0 };
-            let byte = |x: f32| nearest(x).wrapping_add(offset) & 0xff;
+        Encoding::Bytes => unreachable!("its kernel has a form of its own"),
+        Encoding::Quads => {
+            let byte = |x: f32| nearest(x).wrapping_add(128) & 0xff;
             let (quads, rest) = x.as_chunks::<4>();
             for (code, &[a, b, c, d]) in codes.iter_mut().zip(quads) {
                 *code = byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
@@ -480,7 +482,7 @@ mod tests {
                 .map(|kernel| product(&Coded::with(&weight, inputs, outputs, kernel), &x))
                 .collect();
             for other in &all[1..] {
-                assert_eq!(&all[0], other);
+                assert!(&all[0] == other, "{rows}x{inputs}x{outputs}");
             }
             let length = (inputs as f32).sqrt();
             for (row, out) in x.chunks(inputs).zip(all[0].chunks(outputs)) {
