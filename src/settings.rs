@@ -283,7 +283,7 @@ pub enum OnChange {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Batch {
-    /// Tokens of one forward at most, halved while the device is out of memory. A CPU core takes 512 at a
+    /// Tokens of one forward at most, halved while the device is out of memory. A CPU core takes 256 at a
     /// time, a GPU all of them, unless `kandle bench calibrate` has found better for model and device.
     #[schemars(range(min = 1))]
     pub max_tokens: usize,

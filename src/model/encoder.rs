@@ -161,12 +161,12 @@ impl Encoder {
         let mut rotations: Vec<Rotation> = Vec::new();
         let mut blocks = Vec::with_capacity(a.layers.len());
         for layer in &a.layers {
-            let rotation = match layer.theta {
-                Some(theta) => Some(match rotations.iter().position(|r| r.theta == theta) {
+            let rotation = match layer.rope {
+                Some(rope) => Some(match rotations.iter().position(|r| r.rope == rope) {
                     Some(at) => at,
                     None => {
                         let (width, dtype) = (h / a.heads, vb.dtype());
-                        rotations.push(Rotation::new(theta, a.max_tokens(), width, dtype, &device)?);
+                        rotations.push(Rotation::new(rope, a.max_tokens(), width, dtype, &device)?);
                         rotations.len() - 1
                     }
                 }),
@@ -238,9 +238,9 @@ impl Encoder {
             FeedForward::Plain(activation) => {
                 block.up.forward(normed, Then::Activate(activation), out(Slot::Wide))?
             }
-            FeedForward::Gated(activation) => {
+            FeedForward::Gated(activation, gate) => {
                 let up = block.up.forward(normed, Then::Nothing, out(Slot::Wide))?;
-                gated(&up, activation, out(Slot::Gated))?
+                gated(&up, activation, gate, out(Slot::Gated))?
             }
         };
         block.down.forward(&inner, then, out(Slot::Stream))
@@ -262,8 +262,9 @@ impl Block {
         };
         let up = match a.feed_forward {
             FeedForward::Plain(_) => a.intermediate,
-            FeedForward::Gated(_) => 2 * a.intermediate,
+            FeedForward::Gated(..) => 2 * a.intermediate,
         };
+        let ups: Vec<_> = layer.up.iter().map(|name| vb.pp(name)).collect();
         Ok(Self {
             qkv: Linear::load(h, 3 * h, a.attention_bias, code, &qkv)?,
             attention: Attention { heads: a.heads, width: h / a.heads, reach: layer.reach },
@@ -272,8 +273,8 @@ impl Block {
                 Some(name) => Some(Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(name))?),
                 None => None,
             },
-            up: Linear::load(h, up, a.mlp_bias, code, &[vb.pp(&layer.up)])?,
-            down: Linear::load(a.intermediate, h, a.mlp_bias, code, &[vb.pp(&layer.down)])?,
+            up: Linear::load(h, up, a.up_bias, code, &ups)?,
+            down: Linear::load(a.intermediate, h, a.down_bias, code, &[vb.pp(&layer.down)])?,
             mlp_norm: Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(&layer.mlp_norm))?,
             rotation,
         })

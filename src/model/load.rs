@@ -86,8 +86,8 @@ impl Model {
         let parameters = tensors.values().filter(|t| t.dtype().is_float()).map(|t| t.elem_count()).sum();
         let root = VarBuilder::from_tensors(tensors, placement.dtype, &placement.device);
         let word = format!("{}.weight", architecture.embeddings.word);
-        let inner = root.pp(architecture.prefix);
-        let vb = if inner.contains_tensor(&word) { inner } else { root.clone() };
+        let inner = architecture.prefixes.iter().map(|prefix| root.pp(prefix));
+        let vb = inner.into_iter().find(|vb| vb.contains_tensor(&word)).unwrap_or_else(|| root.clone());
         let weights = |e: candle_core::Error| ModelError::Weights(message(&e));
 
         let labels = labels(&config);

@@ -4,8 +4,14 @@ use super::*;
 
 pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
     let first = 0;
-    let mut architecture = post_norm(config, "bert", first)?;
-    architecture.classifier = Classifier {
+    let mut architecture = post_norm(config, &["bert"], first)?;
+    architecture.classifier = classifier();
+    Ok(architecture)
+}
+
+/// BERT's head: the pooler over the first token, then the labels.
+pub(super) fn classifier() -> Classifier {
+    Classifier {
         mean: false,
         dense: "pooler.dense",
         dense_in_encoder: true,
@@ -13,14 +19,13 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         activation: Activation::Tanh,
         norm: None,
         out: "classifier",
-    };
-    Ok(architecture)
+    }
 }
 
 /// BERT's encoder, which RoBERTa shares; positions count from `first`.
 pub(super) fn post_norm(
     config: &Config<'_>,
-    prefix: &'static str,
+    prefixes: &'static [&'static str],
     first: usize,
 ) -> Result<Architecture, ConfigError> {
     config.absolute_positions()?;
@@ -38,17 +43,17 @@ pub(super) fn post_norm(
                 ),
                 attention_out: name("attention.output.dense"),
                 attention_norm: Some(name("attention.output.LayerNorm")),
-                up: name("intermediate.dense"),
+                up: vec![name("intermediate.dense")],
                 down: name("output.dense"),
                 mlp_norm: name("output.LayerNorm"),
-                theta: None,
+                rope: None,
                 reach: None,
             }
         })
         .collect();
     Ok(Architecture {
         name: config.name(),
-        prefix,
+        prefixes,
         vocabulary: config.size("vocab_size")?,
         hidden,
         heads: config.heads("num_attention_heads", hidden)?,
@@ -64,7 +69,8 @@ pub(super) fn post_norm(
         norms: Norms::Last,
         feed_forward: FeedForward::Plain(config.activation("hidden_act", "gelu")?),
         attention_bias: true,
-        mlp_bias: true,
+        up_bias: true,
+        down_bias: true,
         norm_bias: true,
         final_norm: None,
         classifier: Classifier {

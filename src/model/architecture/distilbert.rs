@@ -13,17 +13,17 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 ),
                 attention_out: name("attention.out_lin"),
                 attention_norm: Some(name("sa_layer_norm")),
-                up: name("ffn.lin1"),
+                up: vec![name("ffn.lin1")],
                 down: name("ffn.lin2"),
                 mlp_norm: name("output_layer_norm"),
-                theta: None,
+                rope: None,
                 reach: None,
             }
         })
         .collect();
     Ok(Architecture {
         name: config.name(),
-        prefix: "distilbert",
+        prefixes: &["distilbert"],
         vocabulary: config.size("vocab_size")?,
         hidden,
         heads: config.heads("n_heads", hidden)?,
@@ -43,7 +43,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         norms: Norms::Last,
         feed_forward: FeedForward::Plain(config.activation("activation", "gelu")?),
         attention_bias: true,
-        mlp_bias: true,
+        up_bias: true,
+        down_bias: true,
         norm_bias: true,
         final_norm: None,
         classifier: Classifier {

@@ -3,18 +3,23 @@
 
 mod bert;
 mod distilbert;
+mod gte;
 mod modernbert;
+mod nomic;
 mod roberta;
 
 use serde_json::Value;
 
-pub use super::ops::Activation;
+pub use super::ops::{Activation, Gate};
 
 /// The architectures, by config.json's `model_type`: an architecture is one line here and a file.
 const KNOWN: &[(&str, Describe)] = &[
     ("bert", bert::describe),
     ("distilbert", distilbert::describe),
+    ("gte", gte::describe),
     ("modernbert", modernbert::describe),
+    ("new", gte::describe),
+    ("nomic_bert", nomic::describe),
     ("roberta", roberta::describe),
     ("xlm-roberta", roberta::describe),
 ];
@@ -31,8 +36,8 @@ pub struct ConfigError(pub String);
 pub struct Architecture {
     /// config.json's `model_type`.
     pub name: String,
-    /// What a checkpoint with a head puts before the encoder's tensor names.
-    pub prefix: &'static str,
+    /// What a checkpoint with a head puts before the encoder's tensor names, one or another.
+    pub prefixes: &'static [&'static str],
     pub vocabulary: usize,
     pub hidden: usize,
     pub heads: usize,
@@ -45,7 +50,8 @@ pub struct Architecture {
     pub feed_forward: FeedForward,
     /// Whether linear layers have a bias.
     pub attention_bias: bool,
-    pub mlp_bias: bool,
+    pub up_bias: bool,
+    pub down_bias: bool,
     pub norm_bias: bool,
     /// A norm after the last layer.
     pub final_norm: Option<&'static str>,
@@ -64,8 +70,16 @@ pub struct Embeddings {
 pub enum Positions {
     /// A table of `count` rows; a sequence's first token has row `first`.
     Learned { name: &'static str, count: usize, first: usize },
-    /// Rotated queries and keys (RoPE, arXiv:2104.09864), `theta` by layer.
+    /// Rotated queries and keys, how by layer.
     Rotary { count: usize },
+}
+
+/// RoPE (arXiv:2104.09864): at a position, numbers i and i + width / 2 of a head are turned by the angle
+/// position × theta^(-2i/width) / stretch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rope {
+    pub theta: f64,
+    pub stretch: f64,
 }
 
 /// The tensors of one layer, names complete but for the prefix, and how it attends.
@@ -75,11 +89,11 @@ pub struct Layer {
     pub attention_out: String,
     /// Before attention where norms come first (`None` for no norm), after it where they come last.
     pub attention_norm: Option<String>,
-    pub up: String,
+    /// One below the other, where there are several.
+    pub up: Vec<String>,
     pub down: String,
     pub mlp_norm: String,
-    /// RoPE's base.
-    pub theta: Option<f64>,
+    pub rope: Option<Rope>,
     /// Tokens see others at most this far away.
     pub reach: Option<usize>,
 }
@@ -102,8 +116,8 @@ pub enum Norms {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FeedForward {
     Plain(Activation),
-    /// `up` gives two halves; the activated first is multiplied by the second (GeGLU, arXiv:2002.05202).
-    Gated(Activation),
+    /// `up` gives two halves; one of them, activated, is multiplied by the other (GeGLU, arXiv:2002.05202).
+    Gated(Activation, Gate),
 }
 
 /// The tensors between a pooled sequence and its logits.
@@ -190,6 +204,20 @@ impl Config<'_> {
             return Err(ConfigError(format!("{key} {heads} does not divide the width {hidden}")));
         }
         Ok(heads)
+    }
+
+    /// Name and number of token types, where there are any.
+    fn types(&self, name: &'static str, default: u64) -> Option<(&'static str, usize)> {
+        let count = self.0["type_vocab_size"].as_u64().unwrap_or(default);
+        (count > 0).then_some((name, count as usize))
+    }
+
+    /// The base of transformers 5's `rope_parameters`, where they are given.
+    fn rope_parameters(&self, parameters: &Value, key: &str) -> Result<Option<f64>, ConfigError> {
+        match parameters["rope_type"].as_str() {
+            None | Some("default") => Ok(parameters["rope_theta"].as_f64()),
+            Some(other) => Err(ConfigError(format!("{key}.rope_type {other:?} is not supported: default"))),
+        }
     }
 
     fn absolute_positions(&self) -> Result<(), ConfigError> {

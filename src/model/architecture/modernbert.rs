@@ -20,17 +20,17 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 attention_out: name("attn.Wo"),
                 // The embedding's norm comes right before the first layer.
                 attention_norm: (i > 0).then(|| name("attn_norm")),
-                up: name("mlp.Wi"),
+                up: vec![name("mlp.Wi")],
                 down: name("mlp.Wo"),
                 mlp_norm: name("mlp_norm"),
-                theta: Some(theta(config, sliding)?),
+                rope: Some(Rope { theta: theta(config, sliding)?, stretch: 1.0 }),
                 reach: sliding.then_some(reach),
             })
         })
         .collect::<Result<_, ConfigError>>()?;
     Ok(Architecture {
         name: config.name(),
-        prefix: "model",
+        prefixes: &["model"],
         vocabulary: config.size("vocab_size")?,
         hidden,
         heads: config.heads("num_attention_heads", hidden)?,
@@ -44,9 +44,10 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         positions: Positions::Rotary { count: config.size("max_position_embeddings")? },
         layers,
         norms: Norms::First,
-        feed_forward: FeedForward::Gated(config.activation("hidden_activation", "gelu")?),
+        feed_forward: FeedForward::Gated(config.activation("hidden_activation", "gelu")?, Gate::First),
         attention_bias: config.flag_or("attention_bias", false),
-        mlp_bias: config.flag_or("mlp_bias", false),
+        up_bias: config.flag_or("mlp_bias", false),
+        down_bias: config.flag_or("mlp_bias", false),
         norm_bias: config.flag_or("norm_bias", false),
         final_norm: Some("final_norm"),
         classifier: Classifier {
@@ -92,13 +93,6 @@ fn theta(config: &Config<'_>, sliding: bool) -> Result<f64, ConfigError> {
         false => ("full_attention", "global_rope_theta", 160_000.0),
     };
     let parameters = &config.0["rope_parameters"][kind];
-    match parameters["rope_type"].as_str() {
-        None | Some("default") => {}
-        Some(other) => {
-            return Err(ConfigError(format!(
-                "rope_parameters.{kind}.rope_type {other:?} is not supported: default"
-            )));
-        }
-    }
-    Ok(parameters["rope_theta"].as_f64().unwrap_or_else(|| config.number_or(old_key, default)))
+    let theta = config.rope_parameters(parameters, &format!("rope_parameters.{kind}"))?;
+    Ok(theta.unwrap_or_else(|| config.number_or(old_key, default)))
 }

@@ -74,22 +74,42 @@ pub(super) fn activate<S: Simd>(simd: S, activation: Activation, x: &mut [f32]) 
     each!(Gelu, GeluTanh, Relu, Silu, Tanh);
 }
 
-/// `[tokens, 2 × width]` to `[tokens, width]`: the first half, activated, times the second
+/// The half that is activated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    First,
+    Second,
+}
+
+impl Gate {
+    /// The gate's half, then the other.
+    fn order<T>(self, first: T, second: T) -> (T, T) {
+        match self {
+            Gate::First => (first, second),
+            Gate::Second => (second, first),
+        }
+    }
+}
+
+/// `[tokens, 2 × width]` to `[tokens, width]`: one half, activated, times the other
 /// (GeGLU, arXiv:2002.05202).
-pub fn gated(x: &Tensor, activation: Activation, out: Out<'_>) -> Result<Tensor> {
+pub fn gated(x: &Tensor, activation: Activation, gate: Gate, out: Out<'_>) -> Result<Tensor> {
     let (tokens, twice) = x.dims2()?;
     let width = twice / 2;
     match out.view(tokens, width)? {
         Some(y) => {
             y.inplace_op2(
                 x,
-                &Fused("gated", |out: &mut [f32], x: &[f32]| dispatch(Gated { out, x, activation, width })),
+                &Fused("gated", |out: &mut [f32], x: &[f32]| {
+                    dispatch(Gated { out, x, activation, gate, width })
+                }),
             )?;
             Ok(y)
         }
         None => {
-            let first = activation.tensor(&x.narrow(D::Minus1, 0, width)?.contiguous()?)?;
-            first * x.narrow(D::Minus1, width, width)?
+            let (gate, other) = gate.order(0, width);
+            let activated = activation.tensor(&x.narrow(D::Minus1, gate, width)?.contiguous()?)?;
+            activated * x.narrow(D::Minus1, other, width)?
         }
     }
 }
@@ -98,6 +118,7 @@ struct Gated<'a> {
     out: &'a mut [f32],
     x: &'a [f32],
     activation: Activation,
+    gate: Gate,
     width: usize,
 }
 
@@ -109,10 +130,11 @@ impl WithSimd for Gated<'_> {
         let width = self.width;
         for (out, x) in self.out.chunks_mut(width).zip(self.x.chunks(2 * width)) {
             let (first, second) = x.split_at(width);
-            out.copy_from_slice(first);
+            let (gate, other) = self.gate.order(first, second);
+            out.copy_from_slice(gate);
             activate(simd, self.activation, out);
             let (vectors, rest) = S::as_mut_simd_f32s(out);
-            let (others, others_rest) = S::as_simd_f32s(second);
+            let (others, others_rest) = S::as_simd_f32s(other);
             for (x, &y) in vectors.iter_mut().zip(others) {
                 *x = simd.mul_f32s(*x, y);
             }

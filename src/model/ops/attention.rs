@@ -13,6 +13,7 @@ use pulp::{Simd, WithSimd};
 use super::matmul::{Left, Right, Start, Target, strip};
 use super::simd::{dispatch, exp};
 use super::{Fused, Out, host};
+use crate::model::architecture::Rope;
 use crate::model::encoder::Packed;
 
 /// How the tokens of a layer see each other.
@@ -24,10 +25,9 @@ pub struct Attention {
     pub reach: Option<usize>,
 }
 
-/// RoPE's cosines and sines (arXiv:2104.09864), `[positions, width / 2]` each: of position times
-/// theta^(-2i/width).
+/// RoPE's cosines and sines, `[positions, width / 2]` each.
 pub struct Rotation {
-    pub theta: f64,
+    pub rope: Rope,
     cos: Tensor,
     sin: Tensor,
     /// Both where they are on the CPU.
@@ -35,15 +35,15 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    pub fn new(theta: f64, positions: usize, width: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let frequency = |i| 1.0 / (theta as f32).powf(i as f32 / width as f32);
+    pub fn new(rope: Rope, positions: usize, width: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let frequency = |i| 1.0 / (rope.theta as f32).powf(i as f32 / width as f32) / rope.stretch as f32;
         let frequencies: Vec<f32> = (0..width).step_by(2).map(frequency).collect();
         let frequencies = Tensor::from_vec(frequencies, (1, width / 2), device)?;
         let column = Tensor::arange(0u32, positions as u32, device)?.to_dtype(DType::F32)?;
         let angles = column.reshape((positions, 1))?.matmul(&frequencies)?;
         let (cos, sin) = (angles.cos()?.to_dtype(dtype)?, angles.sin()?.to_dtype(dtype)?);
         let host = if device.is_cpu() { Some((host(&cos)?, host(&sin)?)) } else { None };
-        Ok(Self { theta, cos, sin, host })
+        Ok(Self { rope, cos, sin, host })
     }
 }
 
@@ -382,7 +382,8 @@ mod tests {
         for (heads, width) in [(1, 8), (3, 16), (2, 20), (2, 64)] {
             let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
             for reach in [None, Some(3), Some(40)] {
-                let rotation = Rotation::new(10_000.0, 130, width, DType::F32, &CPU).unwrap();
+                let rope = Rope { theta: 10_000.0, stretch: 1.0 };
+                let rotation = Rotation::new(rope, 130, width, DType::F32, &CPU).unwrap();
                 for rotation in [None, Some(&rotation)] {
                     let attention = Attention { heads, width, reach };
                     let fused =

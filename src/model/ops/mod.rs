@@ -18,7 +18,7 @@ use std::cell::RefCell;
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor};
 
-pub use activation::{Activation, gated};
+pub use activation::{Activation, Gate, gated};
 pub use attention::{Attention, Rotation};
 pub use coded::{Code, supported};
 pub use embed::Embedding;

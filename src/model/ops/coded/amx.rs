@@ -7,7 +7,6 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::mem::transmute;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -182,7 +181,7 @@ pub(super) unsafe fn encode(code: Code, x: &[f32], tiles: &mut [u32], row: usize
             for (x, groups) in x.chunks(2 * TILE).zip(tiles) {
                 let both = _mm512_cvtne2ps_pbh(part(x, TILE), part(x, 0));
                 // SAFETY: the groups are 64 bytes.
-                unsafe { _mm512_storeu_si512(groups.as_mut_ptr().cast(), transmute(both)) };
+                unsafe { groups.as_mut_ptr().cast::<__m512bh>().write_unaligned(both) };
             }
             1.0
         }
