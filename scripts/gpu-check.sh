@@ -14,16 +14,14 @@ device=${DEVICE:-cuda}
 
 build() {
   "$root/scripts/cuda-check.sh" >&2
-  cuda=$(echo "$root"/.cache/cuda/lib/python3*/site-packages/nvidia/cu13)
-  export CUDA_HOME=$cuda CUDA_PATH=$cuda CUDA_ROOT=$cuda PATH="$cuda/bin:$PATH" CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90}
-  export LIBRARY_PATH="$root/.cache/cuda/stub:$cuda/lib" LD_LIBRARY_PATH="$root/.cache/cuda/stub:$cuda/lib"
+  . "$root/scripts/cuda-env.sh"
   mkdir -p "$out/lib"
   cargo build --release --manifest-path "$root/Cargo.toml" --target-dir "$target/cuda" --features cuda
   golden=$(cargo test --release --manifest-path "$root/Cargo.toml" --target-dir "$target/cuda" --features cuda --test golden \
     --no-run --message-format=json | sed -n 's/.*"executable":"\([^"]*golden-[^"]*\)".*/\1/p' | tail -1)
   cp "$target/cuda/release/kandle" "$out/kandle"
   cp "$golden" "$out/golden"
-  cp -L "$cuda"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.[0-9]* "$out/lib/"
+  cp -L "$CUDA_HOME"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.[0-9]* "$out/lib/"
   echo "built: $out ($(du -sh "$out" | cut -f1))" >&2
 }
 

@@ -288,7 +288,7 @@ pub struct Batch {
     #[schemars(range(min = 1))]
     pub max_tokens: usize,
     /// CPU cores that run batches, each one of its own at a time: as many as the process may use where
-    /// unset. A GPU is one lane.
+    /// unset. A GPU has two, of which one is queued.
     #[schemars(range(min = 1))]
     pub lanes: Option<usize>,
     /// How long one forward may take. One that takes longer ends the process, and on the next start its

@@ -9,6 +9,7 @@ several in its first turn. Prints a table in Markdown; --output keeps every run 
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -16,7 +17,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 PEERS = [("torch", "f32"), ("torch", "bf16"), ("onnxruntime", "f32"), ("onnxruntime", "int8"), ("openvino", "f32"),
-         ("openvino", "bf16")]
+         ("openvino", "bf16")] + ([("tei", "f32")] if "TEI" in os.environ else [])
 # bfloat16 only where the processor has it: elsewhere it is made up, ten times slower or as f32.
 HAS_BF16 = any(name in pathlib.Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
 # A BERT-base forward costs eight times as much: fewer texts tell the same.
@@ -82,19 +83,21 @@ def main():
                     if output:
                         cosines[engine] = cosine(args.folder / "out.kandle.f32", output)
             print(f"\n{model}, {name}: {len(lines)} texts, {rounds[('kandle', 'f32')][0]['tokens']} tokens, {args.threads} threads\n")
-            print("| engine | tokens/s | kandle f32 ÷ it | kandle int8 ÷ it | cosine to kandle f32 | peak memory, MiB | batch |")
-            print("|---|---|---|---|---|---|---|")
+            own = [dtype for engine, dtype in engines if engine == "kandle"]
+            print("| engine | tokens/s |", *(f"kandle {dtype} ÷ it |" for dtype in own),
+                  "cosine to kandle f32 | peak memory, MiB | batch |")
+            print("|---|---|" + "---|" * len(own) + "---|---|---|")
             for engine in engines:
                 if rounds[engine] is None:
                     continue
                 speeds = [r["tokens_per_second"] for r in rounds[engine]]
 
                 def ratio(dtype):
-                    own = [r["tokens_per_second"] for r in rounds[("kandle", dtype)]]
-                    return statistics.median(a / b for a, b in zip(own, speeds))
+                    ours = [r["tokens_per_second"] for r in rounds[("kandle", dtype)]]
+                    return statistics.median(a / b for a, b in zip(ours, speeds))
                 memory = max(r["peak_rss_bytes"] for r in rounds[engine]) >> 20
-                print(f"| {' '.join(engine)} | {statistics.median(speeds):,.0f} | {ratio('f32'):.2f} | {ratio('int8'):.2f} "
-                      f"| {cosines[engine]:.6f} | {memory} | {batches[engine] or ''} |", flush=True)
+                print(f"| {' '.join(engine)} | {statistics.median(speeds):,.0f} |", *(f"{ratio(dtype):.2f} |" for dtype in own),
+                      f"{cosines[engine]:.6f} | {memory} | {batches[engine] or ''} |", flush=True)
                 results.append({"model": model, "texts": name, "engine": engine[0], "dtype": engine[1], "batch": batches[engine],
                                 "cosine": cosines[engine], "runs": rounds[engine]})
     if args.output:

@@ -3,16 +3,22 @@
 
     python3 benches/peers/peer.py ENGINE DTYPE --model DIR --input FILE.jsonl --threads N [--batch N] [--output FILE]
 
-ENGINE DTYPE: torch (sentence-transformers) f32 or bf16, onnxruntime f32 or int8, openvino f32 or bf16.
+ENGINE DTYPE: torch (sentence-transformers) f32 or bf16, onnxruntime f32 or int8, openvino f32 or bf16, tei f32
+(text-embeddings-inference, whose router TEI names; asked over HTTP, its answers parsed after the clock has stopped).
 Texts are sorted by length, in the peer's favour. Without --batch, the fastest of several on the first
 texts is taken, before the clock starts. Exported graphs are kept beside the model.
 """
 
 import argparse
+import concurrent.futures
+import http.client
 import json
 import os
 import pathlib
 import resource
+import shutil
+import socket
+import subprocess
 import time
 
 
@@ -129,7 +135,97 @@ def openvino_engine(model_dir, dtype, threads):
     return run, [2, 4, 8, 16]
 
 
-ENGINES = {"torch": torch_engine, "onnxruntime": onnx_engine, "openvino": openvino_engine}
+def export_for_tei(model_dir):
+    """A folder with the encoder as ONNX, without pooling: that is TEI's."""
+    folder = model_dir / "tei"
+    if (folder / "model.onnx").exists():
+        return folder
+    import torch
+    from transformers import BertModel
+
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = BertModel.from_pretrained(model_dir, attn_implementation="eager").eval()
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+
+    shutil.copytree(model_dir, folder, ignore=lambda *_: ["tei", "model.safetensors", "model.onnx", "model.int8.onnx"])
+    # In the older form, which is the one that TEI reads.
+    modes = ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({
+        "word_embedding_dimension": json.loads((folder / "config.json").read_text())["hidden_size"],
+        **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}}))
+    ids = torch.tensor([[2, 40, 50, 3], [2, 41, 3, 0]])
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    torch.onnx.export(
+        Hidden(), (ids, (ids != 0).long(), ids * 0), str(folder / "model.onnx"), input_names=names,
+        output_names=["last_hidden_state"], opset_version=17, dynamo=False,
+        dynamic_axes={name: {0: "batch", 1: "tokens"} for name in [*names, "last_hidden_state"]})
+    return folder
+
+
+def tei_engine(model_dir, dtype, threads):
+    """The router with its ONNX backend, as its image for CPUs has it. It takes what has come in as batches."""
+    import atexit
+
+    import numpy as np
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    router = subprocess.Popen(
+        [os.environ["TEI"], "--model-id", str(export_for_tei(model_dir)), "--dtype", {"f32": "float32"}[dtype],
+         "--hostname", "127.0.0.1", "--port", str(port), "--prometheus-port", "0", "--max-client-batch-size", "64",
+         "--max-batch-tokens", "4096", "--tokenization-workers", str(threads), "--auto-truncate"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(router.kill)
+
+    def ask(method, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+    while True:
+        if router.poll() is not None:
+            raise SystemExit(f"the router ended with {router.returncode}")
+        try:
+            if ask("GET", "/health")[0] == 200:
+                break
+        except OSError:
+            time.sleep(0.1)
+
+    def run(texts, size):
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        parts = [order[i:i + size] for i in range(0, len(order), size)]
+
+        def embed(part):
+            status, answer = ask("POST", "/embed", json.dumps({"inputs": [texts[i] for i in part], "normalize": True}))
+            if status != 200:
+                raise SystemExit(answer.decode())
+            return answer
+
+        with concurrent.futures.ThreadPoolExecutor(4 * threads) as pool:
+            answers = list(pool.map(embed, parts))
+
+        def rows():
+            rows = [None] * len(texts)
+            for part, answer in zip(parts, answers):
+                for i, row in zip(part, json.loads(answer)):
+                    rows[i] = row
+            return np.array(rows)
+        return rows
+
+    def memory():
+        status = pathlib.Path(f"/proc/{router.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    run.memory = memory
+    return run, [4, 8, 16, 32]
+
+
+ENGINES = {"torch": torch_engine, "onnxruntime": onnx_engine, "openvino": openvino_engine, "tei": tei_engine}
 
 
 def main():
@@ -159,6 +255,8 @@ def main():
     started = time.perf_counter()
     rows = run(texts, batch)
     seconds = time.perf_counter() - started
+    rows = rows() if callable(rows) else rows
+    memory = run.memory() if hasattr(run, "memory") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     tokenizer.no_padding()
@@ -167,7 +265,7 @@ def main():
         args.output.write_text("".join(json.dumps({"embedding": [float(x) for x in row]}) + "\n" for row in rows))
     print(json.dumps({
         "records": len(texts), "tokens": tokens, "seconds": seconds, "records_per_second": len(texts) / seconds,
-        "tokens_per_second": tokens / seconds, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "tokens_per_second": tokens / seconds, "peak_rss_bytes": memory,
         "dtype": args.dtype, "device": "cpu", "batch": batch}))
 
 

@@ -1,5 +1,6 @@
-//! Lanes: the threads on which batches run, one batch at a time each. A GPU is one lane, a CPU has
-//! one a core; lanes share a queue and nothing else.
+//! Lanes: the threads on which batches run, one batch at a time each. A CPU has one a core, a
+//! GPU two, whose batches run one after the other: while the host waits for one, the next is queued. Lanes
+//! share a queue and nothing else.
 //!
 //! A failing batch is settled here: halved and tried again when the device is out of memory,
 //! bisected down to the record at fault otherwise. One that does not come to an end cannot be settled

@@ -90,12 +90,13 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// A lane for each core the process may use, or one for a GPU.
+    /// A lane for each core the process may use, or two for a GPU: while one waits for its results, the
+    /// other's batch is already queued.
     pub fn new(model: Arc<Model>, canary: Tokens, limits: Limits, metrics: Arc<Metrics>) -> Self {
         let cpu = model.placement.is_cpu();
         let (lanes, budget) = match cpu {
             true => (limits.lanes.unwrap_or_else(cores), CORE_TOKENS),
-            false => (1, limits.max_tokens),
+            false => (2, limits.max_tokens),
         };
         let budget = limits.calibrated.unwrap_or(budget).min(limits.max_tokens);
         let device = model.placement.name.clone();

@@ -4,6 +4,7 @@
 //! attention within each sequence: no position is ever computed that no text has, and a sequence's
 //! result does not depend on its neighbours. What the layers are made of is in [`super::ops`].
 
+use std::cell::OnceCell;
 use std::sync::Mutex;
 
 use candle_core::{Device, Result, Tensor};
@@ -34,6 +35,19 @@ pub struct Packed {
     lengths: Vec<usize>,
     /// `order[i]` is where the sequence at place `i` on the token axis stood in the input.
     order: Vec<usize>,
+    on_device: OnceCell<Indices>,
+}
+
+/// What kernels on a device need to know of a batch.
+#[derive(Debug)]
+pub struct Indices {
+    /// `[tokens]`.
+    pub ids: Tensor,
+    pub types: Option<Tensor>,
+    /// Within each sequence, from 0.
+    pub positions: Tensor,
+    /// `[sequences + 1]`: where each begins on the token axis, and where the last ends.
+    pub starts: Tensor,
 }
 
 impl Packed {
@@ -57,7 +71,7 @@ impl Packed {
             all
         });
         let lengths = order.iter().map(|&i| batch[i].ids.len()).collect();
-        Self { ids, type_ids, lengths, order }
+        Self { ids, type_ids, lengths, order, on_device: OnceCell::new() }
     }
 
     pub fn ids(&self) -> &[u32] {
@@ -78,6 +92,26 @@ impl Packed {
 
     pub fn lengths(&self) -> impl Iterator<Item = usize> + '_ {
         self.lengths.iter().copied()
+    }
+
+    /// The batch's indices, copied to the device when first asked for.
+    pub fn on(&self, device: &Device) -> Result<&Indices> {
+        if let Some(indices) = self.on_device.get() {
+            return Ok(indices);
+        }
+        let copy = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), device);
+        let (mut positions, mut starts) = (Vec::with_capacity(self.tokens()), vec![0]);
+        for length in self.lengths() {
+            positions.extend(0..length as u32);
+            starts.push(positions.len() as u32);
+        }
+        let indices = Indices {
+            ids: copy(&self.ids)?,
+            types: self.type_ids().map(copy).transpose()?,
+            positions: copy(&positions)?,
+            starts: copy(&starts)?,
+        };
+        Ok(self.on_device.get_or_init(|| indices))
     }
 
     pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {

@@ -106,6 +106,8 @@ pub fn gated(x: &Tensor, activation: Activation, gate: Gate, out: Out<'_>) -> Re
             )?;
             Ok(y)
         }
+        #[cfg(feature = "cuda")]
+        None if x.device().is_cuda() => super::cuda::gated(x, activation, gate),
         None => {
             let (gate, other) = gate.order(0, width);
             let activated = activation.tensor(&x.narrow(D::Minus1, gate, width)?.contiguous()?)?;

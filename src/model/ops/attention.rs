@@ -28,8 +28,8 @@ pub struct Attention {
 /// RoPE's cosines and sines, `[positions, width / 2]` each.
 pub struct Rotation {
     pub rope: Rope,
-    cos: Tensor,
-    sin: Tensor,
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
     /// Both where they are on the CPU.
     host: Option<(Vec<f32>, Vec<f32>)>,
 }
@@ -66,7 +66,15 @@ impl Attention {
                 y.inplace_op2(qkv, &Fused("attention", run))?;
                 Ok(y)
             }
-            None => self.tensors(qkv, rotation, batch),
+            None => {
+                #[cfg(feature = "cuda")]
+                if qkv.device().is_cuda()
+                    && let Some(y) = super::cuda::attend(self, qkv, rotation, batch)?
+                {
+                    return Ok(y);
+                }
+                self.tensors(qkv, rotation, batch)
+            }
         }
     }
 
@@ -344,7 +352,7 @@ fn softmax<S: Simd, const W: usize>(simd: S, scores: &mut [f32], factors: &mut [
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::matmul::tests::numbers as chance;
     use super::super::{Embedding, Norm, Pooling, Scratch, Slot};
     use super::*;
@@ -352,7 +360,7 @@ mod tests {
 
     const CPU: Device = Device::Cpu;
 
-    fn batch(lengths: &[usize]) -> Packed {
+    pub fn batch(lengths: &[usize]) -> Packed {
         let texts: Vec<Tokens> = lengths
             .iter()
             .map(|&n| Tokens {

@@ -35,6 +35,8 @@ impl Embedding {
                 y.inplace_op1(&Sum { embedding: self, batch })?;
                 Ok(y)
             }
+            #[cfg(feature = "cuda")]
+            None if self.word.device().is_cuda() => super::cuda::embed(self, batch),
             None => self.tensors(batch, self.word.device()),
         }
     }

@@ -99,6 +99,18 @@ impl Linear {
             }
         };
         let mut y = x.matmul(weight)?;
+        #[cfg(feature = "cuda")]
+        if y.device().is_cuda() {
+            use super::cuda::{add_activate, add_norm};
+            let bias = bias.as_ref();
+            return match then {
+                Then::Nothing if bias.is_none() => Ok(y),
+                Then::Nothing => add_activate(&y, bias, None),
+                Then::Activate(activation) => add_activate(&y, bias, Some(activation)),
+                Then::Add(residual) => add_norm(&y, bias, Some(residual), None),
+                Then::AddNorm(residual, norm) => add_norm(&y, bias, Some(residual), Some(norm)),
+            };
+        }
         if let Some(bias) = bias {
             y = y.broadcast_add(bias)?;
         }

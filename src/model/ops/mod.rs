@@ -1,12 +1,14 @@
 //! The operations of the encoder, one file each.
 //!
 //! On a CPU each is fused and writes to memory that is kept from batch to batch ([`Scratch`]); one
-//! core runs it alone, other cores have batches of their own. On other devices each is made of
-//! Candle's own operations.
+//! core runs it alone, other cores have batches of their own. On a GPU by CUDA each is a kernel ([`cuda`])
+//! beside Candle's multiplication. On other devices each is made of Candle's own operations.
 
 mod activation;
 mod attention;
 mod coded;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod embed;
 mod linear;
 pub mod matmul;

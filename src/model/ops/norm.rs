@@ -9,8 +9,8 @@ use super::{Fused, Out, host};
 
 pub struct Norm {
     pub(super) weight: Tensor,
-    bias: Tensor,
-    eps: f32,
+    pub(super) bias: Tensor,
+    pub(super) eps: f32,
     /// Weight and bias where they are on the CPU.
     host: Option<(Vec<f32>, Vec<f32>)>,
 }
@@ -41,6 +41,8 @@ impl Norm {
                 y.inplace_op2(x, &Fused("norm", copied))?;
                 Ok(y)
             }
+            #[cfg(feature = "cuda")]
+            None if x.device().is_cuda() => super::cuda::add_norm(x, None, None, Some(self)),
             None => self.tensor(x),
         }
     }

@@ -23,6 +23,8 @@ impl Pooling {
                 y.inplace_op2(x, &Fused("pool", pool))?;
                 Ok(y)
             }
+            #[cfg(feature = "cuda")]
+            None if x.device().is_cuda() => super::cuda::pool(x, batch, self),
             None => self.tensors(x, batch),
         }
     }

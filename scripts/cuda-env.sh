@@ -1,0 +1,20 @@
+# Sourced, with $root set: CUDA's toolkit from PyPI in .cache/cuda, and the environment that builds with it.
+cuda=$root/.cache/cuda
+stub=$cuda/stub
+if [ ! -e "$cuda/.complete" ]; then
+  "${PYTHON:-python3}" -m venv "$cuda"
+  "$cuda/bin/pip" install -q \
+    'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-cccl==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-nvrtc==13.0.*' \
+    'nvidia-cuda-crt==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cublas==13.*' 'nvidia-curand==10.4.*'
+  touch "$cuda/.complete"
+fi
+mkdir -p "$stub"
+export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90}
+CUDA_HOME=$(echo "$cuda"/lib/python3*/site-packages/nvidia/cu13)
+export CUDA_HOME CUDA_PATH=$CUDA_HOME CUDA_ROOT=$CUDA_HOME PATH="$CUDA_HOME/bin:$PATH"
+export LIBRARY_PATH="$stub:$CUDA_HOME/lib" LD_LIBRARY_PATH="$stub:$CUDA_HOME/lib"
+[ -e "$CUDA_HOME/lib64" ] || ln -s lib "$CUDA_HOME/lib64"
+for library in "$CUDA_HOME"/lib/*.so.*; do
+  link=${library%%.so.*}.so
+  [ -e "$link" ] || ln -s "$(basename "$library")" "$link"
+done

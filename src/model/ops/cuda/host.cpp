@@ -1,0 +1,45 @@
+// The kernels as functions of a library, for the tests in host.rs: what a launch says comes first.
+
+#include "kernels.cu"
+
+extern "C" {
+void host_embed(unsigned tokens, unsigned block, float *out, const unsigned *ids, const unsigned *positions,
+                const unsigned *types, const float *word, const float *position, const float *type, const float *weight,
+                const float *bias, float eps, int width) {
+  host::run({tokens, 1, 1}, block,
+            [=] { embed_f32(out, ids, positions, types, word, position, type, weight, bias, eps, width); });
+}
+
+void host_add_norm(unsigned tokens, unsigned block, float *out, const float *x, const float *added, const float *residual,
+                   const float *weight, const float *bias, float eps, int width) {
+  host::run({tokens, 1, 1}, block, [=] { add_norm_f32(out, x, added, residual, weight, bias, eps, width); });
+}
+
+void host_add_activate(unsigned tokens, unsigned block, float *out, const float *x, const float *added, int activation,
+                       int width) {
+  host::run({tokens, 1, 1}, block, [=] { add_activate_f32(out, x, added, activation, width); });
+}
+
+void host_gated(unsigned tokens, unsigned block, float *out, const float *x, const float *added, int activation, int gate,
+                int width) {
+  host::run({tokens, 1, 1}, block, [=] { gated_f32(out, x, added, activation, gate, width); });
+}
+
+void host_pool(unsigned sequences, unsigned block, float *out, const float *x, const unsigned *starts, int pooling,
+               int width) {
+  host::run({sequences, 1, 1}, block, [=] { pool_f32(out, x, starts, pooling, width); });
+}
+
+void host_rotate(unsigned tokens, unsigned block, float *qkv, const unsigned *positions, const float *cosines,
+                 const float *sines, int heads, int width) {
+  host::run({tokens, 1, 1}, block, [=] { rotate_f32(qkv, positions, cosines, sines, heads, width); });
+}
+
+// `longest` is the longest sequence's length.
+void host_attend(unsigned longest, unsigned sequences, float *out, const float *qkv, const unsigned *starts, int heads,
+                 int width, int reach) {
+  host::run({(longest + QUERIES - 1) / QUERIES, unsigned(heads), sequences}, QUERIES, [=] {
+    width == 32 ? attend_32_f32(out, qkv, starts, heads, reach) : attend_64_f32(out, qkv, starts, heads, reach);
+  });
+}
+}

@@ -1,0 +1,247 @@
+//! Launching the kernels.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, WrapErr};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor};
+
+use super::{number_of, number_of_gate, number_of_pooling, threads};
+use crate::model::encoder::Packed;
+use crate::model::ops::{Activation, Attention, Embedding, Gate, Norm, Pooling, Rotation};
+
+const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+/// Of a block of attention, as kernels.cu has it.
+const QUERIES: usize = 64;
+
+/// `[tokens, hidden]`.
+pub fn embed(embedding: &Embedding, batch: &Packed) -> Result<Tensor> {
+    let (word, norm) = (&embedding.word, &embedding.norm);
+    let (tokens, hidden) = (batch.tokens(), word.dim(1)?);
+    let indices = batch.on(word.device())?;
+    // Row 0 is the first position's.
+    let positions = match &embedding.positions {
+        Some((table, first)) => Some(table.narrow(0, *first, table.dim(0)? - first)?),
+        None => None,
+    };
+    let out = empty(tokens, hidden, word)?;
+    out.inplace_op1(&Kernel {
+        name: "embed",
+        grid: (tokens, 1, 1),
+        block: threads(hidden),
+        shared: hidden * size_of::<f32>(),
+        tensors: &[
+            Some(&indices.ids),
+            Some(&indices.positions),
+            indices.types.as_ref(),
+            Some(word),
+            positions.as_ref(),
+            embedding.types.as_ref(),
+            Some(&norm.weight),
+            Some(&norm.bias),
+        ],
+        numbers: &[Number::Real(norm.eps), Number::Whole(hidden as i32)],
+    })?;
+    Ok(out)
+}
+
+/// x + added + residual, normalised, each where it is given; `added` is `[hidden]`.
+pub fn add_norm(
+    x: &Tensor,
+    added: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    norm: Option<&Norm>,
+) -> Result<Tensor> {
+    let (tokens, hidden) = x.dims2()?;
+    let out = empty(tokens, hidden, x)?;
+    out.inplace_op1(&Kernel {
+        name: "add_norm",
+        grid: (tokens, 1, 1),
+        block: threads(hidden),
+        shared: hidden * size_of::<f32>(),
+        tensors: &[Some(x), added, residual, norm.map(|norm| &norm.weight), norm.map(|norm| &norm.bias)],
+        numbers: &[Number::Real(norm.map_or(0.0, |norm| norm.eps)), Number::Whole(hidden as i32)],
+    })?;
+    Ok(out)
+}
+
+/// x + added, activated.
+pub fn add_activate(x: &Tensor, added: Option<&Tensor>, activation: Option<Activation>) -> Result<Tensor> {
+    let (tokens, width) = x.dims2()?;
+    let out = empty(tokens, width, x)?;
+    out.inplace_op1(&Kernel {
+        name: "add_activate",
+        grid: (tokens, 1, 1),
+        block: threads(width),
+        shared: 0,
+        tensors: &[Some(x), added],
+        numbers: &[Number::Whole(number_of(activation)), Number::Whole(width as i32)],
+    })?;
+    Ok(out)
+}
+
+/// `[tokens, 2 × width]` to `[tokens, width]`.
+pub fn gated(x: &Tensor, activation: Activation, gate: Gate) -> Result<Tensor> {
+    let (tokens, twice) = x.dims2()?;
+    let width = twice / 2;
+    let out = empty(tokens, width, x)?;
+    out.inplace_op1(&Kernel {
+        name: "gated",
+        grid: (tokens, 1, 1),
+        block: threads(width),
+        shared: 0,
+        tensors: &[Some(x), None],
+        numbers: &[
+            Number::Whole(number_of(Some(activation))),
+            Number::Whole(number_of_gate(gate)),
+            Number::Whole(width as i32),
+        ],
+    })?;
+    Ok(out)
+}
+
+/// `[tokens, hidden]` to `[sequences, hidden]`.
+pub fn pool(x: &Tensor, batch: &Packed, pooling: Pooling) -> Result<Tensor> {
+    let (sequences, hidden) = (batch.order().len(), x.dim(1)?);
+    let out = empty(sequences, hidden, x)?;
+    out.inplace_op1(&Kernel {
+        name: "pool",
+        grid: (sequences, 1, 1),
+        block: threads(hidden),
+        shared: 0,
+        tensors: &[Some(x), Some(&batch.on(x.device())?.starts)],
+        numbers: &[Number::Whole(number_of_pooling(pooling)), Number::Whole(hidden as i32)],
+    })?;
+    Ok(out)
+}
+
+/// `[tokens, 3 × hidden]`, whose queries and keys are rotated in place, to `[tokens, hidden]`. `None` for
+/// widths of a head that no kernel is made for.
+pub fn attend(
+    attention: &Attention,
+    qkv: &Tensor,
+    rotation: Option<&Rotation>,
+    batch: &Packed,
+) -> Result<Option<Tensor>> {
+    let Attention { heads, width, reach } = *attention;
+    let name = match width {
+        32 => "attend_32",
+        64 => "attend_64",
+        _ => return Ok(None),
+    };
+    let tokens = batch.tokens();
+    let indices = batch.on(qkv.device())?;
+    if let Some(rotation) = rotation {
+        qkv.inplace_op1(&Kernel {
+            name: "rotate",
+            grid: (tokens, 1, 1),
+            block: threads(heads * width),
+            shared: 0,
+            tensors: &[Some(&indices.positions), Some(&rotation.cos), Some(&rotation.sin)],
+            numbers: &[Number::Whole(heads as i32), Number::Whole(width as i32)],
+        })?;
+    }
+    let longest = batch.lengths().max().unwrap_or(0);
+    let out = empty(tokens, heads * width, qkv)?;
+    out.inplace_op1(&Kernel {
+        name,
+        grid: (longest.div_ceil(QUERIES), heads, batch.order().len()),
+        block: QUERIES as u32,
+        shared: 0,
+        tensors: &[Some(qkv), Some(&indices.starts)],
+        numbers: &[Number::Whole(heads as i32), Number::Whole(reach.unwrap_or(longest) as i32)],
+    })?;
+    Ok(Some(out))
+}
+
+/// Memory for `[rows, width]` where `like` is, with anything in it.
+fn empty(rows: usize, width: usize, like: &Tensor) -> Result<Tensor> {
+    // SAFETY: every kernel writes all of its result.
+    unsafe { Tensor::empty((rows, width), like.dtype(), like.device()) }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Number {
+    Whole(i32),
+    Real(f32),
+}
+
+/// A launch: the result's address, then the tensors' (0 for one that is absent), then the numbers.
+struct Kernel<'a> {
+    /// Without the ending that tells the numbers' type.
+    name: &'static str,
+    grid: (usize, usize, usize),
+    block: u32,
+    /// Bytes of a block's row.
+    shared: usize,
+    tensors: &'a [Option<&'a Tensor>],
+    numbers: &'a [Number],
+}
+
+impl InplaceOp1 for Kernel<'_> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        candle_core::bail!("{} is a kernel for GPUs", self.name)
+    }
+
+    fn cuda_fwd(&self, out: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        let device = out.device().clone();
+        let stream = device.cuda_stream();
+        let ending = match out.dtype() {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            other => candle_core::bail!("{}: not for {}", self.name, other.as_str()),
+        };
+        let function = device.get_or_load_custom_func(&format!("{}_{ending}", self.name), "kandle", PTX)?;
+        let mut addresses = vec![address(out, layout, &stream)?];
+        for tensor in self.tensors {
+            addresses.push(match tensor {
+                None => 0,
+                Some(tensor) => match tensor.storage_and_layout() {
+                    (guard, layout) => match &*guard {
+                        Storage::Cuda(storage) => address(storage, layout, &stream)?,
+                        _ => candle_core::bail!("{}: a tensor is not on the GPU", self.name),
+                    },
+                },
+            });
+        }
+        let mut launch = function.builder();
+        for address in &addresses {
+            launch.arg(address);
+        }
+        for number in self.numbers {
+            match number {
+                Number::Whole(n) => launch.arg(n),
+                Number::Real(x) => launch.arg(x),
+            };
+        }
+        let (x, y, z) = self.grid;
+        let config = LaunchConfig {
+            grid_dim: (x as u32, y as u32, z as u32),
+            block_dim: (self.block, 1, 1),
+            shared_mem_bytes: self.shared as u32,
+        };
+        // SAFETY: the arguments are the kernel's, and tensors are as long as their shapes say, which the
+        // operations have seen to; memory is given back in the order of the stream.
+        unsafe { launch.launch(config) }.w()?;
+        Ok(())
+    }
+}
+
+/// Where a contiguous tensor begins.
+fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Result<u64> {
+    let Some((start, _)) = layout.contiguous_offsets() else {
+        candle_core::bail!("not contiguous: {layout:?}")
+    };
+    let (first, size) = match &storage.slice {
+        CudaStorageSlice::F32(slice) => (slice.device_ptr(stream).0, 4),
+        CudaStorageSlice::U32(slice) => (slice.device_ptr(stream).0, 4),
+        CudaStorageSlice::F16(slice) => (slice.device_ptr(stream).0, 2),
+        CudaStorageSlice::BF16(slice) => (slice.device_ptr(stream).0, 2),
+        _ => candle_core::bail!("not for {}", storage.dtype().as_str()),
+    };
+    Ok(first + (size * start) as u64)
+}
