@@ -1,19 +1,18 @@
 //! `audit`: predictions and dead letters read back, beside the input that they are about.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::ops::ControlFlow;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::message::Message;
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
-use crate::source::{self, Point, Range, headers};
+use crate::source::{self, Point, Range, Read, headers};
 use crate::telemetry::logging;
 
 #[derive(Args)]
@@ -168,37 +167,16 @@ fn read(
     if from >= to {
         return Ok(());
     }
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from))?;
-    consumer.assign(&list)?;
-    let mut heard = Instant::now();
-    loop {
-        match consumer.poll(Duration::from_millis(100)) {
-            None if heard.elapsed() > PATIENCE => {
-                bail!("{partition}: nothing came from Kafka for {} s", PATIENCE.as_secs())
-            }
-            None => continue,
-            Some(Err(KafkaError::PartitionEOF(_))) => break,
-            Some(Err(error)) => {
-                // Most pass.
-                tracing::warn!(%partition, %error, "reading");
-                if heard.elapsed() > PATIENCE {
-                    return Err(error).with_context(|| format!("reading {partition}"));
-                }
-            }
-            Some(Ok(message)) => {
-                heard = Instant::now();
-                if message.offset() < to {
-                    take(&message);
-                }
-                if message.offset() + 1 >= to {
-                    break;
-                }
-            }
+    let seen = source::read(consumer, partition, from, PATIENCE, |message| {
+        if message.offset() < to {
+            take(message);
         }
+        if message.offset() + 1 < to { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    match seen.with_context(|| format!("reading {partition}"))? {
+        Read::Stopped(()) | Read::End => Ok(()),
+        Read::Silence => bail!("{partition}: nothing came from Kafka for {} s", PATIENCE.as_secs()),
     }
-    consumer.unassign()?;
-    Ok(())
 }
 
 /// `stands`: the group's offset; where it has none, all of the input should be there.

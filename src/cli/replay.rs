@@ -1,15 +1,13 @@
 //! `replay`: a drain between two points in time, in a group of its own; or of the dead letters.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use rdkafka::consumer::Consumer;
-use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
@@ -211,38 +209,31 @@ fn sample<C: rdkafka::consumer::ConsumerContext>(
     revive: Option<&Origins>,
     gatherer: &mut Gatherer,
 ) -> anyhow::Result<i64> {
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from))?;
-    consumer.assign(&list)?;
     let lease = Lease::new(0);
     let deadline = Instant::now() + READ;
     let (mut next, mut taken) = (from, 0);
-    while taken < count && next < to && Instant::now() < deadline {
-        let message = match consumer.poll(Duration::from_millis(100)) {
-            None => continue,
-            Some(Err(KafkaError::PartitionEOF(_))) => break,
-            Some(message) => message.with_context(|| format!("reading {partition}"))?,
-        };
+    let read = source::read(consumer, partition, from, READ, |message| {
         if message.offset() >= to {
-            break;
+            return ControlFlow::Break(());
         }
         next = message.offset() + 1;
-        if let Some(origins) = revive
-            && origins.origin(&message).is_none()
-        {
-            continue;
+        if revive.is_none_or(|origins| origins.origin(message).is_some()) {
+            taken += 1;
+            let arrival = Arrival {
+                offset: message.offset(),
+                timestamp: message.timestamp().to_millis(),
+                key: message.key(),
+                value: message.payload(),
+                ..Arrival::default()
+            };
+            // It has no limit.
+            gatherer.push(partition, &lease, arrival, Instant::now());
         }
-        taken += 1;
-        let arrival = Arrival {
-            offset: message.offset(),
-            timestamp: message.timestamp().to_millis(),
-            key: message.key(),
-            value: message.payload(),
-            ..Arrival::default()
-        };
-        // It has no limit.
-        gatherer.push(partition, &lease, arrival, Instant::now());
-    }
-    consumer.unassign()?;
+        match taken < count && next < to && Instant::now() < deadline {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(()),
+        }
+    });
+    read.with_context(|| format!("reading {partition}"))?;
     Ok(next)
 }

@@ -2,19 +2,20 @@
 //! Shared by the source, which moves it, and by whoever shows it.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 
 use super::client;
-use super::range::{self, ASK, Range, RangeError};
+use super::range::{self, ASK, Range, RangeError, Read};
 use crate::cluster;
 use crate::record::Partition;
 use crate::settings::Settings;
@@ -212,19 +213,12 @@ impl Drain {
 /// mistaken for another's. `None` where there is no answer in time.
 pub(super) fn is_bare(config: &ClientConfig, partition: &Partition, from: i64, to: i64) -> Option<bool> {
     let consumer = client::observer(config).ok()?;
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from)).ok()?;
-    consumer.assign(&list).ok()?;
-    let deadline = Instant::now() + ASK;
-    while Instant::now() < deadline {
-        match consumer.poll(Duration::from_millis(100)) {
-            Some(Ok(message)) => return Some(message.offset() >= to),
-            Some(Err(KafkaError::PartitionEOF(_))) => return Some(true),
-            Some(Err(error)) => tracing::debug!(%partition, %error, "looking at the end"),
-            None => {}
-        }
+    let first = range::read(&consumer, partition, from, ASK, |message| ControlFlow::Break(message.offset()));
+    match first {
+        Ok(Read::Stopped(offset)) => Some(offset >= to),
+        Ok(Read::End) => Some(true),
+        Ok(Read::Silence) | Err(_) => None,
     }
-    None
 }
 
 /// Where a group stands, as its settings name it.

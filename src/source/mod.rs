@@ -24,4 +24,4 @@ pub use dead_letters::Origins;
 pub use drain::{Bound, Drain, standing};
 pub use live::{Group, Source, SourceError, Wiring};
 pub use metadata::Metadata;
-pub use range::{Point, Range, RangeError, resolve};
+pub use range::{Point, Range, RangeError, Read, read, resolve};

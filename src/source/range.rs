@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
-use rdkafka::message::Message;
+use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::record::Partition;
@@ -231,22 +232,65 @@ fn offsets<C: ConsumerContext>(
     Ok(offsets)
 }
 
+/// How the reading of a partition ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read<B> {
+    /// By who saw the records.
+    Stopped(B),
+    /// At the end of the log.
+    End,
+    /// Nothing came for as long as was waited.
+    Silence,
+}
+
+/// Shows the records of a partition from an offset on, until told to stop. The consumer, which says where
+/// partitions end (`enable.partition.eof`), is in no group. Errors may pass; one that has not passed in
+/// `patience` is returned.
+pub fn read<C: ConsumerContext, B>(
+    consumer: &BaseConsumer<C>,
+    partition: &Partition,
+    from: i64,
+    patience: Duration,
+    mut see: impl FnMut(&BorrowedMessage<'_>) -> ControlFlow<B>,
+) -> Result<Read<B>, KafkaError> {
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from))?;
+    consumer.assign(&list)?;
+    let mut heard = Instant::now();
+    let end = loop {
+        match consumer.poll(Duration::from_millis(100)) {
+            Some(Ok(message)) => {
+                heard = Instant::now();
+                if let ControlFlow::Break(stopped) = see(&message) {
+                    break Ok(Read::Stopped(stopped));
+                }
+            }
+            Some(Err(KafkaError::PartitionEOF(_))) => break Ok(Read::End),
+            Some(Err(error)) if heard.elapsed() > patience => break Err(error),
+            Some(Err(error)) => tracing::warn!(%partition, %error, "reading"),
+            None if heard.elapsed() > patience => break Ok(Read::Silence),
+            None => {}
+        }
+    };
+    consumer.unassign()?;
+    end
+}
+
 /// The timestamp of the first record at or after an offset; `None` where none comes in time.
 fn timestamp_at<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     partition: &Partition,
     offset: i64,
 ) -> Result<Option<Timestamp>, KafkaError> {
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(offset))?;
-    consumer.assign(&list)?;
-    let message = consumer.poll(ASK);
-    let first = match message {
-        Some(Ok(message)) => message.timestamp().to_millis(),
-        _ => None,
-    };
-    consumer.unassign()?;
-    Ok(first.and_then(|ms| Timestamp::from_millisecond(ms).ok()))
+    let first = read(consumer, partition, offset, ASK, |message| {
+        ControlFlow::Break(
+            message.timestamp().to_millis().and_then(|ms| Timestamp::from_millisecond(ms).ok()),
+        )
+    });
+    Ok(match first? {
+        Read::Stopped(time) => time,
+        Read::End | Read::Silence => None,
+    })
 }
 
 /// What there is, in words.
