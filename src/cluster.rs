@@ -14,6 +14,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use crate::settings::Settings;
 use crate::telemetry::{Health, Metrics};
+use crate::topics::TopicFilter;
 
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
@@ -148,8 +149,8 @@ impl<'a> Cluster<'a> {
     fn matching(&self, pattern: &str) -> Result<u64, Trouble> {
         let metadata = self.client.fetch_metadata(None, ATTEMPT).map_err(|e| self.unreachable(&e))?;
         // The rules have read it.
-        let Ok(pattern) = regex::Regex::new(pattern) else { return Ok(0) };
-        let matching = metadata.topics().iter().filter(|topic| pattern.is_match(topic.name()));
+        let Ok(filter) = TopicFilter::new(&[pattern]) else { return Ok(0) };
+        let matching = metadata.topics().iter().filter(|topic| filter.holds(topic.name()));
         Ok(matching.map(|topic| topic.partitions().len() as u64).sum())
     }
 
@@ -182,9 +183,9 @@ impl<'a> Cluster<'a> {
         let mut troubles = Vec::new();
         let mut input_partitions = 0;
         for topic in &self.settings.input.topics {
-            let found = match topic.strip_prefix('^') {
-                None => self.partitions("input.topics", topic).map(|count| count as u64),
-                Some(_) => self.matching(topic),
+            let found = match TopicFilter::is_pattern(topic) {
+                false => self.partitions("input.topics", topic).map(|count| count as u64),
+                true => self.matching(topic),
             };
             match found {
                 Ok(count) => input_partitions += count,

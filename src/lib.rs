@@ -17,4 +17,5 @@ pub mod sink;
 pub mod source;
 pub mod task;
 pub mod telemetry;
+pub mod topics;
 pub mod window;

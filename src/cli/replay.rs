@@ -21,6 +21,7 @@ use crate::settings::{Loaded, Settings};
 use crate::source::{self, Drain, Origins, Point, Range};
 use crate::task::Task;
 use crate::telemetry::logging;
+use crate::topics::TopicFilter;
 use crate::window::{ClosedBy, Gatherer, Limits};
 
 #[derive(Args)]
@@ -52,7 +53,7 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings_digest = drain::digest(&loaded.shown);
     let mut revive = None;
     if options.dead_letters {
-        revive = Some(Origins::new(&settings.input.topics)?);
+        revive = Some(Origins::new(TopicFilter::new(&settings.input.topics)?));
         settings.input.topics = vec![settings.dead_letters.topic.clone()];
     }
     let id = options.id.clone().unwrap_or_else(|| name(&settings, options));

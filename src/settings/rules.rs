@@ -4,6 +4,7 @@ use rdkafka::ClientConfig;
 
 use super::{Fields, Format, Guarantee, Properties, Settings, TaskKind};
 use crate::schedule::Schedule;
+use crate::topics::TopicFilter;
 
 /// Properties of librdkafka that kandle owns, and why.
 const OWNED: &[(&str, &str)] = &[
@@ -56,8 +57,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         fault("kafka.brokers", "names no broker".to_owned());
     }
     let input = &settings.input;
-    let patterns = input.topics.iter().filter(|topic| topic.starts_with('^')).count();
-    if patterns > 0 && input.topics.len() > 1 {
+    if input.topics.iter().any(|topic| TopicFilter::is_pattern(topic)) && input.topics.len() > 1 {
         fault("input.topics", "holds names or one pattern that starts with ^, not both".to_owned());
     }
     for (key, topic) in
@@ -65,17 +65,13 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     {
         if let Err(message) = check_topic(topic) {
             fault(key, message);
-        } else if input
-            .topics
-            .iter()
-            .any(|input| input == topic || pattern(input).is_ok_and(|p| p.is_match(topic)))
-        {
+        } else if TopicFilter::new(&input.topics).is_ok_and(|input| input.holds(topic)) {
             fault(key, format!("{topic} is also in input.topics: kandle would read what it wrote"));
         }
     }
     for topic in &input.topics {
-        if topic.starts_with('^') {
-            if let Err(e) = pattern(topic) {
+        if TopicFilter::is_pattern(topic) {
+            if let Err(e) = TopicFilter::new(&[topic]) {
                 fault("input.topics", format!("{topic} is no pattern: {e}"));
             }
         } else if let Err(message) = check_topic(topic) {
@@ -266,11 +262,6 @@ fn check_properties(section: &str, properties: &Properties) -> Vec<(String, Stri
         }
     }
     faults
-}
-
-/// A pattern among `input.topics`; a plain name is none.
-fn pattern(topic: &str) -> Result<regex::Regex, regex::Error> {
-    if topic.starts_with('^') { regex::Regex::new(topic) } else { regex::Regex::new("$.^") }
 }
 
 /// Kafka's own rule for names: `[a-zA-Z0-9._-]{1,249}`.

@@ -7,6 +7,7 @@ use rdkafka::message::{BorrowedMessage, Message};
 
 use super::headers;
 use crate::record::Position;
+use crate::topics::TopicFilter;
 
 /// What a dead letter has of kandle (src/sink/message.rs).
 const OURS: [&CStr; 5] =
@@ -14,22 +15,11 @@ const OURS: [&CStr; 5] =
 
 /// Which dead letters are a job's own: those whose records came from its topics.
 #[derive(Debug)]
-pub struct Origins {
-    names: Vec<String>,
-    pattern: Option<regex::Regex>,
-}
+pub struct Origins(TopicFilter);
 
 impl Origins {
-    /// `topics`: names, or one pattern that starts with ^.
-    pub fn new(topics: &[String]) -> Result<Self, regex::Error> {
-        let (patterns, names): (Vec<&String>, Vec<&String>) = topics.iter().partition(|t| t.starts_with('^'));
-        let pattern = patterns.first().map(|pattern| regex::Regex::new(pattern)).transpose()?;
-        Ok(Self { names: names.into_iter().cloned().collect(), pattern })
-    }
-
-    fn holds(&self, topic: &str) -> bool {
-        self.names.iter().any(|name| name == topic)
-            || self.pattern.as_ref().is_some_and(|p| p.is_match(topic))
+    pub fn new(topics: TopicFilter) -> Self {
+        Self(topics)
     }
 
     /// Where the record once was that a message is the dead letter of. `None`: it is another job's, no dead
@@ -38,7 +28,7 @@ impl Origins {
         // A dead letter was no tombstone: one without a value has lost it.
         message.payload()?;
         headers::last(message, c"kandle-error")?;
-        headers::origin(message).filter(|origin| self.holds(&origin.partition.topic))
+        headers::origin(message).filter(|origin| self.0.holds(&origin.partition.topic))
     }
 
     /// Makes a dead letter the record it was, and says where that came from.
@@ -46,18 +36,5 @@ impl Origins {
         let origin = self.origin(message)?;
         OURS.iter().for_each(|name| headers::remove_last(message, name));
         Some(origin)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_job_knows_its_own() {
-        let names = Origins::new(&["a".to_owned(), "b".to_owned()]).unwrap();
-        assert!(names.holds("b") && !names.holds("c"));
-        let pattern = Origins::new(&["^tickets\\..*".to_owned()]).unwrap();
-        assert!(pattern.holds("tickets.de") && !pattern.holds("tickets"));
     }
 }

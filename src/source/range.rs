@@ -13,6 +13,7 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::record::Partition;
+use crate::topics::TopicFilter;
 
 /// How long one question to the cluster may take, and how often it is asked.
 pub(super) const ASK: Duration = Duration::from_secs(5);
@@ -68,6 +69,8 @@ pub struct Range {
 pub enum RangeError {
     #[error("what there is in the topics cannot be read: {0}")]
     Kafka(#[from] KafkaError),
+    #[error("no pattern of topics: {0}")]
+    Pattern(#[from] regex::Error),
     #[error("topic {0} does not exist")]
     Unknown(String),
     #[error("--from {from} is not before --to {to}")]
@@ -86,25 +89,19 @@ pub(super) fn partitions<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     topics: &[&str],
 ) -> Result<Vec<Partition>, RangeError> {
-    let pattern = topics.iter().find_map(|topic| topic.starts_with('^').then(|| regex::Regex::new(topic)));
-    let wanted: Vec<Option<&str>> = match &pattern {
-        Some(_) => vec![None],
-        None => topics.iter().copied().map(Some).collect(),
+    let topics = TopicFilter::new(topics)?;
+    let wanted: Vec<Option<&str>> = match topics.names() {
+        Some(names) => names.iter().map(|name| Some(name.as_str())).collect(),
+        None => vec![None],
     };
     let mut partitions = Vec::new();
     for topic in wanted {
         let metadata = again(|| consumer.fetch_metadata(topic, ASK))?;
-        for found in metadata.topics() {
-            let fits = match &pattern {
-                Some(Ok(pattern)) => pattern.is_match(found.name()),
-                _ => topic == Some(found.name()),
-            };
-            if fits && found.partitions().is_empty() {
+        for found in metadata.topics().iter().filter(|found| topics.holds(found.name())) {
+            if found.partitions().is_empty() {
                 return Err(RangeError::Unknown(found.name().to_owned()));
             }
-            if fits {
-                partitions.extend(found.partitions().iter().map(|p| Partition::new(found.name(), p.id())));
-            }
+            partitions.extend(found.partitions().iter().map(|p| Partition::new(found.name(), p.id())));
         }
     }
     partitions.sort();

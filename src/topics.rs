@@ -1,0 +1,52 @@
+//! Which topics are meant: by their names, or by a pattern.
+
+use regex::Regex;
+
+/// As `input.topics` has them: names, or patterns, which start with `^`.
+#[derive(Debug)]
+pub struct TopicFilter {
+    names: Vec<String>,
+    patterns: Vec<Regex>,
+}
+
+impl TopicFilter {
+    /// # Errors
+    /// A pattern is none.
+    pub fn new<T: AsRef<str>>(topics: &[T]) -> Result<Self, regex::Error> {
+        let (patterns, names): (Vec<&str>, Vec<&str>) =
+            topics.iter().map(T::as_ref).partition(|topic| Self::is_pattern(topic));
+        Ok(Self {
+            names: names.into_iter().map(str::to_owned).collect(),
+            patterns: patterns.into_iter().map(Regex::new).collect::<Result<_, _>>()?,
+        })
+    }
+
+    pub fn is_pattern(topic: &str) -> bool {
+        topic.starts_with('^')
+    }
+
+    /// Those that are known by name; `None` where a pattern may mean any.
+    pub fn names(&self) -> Option<&[String]> {
+        self.patterns.is_empty().then_some(&self.names[..])
+    }
+
+    pub fn holds(&self, topic: &str) -> bool {
+        self.names.iter().any(|name| name == topic) || self.patterns.iter().any(|p| p.is_match(topic))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_whole_and_patterns_begin_with_a_caret() {
+        let names = TopicFilter::new(&["a", "b"]).unwrap();
+        assert!(names.holds("b") && !names.holds("c") && !names.holds("ab"));
+        assert_eq!(names.names(), Some(&["a".to_owned(), "b".to_owned()][..]));
+        let pattern = TopicFilter::new(&["^tickets\\..*"]).unwrap();
+        assert!(pattern.holds("tickets.de") && !pattern.holds("tickets"));
+        assert_eq!(pattern.names(), None);
+        assert!(TopicFilter::new(&["^("]).is_err());
+    }
+}
