@@ -55,6 +55,12 @@ run() {
     echo "$separator{\"model\": \"$model\", \"texts\": \"$texts\", \"least_cosine\": $least, \"device\": $there, \"cpu\": $here}"
     separator=,
   done
+  # More than fits: halved until it does.
+  if [ -n "$folder" ] && [ "$device" != cpu ]; then
+    for i in $(seq 60); do sed "s/\"text\": \"/&$i /" "$folder/long.jsonl"; done > "$out/many.jsonl"
+    there=$(measure "$folder/base" "$out/many.jsonl" "$device" --window 18000 --set batch.max_tokens=10000000)
+    echo ", {\"model\": \"base\", \"texts\": \"many\", \"device\": $there}"
+  fi
   echo "]"
 }
 

@@ -20,6 +20,8 @@ PEERS = [("torch", "f32"), ("torch", "bf16"), ("onnxruntime", "f32"), ("onnxrunt
          ("openvino", "bf16")] + ([("tei", "f32")] if "TEI" in os.environ else [])
 # bfloat16 only where the processor has it: elsewhere it is made up, ten times slower or as f32.
 HAS_BF16 = any(name in pathlib.Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
+# Hidden, layers, intermediate: what a token costs.
+SHAPES = {"minilm": (384, 6, 1536), "base": (768, 12, 3072)}
 # A BERT-base forward costs eight times as much: fewer texts tell the same.
 SHARE = {"minilm": 1.0, "base": 0.1}
 
@@ -47,6 +49,33 @@ def cosine(a, b):
     return float(((x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).mean())
 
 
+PEAK = """
+import sys, time, torch
+torch.set_num_threads(int(sys.argv[2]))
+types = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+n, multiply = 2048, torch._int_mm if sys.argv[1] == "int8" else torch.matmul
+a, b = ((torch.rand(n, n) * 100 - 50).to(types[sys.argv[1]]) for _ in "ab")
+times = []
+for _ in range(30):
+    started = time.perf_counter()
+    multiply(a, b)
+    times.append(time.perf_counter() - started)
+print(2 * n ** 3 / min(times))
+"""
+
+
+def peak(dtype, threads):
+    """Operations a second of the fastest large square multiplication that torch (oneDNN) does here."""
+    done = subprocess.run([sys.executable, "-c", PEAK, dtype, str(threads)], capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else float("nan")
+
+
+def operations(model, lengths):
+    """Of multiplications, over texts of these lengths: weights, then queries by keys and weights by values."""
+    hidden, layers, inner = SHAPES[model]
+    return sum(layers * (2 * n * (4 * hidden ** 2 + 2 * hidden * inner) + 4 * n * n * hidden) for n in lengths)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("kandle")
@@ -59,12 +88,19 @@ def main():
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
     results = []
+    peaks = {dtype: peak(dtype, args.threads) for dtype in ("f32", "bf16", "int8") if HAS_BF16 or dtype != "bf16"}
+    print("largest rate of a multiplication, by torch:", ", ".join(f"{d} {p / 1e9:,.0f} GFLOP/s" for d, p in peaks.items()))
+    from tokenizers import Tokenizer
     for model in args.models.split(","):
         for name in args.texts.split(","):
             lines = (args.folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
             lines = lines[:max(20, int(len(lines) * SHARE[model]))]
             texts = args.folder / f"run.{name}.jsonl"
             texts.write_text("".join(lines))
+            tokenizer = Tokenizer.from_file(str(args.folder / model / "tokenizer.json"))
+            tokenizer.no_padding()
+            texts_read = [json.loads(line)["text"] for line in lines]
+            work = operations(model, [len(e.ids) for e in tokenizer.encode_batch(texts_read)])
             engines = [("kandle", dtype) for dtype in ("f32", "bf16", "int8")] + PEERS
             engines = [(engine, dtype) for engine, dtype in engines if HAS_BF16 or dtype != "bf16"]
             rounds, batches, cosines = {e: [] for e in engines}, {}, {}
@@ -85,8 +121,8 @@ def main():
             print(f"\n{model}, {name}: {len(lines)} texts, {rounds[('kandle', 'f32')][0]['tokens']} tokens, {args.threads} threads\n")
             own = [dtype for engine, dtype in engines if engine == "kandle"]
             print("| engine | tokens/s |", *(f"kandle {dtype} ÷ it |" for dtype in own),
-                  "cosine to kandle f32 | peak memory, MiB | batch |")
-            print("|---|---|" + "---|" * len(own) + "---|---|---|")
+                  "of the peak | cosine to kandle f32 | memory, MiB | batch |")
+            print("|---|---|" + "---|" * len(own) + "---|---|---|---|")
             for engine in engines:
                 if rounds[engine] is None:
                     continue
@@ -97,7 +133,7 @@ def main():
                     return statistics.median(a / b for a, b in zip(ours, speeds))
                 memory = max(r["peak_rss_bytes"] for r in rounds[engine]) >> 20
                 print(f"| {' '.join(engine)} | {statistics.median(speeds):,.0f} |", *(f"{ratio(dtype):.2f} |" for dtype in own),
-                      f"{cosines[engine]:.6f} | {memory} | {batches[engine] or ''} |", flush=True)
+                      f"{work / statistics.median(r['seconds'] for r in rounds[engine]) / peaks[engine[1]]:.0%} | {cosines[engine]:.6f} | {memory} | {batches[engine] or ''} |", flush=True)
                 results.append({"model": model, "texts": name, "engine": engine[0], "dtype": engine[1], "batch": batches[engine],
                                 "cosine": cosines[engine], "runs": rounds[engine]})
     if args.output:

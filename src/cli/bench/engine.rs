@@ -69,6 +69,8 @@ struct Report {
     dtype: String,
     device: String,
     threads: usize,
+    /// Batches that were halved because the device was out of memory.
+    oom_splits: u64,
 }
 
 /// A window between tokenising and the lanes.
@@ -135,6 +137,7 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         dtype: task.dtype.clone(),
         device: task.device.clone(),
         threads: text.engine.lanes(),
+        oom_splits: metrics.oom_splits.with_label_values(&["forward"]).get(),
     };
     if options.json {
         println!("{}", super::super::pretty(&serde_json::to_value(&report)?));

@@ -89,8 +89,29 @@ static CONFIG: Config = {
 #[repr(C, align(64))]
 struct Sums([[u32; WIDTH]; 2 * TILE]);
 
+/// The thread's tiles, until it is dropped: without giving them back, the kernel would save them at every
+/// switch of threads.
+pub(super) struct Tiles;
+
+impl Tiles {
+    /// # Safety
+    /// [`available`] has said so.
+    pub(super) unsafe fn configure() -> Self {
+        // SAFETY: the configuration is a valid one, and thread and process may use it.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) };
+        Tiles
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: they were configured, and nobody uses them any more.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
 /// # Safety
-/// [`available`] has said so.
+/// [`available`] has said so, and the thread's [`Tiles`] are configured.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
     let Strip { left, stride, rows, depth, panel, .. } = *strip;
@@ -100,8 +121,6 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
     assert!(panel.len() >= depth * WIDTH);
     assert!(left.len() >= (padded - TILE) * stride + depth * TILE);
     let mut sums = Sums([[0; WIDTH]; 2 * TILE]);
-    // SAFETY: the configuration is a valid one, and thread and process may use it.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) };
     let mut row = 0;
     while row < padded {
         let tall = row + TILE < padded;
@@ -120,9 +139,6 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
         write(code, strip, row..rows.min(row + height), &sums);
         row += height;
     }
-    // Without it the kernel would save the tiles at every switch of threads.
-    // SAFETY: no tile is used any more.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
 /// As [`Strip::write`] for some rows, by hand: what follows the tiles costs as much as they do.

@@ -241,6 +241,9 @@ impl Coded {
                 let codes = &mut codes[row / height * height * groups..][..height * groups];
                 *scale = self.encode(encoding, x, codes, row % height);
             }
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            // SAFETY: `choose` has seen that there are tiles.
+            let _tiles = matches!(self.kernel, Kernel::Amx(_)).then(|| unsafe { amx::Tiles::configure() });
             let (mut panels, mut start) = (&self.panels[..], &self.start[..]);
             for part in (0..self.inputs).step_by(self.depth) {
                 let depth = shape.groups(self.depth.min(self.inputs - part));
@@ -301,6 +304,7 @@ impl Coded {
             Kernel::Vnni => unsafe { x86::run_vnni(strip) },
             #[cfg(target_arch = "x86_64")]
             Kernel::Bf16 => unsafe { x86::run_bf16(strip) },
+            // SAFETY: the same, and `multiply` has configured the tiles.
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Kernel::Amx(code) => unsafe { amx::run(code, strip) },
         }
