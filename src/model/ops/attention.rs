@@ -138,6 +138,7 @@ thread_local! {
 /// One head of one sequence. Queries are worked on as many at a time as two vectors have numbers, or one:
 /// they are the columns.
 struct Room {
+    /// One of them, rotated.
     query: Vec<f32>,
     /// Scaled, rotated and transposed: a row for each number of the head.
     queries: AVec<f32>,
