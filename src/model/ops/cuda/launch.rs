@@ -200,12 +200,13 @@ impl InplaceOp1 for Kernel<'_> {
         for tensor in self.tensors {
             addresses.push(match tensor {
                 None => 0,
-                Some(tensor) => match tensor.storage_and_layout() {
-                    (guard, layout) => match &*guard {
+                Some(tensor) => {
+                    let (guard, layout) = tensor.storage_and_layout();
+                    match &*guard {
                         Storage::Cuda(storage) => address(storage, layout, &stream)?,
                         _ => candle_core::bail!("{}: a tensor is not on the GPU", self.name),
-                    },
-                },
+                    }
+                }
             });
         }
         let mut launch = function.builder();
