@@ -41,22 +41,24 @@ impl Embedding {
         }
     }
 
+    /// The table of positions, a sequence's first token first.
+    pub(super) fn position_table(&self) -> Result<Option<Tensor>> {
+        match &self.positions {
+            Some((table, first)) => table.narrow(0, *first, table.dim(0)? - first).map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// In Candle's own operations.
     pub(super) fn tensors(&self, batch: &Packed, device: &Device) -> Result<Tensor> {
-        let total = batch.tokens();
-        let rows =
-            |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::from_slice(ids, total, device)?, 0);
-        let mut x = rows(&self.word, batch.ids())?;
-        if let Some((table, first)) = &self.positions {
-            let mut positions = Vec::with_capacity(total);
-            for length in batch.lengths() {
-                positions.extend(*first as u32..(first + length) as u32);
-            }
-            x = (x + rows(table, &positions)?)?;
+        let indices = batch.on(device)?;
+        let mut x = self.word.index_select(&indices.ids, 0)?;
+        if let Some(table) = self.position_table()? {
+            x = (x + table.index_select(&indices.positions, 0)?)?;
         }
         if let Some(table) = &self.types {
-            x = match batch.type_ids() {
-                Some(types) => (x + rows(table, types)?)?,
+            x = match &indices.types {
+                Some(types) => (x + table.index_select(types, 0)?)?,
                 None => x.broadcast_add(&table.narrow(0, 0, 1)?)?,
             };
         }

@@ -79,12 +79,8 @@ fn near(got: &[f32], want: &Tensor) {
 
 /// Where each sequence begins, and the position of every token within its own.
 fn places(batch: &Packed) -> (Vec<u32>, Vec<u32>) {
-    let (mut starts, mut positions) = (vec![0], Vec::new());
-    for length in batch.lengths() {
-        positions.extend(0..length as u32);
-        starts.push(positions.len() as u32);
-    }
-    (starts, positions)
+    let indices = batch.on(&CPU).unwrap();
+    (indices.starts.to_vec1().unwrap(), indices.positions.to_vec1().unwrap())
 }
 
 const WIDTHS: [usize; 4] = [7, 32, 96, 384];
@@ -106,14 +102,14 @@ fn embeddings() {
             }
             let table = |table: Option<&Tensor>| table.map(|table| host(table).unwrap());
             let word = host(&word).unwrap();
-            let position = table(embedding.positions.as_ref().map(|(table, _)| table));
+            let position = table(embedding.position_table().unwrap().as_ref());
             let types = table(embedding.types.as_ref());
             let mut out = vec![f32::NAN; packed.tokens() * width];
             call!(c"host_embed",
                 packed.tokens() as u32 => u32, threads(width) => u32, out.as_mut_ptr() => *mut f32,
                 packed.ids().as_ptr() => *const u32, positions.as_ptr() => *const u32,
                 packed.type_ids().map_or(null(), <[u32]>::as_ptr) => *const u32, word.as_ptr() => *const f32,
-                position.as_ref().map_or(null(), |table| table[2 * width..].as_ptr()) => *const f32,
+                position.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
                 types.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
                 weight.as_ptr() => *const f32, bias.as_ptr() => *const f32, eps => f32, width as i32 => i32
             );

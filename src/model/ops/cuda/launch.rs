@@ -18,18 +18,13 @@ pub fn embed(embedding: &Embedding, batch: &Packed) -> Result<Tensor> {
     let (word, norm) = (&embedding.word, &embedding.norm);
     let (tokens, hidden) = (batch.tokens(), word.dim(1)?);
     let indices = batch.on(word.device())?;
-    // Row 0 is the first position's.
-    let positions = match &embedding.positions {
-        Some((table, first)) => Some(table.narrow(0, *first, table.dim(0)? - first)?),
-        None => None,
-    };
-    let out = empty(tokens, hidden, word)?;
-    out.inplace_op1(&Kernel {
-        name: "embed",
-        grid: (tokens, 1, 1),
-        block: threads(hidden),
-        shared: hidden * size_of::<f32>(),
-        tensors: &[
+    let positions = embedding.position_table()?;
+    by_row(
+        "embed",
+        (tokens, hidden),
+        hidden,
+        word,
+        &[
             Some(&indices.ids),
             Some(&indices.positions),
             indices.types.as_ref(),
@@ -39,9 +34,8 @@ pub fn embed(embedding: &Embedding, batch: &Packed) -> Result<Tensor> {
             Some(&norm.weight),
             Some(&norm.bias),
         ],
-        numbers: &[Number::Real(norm.eps), Number::Whole(hidden as i32)],
-    })?;
-    Ok(out)
+        &[Number::Real(norm.eps), Number::Whole(hidden as i32)],
+    )
 }
 
 /// x + added + residual, normalised, each where it is given; `added` is `[hidden]`.
@@ -52,66 +46,58 @@ pub fn add_norm(
     norm: Option<&Norm>,
 ) -> Result<Tensor> {
     let (tokens, hidden) = x.dims2()?;
-    let out = empty(tokens, hidden, x)?;
-    out.inplace_op1(&Kernel {
-        name: "add_norm",
-        grid: (tokens, 1, 1),
-        block: threads(hidden),
-        shared: hidden * size_of::<f32>(),
-        tensors: &[Some(x), added, residual, norm.map(|norm| &norm.weight), norm.map(|norm| &norm.bias)],
-        numbers: &[Number::Real(norm.map_or(0.0, |norm| norm.eps)), Number::Whole(hidden as i32)],
-    })?;
-    Ok(out)
+    by_row(
+        "add_norm",
+        (tokens, hidden),
+        hidden,
+        x,
+        &[Some(x), added, residual, norm.map(|norm| &norm.weight), norm.map(|norm| &norm.bias)],
+        &[Number::Real(norm.map_or(0.0, |norm| norm.eps)), Number::Whole(hidden as i32)],
+    )
 }
 
 /// x + added, activated.
 pub fn add_activate(x: &Tensor, added: Option<&Tensor>, activation: Option<Activation>) -> Result<Tensor> {
     let (tokens, width) = x.dims2()?;
-    let out = empty(tokens, width, x)?;
-    out.inplace_op1(&Kernel {
-        name: "add_activate",
-        grid: (tokens, 1, 1),
-        block: threads(width),
-        shared: 0,
-        tensors: &[Some(x), added],
-        numbers: &[Number::Whole(number_of(activation)), Number::Whole(width as i32)],
-    })?;
-    Ok(out)
+    by_row(
+        "add_activate",
+        (tokens, width),
+        0,
+        x,
+        &[Some(x), added],
+        &[Number::Whole(number_of(activation)), Number::Whole(width as i32)],
+    )
 }
 
 /// `[tokens, 2 × width]` to `[tokens, width]`.
 pub fn gated(x: &Tensor, activation: Activation, gate: Gate) -> Result<Tensor> {
     let (tokens, twice) = x.dims2()?;
     let width = twice / 2;
-    let out = empty(tokens, width, x)?;
-    out.inplace_op1(&Kernel {
-        name: "gated",
-        grid: (tokens, 1, 1),
-        block: threads(width),
-        shared: 0,
-        tensors: &[Some(x), None],
-        numbers: &[
+    by_row(
+        "gated",
+        (tokens, width),
+        0,
+        x,
+        &[Some(x), None],
+        &[
             Number::Whole(number_of(Some(activation))),
             Number::Whole(number_of_gate(gate)),
             Number::Whole(width as i32),
         ],
-    })?;
-    Ok(out)
+    )
 }
 
 /// `[tokens, hidden]` to `[sequences, hidden]`.
 pub fn pool(x: &Tensor, batch: &Packed, pooling: Pooling) -> Result<Tensor> {
     let (sequences, hidden) = (batch.order().len(), x.dim(1)?);
-    let out = empty(sequences, hidden, x)?;
-    out.inplace_op1(&Kernel {
-        name: "pool",
-        grid: (sequences, 1, 1),
-        block: threads(hidden),
-        shared: 0,
-        tensors: &[Some(x), Some(&batch.on(x.device())?.starts)],
-        numbers: &[Number::Whole(number_of_pooling(pooling)), Number::Whole(hidden as i32)],
-    })?;
-    Ok(out)
+    by_row(
+        "pool",
+        (sequences, hidden),
+        0,
+        x,
+        &[Some(x), Some(&batch.on(x.device())?.starts)],
+        &[Number::Whole(number_of_pooling(pooling)), Number::Whole(hidden as i32)],
+    )
 }
 
 /// `[tokens, 3 × hidden]`, whose queries and keys are rotated in place, to `[tokens, hidden]`. `None` for
@@ -153,6 +139,23 @@ pub fn attend(
     Ok(Some(out))
 }
 
+/// A kernel with a block for each row of its result, `[rows, width]`, which stands where `like` does; the
+/// block has memory for `kept` numbers.
+fn by_row(
+    name: &'static str,
+    (rows, width): (usize, usize),
+    kept: usize,
+    like: &Tensor,
+    tensors: &[Option<&Tensor>],
+    numbers: &[Number],
+) -> Result<Tensor> {
+    let out = empty(rows, width, like)?;
+    let shared = kept * size_of::<f32>();
+    let (grid, block) = ((rows, 1, 1), threads(width));
+    out.inplace_op1(&Kernel { name, grid, block, shared, tensors, numbers })?;
+    Ok(out)
+}
+
 /// Memory for `[rows, width]` where `like` is, with anything in it.
 fn empty(rows: usize, width: usize, like: &Tensor) -> Result<Tensor> {
     // SAFETY: every kernel writes all of its result.
@@ -171,7 +174,7 @@ struct Kernel<'a> {
     name: &'static str,
     grid: (usize, usize, usize),
     block: u32,
-    /// Bytes of a block's row.
+    /// Bytes of a block's memory.
     shared: usize,
     tensors: &'a [Option<&'a Tensor>],
     numbers: &'a [Number],
