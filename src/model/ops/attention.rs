@@ -10,7 +10,7 @@ use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
-use super::matmul::{Left, Right, Start, Target, strip};
+use super::matmul::{Left, Right, Rows, Start, Target, Transposed, strip};
 use super::simd::{dispatch, exp};
 use super::{Fused, Out, host};
 use crate::model::architecture::Rope;
@@ -126,9 +126,9 @@ fn band(length: usize, reach: usize, dtype: DType, device: &Device) -> Result<Te
 
 thread_local! {
     static ROOM: RefCell<Room> = RefCell::new(Room {
-        query: Vec::new(),
+        row: Vec::new(),
         queries: AVec::new(0),
-        keys: Vec::new(),
+        keys: Rows::new(),
         values: AVec::new(0),
         scores: AVec::new(0),
         factors: AVec::new(0),
@@ -138,12 +138,12 @@ thread_local! {
 /// One head of one sequence. Queries are worked on as many at a time as two vectors have numbers, or one:
 /// they are the columns.
 struct Room {
-    /// One of them, rotated.
-    query: Vec<f32>,
+    /// A query or a key, rotated.
+    row: Vec<f32>,
     /// Scaled, rotated and transposed: a row for each number of the head.
     queries: AVec<f32>,
-    /// Rotated, a row for each.
-    keys: Vec<f32>,
+    /// Rotated.
+    keys: Rows,
     /// A row for each key, zeros up to a whole vector.
     values: AVec<f32>,
     /// A row for each key.
@@ -206,17 +206,11 @@ fn columns<S: Simd>(left: usize) -> usize {
 
 /// As [`strip`], for a panel of as many columns as [`columns`] says.
 #[inline(always)]
-fn panel<S: Simd, const TRANSPOSED: bool>(
-    simd: S,
-    columns: usize,
-    left: Left<'_>,
-    right: Right<'_>,
-    mut target: Target<'_>,
-) {
+fn panel<S: Simd>(simd: S, columns: usize, left: impl Left, right: Right<'_>, mut target: Target<'_>) {
     if columns == S::F32_LANES {
-        strip::<S, 1, TRANSPOSED>(simd, left, right, &mut target);
+        strip::<S, 1, _>(simd, left, right, &mut target);
     } else {
-        strip::<S, 2, TRANSPOSED>(simd, left, right, &mut target);
+        strip::<S, 2, _>(simd, left, right, &mut target);
     }
 }
 
@@ -244,11 +238,12 @@ impl Sequence<'_> {
     #[inline(always)]
     fn head<S: Simd>(&self, simd: S, reach: usize, out: &mut [f32], room: &mut Room) {
         let Self { hidden, width, length, .. } = *self;
-        let Room { query, queries, keys, values, scores, factors } = room;
-        // Where they stand, rows are so far apart that few of them share the first-level cache.
-        keys.resize(keys.len().max(length * width), 0.0);
-        for (token, row) in keys.chunks_exact_mut(width).take(length).enumerate() {
+        let Room { row, queries, keys, values, scores, factors } = room;
+        row.resize(width, 0.0);
+        keys.start(width);
+        for token in 0..length {
             self.rotate(self.part(1, token), token, row);
+            keys.push(simd, row);
         }
         let stride = width.next_multiple_of(S::F32_LANES);
         values.resize(values.len().max(length * stride), 0.0);
@@ -260,17 +255,17 @@ impl Sequence<'_> {
         while first < length {
             let columns = columns::<S>(length - first);
             let count = columns.min(length - first);
-            self.pack_queries(first..first + count, columns, query, queries);
-            // The keys that any of these queries sees.
-            let from = first.saturating_sub(reach);
+            self.pack_queries(first..first + count, columns, row, queries);
+            // The keys that any of these queries sees, from one that a tile can begin with.
+            let from = keys.tile(simd, first.saturating_sub(reach));
             let to = (first + count).saturating_add(reach).min(length);
             scores.resize(scores.len().max((to - from) * columns), 0.0);
             let scores = &mut scores[..(to - from) * columns];
-            panel::<S, false>(
+            panel(
                 simd,
                 columns,
-                Left { x: &keys[from * width..], stride: width, rows: to - from, depth: width },
-                Right { x: queries, stride: columns },
+                keys.some(from..to),
+                Right { x: queries, stride: columns, ahead: &[] },
                 Target { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
             );
             if reach < length {
@@ -287,7 +282,7 @@ impl Sequence<'_> {
                 true => softmax::<S, 1>(simd, scores, factors),
                 false => softmax::<S, 2>(simd, scores, factors),
             }
-            let left = Left { x: scores, stride: columns, rows: count, depth: to - from };
+            let left = Transposed { x: scores, stride: columns, count, depth: to - from };
             for column in (0..width).step_by(2 * S::F32_LANES) {
                 let columns = self::columns::<S>(width - column);
                 let target = Target {
@@ -297,8 +292,8 @@ impl Sequence<'_> {
                     start: Start::Zero,
                     factors: Some(factors),
                 };
-                let right = Right { x: &values[from * stride + column..], stride };
-                panel::<S, true>(simd, columns, left, right, target);
+                let right = Right { x: &values[from * stride + column..], stride, ahead: &[] };
+                panel(simd, columns, left, right, target);
             }
             first += count;
         }
@@ -306,15 +301,8 @@ impl Sequence<'_> {
 
     /// Scaled, rotated and transposed; zeros right of the last.
     #[inline(always)]
-    fn pack_queries(
-        &self,
-        tokens: Range<usize>,
-        columns: usize,
-        row: &mut Vec<f32>,
-        queries: &mut AVec<f32>,
-    ) {
+    fn pack_queries(&self, tokens: Range<usize>, columns: usize, row: &mut [f32], queries: &mut AVec<f32>) {
         let scale = 1.0 / (self.width as f32).sqrt();
-        row.resize(self.width, 0.0);
         queries.resize(self.width * columns, 0.0);
         for (column, token) in tokens.clone().enumerate() {
             self.rotate(self.part(0, token), token, row);

@@ -3,11 +3,13 @@
 //! The weights' columns stand in panels two vectors wide, a panel's rows one after the other, so that
 //! the innermost loop reads them in order and keeps a tile of sums in registers. A panel's part of at
 //! most [`DEPTH`] rows stays in the first-level cache while [`ROWS`] rows of the input, which stay in
-//! the second level, pass by it. (The layout is that of Goto and van de Geijn, doi:10.1145/1356052.1356053.)
+//! the second level, pass by it; meanwhile the next panel is fetched from where a model's weights are.
+//! (The layout is that of Goto and van de Geijn, doi:10.1145/1356052.1356053.)
 //!
 //! Every sum runs over the inputs in the same order, whichever rows stand around it: a row's result
 //! is the same to the bit in any batch.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use aligned_vec::AVec;
@@ -93,8 +95,12 @@ impl Panels {
 
     /// `[rows, inputs]` to `[rows, outputs]`.
     pub fn multiply(&self, x: &[f32], out: &mut [f32], then: &Then<'_>) {
-        dispatch(Multiply { panels: self, x, out, then });
+        ROWS_PACKED.with_borrow_mut(|rows| dispatch(Multiply { panels: self, x, out, then, rows }));
     }
+}
+
+thread_local! {
+    static ROWS_PACKED: RefCell<Rows> = RefCell::new(Rows::new());
 }
 
 struct Multiply<'a> {
@@ -102,6 +108,7 @@ struct Multiply<'a> {
     x: &'a [f32],
     out: &'a mut [f32],
     then: &'a Then<'a>,
+    rows: &'a mut Rows,
 }
 
 impl WithSimd for Multiply<'_> {
@@ -109,13 +116,13 @@ impl WithSimd for Multiply<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { panels, x, out, then } = self;
+        let Self { panels, x, out, then, rows } = self;
         let (inputs, outputs) = (panels.inputs, panels.outputs);
         for (block, (x, out)) in x.chunks(ROWS * inputs).zip(out.chunks_mut(ROWS * outputs)).enumerate() {
             match &panels.weights {
                 Weights::F32 { width, depth, panels: weights } => {
                     let layout = (*width, *depth, &weights[..]);
-                    multiply_f32(simd, x, (inputs, outputs), layout, &panels.bias, out, then);
+                    multiply_f32(simd, x, (inputs, outputs), layout, &panels.bias, out, then, rows);
                 }
                 Weights::Coded(coded) => coded.multiply(x, &panels.bias, out, |out, columns| {
                     if let Then::Activate(activation) = then {
@@ -138,8 +145,9 @@ impl WithSimd for Multiply<'_> {
     }
 }
 
-/// A block of rows times all panels; what follows the products only where it is an activation.
+/// At most [`ROWS`] rows times all panels; what follows the products only where it is an activation.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn multiply_f32<S: Simd>(
     simd: S,
     x: &[f32],
@@ -148,26 +156,38 @@ fn multiply_f32<S: Simd>(
     bias: &[f32],
     out: &mut [f32],
     then: &Then<'_>,
+    rows: &mut Rows,
 ) {
+    let height = height::<S>();
     let mut rest = weights;
     for part in (0..inputs).step_by(part_depth) {
         let depth = part_depth.min(inputs - part);
+        rows.start(depth);
+        for row in x.chunks(inputs) {
+            rows.push(simd, &row[part..part + depth]);
+        }
         for column in (0..outputs).step_by(width) {
             let panel;
             (panel, rest) = rest.split_at(depth * width);
-            let columns = width.min(outputs - column);
-            let mut target = Target {
-                out: &mut out[column..],
-                stride: outputs,
-                width: columns,
-                start: if part == 0 { Start::Row(&bias[column..][..width]) } else { Start::Out },
-                factors: None,
-            };
-            let left = Left { x: &x[part..], stride: inputs, rows: x.len() / inputs, depth };
-            strip::<S, 2, false>(simd, left, Right { x: panel, stride: 2 * S::F32_LANES }, &mut target);
-            if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
-                for row in out.chunks_mut(outputs) {
-                    activate(simd, *activation, &mut row[column..column + columns]);
+            // What comes next, in as many shares as there are tiles.
+            let mut ahead =
+                rest[..rest.len().min(panel.len())].chunks(panel.len().div_ceil(rows.count.div_ceil(height)));
+            let columns = column..(column + width).min(outputs);
+            for (tile, out) in out.chunks_mut(height * outputs).enumerate() {
+                let mut target = Target {
+                    out: &mut out[column..],
+                    stride: outputs,
+                    width: columns.len(),
+                    start: if part == 0 { Start::Row(&bias[column..][..width]) } else { Start::Out },
+                    factors: None,
+                };
+                let right = Right { x: panel, stride: width, ahead: ahead.next().unwrap_or_default() };
+                let left = rows.some(tile * height..rows.count.min((tile + 1) * height));
+                strip::<S, 2, _>(simd, left, right, &mut target);
+                if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
+                    for row in out.chunks_mut(outputs) {
+                        activate(simd, *activation, &mut row[columns.clone()]);
+                    }
                 }
             }
         }
@@ -189,15 +209,156 @@ fn activate_columns(activation: Activation, out: &mut [f32], outputs: usize, col
     dispatch(Columns(activation, out, outputs, columns));
 }
 
-/// The rows that a panel is multiplied with.
+/// Numbers of a line of the cache.
+const LINE: usize = 16;
+
+/// Rows of the tallest tile: its sums, a panel's row and one number have to fit in the registers.
+#[inline(always)]
+fn height<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 { 12 } else { 6 }
+}
+
+/// Rows that a panel is multiplied with.
+pub(super) trait Left: Copy {
+    /// From one row to the next.
+    const ROW: usize;
+    fn count(self) -> usize;
+    /// Numbers of a row.
+    fn depth(self) -> usize;
+    /// From one number of a row to the next, within a line of them.
+    fn step(self) -> usize;
+    /// From one line's first number to the next one's.
+    fn line<S: Simd>(self) -> usize;
+    /// All numbers of `rows` rows, from the first of them to the last, and what stands between them.
+    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32];
+}
+
+/// Rows in the order in which tiles read them: a [`LINE`] of each of as many as the tallest tile has, then the
+/// next line of each. Behind a row's last number are any up to a whole line.
+pub(super) struct Rows {
+    numbers: AVec<f32>,
+    count: usize,
+    depth: usize,
+}
+
+impl Rows {
+    pub fn new() -> Self {
+        Self { numbers: AVec::new(0), count: 0, depth: 0 }
+    }
+
+    /// None, of so many numbers each.
+    pub fn start(&mut self, depth: usize) {
+        (self.count, self.depth) = (0, depth);
+    }
+
+    #[inline(always)]
+    pub fn push<S: Simd>(&mut self, _: S, row: &[f32]) {
+        let height = height::<S>();
+        let block = self.depth.next_multiple_of(LINE) * height;
+        let at = self.count / height * block;
+        if self.numbers.len() < at + block {
+            self.numbers.resize(at + block, 0.0);
+        }
+        let mut lines = self.numbers[at + self.count % height * LINE..].chunks_mut(height * LINE);
+        let (whole, rest) = row.as_chunks::<LINE>();
+        for (line, out) in whole.iter().zip(lines.by_ref()) {
+            out[..LINE].copy_from_slice(line);
+        }
+        if let (Some(out), false) = (lines.next(), rest.is_empty()) {
+            out[..rest.len()].copy_from_slice(rest);
+        }
+        self.count += 1;
+    }
+
+    /// The first row of the tallest tile that a row is in.
+    #[inline(always)]
+    pub fn tile<S: Simd>(&self, _: S, row: usize) -> usize {
+        row / height::<S>() * height::<S>()
+    }
+
+    /// Some of them; the first is one that a tallest tile can begin with.
+    pub fn some(&self, rows: Range<usize>) -> Packed<'_> {
+        let numbers = &self.numbers[rows.start * self.depth.next_multiple_of(LINE)..];
+        Packed { numbers, count: rows.len(), depth: self.depth }
+    }
+}
+
 #[derive(Clone, Copy)]
-pub(super) struct Left<'a> {
+pub(super) struct Packed<'a> {
+    numbers: &'a [f32],
+    count: usize,
+    depth: usize,
+}
+
+impl Left for Packed<'_> {
+    const ROW: usize = LINE;
+
+    #[inline(always)]
+    fn count(self) -> usize {
+        self.count
+    }
+
+    #[inline(always)]
+    fn depth(self) -> usize {
+        self.depth
+    }
+
+    #[inline(always)]
+    fn step(self) -> usize {
+        1
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(self) -> usize {
+        height::<S>() * LINE
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32] {
+        let height = height::<S>();
+        let lines = self.depth.div_ceil(LINE);
+        let at = row / height * height * lines + row % height;
+        &self.numbers[at * LINE..][..((lines - 1) * height + rows) * LINE]
+    }
+}
+
+/// The rows are the columns of what stands in memory.
+#[derive(Clone, Copy)]
+pub(super) struct Transposed<'a> {
     pub x: &'a [f32],
-    /// From one row to the next; where they stand transposed, from one number of a row to the next.
+    /// From one number of a row to the next.
     pub stride: usize,
-    pub rows: usize,
-    /// Numbers of a row that are multiplied.
+    pub count: usize,
     pub depth: usize,
+}
+
+impl Left for Transposed<'_> {
+    const ROW: usize = 1;
+
+    #[inline(always)]
+    fn count(self) -> usize {
+        self.count
+    }
+
+    #[inline(always)]
+    fn depth(self) -> usize {
+        self.depth
+    }
+
+    #[inline(always)]
+    fn step(self) -> usize {
+        self.stride
+    }
+
+    #[inline(always)]
+    fn line<S: Simd>(self) -> usize {
+        self.stride * LINE
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32] {
+        &self.x[row..][..(self.depth - 1) * self.stride + rows]
+    }
 }
 
 /// The rows of a panel.
@@ -206,6 +367,8 @@ pub(super) struct Right<'a> {
     pub x: &'a [f32],
     /// From one row to the next.
     pub stride: usize,
+    /// What is needed next: it is fetched meanwhile.
+    pub ahead: &'a [f32],
 }
 
 /// Where the products go.
@@ -229,112 +392,137 @@ pub(super) enum Start<'a> {
     Out,
 }
 
-/// `left`, which may stand `TRANSPOSED`, times one panel of `W` vectors, `[depth, W × lanes]`.
+impl Target<'_> {
+    /// What the sums of a row begin with.
+    #[inline(always)]
+    fn begin<S: Simd>(&self, simd: S, row: usize) -> (S::f32s, S::f32s) {
+        let x = match self.start {
+            Start::Zero => return (simd.splat_f32s(0.0), simd.splat_f32s(0.0)),
+            Start::Row(start) => start,
+            Start::Out => &self.out[row * self.stride..][..self.width],
+        };
+        if let ([first, second, ..], _) = S::as_simd_f32s(x) {
+            return (*first, *second);
+        }
+        let (first, second) = x.split_at(S::F32_LANES.min(x.len()));
+        (simd.partial_load_f32s(first), simd.partial_load_f32s(second))
+    }
+
+    #[inline(always)]
+    fn end<S: Simd>(&mut self, simd: S, row: usize, mut sums: (S::f32s, S::f32s)) {
+        if let Some(factors) = self.factors {
+            let factor = simd.splat_f32s(factors[row]);
+            sums = (simd.mul_f32s(sums.0, factor), simd.mul_f32s(sums.1, factor));
+        }
+        let out = &mut self.out[row * self.stride..][..self.width];
+        if let ([first, second, ..], _) = S::as_mut_simd_f32s(out) {
+            (*first, *second) = sums;
+            return;
+        }
+        let (first, second) = out.split_at_mut(S::F32_LANES.min(out.len()));
+        simd.partial_store_f32s(first, sums.0);
+        simd.partial_store_f32s(second, sums.1);
+    }
+}
+
+/// `left` times one panel of `W` vectors, `[depth, W × lanes]`.
 #[inline(always)]
-pub(super) fn strip<S: Simd, const W: usize, const TRANSPOSED: bool>(
+pub(super) fn strip<S: Simd, const W: usize, L: Left>(
     simd: S,
-    left: Left<'_>,
+    left: L,
     right: Right<'_>,
     target: &mut Target<'_>,
 ) {
     let mut row = 0;
     // Sums, a panel's row and one number have to fit in the registers.
-    if S::REGISTER_COUNT >= 32 {
-        while row + 12 <= left.rows {
-            tile::<S, 12, W, TRANSPOSED>(simd, left, row, right, target);
+    if height::<S>() == 12 {
+        while row + 12 <= left.count() {
+            tile12::<S, W, L>(simd, left, row, right, target);
             row += 12;
         }
     }
-    while row + 6 <= left.rows {
-        tile::<S, 6, W, TRANSPOSED>(simd, left, row, right, target);
+    while row + 6 <= left.count() {
+        tile6::<S, W, L>(simd, left, row, right, target);
         row += 6;
     }
-    if row + 4 <= left.rows {
-        tile::<S, 4, W, TRANSPOSED>(simd, left, row, right, target);
+    if row + 4 <= left.count() {
+        tile4::<S, W, L>(simd, left, row, right, target);
         row += 4;
     }
-    if row + 2 <= left.rows {
-        tile::<S, 2, W, TRANSPOSED>(simd, left, row, right, target);
+    if row + 2 <= left.count() {
+        tile2::<S, W, L>(simd, left, row, right, target);
         row += 2;
     }
-    if row < left.rows {
-        tile::<S, 1, W, TRANSPOSED>(simd, left, row, right, target);
+    if row < left.count() {
+        tile1::<S, W, L>(simd, left, row, right, target);
     }
 }
 
-#[inline(always)]
-#[allow(clippy::needless_range_loop)] // the reason is below
-fn tile<S: Simd, const R: usize, const W: usize, const TRANSPOSED: bool>(
-    simd: S,
-    left: Left<'_>,
-    row: usize,
-    right: Right<'_>,
-    target: &mut Target<'_>,
-) {
-    let Left { x, stride, depth, .. } = left;
-    let lanes = S::F32_LANES;
-    // Plain loops over indices: behind closures and iterators the sums do not stay in registers.
-    let mut sums = [[simd.splat_f32s(0.0); W]; R];
-    match target.start {
-        Start::Zero => {}
-        Start::Row(start) => {
-            let (start, _) = S::as_simd_f32s(start);
-            for r in 0..R {
-                sums[r].copy_from_slice(&start[..W]);
-            }
-        }
-        Start::Out => {
-            for r in 0..R {
-                let out = &target.out[(row + r) * target.stride..][..target.width];
-                for w in 0..W {
-                    let out = &out[(w * lanes).min(out.len())..];
-                    sums[r][w] = simd.partial_load_f32s(&out[..lanes.min(out.len())]);
+macro_rules! tile {
+    ($name:ident, $rows:literal: $($r:literal $a:ident $b:ident),*) => {
+        /// So many rows. Each sum is a variable of its own: those of an array do not stay in registers
+        /// whenever the compiler sees the loops in another order.
+        #[inline(always)]
+        fn $name<S: Simd, const W: usize, L: Left>(
+            simd: S,
+            left: L,
+            row: usize,
+            right: Right<'_>,
+            target: &mut Target<'_>,
+        ) {
+            let (depth, step) = (left.depth(), left.step());
+            let lines = depth.div_ceil(LINE);
+            let x = left.tile::<S>(row, $rows).as_ptr();
+            let mut panel = right.x[..(depth - 1) * right.stride + W * S::F32_LANES].as_ptr();
+            let ahead = right.ahead.len().div_ceil(lines).div_ceil(LINE);
+            $(let (mut $a, mut $b) = target.begin(simd, row + $r);)*
+            for line in 0..lines {
+                fetch(right.ahead, line * ahead * LINE, ahead);
+                let mut x = x.wrapping_add(line * left.line::<S>());
+                for _ in 0..LINE.min(depth - line * LINE) {
+                    // SAFETY: both were cut to the end of the last that is read of them above.
+                    unsafe {
+                        let first = panel.cast::<S::f32s>().read_unaligned();
+                        let second = match W {
+                            2 => panel.add(S::F32_LANES).cast::<S::f32s>().read_unaligned(),
+                            _ => first,
+                        };
+                        $(
+                            let number = simd.splat_f32s(*x.add($r * L::ROW));
+                            $a = simd.mul_add_e_f32s(number, first, $a);
+                            if W == 2 {
+                                $b = simd.mul_add_e_f32s(number, second, $b);
+                            }
+                        )*
+                    }
+                    x = x.wrapping_add(step);
+                    panel = panel.wrapping_add(right.stride);
                 }
             }
+            $(target.end(simd, row + $r, ($a, $b));)*
         }
-    }
-    let x = match TRANSPOSED {
-        true => &x[row..][..(depth - 1) * stride + R],
-        false => &x[row * stride..][..(R - 1) * stride + depth],
     };
-    let panel = &right.x[..(depth - 1) * right.stride + W * lanes];
-    for k in 0..depth {
-        let mut vectors = [simd.splat_f32s(0.0); W];
-        for w in 0..W {
-            // SAFETY: k < depth and w < W, and the panel was cut to the end of the last of them above.
-            vectors[w] = unsafe {
-                panel.as_ptr().add(k * right.stride + w * lanes).cast::<S::f32s>().read_unaligned()
-            };
-        }
-        for r in 0..R {
-            let at = if TRANSPOSED { k * stride + r } else { r * stride + k };
-            // SAFETY: r < R and k < depth, and x was cut to the end of the last of them above.
-            let left = simd.splat_f32s(unsafe { *x.get_unchecked(at) });
-            for w in 0..W {
-                sums[r][w] = simd.mul_add_e_f32s(left, vectors[w], sums[r][w]);
-            }
-        }
+}
+
+tile!(tile12, 12: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5, 6 a6 b6, 7 a7 b7, 8 a8 b8, 9 a9 b9, 10 a10 b10,
+    11 a11 b11);
+tile!(tile6, 6: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
+tile!(tile4, 4: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3);
+tile!(tile2, 2: 0 a0 b0, 1 a1 b1);
+tile!(tile1, 1: 0 a0 b0);
+
+/// Asks for so many lines of numbers that are needed soon.
+#[inline(always)]
+fn fetch(x: &[f32], from: usize, lines: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..lines {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let at = x.as_ptr().wrapping_add(from + line * LINE);
+        // SAFETY: it is a hint, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
     }
-    for r in 0..R {
-        if let Some(factors) = target.factors {
-            let factor = simd.splat_f32s(factors[row + r]);
-            for w in 0..W {
-                sums[r][w] = simd.mul_f32s(sums[r][w], factor);
-            }
-        }
-        let out = &mut target.out[(row + r) * target.stride..][..target.width];
-        if target.width == W * lanes {
-            let (out, _) = S::as_mut_simd_f32s(out);
-            out[..W].copy_from_slice(&sums[r]);
-        } else {
-            for w in 0..W {
-                let at = (w * lanes).min(out.len());
-                let out = &mut out[at..];
-                let end = lanes.min(out.len());
-                simd.partial_store_f32s(&mut out[..end], sums[r][w]);
-            }
-        }
-    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (x, from, lines);
 }
 
 #[cfg(test)]
