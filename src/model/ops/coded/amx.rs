@@ -85,6 +85,10 @@ static CONFIG: Config = {
     Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
 };
 
+/// Groups of the next panel that are fetched while so many are multiplied: four lines of the cache, so that
+/// with 256 rows the whole of it is.
+const AHEAD: usize = 64;
+
 /// Sums as the tiles leave them, in the bits of f32 or i32.
 #[repr(C, align(64))]
 struct Sums([[u32; WIDTH]; 2 * TILE]);
@@ -122,6 +126,7 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
     assert!(left.len() >= (padded - TILE) * stride + depth * TILE);
     let mut sums = Sums([[0; WIDTH]; 2 * TILE]);
     let mut row = 0;
+    let mut ahead = strip.ahead.as_ptr();
     while row < padded {
         let tall = row + TILE < padded;
         // SAFETY: the rows that are read and the panel are as long as was asserted.
@@ -129,12 +134,13 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
             let left = left.as_ptr().add(row * stride);
             let both = [left, left.wrapping_add(TILE * stride)];
             match (code, tall) {
-                (Code::Bf16, true) => tall_bf16(both, depth, panel.as_ptr(), &mut sums),
-                (Code::Bf16, false) => flat_bf16(left, depth, panel.as_ptr(), &mut sums),
-                (Code::Int8, true) => tall_int8(both, depth, panel.as_ptr(), &mut sums),
-                (Code::Int8, false) => flat_int8(left, depth, panel.as_ptr(), &mut sums),
+                (Code::Bf16, true) => tall_bf16(both, depth, panel.as_ptr(), ahead, &mut sums),
+                (Code::Bf16, false) => flat_bf16(left, depth, panel.as_ptr(), ahead, &mut sums),
+                (Code::Int8, true) => tall_int8(both, depth, panel.as_ptr(), ahead, &mut sums),
+                (Code::Int8, false) => flat_int8(left, depth, panel.as_ptr(), ahead, &mut sums),
             }
         }
+        ahead = ahead.wrapping_add(depth / TILE * AHEAD);
         let height = if tall { 2 * TILE } else { TILE };
         write(code, strip, row..rows.min(row + height), &sums);
         row += height;
@@ -220,7 +226,7 @@ pub(super) unsafe fn encode(code: Code, x: &[f32], tiles: &mut [u32], row: usize
 macro_rules! kernels {
     ($tall:ident, $flat:ident, $dot:literal) => {
         #[inline(always)]
-        unsafe fn $tall([upper, lower]: [*const u32; 2], depth: usize, panel: *const u32, sums: &mut Sums) {
+        unsafe fn $tall([upper, lower]: [*const u32; 2], depth: usize, panel: *const u32, ahead: *const u32, sums: &mut Sums) {
             // SAFETY: the caller has 32 rows, a panel of that depth, and tiles.
             unsafe {
                 asm!(
@@ -237,6 +243,11 @@ macro_rules! kernels {
                     concat!($dot, " tmm1, tmm4, tmm7"),
                     concat!($dot, " tmm2, tmm5, tmm6"),
                     concat!($dot, " tmm3, tmm5, tmm7"),
+                    "prefetcht1 [{ahead}]",
+                    "prefetcht1 [{ahead} + 64]",
+                    "prefetcht1 [{ahead} + 128]",
+                    "prefetcht1 [{ahead} + 192]",
+                    "add {ahead}, 256",
                     "add {panel}, 2048",
                     "add {upper}, 1024",
                     "add {lower}, 1024",
@@ -251,6 +262,7 @@ macro_rules! kernels {
                     stride = in(reg) 64usize,
                     panel = inout(reg) panel => _,
                     panel_stride = in(reg) 4 * WIDTH,
+                    ahead = inout(reg) ahead => _,
                     steps = inout(reg) depth / TILE => _,
                     sums = in(reg) sums,
                     options(nostack),
@@ -259,7 +271,7 @@ macro_rules! kernels {
         }
 
         #[inline(always)]
-        unsafe fn $flat(left: *const u32, depth: usize, panel: *const u32, sums: &mut Sums) {
+        unsafe fn $flat(left: *const u32, depth: usize, panel: *const u32, ahead: *const u32, sums: &mut Sums) {
             // SAFETY: the caller has 16 rows, a panel of that depth, and tiles.
             unsafe {
                 asm!(
@@ -271,6 +283,11 @@ macro_rules! kernels {
                     "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
                     concat!($dot, " tmm0, tmm4, tmm6"),
                     concat!($dot, " tmm1, tmm4, tmm7"),
+                    "prefetcht1 [{ahead}]",
+                    "prefetcht1 [{ahead} + 64]",
+                    "prefetcht1 [{ahead} + 128]",
+                    "prefetcht1 [{ahead} + 192]",
+                    "add {ahead}, 256",
                     "add {panel}, 2048",
                     "add {left}, 1024",
                     "dec {steps}",
@@ -281,6 +298,7 @@ macro_rules! kernels {
                     stride = in(reg) 64usize,
                     panel = inout(reg) panel => _,
                     panel_stride = in(reg) 4 * WIDTH,
+                    ahead = inout(reg) ahead => _,
                     steps = inout(reg) depth / TILE => _,
                     sums = in(reg) sums,
                     options(nostack),

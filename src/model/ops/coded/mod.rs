@@ -259,6 +259,7 @@ impl Coded {
                         rows,
                         depth,
                         panel,
+                        ahead: panels,
                         start: from,
                         out: &mut out[column..],
                         out_stride: self.outputs,
@@ -407,6 +408,8 @@ struct Strip<'a> {
     /// Groups that are multiplied.
     depth: usize,
     panel: &'a [u32],
+    /// What is needed next; it is fetched meanwhile.
+    ahead: &'a [u32],
     /// What the sums begin with.
     start: &'a [i32],
     out: &'a mut [f32],
