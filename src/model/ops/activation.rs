@@ -74,6 +74,22 @@ pub(super) fn activate<S: Simd>(simd: S, activation: Activation, x: &mut [f32]) 
     each!(Gelu, GeluTanh, Relu, Silu, Tanh);
 }
 
+/// The first `width` numbers of each row of `stride`, in place.
+pub(super) fn activate_columns(activation: Activation, x: &mut [f32], stride: usize, width: usize) {
+    struct Columns<'a>(Activation, &'a mut [f32], usize, usize);
+    impl WithSimd for Columns<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Self(activation, x, stride, width) = self;
+            for row in x.chunks_mut(stride) {
+                activate(simd, activation, &mut row[..width]);
+            }
+        }
+    }
+    dispatch(Columns(activation, x, stride, width));
+}
+
 /// The half that is activated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gate {

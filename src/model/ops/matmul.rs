@@ -124,11 +124,13 @@ impl WithSimd for Multiply<'_> {
                     let layout = (*width, *depth, &weights[..]);
                     multiply_f32(simd, x, (inputs, outputs), layout, &panels.bias, out, then, rows);
                 }
-                Weights::Coded(coded) => coded.multiply(x, &panels.bias, out, |out, columns| {
-                    if let Then::Activate(activation) = then {
-                        activate_columns(*activation, out, outputs, columns);
-                    }
-                }),
+                Weights::Coded(coded) => {
+                    let activation = match then {
+                        Then::Activate(activation) => Some(*activation),
+                        Then::Nothing | Then::Add(_) | Then::AddNorm(..) => None,
+                    };
+                    coded.multiply(x, &panels.bias, out, activation);
+                }
             }
             let at = block * ROWS * outputs;
             match then {
@@ -192,21 +194,6 @@ fn multiply_f32<S: Simd>(
             }
         }
     }
-}
-
-/// Of every row.
-fn activate_columns(activation: Activation, out: &mut [f32], outputs: usize, columns: Range<usize>) {
-    struct Columns<'a>(Activation, &'a mut [f32], usize, Range<usize>);
-    impl WithSimd for Columns<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            for row in self.1.chunks_mut(self.2) {
-                activate(simd, self.0, &mut row[self.3.clone()]);
-            }
-        }
-    }
-    dispatch(Columns(activation, out, outputs, columns));
 }
 
 /// Numbers of a line of the cache.

@@ -7,6 +7,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -124,7 +125,7 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
     assert!(depth.is_multiple_of(TILE) && depth > 0);
     assert!(panel.len() >= depth * WIDTH);
     assert!(left.len() >= (padded - TILE) * stride + depth * TILE);
-    let mut sums = Sums([[0; WIDTH]; 2 * TILE]);
+    let mut sums = MaybeUninit::<Sums>::uninit();
     let mut row = 0;
     let mut ahead = strip.ahead.as_ptr();
     while row < padded {
@@ -134,23 +135,28 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
             let left = left.as_ptr().add(row * stride);
             let both = [left, left.wrapping_add(TILE * stride)];
             match (code, tall) {
-                (Code::Bf16, true) => tall_bf16(both, depth, panel.as_ptr(), ahead, &mut sums),
-                (Code::Bf16, false) => flat_bf16(left, depth, panel.as_ptr(), ahead, &mut sums),
-                (Code::Int8, true) => tall_int8(both, depth, panel.as_ptr(), ahead, &mut sums),
-                (Code::Int8, false) => flat_int8(left, depth, panel.as_ptr(), ahead, &mut sums),
+                (Code::Bf16, true) => tall_bf16(both, depth, panel.as_ptr(), ahead, sums.as_mut_ptr()),
+                (Code::Bf16, false) => flat_bf16(left, depth, panel.as_ptr(), ahead, sums.as_mut_ptr()),
+                (Code::Int8, true) => tall_int8(both, depth, panel.as_ptr(), ahead, sums.as_mut_ptr()),
+                (Code::Int8, false) => flat_int8(left, depth, panel.as_ptr(), ahead, sums.as_mut_ptr()),
             }
         }
         ahead = ahead.wrapping_add(depth / TILE * AHEAD);
         let height = if tall { 2 * TILE } else { TILE };
-        write(code, strip, row..rows.min(row + height), &sums);
+        // SAFETY: as many rows of sums have been stored.
+        unsafe { write(code, strip, row..rows.min(row + height), sums.as_ptr()) };
         row += height;
     }
 }
 
-/// As [`Strip::write`] for some rows, by hand: what follows the tiles costs as much as they do.
+/// As [`Strip::write`] for some rows, by hand: what follows the tiles costs as much as they do. Then the
+/// activation, while the rows are in the first-level cache.
+///
+/// # Safety
+/// The processor has AVX-512, and `sums` has so many rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: &Sums) {
+unsafe fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: *const Sums) {
     for first in (0..strip.width).step_by(TILE) {
         let mask = __mmask16::MAX >> (TILE - TILE.min(strip.width - first));
         let columns = |of: &[f32]| {
@@ -159,11 +165,11 @@ fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: &Sums) {
             unsafe { _mm512_maskz_loadu_ps(mask, of.as_ptr()) }
         };
         let finish = strip.finish.map(|f| (f.rows, columns(f.columns), columns(f.bias)));
-        for (sums, row) in sums.0.iter().zip(rows.clone()) {
+        for (at, row) in rows.clone().enumerate() {
             let out = &mut strip.out[row * strip.out_stride..][first..strip.width];
-            // SAFETY: `sums` is aligned and has so many columns, `out` is masked to as many as there are.
+            // SAFETY: `sums` is aligned and has the row, `out` is masked to as many columns as there are.
             unsafe {
-                let bits = _mm512_load_si512(sums[first..].as_ptr().cast());
+                let bits = _mm512_load_si512((&raw const (*sums).0[at][first]).cast());
                 let mut x = match code {
                     Code::Bf16 => _mm512_castsi512_ps(bits),
                     Code::Int8 => _mm512_cvtepi32_ps(bits),
@@ -181,6 +187,7 @@ fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: &Sums) {
             }
         }
     }
+    strip.activate(rows);
 }
 
 /// A row's numbers, rounded, into the tiles where it stands: the numbers of a row are `TILE` groups at a
@@ -226,7 +233,7 @@ pub(super) unsafe fn encode(code: Code, x: &[f32], tiles: &mut [u32], row: usize
 macro_rules! kernels {
     ($tall:ident, $flat:ident, $dot:literal) => {
         #[inline(always)]
-        unsafe fn $tall([upper, lower]: [*const u32; 2], depth: usize, panel: *const u32, ahead: *const u32, sums: &mut Sums) {
+        unsafe fn $tall([upper, lower]: [*const u32; 2], depth: usize, panel: *const u32, ahead: *const u32, sums: *mut Sums) {
             // SAFETY: the caller has 32 rows, a panel of that depth, and tiles.
             unsafe {
                 asm!(
@@ -271,7 +278,7 @@ macro_rules! kernels {
         }
 
         #[inline(always)]
-        unsafe fn $flat(left: *const u32, depth: usize, panel: *const u32, ahead: *const u32, sums: &mut Sums) {
+        unsafe fn $flat(left: *const u32, depth: usize, panel: *const u32, ahead: *const u32, sums: *mut Sums) {
             // SAFETY: the caller has 16 rows, a panel of that depth, and tiles.
             unsafe {
                 asm!(

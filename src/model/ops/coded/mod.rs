@@ -13,8 +13,11 @@ mod amx;
 mod vector;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use aligned_vec::AVec;
+
+use super::activation::{Activation, activate_columns};
 
 #[cfg(target_arch = "x86_64")]
 use vector::x86;
@@ -220,14 +223,7 @@ impl Coded {
     }
 
     /// `[rows, inputs]` to `[rows, outputs]`; `bias` has a number for every column of every panel.
-    /// `strip` is told of each panel's columns when they are done.
-    pub fn multiply(
-        &self,
-        x: &[f32],
-        bias: &[f32],
-        out: &mut [f32],
-        mut strip: impl FnMut(&mut [f32], std::ops::Range<usize>),
-    ) {
+    pub fn multiply(&self, x: &[f32], bias: &[f32], out: &mut [f32], activation: Option<Activation>) {
         let shape = self.kernel.shape();
         let Shape { group, width, encoding, height, .. } = shape;
         let rows = x.len() / self.inputs;
@@ -252,7 +248,6 @@ impl Coded {
                     (panel, panels) = panels.split_at(depth * width);
                     (from, start) = start.split_at(width);
                     let last = part + self.depth >= self.inputs;
-                    let columns = column..self.outputs.min(column + width);
                     self.run(&mut Strip {
                         left: &codes[part / group * height..],
                         stride: groups,
@@ -263,17 +258,15 @@ impl Coded {
                         start: from,
                         out: &mut out[column..],
                         out_stride: self.outputs,
-                        width: columns.len(),
+                        width: width.min(self.outputs - column),
                         add: part > 0,
                         finish: last.then(|| Finish {
                             rows: scales,
                             columns: &self.scales[column..][..width],
                             bias: &bias[column..][..width],
+                            activation,
                         }),
                     });
-                    if last {
-                        strip(out, columns);
-                    }
                 }
             }
         });
@@ -423,6 +416,15 @@ struct Strip<'a> {
 }
 
 impl Strip<'_> {
+    /// Some rows, which have been written.
+    fn activate(&mut self, rows: Range<usize>) {
+        if let Some(Finish { activation: Some(activation), .. }) = self.finish {
+            let out = &mut self.out[rows.start * self.out_stride..];
+            let end = out.len().min((rows.len() - 1) * self.out_stride + self.width);
+            activate_columns(activation, &mut out[..end], self.out_stride, self.width);
+        }
+    }
+
     /// A row's sums, as many as the panel is wide, go where they belong.
     #[inline(always)]
     fn write(&mut self, row: usize, sums: &mut [f32]) {
@@ -435,7 +437,7 @@ impl Strip<'_> {
         }
         match self.finish {
             None => out.copy_from_slice(sums),
-            Some(Finish { rows, columns, bias }) => {
+            Some(Finish { rows, columns, bias, .. }) => {
                 let scale = rows[row];
                 for (((out, sum), column), bias) in out.iter_mut().zip(sums).zip(columns).zip(bias) {
                     *out = *sum * (scale * column) + bias;
@@ -451,6 +453,7 @@ struct Finish<'a> {
     rows: &'a [f32],
     columns: &'a [f32],
     bias: &'a [f32],
+    activation: Option<Activation>,
 }
 
 #[cfg(test)]
@@ -462,7 +465,7 @@ mod tests {
         let rows = x.len() / coded.inputs;
         let mut out = vec![f32::NAN; rows * coded.outputs];
         let bias = vec![0.5; coded.outputs.next_multiple_of(coded.width())];
-        coded.multiply(x, &bias, &mut out, |_, _| {});
+        coded.multiply(x, &bias, &mut out, None);
         out
     }
 

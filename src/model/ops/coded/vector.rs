@@ -45,6 +45,7 @@ pub(super) unsafe fn run<K: Isa, const R: usize>(strip: &mut Strip<'_>) {
             tile::<K, 1>(strip, row);
         }
     }
+    strip.activate(0..strip.rows);
 }
 
 /// # Safety
