@@ -11,7 +11,7 @@ use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
 use super::matmul::{Left, Right, Rows, Start, Target, Transposed, strip};
-use super::simd::{dispatch, exp};
+use super::simd::{copy, dispatch, exp};
 use super::{Fused, Out, host};
 use crate::model::architecture::Rope;
 use crate::model::encoder::Packed;
@@ -221,10 +221,11 @@ impl Sequence<'_> {
         &self.qkv[token * 3 * self.hidden + part * self.hidden + self.at..][..self.width]
     }
 
-    /// A query or key, rotated by its position.
+    /// A token's query or key, rotated by its position; `out` is there to be used.
     #[inline(always)]
-    fn rotate(&self, x: &[f32], token: usize, out: &mut [f32]) {
-        let Some((cos, sin)) = self.rotation else { return out.copy_from_slice(x) };
+    fn rotated<'b>(&'b self, part: usize, token: usize, out: &'b mut [f32]) -> &'b [f32] {
+        let x = self.part(part, token);
+        let Some((cos, sin)) = self.rotation else { return x };
         let half = self.width / 2;
         let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
         let ((x1, x2), (out1, out2)) = (x.split_at(half), out.split_at_mut(half));
@@ -232,6 +233,7 @@ impl Sequence<'_> {
             out1[i] = x1[i] * cos[i] - x2[i] * sin[i];
             out2[i] = x2[i] * cos[i] + x1[i] * sin[i];
         }
+        out
     }
 
     /// Writes `[length, width]`, rows `hidden` apart.
@@ -242,14 +244,12 @@ impl Sequence<'_> {
         row.resize(width, 0.0);
         keys.start(width);
         for token in 0..length {
-            self.rotate(self.part(1, token), token, row);
-            keys.push(simd, row);
+            keys.push(simd, self.rotated(1, token, row));
         }
         let stride = width.next_multiple_of(S::F32_LANES);
         values.resize(values.len().max(length * stride), 0.0);
         for (token, row) in values.chunks_exact_mut(stride).take(length).enumerate() {
-            row[..width].copy_from_slice(self.part(2, token));
-            row[width..].fill(0.0);
+            copy(simd, self.part(2, token), row);
         }
         let mut first = 0;
         while first < length {
@@ -305,8 +305,8 @@ impl Sequence<'_> {
         let scale = 1.0 / (self.width as f32).sqrt();
         queries.resize(self.width * columns, 0.0);
         for (column, token) in tokens.clone().enumerate() {
-            self.rotate(self.part(0, token), token, row);
-            for (row, x) in queries.chunks_exact_mut(columns).zip(&*row) {
+            let query = self.rotated(0, token, row);
+            for (row, x) in queries.chunks_exact_mut(columns).zip(query) {
                 row[column] = x * scale;
             }
         }

@@ -106,6 +106,19 @@ pub(super) fn tanh<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.mul_add_e_f32s(sigmoid(simd, twice), simd.splat_f32s(2.0), simd.splat_f32s(-1.0))
 }
 
+/// Copies a few numbers to a whole number of vectors; zeros behind them.
+#[inline(always)]
+pub(super) fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
+    let (from, rest) = S::as_simd_f32s(from);
+    let mut to = S::as_mut_simd_f32s(to).0.iter_mut();
+    for (&from, to) in from.iter().zip(to.by_ref()) {
+        *to = from;
+    }
+    if let Some(to) = to.next() {
+        *to = simd.partial_load_f32s(rest);
+    }
+}
+
 /// Adds another slice, at least as long, in place.
 #[inline(always)]
 pub(super) fn add<S: Simd>(simd: S, out: &mut [f32], other: &[f32]) {
