@@ -206,7 +206,11 @@ fn height<S: Simd>() -> usize {
 }
 
 /// Rows that a panel is multiplied with.
-pub(super) trait Left: Copy {
+///
+/// # Safety
+/// The k-th number of the r-th row of a [`tile`](Left::tile) is at
+/// `r * ROW + k / LINE * line() + k % LINE * step()`, which is within it.
+pub(super) unsafe trait Left: Copy {
     /// From one row to the next.
     const ROW: usize;
     fn count(self) -> usize;
@@ -277,7 +281,8 @@ pub(super) struct Packed<'a> {
     depth: usize,
 }
 
-impl Left for Packed<'_> {
+// SAFETY: a tile has the lines of all its rows, the last line's included, which is whole.
+unsafe impl Left for Packed<'_> {
     const ROW: usize = LINE;
 
     #[inline(always)]
@@ -319,7 +324,8 @@ pub(super) struct Transposed<'a> {
     pub depth: usize,
 }
 
-impl Left for Transposed<'_> {
+// SAFETY: the last number of the last row is `(depth - 1) * stride + rows - 1`.
+unsafe impl Left for Transposed<'_> {
     const ROW: usize = 1;
 
     #[inline(always)]
@@ -421,7 +427,6 @@ pub(super) fn strip<S: Simd, const W: usize, L: Left>(
     target: &mut Target<'_>,
 ) {
     let mut row = 0;
-    // Sums, a panel's row and one number have to fit in the registers.
     if height::<S>() == 12 {
         while row + 12 <= left.count() {
             tile12::<S, W, L>(simd, left, row, right, target);
@@ -467,7 +472,7 @@ macro_rules! tile {
                 fetch(right.ahead, line * ahead * LINE, ahead);
                 let mut x = x.wrapping_add(line * left.line::<S>());
                 for _ in 0..LINE.min(depth - line * LINE) {
-                    // SAFETY: both were cut to the end of the last that is read of them above.
+                    // SAFETY: the panel was cut to the end of the last that is read of it, x is as `Left` says.
                     unsafe {
                         let first = panel.cast::<S::f32s>().read_unaligned();
                         let second = match W {
