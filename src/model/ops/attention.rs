@@ -125,14 +125,7 @@ fn band(length: usize, reach: usize, dtype: DType, device: &Device) -> Result<Te
 }
 
 thread_local! {
-    static ROOM: RefCell<Room> = RefCell::new(Room {
-        row: Vec::new(),
-        queries: AVec::new(0),
-        keys: Rows::new(),
-        values: AVec::new(0),
-        scores: AVec::new(0),
-        factors: AVec::new(0),
-    });
+    static ROOM: RefCell<Room> = RefCell::new(Room::new());
 }
 
 /// One head of one sequence. Queries are worked on as many at a time as two vectors have numbers, or one:
@@ -150,6 +143,14 @@ struct Room {
     scores: AVec<f32>,
     /// One over the sum of a query's weights.
     factors: AVec<f32>,
+}
+
+impl Room {
+    fn new() -> Self {
+        let numbers = || AVec::new(0);
+        let (queries, values, scores, factors) = (numbers(), numbers(), numbers(), numbers());
+        Self { row: Vec::new(), queries, keys: Rows::new(), values, scores, factors }
+    }
 }
 
 struct Run<'a> {
@@ -342,7 +343,7 @@ fn softmax<S: Simd, const W: usize>(simd: S, scores: &mut [f32], factors: &mut [
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::matmul::tests::numbers as chance;
+    use super::super::matmul::tests::{by_each_width, numbers as chance};
     use super::super::{Embedding, Norm, Pooling, Scratch, Slot};
     use super::*;
     use crate::model::Tokens;
@@ -359,6 +360,26 @@ pub(super) mod tests {
             })
             .collect();
         Packed::new(&texts.iter().collect::<Vec<_>>())
+    }
+
+    struct Alone<'a> {
+        attention: &'a Attention,
+        rotation: Option<&'a Rotation>,
+        batch: &'a Packed,
+        qkv: &'a [f32],
+    }
+
+    impl WithSimd for Alone<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+            let Self { attention, rotation, batch, qkv } = self;
+            let mut out = vec![f32::NAN; qkv.len() / 3];
+            let mut room = Room::new();
+            Run { attention, rotation, batch, qkv, out: &mut out, room: &mut room }.with_simd(simd);
+            out
+        }
     }
 
     fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
@@ -385,7 +406,13 @@ pub(super) mod tests {
                     let attention = Attention { heads, width, reach };
                     let fused =
                         attention.forward(&qkv, rotation, &packed, scratch.at(Slot::Mixed, &CPU)).unwrap();
-                    near(&fused, &attention.tensors(&qkv, rotation, &packed).unwrap());
+                    let plain = attention.tensors(&qkv, rotation, &packed).unwrap();
+                    near(&fused, &plain);
+                    let numbers = host(&qkv).unwrap();
+                    let alone = || Alone { attention: &attention, rotation, batch: &packed, qkv: &numbers };
+                    for out in by_each_width(alone) {
+                        near(&Tensor::from_vec(out, plain.dims(), &CPU).unwrap(), &plain);
+                    }
                 }
             }
         }

@@ -59,7 +59,10 @@ pub enum Then<'a> {
 impl Panels {
     /// `weight` is `[outputs, inputs]`, as checkpoints have it.
     pub fn new(weight: &[f32], bias: Option<&[f32]>, inputs: usize, outputs: usize) -> Self {
-        let width = 2 * lanes();
+        Self::f32(weight, bias, inputs, outputs, 2 * lanes())
+    }
+
+    fn f32(weight: &[f32], bias: Option<&[f32]>, inputs: usize, outputs: usize, width: usize) -> Self {
         let depth = inputs.div_ceil(inputs.div_ceil(DEPTH));
         let mut panels = AVec::with_capacity(0, outputs.next_multiple_of(width) * inputs);
         for part in (0..inputs).step_by(depth) {
@@ -536,17 +539,47 @@ pub(super) mod tests {
         for (rows, inputs, outputs) in [(1, 1, 1), (7, 40, 33), (125, 1100, 70), (12, 513, 5), (3, 64, 64)] {
             let (x, weight) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2));
             let bias = numbers(outputs, 3);
-            let panels = Panels::new(&weight, Some(&bias), inputs, outputs);
-            let mut out = vec![f32::NAN; rows * outputs];
-            panels.multiply(&x, &mut out, &Then::Nothing);
-            for (row, out) in x.chunks(inputs).zip(out.chunks(outputs)) {
-                for (output, &got) in out.iter().enumerate() {
-                    let weight = &weight[output * inputs..][..inputs];
-                    let want: f64 = row.iter().zip(weight).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    let want = want + f64::from(bias[output]);
-                    assert!((f64::from(got) - want).abs() < 1e-4, "{rows}x{inputs}x{outputs}: {got} {want}");
+            for out in by_each_width(|| Product { x: &x, weight: &weight, bias: &bias, inputs, outputs }) {
+                for (row, out) in x.chunks(inputs).zip(out.chunks(outputs)) {
+                    for (output, &got) in out.iter().enumerate() {
+                        let weight = &weight[output * inputs..][..inputs];
+                        let product = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
+                        let want = row.iter().zip(weight).map(product).sum::<f64>() + f64::from(bias[output]);
+                        let off = (f64::from(got) - want).abs();
+                        assert!(off < 1e-4, "{rows}x{inputs}x{outputs}: {got} {want}");
+                    }
                 }
             }
+        }
+    }
+
+    /// What an operation gives by all the vectors that this processor has, narrower ones too.
+    pub fn by_each_width<Op: WithSimd>(operation: impl Fn() -> Op) -> Vec<Op::Output> {
+        let mut results = vec![dispatch(operation()), Simd::vectorize(pulp::Scalar::new(), operation())];
+        #[cfg(target_arch = "x86_64")]
+        results.extend(pulp::x86::V3::try_new().map(|simd| Simd::vectorize(simd, operation())));
+        results
+    }
+
+    struct Product<'a> {
+        x: &'a [f32],
+        weight: &'a [f32],
+        bias: &'a [f32],
+        inputs: usize,
+        outputs: usize,
+    }
+
+    impl WithSimd for Product<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+            let Self { x, weight, bias, inputs, outputs } = self;
+            let panels = Panels::f32(weight, Some(bias), inputs, outputs, 2 * S::F32_LANES);
+            let mut out = vec![f32::NAN; x.len() / inputs * outputs];
+            let (then, mut rows) = (Then::Nothing, Rows::new());
+            Multiply { panels: &panels, x, out: &mut out, then: &then, rows: &mut rows }.with_simd(simd);
+            out
         }
     }
 
