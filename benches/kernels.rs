@@ -10,6 +10,9 @@ use kandle::model::{Packed, Tokens};
 
 const TOKENS: usize = 512;
 const HIDDEN: usize = 384;
+/// Inputs and outputs of a layer's multiplications.
+const LAYER: [(usize, usize); 4] =
+    [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN), (4 * HIDDEN, HIDDEN)];
 
 fn numbers(count: usize) -> Vec<f32> {
     (0..count).map(|i| (i * 7919 % 2003) as f32 / 1001.5 - 1.0).collect()
@@ -47,9 +50,7 @@ fn gemm_crate(x: &[f32], weight: &[f32], out: &mut [f32], (rows, inputs, outputs
 }
 
 fn matmul(c: &mut Criterion) {
-    for (inputs, outputs) in
-        [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN), (4 * HIDDEN, HIDDEN)]
-    {
+    for (inputs, outputs) in LAYER {
         let mut group = c.benchmark_group(format!("matmul {TOKENS}x{inputs}x{outputs}"));
         group.throughput(Throughput::Elements((2 * TOKENS * inputs * outputs) as u64)).sample_size(20);
         let (x, weight) = (numbers(TOKENS * inputs), numbers(outputs * inputs));
@@ -105,8 +106,7 @@ fn layers(c: &mut Criterion) {
 /// are no longer in the second-level cache when their turn comes again.
 fn model(c: &mut Criterion) {
     const ROWS: usize = 256;
-    let shapes =
-        [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN), (4 * HIDDEN, HIDDEN)].repeat(6);
+    let shapes = LAYER.repeat(6);
     let mut group = c.benchmark_group(format!("all multiplications, {ROWS} tokens"));
     let operations: usize = shapes.iter().map(|(inputs, outputs)| 2 * ROWS * inputs * outputs).sum();
     group.throughput(Throughput::Elements(operations as u64)).sample_size(20);

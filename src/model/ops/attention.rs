@@ -10,7 +10,7 @@ use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
-use super::matmul::{Left, Right, Rows, Start, Target, Transposed, strip};
+use super::matmul::{Left, Right, Rows, Start, Target, strip};
 use super::simd::{copy, dispatch, exp};
 use super::{Fused, Out, host};
 use crate::model::architecture::Rope;
@@ -207,7 +207,13 @@ fn columns<S: Simd>(left: usize) -> usize {
 
 /// As [`strip`], for a panel of as many columns as [`columns`] says.
 #[inline(always)]
-fn panel<S: Simd>(simd: S, columns: usize, left: impl Left, right: Right<'_>, mut target: Target<'_>) {
+fn panel<S: Simd, const ROW: usize>(
+    simd: S,
+    columns: usize,
+    left: Left<'_, ROW>,
+    right: Right<'_>,
+    mut target: Target<'_>,
+) {
     if columns == S::F32_LANES {
         strip::<S, 1, _>(simd, left, right, &mut target);
     } else {
@@ -265,7 +271,7 @@ impl Sequence<'_> {
             panel(
                 simd,
                 columns,
-                keys.some(from..to),
+                keys.some(simd, from..to),
                 Right { x: queries, stride: columns, ahead: &[] },
                 Target { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
             );
@@ -283,7 +289,7 @@ impl Sequence<'_> {
                 true => softmax::<S, 1>(simd, scores, factors),
                 false => softmax::<S, 2>(simd, scores, factors),
             }
-            let left = Transposed { x: scores, stride: columns, count, depth: to - from };
+            let left = Left::columns(simd, scores, columns, count, to - from);
             for column in (0..width).step_by(2 * S::F32_LANES) {
                 let columns = self::columns::<S>(width - column);
                 let target = Target {

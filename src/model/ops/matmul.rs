@@ -187,7 +187,7 @@ fn multiply_f32<S: Simd>(
                     factors: None,
                 };
                 let right = Right { x: panel, stride: width, ahead: ahead.next().unwrap_or_default() };
-                let left = rows.some(tile * height..rows.count.min((tile + 1) * height));
+                let left = rows.some(simd, tile * height..rows.count.min((tile + 1) * height));
                 strip::<S, 2, _>(simd, left, right, &mut target);
                 if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
                     for row in out.chunks_mut(outputs) {
@@ -208,23 +208,38 @@ fn height<S: Simd>() -> usize {
     if S::REGISTER_COUNT >= 32 { 12 } else { 6 }
 }
 
-/// Rows that a panel is multiplied with.
-///
-/// # Safety
-/// The k-th number of the r-th row of a [`tile`](Left::tile) is at
-/// `r * ROW + k / LINE * line() + k % LINE * step()`, which is within it.
-pub(super) unsafe trait Left: Copy {
-    /// From one row to the next.
-    const ROW: usize;
-    fn count(self) -> usize;
+/// Rows that a panel is multiplied with, `ROW` numbers from one to the next within the tallest tile.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a, const ROW: usize> {
+    x: &'a [f32],
+    count: usize,
     /// Numbers of a row.
-    fn depth(self) -> usize;
+    depth: usize,
     /// From one number of a row to the next, within a line of them.
-    fn step(self) -> usize;
+    step: usize,
     /// From one line's first number to the next one's.
-    fn line<S: Simd>(self) -> usize;
-    /// All numbers of `rows` rows, from the first of them to the last, and what stands between them.
-    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32];
+    line: usize,
+    /// From one tallest tile to the next.
+    tile: usize,
+}
+
+impl<'a> Left<'a, 1> {
+    /// The first `count` columns of `depth` rows of `stride` numbers.
+    #[inline(always)]
+    pub fn columns<S: Simd>(_: S, x: &'a [f32], stride: usize, count: usize, depth: usize) -> Self {
+        Self { x, count, depth, step: stride, line: stride * LINE, tile: height::<S>() }
+    }
+}
+
+impl<const ROW: usize> Left<'_, ROW> {
+    /// Numbers of `rows` rows of one tallest tile, from the first to the last: the k-th of the r-th row is at
+    /// `r * ROW + k / LINE * line + k % LINE * step`.
+    #[inline(always)]
+    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32] {
+        let last = self.depth - 1;
+        let numbers = (rows - 1) * ROW + last / LINE * self.line + last % LINE * self.step + 1;
+        &self.x[row / height::<S>() * self.tile + row % height::<S>() * ROW..][..numbers]
+    }
 }
 
 /// Rows in the order in which tiles read them: a [`LINE`] of each of as many as the tallest tile has, then the
@@ -271,89 +286,12 @@ impl Rows {
     }
 
     /// Some of them; the first is one that a tallest tile can begin with.
-    pub fn some(&self, rows: Range<usize>) -> Packed<'_> {
-        let numbers = &self.numbers[rows.start * self.depth.next_multiple_of(LINE)..];
-        Packed { numbers, count: rows.len(), depth: self.depth }
-    }
-}
-
-#[derive(Clone, Copy)]
-pub(super) struct Packed<'a> {
-    numbers: &'a [f32],
-    count: usize,
-    depth: usize,
-}
-
-// SAFETY: a tile has the lines of all its rows, the last line's included, which is whole.
-unsafe impl Left for Packed<'_> {
-    const ROW: usize = LINE;
-
     #[inline(always)]
-    fn count(self) -> usize {
-        self.count
-    }
-
-    #[inline(always)]
-    fn depth(self) -> usize {
-        self.depth
-    }
-
-    #[inline(always)]
-    fn step(self) -> usize {
-        1
-    }
-
-    #[inline(always)]
-    fn line<S: Simd>(self) -> usize {
-        height::<S>() * LINE
-    }
-
-    #[inline(always)]
-    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32] {
-        let height = height::<S>();
-        let lines = self.depth.div_ceil(LINE);
-        let at = row / height * height * lines + row % height;
-        &self.numbers[at * LINE..][..((lines - 1) * height + rows) * LINE]
-    }
-}
-
-/// The rows are the columns of what stands in memory.
-#[derive(Clone, Copy)]
-pub(super) struct Transposed<'a> {
-    pub x: &'a [f32],
-    /// From one number of a row to the next.
-    pub stride: usize,
-    pub count: usize,
-    pub depth: usize,
-}
-
-// SAFETY: the last number of the last row is `(depth - 1) * stride + rows - 1`.
-unsafe impl Left for Transposed<'_> {
-    const ROW: usize = 1;
-
-    #[inline(always)]
-    fn count(self) -> usize {
-        self.count
-    }
-
-    #[inline(always)]
-    fn depth(self) -> usize {
-        self.depth
-    }
-
-    #[inline(always)]
-    fn step(self) -> usize {
-        self.stride
-    }
-
-    #[inline(always)]
-    fn line<S: Simd>(self) -> usize {
-        self.stride * LINE
-    }
-
-    #[inline(always)]
-    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32] {
-        &self.x[row..][..(self.depth - 1) * self.stride + rows]
+    pub fn some<S: Simd>(&self, _: S, rows: Range<usize>) -> Left<'_, LINE> {
+        let padded = self.depth.next_multiple_of(LINE);
+        let (line, tile) = (height::<S>() * LINE, height::<S>() * padded);
+        let x = &self.numbers[rows.start * padded..];
+        Left { x, count: rows.len(), depth: self.depth, step: 1, line, tile }
     }
 }
 
@@ -423,33 +361,33 @@ impl Target<'_> {
 
 /// `left` times one panel of `W` vectors, `[depth, W × lanes]`.
 #[inline(always)]
-pub(super) fn strip<S: Simd, const W: usize, L: Left>(
+pub(super) fn strip<S: Simd, const W: usize, const ROW: usize>(
     simd: S,
-    left: L,
+    left: Left<'_, ROW>,
     right: Right<'_>,
     target: &mut Target<'_>,
 ) {
     let mut row = 0;
     if height::<S>() == 12 {
-        while row + 12 <= left.count() {
-            tile12::<S, W, L>(simd, left, row, right, target);
+        while row + 12 <= left.count {
+            tile12::<S, W, ROW>(simd, left, row, right, target);
             row += 12;
         }
     }
-    while row + 6 <= left.count() {
-        tile6::<S, W, L>(simd, left, row, right, target);
+    while row + 6 <= left.count {
+        tile6::<S, W, ROW>(simd, left, row, right, target);
         row += 6;
     }
-    if row + 4 <= left.count() {
-        tile4::<S, W, L>(simd, left, row, right, target);
+    if row + 4 <= left.count {
+        tile4::<S, W, ROW>(simd, left, row, right, target);
         row += 4;
     }
-    if row + 2 <= left.count() {
-        tile2::<S, W, L>(simd, left, row, right, target);
+    if row + 2 <= left.count {
+        tile2::<S, W, ROW>(simd, left, row, right, target);
         row += 2;
     }
-    if row < left.count() {
-        tile1::<S, W, L>(simd, left, row, right, target);
+    if row < left.count {
+        tile1::<S, W, ROW>(simd, left, row, right, target);
     }
 }
 
@@ -458,14 +396,14 @@ macro_rules! tile {
         /// So many rows. Each sum is a variable of its own: those of an array do not stay in registers
         /// whenever the compiler sees the loops in another order.
         #[inline(always)]
-        fn $name<S: Simd, const W: usize, L: Left>(
+        fn $name<S: Simd, const W: usize, const ROW: usize>(
             simd: S,
-            left: L,
+            left: Left<'_, ROW>,
             row: usize,
             right: Right<'_>,
             target: &mut Target<'_>,
         ) {
-            let (depth, step) = (left.depth(), left.step());
+            let Left { depth, step, line: next_line, .. } = left;
             let lines = depth.div_ceil(LINE);
             let x = left.tile::<S>(row, $rows).as_ptr();
             let mut panel = right.x[..(depth - 1) * right.stride + W * S::F32_LANES].as_ptr();
@@ -473,9 +411,9 @@ macro_rules! tile {
             $(let (mut $a, mut $b) = target.begin(simd, row + $r);)*
             for line in 0..lines {
                 fetch(right.ahead, line * ahead * LINE, ahead);
-                let mut x = x.wrapping_add(line * left.line::<S>());
+                let mut x = x.wrapping_add(line * next_line);
                 for _ in 0..LINE.min(depth - line * LINE) {
-                    // SAFETY: the panel was cut to the end of the last that is read of it, x is as `Left` says.
+                    // SAFETY: the panel was cut to the end of the last that is read of it, and x as well.
                     unsafe {
                         let first = panel.cast::<S::f32s>().read_unaligned();
                         let second = match W {
@@ -483,7 +421,7 @@ macro_rules! tile {
                             _ => first,
                         };
                         $(
-                            let number = simd.splat_f32s(*x.add($r * L::ROW));
+                            let number = simd.splat_f32s(*x.add($r * ROW));
                             $a = simd.mul_add_e_f32s(number, first, $a);
                             if W == 2 {
                                 $b = simd.mul_add_e_f32s(number, second, $b);
