@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use super::ops::{Code, supported};
+use super::ops::Code;
 use crate::settings::{DeviceChoice, Dtype};
 
 /// A device and the precision of its weights.
@@ -34,10 +34,7 @@ impl Placement {
             (Dtype::Int8, Device::Cpu) => (DType::F32, Some(Code::Int8)),
             (Dtype::Bf16, Device::Cpu) => (DType::F32, Some(Code::Bf16)),
             (Dtype::F16, Device::Cpu) => {
-                return Err(
-                    "model.dtype: f16 is for GPUs: on a CPU f32, int8, or bf16 where the processor has it"
-                        .to_owned(),
-                );
+                return Err("model.dtype: f16 is for GPUs: on a CPU f32, bf16 or int8".to_owned());
             }
             (Dtype::Int8, _) => {
                 return Err(format!("model.dtype: int8 is for CPUs: on {name} bf16, f16 or f32"));
@@ -46,9 +43,6 @@ impl Placement {
             (Dtype::Bf16, _) | (Dtype::Auto, Device::Cuda(_)) => (DType::BF16, None),
             (Dtype::F16, _) | (Dtype::Auto, Device::Metal(_)) => (DType::F16, None),
         };
-        if let Some(code) = code {
-            supported(code).map_err(|message| format!("model.dtype: {message}"))?;
-        }
         Ok(Self { device, dtype, code, name, reason })
     }
 

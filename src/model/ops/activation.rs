@@ -3,7 +3,7 @@
 use candle_core::{D, Result, Tensor};
 use pulp::{Simd, WithSimd};
 
-use super::simd::{dispatch, erf, sigmoid, tanh};
+use super::simd::{NORMAL_END, dispatch, normal_tail, sigmoid, tanh};
 use super::{Fused, Out};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,9 +34,9 @@ impl Activation {
         let splat = |x| simd.splat_f32s(x);
         match self {
             Activation::Gelu => {
-                let half = simd.mul_f32s(x, splat(0.5));
-                let erf = erf(simd, simd.mul_f32s(x, splat(std::f32::consts::FRAC_1_SQRT_2)));
-                simd.mul_add_e_f32s(half, erf, half)
+                // x where it is positive, less |x| Φ(-|x|) on both sides.
+                let t = simd.min_f32s(splat(NORMAL_END), simd.abs_f32s(x));
+                simd.negate_mul_add_e_f32s(t, normal_tail(simd, t), simd.max_f32s(splat(0.0), x))
             }
             Activation::GeluTanh => {
                 // 0.5 x (1 + tanh z) = x sigmoid(2z), z = √(2/π) (x + 0.044715 x³).

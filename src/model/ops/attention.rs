@@ -10,8 +10,9 @@ use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
-use super::matmul::{Left, Right, Rows, Start, Target, strip};
+use super::matmul::{Products, Start};
 use super::simd::{copy, dispatch, exp};
+use super::tile::{F32, Kernel, Left, Right, Rows, strip};
 use super::{Fused, Out, host};
 use crate::model::architecture::Rope;
 use crate::model::encoder::Packed;
@@ -136,7 +137,7 @@ struct Room {
     /// Scaled, rotated and transposed: a row for each number of the head.
     queries: AVec<f32>,
     /// Rotated.
-    keys: Rows,
+    keys: Rows<f32>,
     /// A row for each key, zeros up to a whole vector.
     values: AVec<f32>,
     /// A row for each key.
@@ -210,14 +211,14 @@ fn columns<S: Simd>(left: usize) -> usize {
 fn panel<S: Simd, const ROW: usize>(
     simd: S,
     columns: usize,
-    left: Left<'_, ROW>,
-    right: Right<'_>,
-    mut target: Target<'_>,
+    left: Left<'_, f32, ROW>,
+    right: Right<'_, f32>,
+    mut target: Products<'_>,
 ) {
     if columns == S::F32_LANES {
-        strip::<S, 1, _>(simd, left, right, &mut target);
+        strip::<_, 1, _>(F32(simd), left, right, &mut target);
     } else {
-        strip::<S, 2, _>(simd, left, right, &mut target);
+        strip::<_, 2, _>(F32(simd), left, right, &mut target);
     }
 }
 
@@ -249,9 +250,9 @@ impl Sequence<'_> {
         let Self { hidden, width, length, .. } = *self;
         let Room { row, queries, keys, values, scores, factors } = room;
         row.resize(width, 0.0);
-        keys.start(width);
+        keys.start(width, F32::<S>::HEIGHT);
         for token in 0..length {
-            keys.push(simd, self.rotated(1, token, row));
+            keys.push(self.rotated(1, token, row));
         }
         let stride = width.next_multiple_of(S::F32_LANES);
         values.resize(values.len().max(length * stride), 0.0);
@@ -264,16 +265,16 @@ impl Sequence<'_> {
             let count = columns.min(length - first);
             self.pack_queries(first..first + count, columns, row, queries);
             // The keys that any of these queries sees, from one that a tile can begin with.
-            let from = keys.tile(simd, first.saturating_sub(reach));
+            let from = keys.tile(first.saturating_sub(reach));
             let to = (first + count).saturating_add(reach).min(length);
             scores.resize(scores.len().max((to - from) * columns), 0.0);
             let scores = &mut scores[..(to - from) * columns];
             panel(
                 simd,
                 columns,
-                keys.some(simd, from..to),
+                keys.some(from..to, 0..width),
                 Right { x: queries, stride: columns, ahead: &[] },
-                Target { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
+                Products { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
             );
             if reach < length {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
@@ -289,10 +290,10 @@ impl Sequence<'_> {
                 true => softmax::<S, 1>(simd, scores, factors),
                 false => softmax::<S, 2>(simd, scores, factors),
             }
-            let left = Left::columns(simd, scores, columns, count, to - from);
+            let left = Left::columns(F32(simd), scores, columns, count, to - from);
             for column in (0..width).step_by(2 * S::F32_LANES) {
                 let columns = self::columns::<S>(width - column);
-                let target = Target {
+                let target = Products {
                     out: &mut out[first * hidden + column..],
                     stride: hidden,
                     width: columns.min(width - column),

@@ -58,8 +58,7 @@ impl Linear {
                 let weight = host(&weight)?;
                 Weight::Panels(match code {
                     None => Panels::new(&weight, bias.as_deref(), inputs, outputs),
-                    Some(code) => Panels::coded(&weight, bias.as_deref(), inputs, outputs, code)
-                        .map_err(candle_core::Error::msg)?,
+                    Some(code) => Panels::coded(&weight, bias.as_deref(), inputs, outputs, code),
                 })
             }
             false => Weight::Tensor { weight: weight.t()?.contiguous()?, bias },

@@ -10,7 +10,6 @@
 //! is the same to the bit in any batch.
 
 use std::cell::RefCell;
-use std::ops::Range;
 
 use aligned_vec::AVec;
 use pulp::{Simd, WithSimd};
@@ -18,7 +17,8 @@ use pulp::{Simd, WithSimd};
 use super::activation::{Activation, activate};
 use super::coded::{Code, Coded};
 use super::norm::{Norm, add_norm};
-use super::simd::{add, dispatch, lanes};
+use super::simd::{add, dispatch, lanes, load_two, store_two};
+use super::tile::{F32, Kernel, Right, Rows, Target, strip};
 
 /// Rows of the input that are worked on at a time; a multiple of every height of a tile.
 const ROWS: usize = 264;
@@ -77,17 +77,11 @@ impl Panels {
         Self::with(Weights::F32 { width, depth, panels }, bias, inputs, outputs, width)
     }
 
-    /// The same with fewer bits; the error says what the processor lacks.
-    pub fn coded(
-        weight: &[f32],
-        bias: Option<&[f32]>,
-        inputs: usize,
-        outputs: usize,
-        code: Code,
-    ) -> Result<Self, String> {
-        let coded = Coded::new(weight, inputs, outputs, code)?;
+    /// The same with fewer bits.
+    pub fn coded(weight: &[f32], bias: Option<&[f32]>, inputs: usize, outputs: usize, code: Code) -> Self {
+        let coded = Coded::new(weight, inputs, outputs, code);
         let width = coded.width();
-        Ok(Self::with(Weights::Coded(coded), bias, inputs, outputs, width))
+        Self::with(Weights::Coded(coded), bias, inputs, outputs, width)
     }
 
     fn with(weights: Weights, bias: Option<&[f32]>, inputs: usize, outputs: usize, width: usize) -> Self {
@@ -103,7 +97,7 @@ impl Panels {
 }
 
 thread_local! {
-    static ROWS_PACKED: RefCell<Rows> = RefCell::new(Rows::new());
+    static ROWS_PACKED: RefCell<Rows<f32>> = RefCell::new(Rows::new());
 }
 
 struct Multiply<'a> {
@@ -111,7 +105,7 @@ struct Multiply<'a> {
     x: &'a [f32],
     out: &'a mut [f32],
     then: &'a Then<'a>,
-    rows: &'a mut Rows,
+    rows: &'a mut Rows<f32>,
 }
 
 impl WithSimd for Multiply<'_> {
@@ -161,25 +155,26 @@ fn multiply_f32<S: Simd>(
     bias: &[f32],
     out: &mut [f32],
     then: &Then<'_>,
-    rows: &mut Rows,
+    rows: &mut Rows<f32>,
 ) {
-    let height = height::<S>();
+    let (kernel, height) = (F32(simd), F32::<S>::HEIGHT);
     let mut rest = weights;
     for part in (0..inputs).step_by(part_depth) {
         let depth = part_depth.min(inputs - part);
-        rows.start(depth);
+        rows.start(depth, height);
         for row in x.chunks(inputs) {
-            rows.push(simd, &row[part..part + depth]);
+            rows.push(&row[part..part + depth]);
         }
         for column in (0..outputs).step_by(width) {
             let panel;
             (panel, rest) = rest.split_at(depth * width);
             // What comes next, in as many shares as there are tiles.
+            let count = x.len() / inputs;
             let mut ahead =
-                rest[..rest.len().min(panel.len())].chunks(panel.len().div_ceil(rows.count.div_ceil(height)));
+                rest[..rest.len().min(panel.len())].chunks(panel.len().div_ceil(count.div_ceil(height)));
             let columns = column..(column + width).min(outputs);
             for (tile, out) in out.chunks_mut(height * outputs).enumerate() {
-                let mut target = Target {
+                let mut target = Products {
                     out: &mut out[column..],
                     stride: outputs,
                     width: columns.len(),
@@ -187,8 +182,8 @@ fn multiply_f32<S: Simd>(
                     factors: None,
                 };
                 let right = Right { x: panel, stride: width, ahead: ahead.next().unwrap_or_default() };
-                let left = rows.some(simd, tile * height..rows.count.min((tile + 1) * height));
-                strip::<S, 2, _>(simd, left, right, &mut target);
+                let left = rows.some(0..count, 0..depth).tile(kernel, tile * height);
+                strip::<_, 2, _>(kernel, left, right, &mut target);
                 if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
                     for row in out.chunks_mut(outputs) {
                         activate(simd, *activation, &mut row[columns.clone()]);
@@ -199,114 +194,8 @@ fn multiply_f32<S: Simd>(
     }
 }
 
-/// Numbers of a line of the cache.
-const LINE: usize = 16;
-
-/// Rows of the tallest tile: its sums, a panel's row and one number have to fit in the registers.
-#[inline(always)]
-fn height<S: Simd>() -> usize {
-    if S::REGISTER_COUNT >= 32 { 12 } else { 6 }
-}
-
-/// Rows that a panel is multiplied with, `ROW` numbers from one to the next within the tallest tile.
-#[derive(Clone, Copy)]
-pub(super) struct Left<'a, const ROW: usize> {
-    x: &'a [f32],
-    count: usize,
-    /// Numbers of a row.
-    depth: usize,
-    /// From one number of a row to the next, within a line of them.
-    step: usize,
-    /// From one line's first number to the next one's.
-    line: usize,
-    /// From one tallest tile to the next.
-    tile: usize,
-}
-
-impl<'a> Left<'a, 1> {
-    /// The first `count` columns of `depth` rows of `stride` numbers.
-    #[inline(always)]
-    pub fn columns<S: Simd>(_: S, x: &'a [f32], stride: usize, count: usize, depth: usize) -> Self {
-        Self { x, count, depth, step: stride, line: stride * LINE, tile: height::<S>() }
-    }
-}
-
-impl<const ROW: usize> Left<'_, ROW> {
-    /// Numbers of `rows` rows of one tallest tile, from the first to the last: the k-th of the r-th row is at
-    /// `r * ROW + k / LINE * line + k % LINE * step`.
-    #[inline(always)]
-    fn tile<S: Simd>(&self, row: usize, rows: usize) -> &[f32] {
-        let last = self.depth - 1;
-        let numbers = (rows - 1) * ROW + last / LINE * self.line + last % LINE * self.step + 1;
-        &self.x[row / height::<S>() * self.tile + row % height::<S>() * ROW..][..numbers]
-    }
-}
-
-/// Rows in the order in which tiles read them: a [`LINE`] of each of as many as the tallest tile has, then the
-/// next line of each. Behind a row's last number are any up to a whole line.
-pub(super) struct Rows {
-    numbers: AVec<f32>,
-    count: usize,
-    depth: usize,
-}
-
-impl Rows {
-    pub fn new() -> Self {
-        Self { numbers: AVec::new(0), count: 0, depth: 0 }
-    }
-
-    /// None, of so many numbers each.
-    pub fn start(&mut self, depth: usize) {
-        (self.count, self.depth) = (0, depth);
-    }
-
-    #[inline(always)]
-    pub fn push<S: Simd>(&mut self, _: S, row: &[f32]) {
-        let height = height::<S>();
-        let block = self.depth.next_multiple_of(LINE) * height;
-        let at = self.count / height * block;
-        if self.numbers.len() < at + block {
-            self.numbers.resize(at + block, 0.0);
-        }
-        let mut lines = self.numbers[at + self.count % height * LINE..].chunks_mut(height * LINE);
-        let (whole, rest) = row.as_chunks::<LINE>();
-        for (line, out) in whole.iter().zip(lines.by_ref()) {
-            out[..LINE].copy_from_slice(line);
-        }
-        if let (Some(out), false) = (lines.next(), rest.is_empty()) {
-            out[..rest.len()].copy_from_slice(rest);
-        }
-        self.count += 1;
-    }
-
-    /// The first row of the tallest tile that a row is in.
-    #[inline(always)]
-    pub fn tile<S: Simd>(&self, _: S, row: usize) -> usize {
-        row / height::<S>() * height::<S>()
-    }
-
-    /// Some of them; the first is one that a tallest tile can begin with.
-    #[inline(always)]
-    pub fn some<S: Simd>(&self, _: S, rows: Range<usize>) -> Left<'_, LINE> {
-        let padded = self.depth.next_multiple_of(LINE);
-        let (line, tile) = (height::<S>() * LINE, height::<S>() * padded);
-        let x = &self.numbers[rows.start * padded..];
-        Left { x, count: rows.len(), depth: self.depth, step: 1, line, tile }
-    }
-}
-
-/// The rows of a panel.
-#[derive(Clone, Copy)]
-pub(super) struct Right<'a> {
-    pub x: &'a [f32],
-    /// From one row to the next.
-    pub stride: usize,
-    /// What is needed next: it is fetched meanwhile.
-    pub ahead: &'a [f32],
-}
-
-/// Where the products go.
-pub(super) struct Target<'a> {
+/// Products of f32.
+pub(super) struct Products<'a> {
     pub out: &'a mut [f32],
     pub stride: usize,
     /// Columns that are written, at most as many as the panel has.
@@ -326,136 +215,24 @@ pub(super) enum Start<'a> {
     Out,
 }
 
-impl Target<'_> {
-    /// What the sums of a row begin with.
+impl<S: Simd> Target<F32<S>> for Products<'_> {
     #[inline(always)]
-    fn begin<S: Simd>(&self, simd: S, row: usize) -> (S::f32s, S::f32s) {
-        let x = match self.start {
-            Start::Zero => return (simd.splat_f32s(0.0), simd.splat_f32s(0.0)),
-            Start::Row(start) => start,
-            Start::Out => &self.out[row * self.stride..][..self.width],
-        };
-        if let ([first, second, ..], _) = S::as_simd_f32s(x) {
-            return (*first, *second);
+    fn begin(&self, F32(simd): F32<S>, row: usize) -> [S::f32s; 2] {
+        match self.start {
+            Start::Zero => [simd.splat_f32s(0.0); 2],
+            Start::Row(start) => load_two(simd, start),
+            Start::Out => load_two(simd, &self.out[row * self.stride..][..self.width]),
         }
-        let (first, second) = x.split_at(S::F32_LANES.min(x.len()));
-        (simd.partial_load_f32s(first), simd.partial_load_f32s(second))
     }
 
     #[inline(always)]
-    fn end<S: Simd>(&mut self, simd: S, row: usize, mut sums: (S::f32s, S::f32s)) {
+    fn end(&mut self, F32(simd): F32<S>, row: usize, mut sums: [S::f32s; 2]) {
         if let Some(factors) = self.factors {
             let factor = simd.splat_f32s(factors[row]);
-            sums = (simd.mul_f32s(sums.0, factor), simd.mul_f32s(sums.1, factor));
+            sums = [simd.mul_f32s(sums[0], factor), simd.mul_f32s(sums[1], factor)];
         }
-        let out = &mut self.out[row * self.stride..][..self.width];
-        if let ([first, second, ..], _) = S::as_mut_simd_f32s(out) {
-            (*first, *second) = sums;
-            return;
-        }
-        let (first, second) = out.split_at_mut(S::F32_LANES.min(out.len()));
-        simd.partial_store_f32s(first, sums.0);
-        simd.partial_store_f32s(second, sums.1);
+        store_two(simd, &mut self.out[row * self.stride..][..self.width], sums);
     }
-}
-
-/// `left` times one panel of `W` vectors, `[depth, W × lanes]`.
-#[inline(always)]
-pub(super) fn strip<S: Simd, const W: usize, const ROW: usize>(
-    simd: S,
-    left: Left<'_, ROW>,
-    right: Right<'_>,
-    target: &mut Target<'_>,
-) {
-    let mut row = 0;
-    if height::<S>() == 12 {
-        while row + 12 <= left.count {
-            tile12::<S, W, ROW>(simd, left, row, right, target);
-            row += 12;
-        }
-    }
-    while row + 6 <= left.count {
-        tile6::<S, W, ROW>(simd, left, row, right, target);
-        row += 6;
-    }
-    if row + 4 <= left.count {
-        tile4::<S, W, ROW>(simd, left, row, right, target);
-        row += 4;
-    }
-    if row + 2 <= left.count {
-        tile2::<S, W, ROW>(simd, left, row, right, target);
-        row += 2;
-    }
-    if row < left.count {
-        tile1::<S, W, ROW>(simd, left, row, right, target);
-    }
-}
-
-macro_rules! tile {
-    ($name:ident, $rows:literal: $($r:literal $a:ident $b:ident),*) => {
-        /// So many rows. Each sum is a variable of its own: those of an array do not stay in registers
-        /// whenever the compiler sees the loops in another order.
-        #[inline(always)]
-        fn $name<S: Simd, const W: usize, const ROW: usize>(
-            simd: S,
-            left: Left<'_, ROW>,
-            row: usize,
-            right: Right<'_>,
-            target: &mut Target<'_>,
-        ) {
-            let Left { depth, step, line: next_line, .. } = left;
-            let lines = depth.div_ceil(LINE);
-            let x = left.tile::<S>(row, $rows).as_ptr();
-            let mut panel = right.x[..(depth - 1) * right.stride + W * S::F32_LANES].as_ptr();
-            let ahead = right.ahead.len().div_ceil(lines).div_ceil(LINE);
-            $(let (mut $a, mut $b) = target.begin(simd, row + $r);)*
-            for line in 0..lines {
-                fetch(right.ahead, line * ahead * LINE, ahead);
-                let mut x = x.wrapping_add(line * next_line);
-                for _ in 0..LINE.min(depth - line * LINE) {
-                    // SAFETY: the panel was cut to the end of the last that is read of it, and x as well.
-                    unsafe {
-                        let first = panel.cast::<S::f32s>().read_unaligned();
-                        let second = match W {
-                            2 => panel.add(S::F32_LANES).cast::<S::f32s>().read_unaligned(),
-                            _ => first,
-                        };
-                        $(
-                            let number = simd.splat_f32s(*x.add($r * ROW));
-                            $a = simd.mul_add_e_f32s(number, first, $a);
-                            if W == 2 {
-                                $b = simd.mul_add_e_f32s(number, second, $b);
-                            }
-                        )*
-                    }
-                    x = x.wrapping_add(step);
-                    panel = panel.wrapping_add(right.stride);
-                }
-            }
-            $(target.end(simd, row + $r, ($a, $b));)*
-        }
-    };
-}
-
-tile!(tile12, 12: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5, 6 a6 b6, 7 a7 b7, 8 a8 b8, 9 a9 b9, 10 a10 b10,
-    11 a11 b11);
-tile!(tile6, 6: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
-tile!(tile4, 4: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3);
-tile!(tile2, 2: 0 a0 b0, 1 a1 b1);
-tile!(tile1, 1: 0 a0 b0);
-
-/// Asks for so many lines of numbers that are needed soon.
-#[inline(always)]
-fn fetch(x: &[f32], from: usize, lines: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in 0..lines {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        let at = x.as_ptr().wrapping_add(from + line * LINE);
-        // SAFETY: it is a hint, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (x, from, lines);
 }
 
 #[cfg(test)]

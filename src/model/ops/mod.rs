@@ -15,6 +15,7 @@ pub mod matmul;
 mod norm;
 mod pool;
 mod simd;
+mod tile;
 
 use std::cell::RefCell;
 
@@ -22,7 +23,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Res
 
 pub use activation::{Activation, Gate, gated};
 pub use attention::{Attention, Rotation};
-pub use coded::{Code, supported};
+pub use coded::Code;
 pub use embed::Embedding;
 pub use linear::{Linear, Then};
 pub use norm::Norm;

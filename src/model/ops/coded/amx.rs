@@ -11,10 +11,14 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::{Code, Encoding, Shape, Strip, greatest};
+use pulp::x86::V4;
+
+use super::super::activation::activate_columns;
+use super::super::tile::{LINE, Left};
+use super::{Code, Encoding, Finish, Shape, Strip, greatest};
 
 /// Rows of a tile, its columns, and groups of a row that are multiplied at a time.
-const TILE: usize = 16;
+const TILE: usize = LINE;
 /// Columns of a panel: two tiles.
 const WIDTH: usize = 2 * TILE;
 
@@ -38,9 +42,7 @@ pub(super) fn available() -> bool {
         const STATES: u64 = 0b11 << 17;
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         const XFEATURE_XTILEDATA: libc::c_long = 18;
-        if !(is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
+        if !(V4::is_available()
             && is_x86_feature_detected!("avx512bf16")
             && is_x86_feature_detected!("xsave"))
         {
@@ -118,13 +120,13 @@ impl Drop for Tiles {
 /// # Safety
 /// [`available`] has said so, and the thread's [`Tiles`] are configured.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
-    let Strip { left, stride, rows, depth, panel, .. } = *strip;
+pub(super) unsafe fn run(code: Code, mut strip: Strip<'_>) {
+    let Strip { left: Left { x: left, count: rows, depth, tile: block, .. }, panel, .. } = strip;
     let padded = rows.next_multiple_of(TILE);
-    // `stride` is a row's groups; of 16 rows, tiles of 16 groups each stand one after the other.
+    // Of 16 rows, which are a block, tiles of 16 groups each stand one after the other.
     assert!(depth.is_multiple_of(TILE) && depth > 0);
     assert!(panel.len() >= depth * WIDTH);
-    assert!(left.len() >= (padded - TILE) * stride + depth * TILE);
+    assert!(left.len() >= (padded / TILE - 1) * block + depth * TILE);
     let mut sums = MaybeUninit::<Sums>::uninit();
     let mut row = 0;
     let mut ahead = strip.ahead.as_ptr();
@@ -132,8 +134,8 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
         let tall = row + TILE < padded;
         // SAFETY: the rows that are read and the panel are as long as was asserted.
         unsafe {
-            let left = left.as_ptr().add(row * stride);
-            let both = [left, left.wrapping_add(TILE * stride)];
+            let left = left.as_ptr().add(row / TILE * block);
+            let both = [left, left.wrapping_add(block)];
             match (code, tall) {
                 (Code::Bf16, true) => tall_bf16(both, depth, panel.as_ptr(), ahead, sums.as_mut_ptr()),
                 (Code::Bf16, false) => flat_bf16(left, depth, panel.as_ptr(), ahead, sums.as_mut_ptr()),
@@ -144,12 +146,12 @@ pub(super) unsafe fn run(code: Code, strip: &mut Strip<'_>) {
         ahead = ahead.wrapping_add(depth / TILE * AHEAD);
         let height = if tall { 2 * TILE } else { TILE };
         // SAFETY: as many rows of sums have been stored.
-        unsafe { write(code, strip, row..rows.min(row + height), sums.as_ptr()) };
+        unsafe { write(code, &mut strip, row..rows.min(row + height), sums.as_ptr()) };
         row += height;
     }
 }
 
-/// As [`Strip::write`] for some rows, by hand: what follows the tiles costs as much as they do. Then the
+/// Some rows' sums go where they belong, by hand: what follows the tiles costs as much as they do. Then the
 /// activation, while the rows are in the first-level cache.
 ///
 /// # Safety
@@ -166,7 +168,8 @@ unsafe fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: *co
         };
         let finish = strip.finish.map(|f| (f.rows, columns(f.columns), columns(f.bias)));
         for (at, row) in rows.clone().enumerate() {
-            let out = &mut strip.out[row * strip.out_stride..][first..strip.width];
+            let (add, width) = (strip.add, strip.width);
+            let out = &mut strip.row(row)[first..width];
             // SAFETY: `sums` is aligned and has the row, `out` is masked to as many columns as there are.
             unsafe {
                 let bits = _mm512_load_si512((&raw const (*sums).0[at][first]).cast());
@@ -174,7 +177,7 @@ unsafe fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: *co
                     Code::Bf16 => _mm512_castsi512_ps(bits),
                     Code::Int8 => _mm512_cvtepi32_ps(bits),
                 };
-                if strip.add {
+                if add {
                     x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, out.as_ptr()));
                 }
                 if let Some((scales, columns, bias)) = finish {
@@ -187,17 +190,25 @@ unsafe fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: *co
             }
         }
     }
-    strip.activate(rows);
+    if let Some(Finish { activation: Some(activation), .. }) = strip.finish {
+        let out = &mut strip.out[rows.start * strip.out_stride..];
+        let end = out.len().min((rows.len() - 1) * strip.out_stride + strip.width);
+        activate_columns(activation, &mut out[..end], strip.out_stride, strip.width);
+    }
 }
 
-/// A row's numbers, rounded, into the tiles where it stands: the numbers of a row are `TILE` groups at a
-/// time, and those are as far apart as a tile is large. Returns the row's scale.
+/// A row's numbers, rounded, and zeros behind the last in its line. Returns the row's scale.
 ///
 /// # Safety
 /// [`available`] has said so.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn encode(code: Code, x: &[f32], tiles: &mut [u32], row: usize) -> f32 {
-    let tiles = tiles.chunks_mut(TILE * TILE).map(|tile| &mut tile[row * TILE..][..TILE]);
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,bmi1,bmi2,fma,lzcnt,popcnt"
+)]
+pub(super) unsafe fn encode<'a>(
+    code: Code,
+    x: &[f32],
+    lines: impl Iterator<Item = &'a mut [u32; LINE]>,
+) -> f32 {
     // What a chunk of the row has, zeros behind it.
     let part = |x: &[f32], at: usize| {
         let x = &x[x.len().min(at)..];
@@ -207,7 +218,7 @@ pub(super) unsafe fn encode(code: Code, x: &[f32], tiles: &mut [u32], row: usize
     };
     match code {
         Code::Bf16 => {
-            for (x, groups) in x.chunks(2 * TILE).zip(tiles) {
+            for (x, groups) in x.chunks(2 * TILE).zip(lines) {
                 let both = _mm512_cvtne2ps_pbh(part(x, TILE), part(x, 0));
                 // SAFETY: the groups are 64 bytes.
                 unsafe { groups.as_mut_ptr().cast::<__m512bh>().write_unaligned(both) };
@@ -215,9 +226,10 @@ pub(super) unsafe fn encode(code: Code, x: &[f32], tiles: &mut [u32], row: usize
             1.0
         }
         Code::Int8 => {
-            let greatest = greatest(x);
+            // SAFETY: as of this function.
+            let greatest = greatest(unsafe { V4::new_unchecked() }, x);
             let factor = _mm512_set1_ps(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
-            for (x, groups) in x.chunks(4 * TILE).zip(tiles) {
+            for (x, groups) in x.chunks(4 * TILE).zip(lines) {
                 for (quarter, groups) in groups.as_chunks_mut::<4>().0.iter_mut().enumerate() {
                     let nearest = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, quarter * TILE), factor));
                     // SAFETY: four groups are 16 bytes.

@@ -1,27 +1,29 @@
 //! Matrix multiplication on one CPU core with fewer bits than f32: `int8` and `bf16`.
 //!
 //! `int8`: a weight is eight bits times its output's scale, the input is rounded to eight bits times its
-//! row's scale, anew for every row; sums are integers. Where nothing multiplies bytes without overflow
-//! (AVX2), both stand as sixteen bits in memory: the sums, and so the results, are the same everywhere.
-//! `bf16`: weights and input are rounded to bfloat16, sums are f32.
+//! row's scale, anew for every row; sums are exact. Where nothing multiplies bytes without overflow (AVX2),
+//! both stand as sixteen bits in memory, elsewhere as f32: the results are the same everywhere.
+//! `bf16`: weights and input are rounded to bfloat16, sums are f32. Where no instruction for it is faster than
+//! those for f32, both stand as f32 in memory.
 //!
 //! Weights and input stand in groups of 4 bytes, as many inputs as one instruction multiplies and adds
-//! up: two of 16 bits or four of 8. Panels are as in [`super::matmul`], a group in the place of a number.
+//! up: one, two of 16 bits or four of 8. Panels are as in [`super::matmul`], a group in the place of a number.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 mod vector;
 
 use std::cell::RefCell;
-use std::ops::Range;
 
 use aligned_vec::AVec;
+use pulp::Simd;
+use pulp::bytemuck::{Pod, Zeroable, cast_mut};
 
-use super::activation::{Activation, activate_columns};
+use super::activation::Activation;
+use super::tile::{self, LINE, Left, Rows};
 
 #[cfg(target_arch = "x86_64")]
 use vector::x86;
-use vector::{Isa, Plain};
 
 /// What a weight is stored as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,8 +35,8 @@ pub enum Code {
 /// A processor's way to multiply them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
-    /// Pairs of 16 bits, in plain code.
-    Plain,
+    /// As f32.
+    Rounded(Code),
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -47,49 +49,38 @@ enum Kernel {
 }
 
 impl Kernel {
-    fn choose(code: Code) -> Result<Self, String> {
+    fn choose(code: Code) -> Self {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if amx::available() {
-            return Ok(Kernel::Amx(code));
+            return Kernel::Amx(code);
         }
         Self::choose_vectors(code)
     }
 
-    fn choose_vectors(code: Code) -> Result<Self, String> {
+    fn choose_vectors(code: Code) -> Self {
         #[cfg(target_arch = "x86_64")]
-        {
-            let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-            match code {
-                Code::Bf16 if avx512 && is_x86_feature_detected!("avx512bf16") => return Ok(Kernel::Bf16),
-                Code::Int8 if avx512 && is_x86_feature_detected!("avx512vnni") => return Ok(Kernel::Vnni),
-                Code::Int8 if is_x86_feature_detected!("avx2") => return Ok(Kernel::Avx2),
-                _ => {}
-            }
-        }
         match code {
-            Code::Int8 => Ok(Kernel::Plain),
-            Code::Bf16 => Err("this processor has no bf16 (AVX512-BF16 or AMX): f32 or int8".to_owned()),
+            Code::Int8 if x86::has_vnni() => return Kernel::Vnni,
+            Code::Int8 if is_x86_feature_detected!("avx2") => return Kernel::Avx2,
+            Code::Bf16 if x86::has_bf16() && x86::bf16_is_fast() => return Kernel::Bf16,
+            _ => {}
         }
+        Kernel::Rounded(code)
     }
 
     fn shape(self) -> Shape {
         match self {
-            Kernel::Plain => Shape::of::<Plain>(),
+            Kernel::Rounded(code) => vector::shape_rounded(Encoding::Single(code)),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => Shape::of::<x86::Avx2>(),
+            Kernel::Avx2 => Shape::of::<x86::Avx2>(Encoding::Pairs),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Vnni => Shape::of::<x86::Vnni>(),
+            Kernel::Vnni => Shape::of::<x86::Vnni>(Encoding::Quads),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Bf16 => Shape::of::<x86::Bf16>(),
+            Kernel::Bf16 => Shape::of::<x86::Bf16>(Encoding::Bf16),
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Kernel::Amx(code) => amx::shape(code),
         }
     }
-}
-
-/// Whether this processor can multiply in `code`; the message says what it lacks.
-pub fn supported(code: Code) -> Result<(), String> {
-    Kernel::choose(code).map(drop)
 }
 
 /// What a kernel wants of the layout.
@@ -99,19 +90,18 @@ struct Shape {
     /// Columns of a panel.
     width: usize,
     encoding: Encoding,
-    /// Groups that are multiplied at a time: rows are whole ones, zeros at their ends.
+    /// Groups that are multiplied at a time: parts are whole ones, zeros at their ends.
     step: usize,
-    /// Rows that are multiplied at a time; `step` groups of each stand side by side.
+    /// Rows of the tallest tile.
     height: usize,
 }
 
 impl Shape {
-    fn of<K: Isa>() -> Self {
-        let encoding = K::ENCODING;
-        Self { group: encoding.group(), width: 2 * K::LANES, encoding, step: 1, height: 1 }
+    fn of<K: tile::Kernel>(encoding: Encoding) -> Self {
+        Self { group: encoding.group(), width: 2 * K::LANES, encoding, step: 1, height: K::HEIGHT }
     }
 
-    /// Groups of a row.
+    /// Groups of a part.
     fn groups(&self, inputs: usize) -> usize {
         inputs.div_ceil(self.group).next_multiple_of(self.step)
     }
@@ -120,6 +110,8 @@ impl Shape {
 /// How inputs stand in a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encoding {
+    /// One, in the bits of an f32.
+    Single(Code),
     /// Two of i16, both sides.
     Pairs,
     /// Four: weights i8, inputs u8 with 128 added, whose share the sums begin without.
@@ -133,18 +125,31 @@ enum Encoding {
 impl Encoding {
     fn group(self) -> usize {
         match self {
+            Encoding::Single(_) => 1,
             Encoding::Pairs | Encoding::Bf16 => 2,
             Encoding::Quads | Encoding::Bytes => 4,
         }
     }
 
-    /// Inputs of a part of a panel at most. Sums of 768 products of bytes are exact in an f32; of bf16, 32
-    /// columns and 512 inputs are 32 KiB, which the first-level cache keeps.
-    fn depth(self) -> usize {
+    fn code(self) -> Code {
         match self {
-            Encoding::Pairs | Encoding::Quads | Encoding::Bytes => 768,
-            Encoding::Bf16 => 512,
+            Encoding::Single(code) => code,
+            Encoding::Pairs | Encoding::Quads | Encoding::Bytes => Code::Int8,
+            Encoding::Bf16 => Code::Bf16,
         }
+    }
+}
+
+impl Code {
+    /// Inputs of each part of a panel but perhaps the last: whole lines of groups, however they stand, so that
+    /// parts are the same for every kernel. Sums of 768 products of bytes are exact in an f32; of bf16, 32
+    /// columns and 512 inputs are 32 KiB, which the first-level cache keeps.
+    fn depth(self, inputs: usize) -> usize {
+        let (most, line) = match self {
+            Code::Int8 => (768, 4 * LINE),
+            Code::Bf16 => (512, 2 * LINE),
+        };
+        inputs.div_ceil(inputs.div_ceil(most)).next_multiple_of(line)
     }
 }
 
@@ -153,7 +158,7 @@ pub struct Coded {
     kernel: Kernel,
     inputs: usize,
     outputs: usize,
-    /// Inputs of each part but perhaps the last; a multiple of a group.
+    /// Inputs of each part but perhaps the last: whole lines of groups.
     depth: usize,
     /// Part after part, panel after panel, group after group.
     panels: AVec<u32>,
@@ -165,20 +170,21 @@ pub struct Coded {
 
 impl Coded {
     /// `weight` is `[outputs, inputs]`.
-    pub fn new(weight: &[f32], inputs: usize, outputs: usize, code: Code) -> Result<Self, String> {
-        Ok(Self::with(weight, inputs, outputs, Kernel::choose(code)?))
+    pub fn new(weight: &[f32], inputs: usize, outputs: usize, code: Code) -> Self {
+        Self::with(weight, inputs, outputs, Kernel::choose(code))
     }
 
     fn with(weight: &[f32], inputs: usize, outputs: usize, kernel: Kernel) -> Self {
         let shape = kernel.shape();
-        let Shape { group, width, encoding, step, .. } = shape;
-        let depth = inputs.div_ceil(inputs.div_ceil(encoding.depth())).next_multiple_of(group * step);
+        let Shape { group, width, encoding, .. } = shape;
+        let depth = encoding.code().depth(inputs);
         let columns = outputs.next_multiple_of(width);
+        let greatest = |row: &[f32]| row.iter().fold(0f32, |greatest, x| greatest.max(x.abs()));
         let mut scales = vec![0.0; columns];
         for (scale, row) in scales.iter_mut().zip(weight.chunks(inputs)) {
-            *scale = match encoding {
-                Encoding::Bf16 => 1.0,
-                Encoding::Pairs | Encoding::Quads | Encoding::Bytes => greatest(row) / 127.0,
+            *scale = match encoding.code() {
+                Code::Bf16 => 1.0,
+                Code::Int8 => greatest(row) / 127.0,
             };
         }
         let quantized = |input: usize, output: usize| -> i32 {
@@ -186,6 +192,10 @@ impl Coded {
                 return 0;
             }
             (weight[output * inputs + input] / scales[output]).round_ties_even() as i32
+        };
+        let rounded = |input: usize, output: usize| match input < inputs && output < outputs {
+            true => bf16(weight[output * inputs + input]),
+            false => 0,
         };
         let mut panels = AVec::with_capacity(0, columns * shape.groups(inputs));
         let mut start = Vec::new();
@@ -195,22 +205,19 @@ impl Coded {
                 // Past the last input the weights are 0.
                 for input in (part..part + group * shape.groups(end - part)).step_by(group) {
                     let group = |output| match encoding {
+                        Encoding::Single(Code::Int8) => (quantized(input, output) as f32).to_bits(),
+                        Encoding::Single(Code::Bf16) => u32::from(rounded(input, output)) << 16,
                         Encoding::Pairs => pair([0, 1].map(|i| quantized(input + i, output) as i16 as u16)),
                         Encoding::Quads | Encoding::Bytes => {
                             u32::from_le_bytes([0, 1, 2, 3].map(|i| quantized(input + i, output) as i8 as u8))
                         }
-                        Encoding::Bf16 => {
-                            pair([0, 1].map(|i| match input + i < inputs && output < outputs {
-                                true => bf16(weight[output * inputs + input + i]),
-                                false => 0,
-                            }))
-                        }
+                        Encoding::Bf16 => pair([0, 1].map(|i| rounded(input + i, output))),
                     };
                     (first..first + width).for_each(|output| panels.push(group(output)));
                 }
                 start.extend((first..first + width).map(|output| match encoding {
                     Encoding::Quads => (part..end).map(|input| -128 * quantized(input, output)).sum(),
-                    Encoding::Pairs | Encoding::Bytes | Encoding::Bf16 => 0,
+                    _ => 0,
                 }));
             }
         }
@@ -226,33 +233,25 @@ impl Coded {
     pub fn multiply(&self, x: &[f32], bias: &[f32], out: &mut [f32], activation: Option<Activation>) {
         let shape = self.kernel.shape();
         let Shape { group, width, encoding, height, .. } = shape;
-        let rows = x.len() / self.inputs;
-        let groups = shape.groups(self.inputs);
-        ROOM.with_borrow_mut(|room| {
-            let Room { codes, scales } = room;
-            // What is there from another time is written over, or of rows that nobody reads.
-            codes.resize(codes.len().max(rows.next_multiple_of(height) * groups), 0);
-            scales.resize(scales.len().max(rows), 1.0);
-            for (row, (x, scale)) in x.chunks(self.inputs).zip(&mut *scales).enumerate() {
-                let codes = &mut codes[row / height * height * groups..][..height * groups];
-                *scale = self.encode(encoding, x, codes, row % height);
-            }
+        let count = x.len() / self.inputs;
+        ROOM.with_borrow_mut(|Room { rows, scales }| {
+            rows.start(shape.groups(self.inputs), height);
+            scales.clear();
+            scales.extend(x.chunks(self.inputs).map(|x| self.encode(encoding, x, rows.lines())));
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             // SAFETY: `choose` has seen that there are tiles.
             let _tiles = matches!(self.kernel, Kernel::Amx(_)).then(|| unsafe { amx::Tiles::configure() });
             let (mut panels, mut start) = (&self.panels[..], &self.start[..]);
             for part in (0..self.inputs).step_by(self.depth) {
                 let depth = shape.groups(self.depth.min(self.inputs - part));
+                let left = rows.some(0..count, part / group..part / group + depth);
                 for column in (0..self.outputs).step_by(width) {
                     let (panel, from);
                     (panel, panels) = panels.split_at(depth * width);
                     (from, start) = start.split_at(width);
                     let last = part + self.depth >= self.inputs;
-                    self.run(&mut Strip {
-                        left: &codes[part / group * height..],
-                        stride: groups,
-                        rows,
-                        depth,
+                    self.run(Strip {
+                        left,
                         panel,
                         ahead: panels,
                         start: from,
@@ -272,25 +271,28 @@ impl Coded {
         });
     }
 
-    /// A row in groups, and its scale; `row` tells which of those that are multiplied at a time.
-    fn encode(&self, encoding: Encoding, x: &[f32], codes: &mut [u32], row: usize) -> f32 {
-        debug_assert!(row < self.kernel.shape().height);
+    /// A row in groups; returns its scale.
+    fn encode<'a>(
+        &self,
+        encoding: Encoding,
+        x: &[f32],
+        lines: impl Iterator<Item = &'a mut [u32; LINE]>,
+    ) -> f32 {
         match self.kernel {
-            Kernel::Plain => encode(encoding, x, codes),
+            Kernel::Rounded(_) => vector::encode_rounded(encoding, x, lines),
             // SAFETY: `choose` has seen the processor's features.
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => unsafe { x86::encode_avx2(encoding, x, codes) },
+            Kernel::Avx2 => unsafe { x86::encode_avx2(encoding, x, lines) },
             #[cfg(target_arch = "x86_64")]
-            Kernel::Vnni | Kernel::Bf16 => unsafe { x86::encode_avx512(encoding, x, codes) },
+            Kernel::Vnni | Kernel::Bf16 => unsafe { x86::encode_avx512(encoding, x, lines) },
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Kernel::Amx(code) => unsafe { amx::encode(code, x, codes, row) },
+            Kernel::Amx(code) => unsafe { amx::encode(code, x, lines) },
         }
     }
 
-    fn run(&self, strip: &mut Strip<'_>) {
+    fn run(&self, strip: Strip<'_>) {
         match self.kernel {
-            // SAFETY: plain code runs everywhere.
-            Kernel::Plain => unsafe { vector::run::<Plain, 4>(strip) },
+            Kernel::Rounded(_) => vector::run_rounded(strip),
             // SAFETY: `choose` has seen the processor's features.
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => unsafe { x86::run_avx2(strip) },
@@ -307,12 +309,12 @@ impl Coded {
 
 thread_local! {
     static ROOM: RefCell<Room> =
-        RefCell::new(Room { codes: AVec::new(0), scales: Vec::new() });
+        RefCell::new(Room { rows: Rows::new(), scales: Vec::new() });
 }
 
 /// The encoded input.
 struct Room {
-    codes: AVec<u32>,
+    rows: Rows<u32>,
     scales: Vec<f32>,
 }
 
@@ -330,76 +332,80 @@ fn bf16(x: f32) -> u16 {
     (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
+/// The greatest absolute value.
 #[inline(always)]
-fn greatest(row: &[f32]) -> f32 {
-    // In strands, so that it is done by vectors.
-    let mut strands = [0f32; 32];
-    let (chunks, rest) = row.as_chunks::<32>();
-    for chunk in chunks {
-        for (strand, x) in strands.iter_mut().zip(chunk) {
-            *strand = strand.max(x.abs());
+fn greatest<S: Simd>(simd: S, row: &[f32]) -> f32 {
+    let (vectors, rest) = S::as_simd_f32s(row);
+    let mut strands = [simd.splat_f32s(0.0); 2];
+    let (pairs, last) = vectors.as_chunks::<2>();
+    for pair in pairs {
+        for (strand, &x) in strands.iter_mut().zip(pair) {
+            *strand = simd.max_f32s(simd.abs_f32s(x), *strand);
         }
     }
-    rest.iter().chain(&strands).fold(0.0, |greatest, x| greatest.max(x.abs()))
+    for &x in last {
+        strands[0] = simd.max_f32s(simd.abs_f32s(x), strands[0]);
+    }
+    let greatest = simd.reduce_max_f32s(simd.max_f32s(strands[0], strands[1]));
+    rest.iter().fold(greatest, |greatest, x| greatest.max(x.abs()))
 }
 
+/// A row in groups, zeros behind the last in its line; returns the row's scale.
 #[inline(always)]
-fn encode(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
+fn encode<'a, S: Simd>(
+    simd: S,
+    encoding: Encoding,
+    x: &[f32],
+    lines: impl Iterator<Item = &'a mut [u32; LINE]>,
+) -> f32 {
     /// Adding it leaves the nearest integer in the mantissa's low bits.
     const ROUND: f32 = 12_582_912.0;
-    let (scale, factor) = match encoding {
-        Encoding::Bf16 => (1.0, 1.0),
-        Encoding::Pairs | Encoding::Quads | Encoding::Bytes => {
-            let greatest = greatest(x);
+    let (scale, factor) = match encoding.code() {
+        Code::Bf16 => (1.0, 1.0),
+        Code::Int8 => {
+            let greatest = greatest(simd, x);
             (greatest / 127.0, if greatest > 0.0 { 127.0 / greatest } else { 0.0 })
         }
     };
     let nearest = |x: f32| (x * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits());
-    match encoding {
-        Encoding::Pairs => {
-            let (pairs, rest) = x.as_chunks::<2>();
-            for (code, &[a, b]) in codes.iter_mut().zip(pairs) {
-                *code = nearest(a) & 0xffff | nearest(b) << 16;
+    for (x, line) in x.chunks(encoding.group() * LINE).zip(lines) {
+        match encoding {
+            Encoding::Single(Code::Int8) => {
+                fill::<_, LINE>(line, x, |x| (nearest(x) as i32 as f32).to_bits());
             }
-            if let &[a] = rest {
-                codes[pairs.len()] = nearest(a) & 0xffff;
-            }
-        }
-        Encoding::Bytes => unreachable!("its kernel has a form of its own"),
-        Encoding::Quads => {
-            let byte = |x: f32| nearest(x).wrapping_add(128) & 0xff;
-            let (quads, rest) = x.as_chunks::<4>();
-            for (code, &[a, b, c, d]) in codes.iter_mut().zip(quads) {
-                *code = byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
-            }
-            if !rest.is_empty() {
-                // The weights there are 0.
-                let code = |i: usize| rest.get(i).map_or(0, |&x| byte(x)) << (8 * i);
-                codes[quads.len()] = code(0) | code(1) | code(2);
-            }
-        }
-        Encoding::Bf16 => {
-            let (pairs, rest) = x.as_chunks::<2>();
-            for (code, &[a, b]) in codes.iter_mut().zip(pairs) {
-                *code = u32::from(bf16(a)) | u32::from(bf16(b)) << 16;
-            }
-            if let &[a] = rest {
-                codes[pairs.len()] = u32::from(bf16(a));
-            }
+            Encoding::Single(Code::Bf16) => fill::<_, LINE>(line, x, |x| u32::from(bf16(x)) << 16),
+            Encoding::Pairs => fill::<_, { 2 * LINE }>(line, x, |x| nearest(x) as u16),
+            Encoding::Quads => fill::<_, { 4 * LINE }>(line, x, |x| nearest(x).wrapping_add(128) as u8),
+            Encoding::Bytes => unreachable!("its kernel has a form of its own"),
+            Encoding::Bf16 => fill::<_, { 2 * LINE }>(line, x, bf16),
         }
     }
     scale
 }
 
+/// A line's codes.
+#[inline(always)]
+fn fill<T: Copy, const N: usize>(line: &mut [u32; LINE], x: &[f32], code: impl Fn(f32) -> T)
+where
+    [T; N]: Pod,
+{
+    let codes: &mut [T; N] = cast_mut(line);
+    if let Ok(x) = <&[f32; N]>::try_from(x) {
+        // So many that the compiler knows how many vectors they are.
+        for (to, &x) in codes.iter_mut().zip(x) {
+            *to = code(x);
+        }
+    } else {
+        *codes = Zeroable::zeroed();
+        for (to, &x) in codes.iter_mut().zip(x) {
+            *to = code(x);
+        }
+    }
+}
+
 /// Rows times one part of one panel.
 struct Strip<'a> {
-    /// Groups of the first row's part.
-    left: &'a [u32],
-    /// From one row to the next.
-    stride: usize,
-    rows: usize,
-    /// Groups that are multiplied.
-    depth: usize,
+    left: Left<'a, u32, LINE>,
     panel: &'a [u32],
     /// What is needed next; it is fetched meanwhile.
     ahead: &'a [u32],
@@ -416,34 +422,10 @@ struct Strip<'a> {
 }
 
 impl Strip<'_> {
-    /// Some rows, which have been written.
-    fn activate(&mut self, rows: Range<usize>) {
-        if let Some(Finish { activation: Some(activation), .. }) = self.finish {
-            let out = &mut self.out[rows.start * self.out_stride..];
-            let end = out.len().min((rows.len() - 1) * self.out_stride + self.width);
-            activate_columns(activation, &mut out[..end], self.out_stride, self.width);
-        }
-    }
-
-    /// A row's sums, as many as the panel is wide, go where they belong.
+    /// Where a row's results go.
     #[inline(always)]
-    fn write(&mut self, row: usize, sums: &mut [f32]) {
-        let out = &mut self.out[row * self.out_stride..][..self.width];
-        let sums = &mut sums[..self.width];
-        if self.add {
-            for (sum, out) in sums.iter_mut().zip(&*out) {
-                *sum += out;
-            }
-        }
-        match self.finish {
-            None => out.copy_from_slice(sums),
-            Some(Finish { rows, columns, bias, .. }) => {
-                let scale = rows[row];
-                for (((out, sum), column), bias) in out.iter_mut().zip(sums).zip(columns).zip(bias) {
-                    *out = *sum * (scale * column) + bias;
-                }
-            }
-        }
+    fn row(&mut self, row: usize) -> &mut [f32] {
+        &mut self.out[row * self.out_stride..][..self.width]
     }
 }
 
@@ -471,15 +453,12 @@ mod tests {
 
     /// Every kernel that this processor has.
     fn kernels(code: Code) -> Vec<Kernel> {
-        let mut all: Vec<Kernel> =
-            [Kernel::choose(code), Kernel::choose_vectors(code)].into_iter().flatten().collect();
-        if code == Code::Int8 {
-            all.push(Kernel::Plain);
-            #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") {
-                all.push(Kernel::Avx2);
-            }
-        }
+        let mut all = vec![Kernel::choose(code), Kernel::choose_vectors(code), Kernel::Rounded(code)];
+        #[cfg(target_arch = "x86_64")]
+        all.extend(match code {
+            Code::Int8 => is_x86_feature_detected!("avx2").then_some(Kernel::Avx2),
+            Code::Bf16 => x86::has_bf16().then_some(Kernel::Bf16),
+        });
         all
     }
 
@@ -506,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn bf16_is_near_where_the_processor_has_it() {
+    fn bf16_is_near() {
         for kernel in kernels(Code::Bf16) {
             let (inputs, outputs) = (801, 37);
             let (x, weight) = (numbers(13 * inputs, 1), numbers(outputs * inputs, 2));

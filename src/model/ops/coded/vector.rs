@@ -1,253 +1,338 @@
-//! The kernels that are a vector at a time: one tile of sums in registers, whatever the instruction.
+//! The kernels that are a vector at a time.
 
-use std::hint::black_box;
+use pulp::{Simd, WithSimd};
 
-use super::{Encoding, Strip};
+use super::super::activation::activate;
+use super::super::simd::{dispatch, load_two, store_two};
+use super::super::tile::{F32, Kernel, LINE, Right, Target, strip};
+use super::{Encoding, Finish, Shape, Strip, encode};
 
-/// What the kernels need of a processor. All of it is unsafe for its features may be absent.
-pub(super) trait Isa {
-    /// Sums in a vector.
-    const LANES: usize;
-    const ENCODING: Encoding;
-    /// A vector of groups.
-    type Groups: Copy;
-    type Sums: Copy;
-    unsafe fn start(from: *const i32) -> Self::Sums;
-    unsafe fn load(from: *const u32) -> Self::Groups;
-    unsafe fn splat(group: u32) -> Self::Groups;
-    /// To every sum the products within its group.
-    unsafe fn dot(sums: Self::Sums, left: Self::Groups, right: Self::Groups) -> Self::Sums;
-    unsafe fn store(sums: Self::Sums, to: *mut f32);
+/// What the kernels need of a processor beside the multiplication.
+pub(super) trait Isa: Kernel<Number = u32> {
+    type Simd: Simd;
+    fn simd(self) -> Self::Simd;
+    /// Sums that begin with these, a vector of them.
+    fn start(self, from: &[i32]) -> Self::Sums;
+    fn floats(self, sums: Self::Sums) -> <Self::Simd as Simd>::f32s;
 }
 
-/// The strip in tiles of `R` rows and two vectors.
-///
-/// # Safety
-/// The processor has what `K` uses.
+/// The strip, a tallest tile of rows at a time.
 #[inline(always)]
-pub(super) unsafe fn run<K: Isa, const R: usize>(strip: &mut Strip<'_>) {
-    let mut row = 0;
-    // SAFETY: as of this function.
-    unsafe {
-        while row + R <= strip.rows {
-            tile::<K, R>(strip, row);
-            row += R;
-        }
-        if R > 6 && row + 6 <= strip.rows {
-            tile::<K, 6>(strip, row);
-            row += 6;
-        }
-        while row + 2 <= strip.rows {
-            tile::<K, 2>(strip, row);
-            row += 2;
-        }
-        if row < strip.rows {
-            tile::<K, 1>(strip, row);
-        }
-    }
-    strip.activate(0..strip.rows);
-}
-
-/// # Safety
-/// The processor has what `K` uses.
-#[inline(always)]
-#[allow(clippy::needless_range_loop)] // as in matmul.rs: behind iterators the sums leave the registers
-unsafe fn tile<K: Isa, const R: usize>(strip: &mut Strip<'_>, row: usize) {
-    let (depth, stride, lanes) = (strip.depth, strip.stride, K::LANES);
-    let left = &strip.left[row * stride..][..(R - 1) * stride + depth];
-    let panel = &strip.panel[..depth * 2 * lanes];
-    let start = &strip.start[..2 * lanes];
-    let mut raw = [[0f32; 32]; R];
-    assert!(2 * lanes <= 32);
-    // SAFETY: the slices above are as long as what is read, and a row of `raw` holds two vectors.
-    unsafe {
-        let mut sums = [[K::start(start.as_ptr()), K::start(start.as_ptr().add(lanes))]; R];
-        // A pointer for every row: from one, LLVM reckons the others anew for every group.
-        let rows: [*const u32; R] = std::array::from_fn(|r| black_box(left.as_ptr().add(r * stride)));
-        for k in 0..depth {
-            let first = K::load(panel.as_ptr().add(k * 2 * lanes));
-            let second = K::load(panel.as_ptr().add(k * 2 * lanes + lanes));
-            for r in 0..R {
-                let x = K::splat(*rows[r].add(k));
-                sums[r][0] = K::dot(sums[r][0], x, first);
-                sums[r][1] = K::dot(sums[r][1], x, second);
+pub(super) fn run<K: Isa>(kernel: K, mut strip_of: Strip<'_>) {
+    let Strip { left, panel, ahead, .. } = strip_of;
+    let tiles = left.count.div_ceil(K::HEIGHT);
+    let mut ahead = ahead[..ahead.len().min(panel.len())].chunks(panel.len().div_ceil(tiles));
+    for row in (0..left.count).step_by(K::HEIGHT) {
+        let left = left.tile(kernel, row);
+        let right = Right { x: panel, stride: 2 * K::LANES, ahead: ahead.next().unwrap_or_default() };
+        let mut target = Sums { strip: &mut strip_of, row };
+        strip::<K, 2, _>(kernel, left, right, &mut target);
+        if let Some(Finish { activation: Some(activation), .. }) = strip_of.finish {
+            for row in row..row + left.count {
+                activate(kernel.simd(), activation, strip_of.row(row));
             }
         }
-        for r in 0..R {
-            K::store(sums[r][0], raw[r].as_mut_ptr());
-            K::store(sums[r][1], raw[r].as_mut_ptr().add(lanes));
-        }
-    }
-    for (r, raw) in raw.iter_mut().enumerate() {
-        strip.write(row + r, raw);
     }
 }
 
-/// Pairs of i16, eight sums.
-pub(super) struct Plain;
+/// The rows of a strip from one on.
+struct Sums<'a, 'b> {
+    strip: &'a mut Strip<'b>,
+    row: usize,
+}
 
-impl Isa for Plain {
-    const LANES: usize = 8;
-    const ENCODING: Encoding = Encoding::Pairs;
-    type Groups = [u32; 8];
-    type Sums = [i32; 8];
-
+impl<K: Isa> Target<K> for Sums<'_, '_> {
     #[inline(always)]
-    unsafe fn start(from: *const i32) -> [i32; 8] {
-        // SAFETY: the caller has eight.
-        unsafe { from.cast::<[i32; 8]>().read() }
+    fn begin(&self, kernel: K, _: usize) -> [K::Sums; 2] {
+        let (first, second) = self.strip.start.split_at(K::LANES);
+        [kernel.start(first), kernel.start(second)]
     }
 
     #[inline(always)]
-    unsafe fn load(from: *const u32) -> [u32; 8] {
-        // SAFETY: the caller has eight.
-        unsafe { from.cast::<[u32; 8]>().read() }
+    fn end(&mut self, kernel: K, row: usize, sums: [K::Sums; 2]) {
+        let (simd, row) = (kernel.simd(), self.row + row);
+        let [mut first, mut second] = sums.map(|sums| kernel.floats(sums));
+        let Strip { add, finish, .. } = *self.strip;
+        let out = self.strip.row(row);
+        if add {
+            let [a, b] = load_two(simd, out);
+            (first, second) = (simd.add_f32s(first, a), simd.add_f32s(second, b));
+        }
+        if let Some(Finish { rows, columns, bias, .. }) = finish {
+            let row = simd.splat_f32s(rows[row]);
+            let [a, b] = load_two(simd, columns);
+            first = simd.mul_f32s(first, simd.mul_f32s(row, a));
+            second = simd.mul_f32s(second, simd.mul_f32s(row, b));
+            let [a, b] = load_two(simd, bias);
+            (first, second) = (simd.add_f32s(first, a), simd.add_f32s(second, b));
+        }
+        store_two(simd, out, [first, second]);
+    }
+}
+
+/// Rounded numbers that are multiplied as f32, by any vectors. As sums of bytes' products are exact there,
+/// they are those of the other kernels.
+#[derive(Clone, Copy)]
+pub(super) struct Rounded<S>(S);
+
+impl<S: Simd> Kernel for Rounded<S> {
+    type Number = u32;
+    type Vector = S::f32s;
+    type Sums = S::f32s;
+    const LANES: usize = S::F32_LANES;
+    const HEIGHT: usize = F32::<S>::HEIGHT;
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const u32) -> S::f32s {
+        // SAFETY: as of this function.
+        unsafe { F32(self.0).load(from.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn splat(group: u32) -> [u32; 8] {
-        [group; 8]
+    fn dot(self, sums: S::f32s, number: u32, vector: S::f32s) -> S::f32s {
+        F32(self.0).dot(sums, f32::from_bits(number), vector)
+    }
+}
+
+impl<S: Simd> Isa for Rounded<S> {
+    type Simd = S;
+
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.0
     }
 
     #[inline(always)]
-    unsafe fn dot(sums: [i32; 8], left: [u32; 8], right: [u32; 8]) -> [i32; 8] {
-        let half = |x: u32, shift: u32| i32::from((x >> shift) as u16 as i16);
-        std::array::from_fn(|i| {
-            sums[i] + half(left[i], 0) * half(right[i], 0) + half(left[i], 16) * half(right[i], 16)
-        })
+    fn start(self, _: &[i32]) -> S::f32s {
+        self.0.splat_f32s(0.0)
     }
 
     #[inline(always)]
-    unsafe fn store(sums: [i32; 8], to: *mut f32) {
-        // SAFETY: the caller has room for eight.
-        unsafe { to.cast::<[f32; 8]>().write(sums.map(|sum| sum as f32)) }
+    fn floats(self, sums: S::f32s) -> S::f32s {
+        sums
     }
+}
+
+/// The shape of [`Rounded`] by the widest vectors.
+pub(super) fn shape_rounded(encoding: Encoding) -> Shape {
+    struct Of(Encoding);
+    impl WithSimd for Of {
+        type Output = Shape;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> Shape {
+            Shape::of::<Rounded<S>>(self.0)
+        }
+    }
+    dispatch(Of(encoding))
+}
+
+/// [`encode`] by the widest vectors.
+pub(super) fn encode_rounded<'a>(
+    encoding: Encoding,
+    x: &[f32],
+    lines: impl Iterator<Item = &'a mut [u32; LINE]>,
+) -> f32 {
+    struct Encode<'a, L>(Encoding, &'a [f32], L);
+    impl<'b, L: Iterator<Item = &'b mut [u32; LINE]>> WithSimd for Encode<'_, L> {
+        type Output = f32;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> f32 {
+            encode(simd, self.0, self.1, self.2)
+        }
+    }
+    dispatch(Encode(encoding, x, lines))
+}
+
+/// [`run`] by the widest vectors.
+pub(super) fn run_rounded(strip: Strip<'_>) {
+    struct Run<'a>(Strip<'a>);
+    impl WithSimd for Run<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            run(Rounded(simd), self.0);
+        }
+    }
+    dispatch(Run(strip));
 }
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
     use std::arch::x86_64::*;
 
+    use pulp::x86::{V3, V4};
+    use pulp::{f32x8, f32x16};
+
     use super::super::{Encoding, Strip, encode};
-    use super::{Isa, run};
+    use super::{Isa, Kernel, run};
+    use crate::model::ops::tile::LINE;
+
+    pub fn has_vnni() -> bool {
+        V4::is_available() && is_x86_feature_detected!("avx512vnni")
+    }
+
+    pub fn has_bf16() -> bool {
+        V4::is_available() && is_x86_feature_detected!("avx512bf16")
+    }
+
+    /// Whether `vdpbf16ps` is faster than the multiplication of f32: Intel's cores begin one every two cycles,
+    /// which is half of what they multiply in f32 (84 against 157 GFLOP/s of a core that has no AMX).
+    pub fn bf16_is_fast() -> bool {
+        let vendor = __cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() != b"GenuineIntel"
+    }
 
     /// `vpmaddwd` on pairs of i16.
-    pub struct Avx2;
+    #[derive(Clone, Copy)]
+    pub struct Avx2(V3);
     /// `vpdpbusd` on quads of bytes.
-    pub struct Vnni;
+    #[derive(Clone, Copy)]
+    pub struct Vnni(V4);
     /// `vdpbf16ps` on pairs.
-    pub struct Bf16;
+    #[derive(Clone, Copy)]
+    pub struct Bf16(V4);
 
-    #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn run_avx2(strip: &mut Strip<'_>) {
-        // SAFETY: the features are this function's.
-        unsafe { run::<Avx2, 6>(strip) }
+    // SAFETY of all below: the caller has seen the features, and who has a kernel is in a function that has them.
+
+    #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
+    pub unsafe fn run_avx2(strip: Strip<'_>) {
+        run(Avx2(unsafe { V3::new_unchecked() }), strip);
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub unsafe fn run_vnni(strip: &mut Strip<'_>) {
-        // SAFETY: the features are this function's.
-        unsafe { run::<Vnni, 12>(strip) }
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,bmi1,bmi2,fma,lzcnt,popcnt"
+    )]
+    pub unsafe fn run_vnni(strip: Strip<'_>) {
+        run(Vnni(unsafe { V4::new_unchecked() }), strip);
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub unsafe fn run_bf16(strip: &mut Strip<'_>) {
-        // SAFETY: the features are this function's.
-        unsafe { run::<Bf16, 12>(strip) }
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,bmi1,bmi2,fma,lzcnt,popcnt"
+    )]
+    pub unsafe fn run_bf16(strip: Strip<'_>) {
+        run(Bf16(unsafe { V4::new_unchecked() }), strip);
     }
 
-    #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn encode_avx2(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
-        encode(encoding, x, codes)
+    #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
+    pub unsafe fn encode_avx2<'a>(
+        encoding: Encoding,
+        x: &[f32],
+        lines: impl Iterator<Item = &'a mut [u32; LINE]>,
+    ) -> f32 {
+        encode(unsafe { V3::new_unchecked() }, encoding, x, lines)
     }
 
-    #[target_feature(enable = "avx512f,avx512bw")]
-    pub unsafe fn encode_avx512(encoding: Encoding, x: &[f32], codes: &mut [u32]) -> f32 {
-        encode(encoding, x, codes)
+    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,bmi1,bmi2,fma,lzcnt,popcnt")]
+    pub unsafe fn encode_avx512<'a>(
+        encoding: Encoding,
+        x: &[f32],
+        lines: impl Iterator<Item = &'a mut [u32; LINE]>,
+    ) -> f32 {
+        encode(unsafe { V4::new_unchecked() }, encoding, x, lines)
     }
 
-    // SAFETY of all below: the caller has the features, and memory for a vector behind every pointer.
-    impl Isa for Avx2 {
-        const LANES: usize = 8;
-        const ENCODING: Encoding = Encoding::Pairs;
-        type Groups = __m256i;
+    impl Kernel for Avx2 {
+        type Number = u32;
+        type Vector = __m256i;
         type Sums = __m256i;
+        const LANES: usize = 8;
+        const HEIGHT: usize = 6;
 
         #[inline(always)]
-        unsafe fn start(from: *const i32) -> __m256i {
+        unsafe fn load(self, from: *const u32) -> __m256i {
             unsafe { _mm256_loadu_si256(from.cast()) }
         }
         #[inline(always)]
-        unsafe fn load(from: *const u32) -> __m256i {
-            unsafe { _mm256_loadu_si256(from.cast()) }
+        fn dot(self, sums: __m256i, group: u32, vector: __m256i) -> __m256i {
+            unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_set1_epi32(group as i32), vector)) }
+        }
+    }
+
+    impl Isa for Avx2 {
+        type Simd = V3;
+
+        #[inline(always)]
+        fn simd(self) -> V3 {
+            self.0
         }
         #[inline(always)]
-        unsafe fn splat(group: u32) -> __m256i {
-            unsafe { _mm256_set1_epi32(group as i32) }
+        fn start(self, _: &[i32]) -> __m256i {
+            unsafe { _mm256_setzero_si256() }
         }
         #[inline(always)]
-        unsafe fn dot(sums: __m256i, left: __m256i, right: __m256i) -> __m256i {
-            unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(left, right)) }
+        fn floats(self, sums: __m256i) -> f32x8 {
+            pulp::cast(unsafe { _mm256_cvtepi32_ps(sums) })
+        }
+    }
+
+    impl Kernel for Vnni {
+        type Number = u32;
+        type Vector = __m512i;
+        type Sums = __m512i;
+        const LANES: usize = 16;
+        const HEIGHT: usize = 12;
+
+        #[inline(always)]
+        unsafe fn load(self, from: *const u32) -> __m512i {
+            unsafe { _mm512_loadu_si512(from.cast()) }
         }
         #[inline(always)]
-        unsafe fn store(sums: __m256i, to: *mut f32) {
-            unsafe { _mm256_storeu_ps(to, _mm256_cvtepi32_ps(sums)) }
+        fn dot(self, sums: __m512i, group: u32, vector: __m512i) -> __m512i {
+            unsafe { _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(group as i32), vector) }
         }
     }
 
     impl Isa for Vnni {
-        const LANES: usize = 16;
-        const ENCODING: Encoding = Encoding::Quads;
-        type Groups = __m512i;
-        type Sums = __m512i;
+        type Simd = V4;
 
         #[inline(always)]
-        unsafe fn start(from: *const i32) -> __m512i {
-            unsafe { _mm512_loadu_si512(from.cast()) }
+        fn simd(self) -> V4 {
+            self.0
         }
         #[inline(always)]
-        unsafe fn load(from: *const u32) -> __m512i {
-            unsafe { _mm512_loadu_si512(from.cast()) }
+        fn start(self, from: &[i32]) -> __m512i {
+            unsafe { _mm512_loadu_si512(from[..16].as_ptr().cast()) }
         }
         #[inline(always)]
-        unsafe fn splat(group: u32) -> __m512i {
-            unsafe { _mm512_set1_epi32(group as i32) }
+        fn floats(self, sums: __m512i) -> f32x16 {
+            pulp::cast(unsafe { _mm512_cvtepi32_ps(sums) })
+        }
+    }
+
+    impl Kernel for Bf16 {
+        type Number = u32;
+        type Vector = __m512bh;
+        type Sums = __m512;
+        const LANES: usize = 16;
+        const HEIGHT: usize = 12;
+
+        #[inline(always)]
+        unsafe fn load(self, from: *const u32) -> __m512bh {
+            unsafe { from.cast::<__m512bh>().read_unaligned() }
         }
         #[inline(always)]
-        unsafe fn dot(sums: __m512i, left: __m512i, right: __m512i) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(sums, left, right) }
-        }
-        #[inline(always)]
-        unsafe fn store(sums: __m512i, to: *mut f32) {
-            unsafe { _mm512_storeu_ps(to, _mm512_cvtepi32_ps(sums)) }
+        fn dot(self, sums: __m512, group: u32, vector: __m512bh) -> __m512 {
+            unsafe {
+                let pairs = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(group as i32));
+                _mm512_dpbf16_ps(sums, pairs, vector)
+            }
         }
     }
 
     impl Isa for Bf16 {
-        const LANES: usize = 16;
-        const ENCODING: Encoding = Encoding::Bf16;
-        type Groups = __m512bh;
-        type Sums = __m512;
+        type Simd = V4;
 
         #[inline(always)]
-        unsafe fn start(_: *const i32) -> __m512 {
+        fn simd(self) -> V4 {
+            self.0
+        }
+        #[inline(always)]
+        fn start(self, _: &[i32]) -> __m512 {
             unsafe { _mm512_setzero_ps() }
         }
         #[inline(always)]
-        unsafe fn load(from: *const u32) -> __m512bh {
-            unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn splat(group: u32) -> __m512bh {
-            unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(group as i32)) }
-        }
-        #[inline(always)]
-        unsafe fn dot(sums: __m512, left: __m512bh, right: __m512bh) -> __m512 {
-            unsafe { _mm512_dpbf16_ps(sums, left, right) }
-        }
-        #[inline(always)]
-        unsafe fn store(sums: __m512, to: *mut f32) {
-            unsafe { _mm512_storeu_ps(to, sums) }
+        fn floats(self, sums: __m512) -> f32x16 {
+            pulp::cast(sums)
         }
     }
 }

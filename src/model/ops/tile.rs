@@ -1,0 +1,273 @@
+//! What multiplications by a CPU's vectors are made of: rows of the input times a panel of one vector or
+//! two, a tile of sums in registers, whatever is multiplied ([`Kernel`]).
+
+use std::ops::Range;
+
+use aligned_vec::AVec;
+use pulp::Simd;
+
+/// Numbers of a line of the cache.
+pub(super) const LINE: usize = 16;
+
+/// A processor's way to multiply and add.
+pub(super) trait Kernel: Copy {
+    /// What rows and panels consist of, four bytes: a number, or a few coded ones that are multiplied at a time.
+    type Number: Copy + Default;
+    /// As many of a panel as are multiplied at a time.
+    type Vector: Copy;
+    type Sums: Copy;
+    /// Sums in a vector.
+    const LANES: usize;
+    /// Rows of the tallest tile, 12 or 6: its sums, a panel's row and one number have to fit in the registers.
+    const HEIGHT: usize;
+
+    /// # Safety
+    /// There is a vector.
+    unsafe fn load(self, from: *const Self::Number) -> Self::Vector;
+    /// To every sum the number times its own of the vector.
+    fn dot(self, sums: Self::Sums, number: Self::Number, vector: Self::Vector) -> Self::Sums;
+}
+
+/// Where the products go.
+pub(super) trait Target<K: Kernel> {
+    /// What the sums of a row begin with.
+    fn begin(&self, kernel: K, row: usize) -> [K::Sums; 2];
+    fn end(&mut self, kernel: K, row: usize, sums: [K::Sums; 2]);
+}
+
+/// f32, one at a time.
+#[derive(Clone, Copy)]
+pub(super) struct F32<S>(pub S);
+
+impl<S: Simd> Kernel for F32<S> {
+    type Number = f32;
+    type Vector = S::f32s;
+    type Sums = S::f32s;
+    const LANES: usize = S::F32_LANES;
+    const HEIGHT: usize = if S::REGISTER_COUNT >= 32 { 12 } else { 6 };
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> S::f32s {
+        // SAFETY: as of this function.
+        unsafe { from.cast::<S::f32s>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: S::f32s, number: f32, vector: S::f32s) -> S::f32s {
+        self.0.mul_add_e_f32s(self.0.splat_f32s(number), vector, sums)
+    }
+}
+
+/// Rows that a panel is multiplied with, `ROW` numbers from one to the next within the tallest tile.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a, T, const ROW: usize> {
+    pub x: &'a [T],
+    pub count: usize,
+    /// Numbers of a row.
+    pub depth: usize,
+    /// From one number of a row to the next, within a line of them.
+    step: usize,
+    /// From one line's first number to the next one's.
+    line: usize,
+    /// From one tallest tile to the next.
+    pub tile: usize,
+}
+
+impl<'a> Left<'a, f32, 1> {
+    /// The first `count` columns of `depth` rows of `stride` numbers.
+    #[inline(always)]
+    pub fn columns<K: Kernel>(_: K, x: &'a [f32], stride: usize, count: usize, depth: usize) -> Self {
+        Self { x, count, depth, step: stride, line: stride * LINE, tile: K::HEIGHT }
+    }
+}
+
+impl<'a, T, const ROW: usize> Left<'a, T, ROW> {
+    /// The tallest tile that begins with a row.
+    #[inline(always)]
+    pub fn tile<K: Kernel>(self, _: K, row: usize) -> Self {
+        let count = K::HEIGHT.min(self.count - row);
+        Self { x: &self.x[row / K::HEIGHT * self.tile..], count, ..self }
+    }
+
+    /// Numbers of `rows` rows of one tallest tile, from the first to the last: the k-th of the r-th row is at
+    /// `r * ROW + k / LINE * line + k % LINE * step`.
+    #[inline(always)]
+    fn numbers<K: Kernel>(&self, row: usize, rows: usize) -> &[T] {
+        let last = self.depth - 1;
+        let numbers = (rows - 1) * ROW + last / LINE * self.line + last % LINE * self.step + 1;
+        &self.x[row / K::HEIGHT * self.tile + row % K::HEIGHT * ROW..][..numbers]
+    }
+}
+
+/// Rows in the order in which tiles read them: a [`LINE`] of each of as many as the tallest tile has, then the
+/// next line of each. Behind a row's last number are any up to a whole line.
+pub(super) struct Rows<T> {
+    numbers: AVec<T>,
+    count: usize,
+    depth: usize,
+    /// Of the tallest tile.
+    height: usize,
+}
+
+impl<T: Copy + Default> Rows<T> {
+    pub fn new() -> Self {
+        Self { numbers: AVec::new(0), count: 0, depth: 0, height: 1 }
+    }
+
+    /// None, of so many numbers each, for tiles of so many rows.
+    #[inline(always)]
+    pub fn start(&mut self, depth: usize, height: usize) {
+        (self.count, self.depth, self.height) = (0, depth, height);
+    }
+
+    /// The lines of one more row, to be written to.
+    #[inline(always)]
+    pub fn lines(&mut self) -> impl Iterator<Item = &mut [T; LINE]> {
+        let (row, height) = (self.count, self.height);
+        self.count += 1;
+        let block = self.depth.next_multiple_of(LINE) * height;
+        let at = row / height * block;
+        if self.numbers.len() < at + block {
+            self.numbers.resize(at + block, T::default());
+        }
+        let lines = self.numbers[at + row % height * LINE..at + block].chunks_mut(height * LINE);
+        lines.filter_map(|lines| lines.first_chunk_mut())
+    }
+
+    #[inline(always)]
+    pub fn push(&mut self, row: &[T]) {
+        let (whole, rest) = row.as_chunks::<LINE>();
+        let mut lines = self.lines();
+        for (line, out) in whole.iter().zip(lines.by_ref()) {
+            *out = *line;
+        }
+        if let (Some(out), false) = (lines.next(), rest.is_empty()) {
+            out[..rest.len()].copy_from_slice(rest);
+        }
+    }
+
+    /// The first row of the tallest tile that a row is in.
+    #[inline(always)]
+    pub fn tile(&self, row: usize) -> usize {
+        row / self.height * self.height
+    }
+
+    /// Some of them, and of each some numbers; the first row is one that a tallest tile can begin with, the
+    /// first number one that a line begins with.
+    #[inline(always)]
+    pub fn some(&self, rows: Range<usize>, numbers: Range<usize>) -> Left<'_, T, LINE> {
+        let padded = self.depth.next_multiple_of(LINE);
+        let (line, tile) = (self.height * LINE, self.height * padded);
+        let x = &self.numbers[rows.start * padded + numbers.start * self.height..];
+        Left { x, count: rows.len(), depth: numbers.len(), step: 1, line, tile }
+    }
+}
+
+/// The rows of a panel.
+#[derive(Clone, Copy)]
+pub(super) struct Right<'a, T> {
+    pub x: &'a [T],
+    /// From one row to the next.
+    pub stride: usize,
+    /// What is needed next: it is fetched meanwhile.
+    pub ahead: &'a [T],
+}
+
+/// `left` times one panel of `W` vectors, `[depth, W × lanes]`.
+#[inline(always)]
+pub(super) fn strip<K: Kernel, const W: usize, const ROW: usize>(
+    kernel: K,
+    left: Left<'_, K::Number, ROW>,
+    right: Right<'_, K::Number>,
+    target: &mut impl Target<K>,
+) {
+    let mut row = 0;
+    if K::HEIGHT == 12 {
+        while row + 12 <= left.count {
+            tile12::<K, W, ROW>(kernel, left, row, right, target);
+            row += 12;
+        }
+    }
+    while row + 6 <= left.count {
+        tile6::<K, W, ROW>(kernel, left, row, right, target);
+        row += 6;
+    }
+    if row + 4 <= left.count {
+        tile4::<K, W, ROW>(kernel, left, row, right, target);
+        row += 4;
+    }
+    if row + 2 <= left.count {
+        tile2::<K, W, ROW>(kernel, left, row, right, target);
+        row += 2;
+    }
+    if row < left.count {
+        tile1::<K, W, ROW>(kernel, left, row, right, target);
+    }
+}
+
+macro_rules! tile {
+    ($name:ident, $rows:literal: $($r:literal $a:ident $b:ident),*) => {
+        /// So many rows. Each sum is a variable of its own: those of an array do not stay in registers
+        /// whenever the compiler sees the loops in another order.
+        #[inline(always)]
+        fn $name<K: Kernel, const W: usize, const ROW: usize>(
+            kernel: K,
+            left: Left<'_, K::Number, ROW>,
+            row: usize,
+            right: Right<'_, K::Number>,
+            target: &mut impl Target<K>,
+        ) {
+            let Left { depth, step, line: next_line, .. } = left;
+            let lines = depth.div_ceil(LINE);
+            let x = left.numbers::<K>(row, $rows).as_ptr();
+            let mut panel = right.x[..(depth - 1) * right.stride + W * K::LANES].as_ptr();
+            let ahead = right.ahead.len().div_ceil(lines).div_ceil(LINE);
+            $(let [mut $a, mut $b] = target.begin(kernel, row + $r);)*
+            for line in 0..lines {
+                fetch(right.ahead, line * ahead * LINE, ahead);
+                let mut x = x.wrapping_add(line * next_line);
+                for _ in 0..LINE.min(depth - line * LINE) {
+                    // SAFETY: the panel was cut to the end of the last that is read of it, and x as well.
+                    unsafe {
+                        let first = kernel.load(panel);
+                        let second = match W {
+                            2 => kernel.load(panel.add(K::LANES)),
+                            _ => first,
+                        };
+                        $(
+                            let number = *x.add($r * ROW);
+                            $a = kernel.dot($a, number, first);
+                            if W == 2 {
+                                $b = kernel.dot($b, number, second);
+                            }
+                        )*
+                    }
+                    x = x.wrapping_add(step);
+                    panel = panel.wrapping_add(right.stride);
+                }
+            }
+            $(target.end(kernel, row + $r, [$a, $b]);)*
+        }
+    };
+}
+
+tile!(tile12, 12: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5, 6 a6 b6, 7 a7 b7, 8 a8 b8, 9 a9 b9, 10 a10 b10,
+    11 a11 b11);
+tile!(tile6, 6: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
+tile!(tile4, 4: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3);
+tile!(tile2, 2: 0 a0 b0, 1 a1 b1);
+tile!(tile1, 1: 0 a0 b0);
+
+/// Asks for so many lines of numbers that are needed soon.
+#[inline(always)]
+fn fetch<T>(x: &[T], from: usize, lines: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..lines {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let at = x.as_ptr().wrapping_add(from + line * LINE);
+        // SAFETY: it is a hint, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (x, from, lines);
+}
