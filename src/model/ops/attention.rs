@@ -132,8 +132,8 @@ thread_local! {
 /// One head of one sequence. Queries are worked on as many at a time as two vectors have numbers, or one:
 /// they are the columns.
 struct Room {
-    /// A query or a key, rotated.
-    row: Vec<f32>,
+    /// A few queries or a key, rotated.
+    rows: Vec<f32>,
     /// Scaled, rotated and transposed: a row for each number of the head.
     queries: AVec<f32>,
     /// Rotated.
@@ -150,7 +150,7 @@ impl Room {
     fn new() -> Self {
         let numbers = || AVec::new(0);
         let (queries, values, scores, factors) = (numbers(), numbers(), numbers(), numbers());
-        Self { row: Vec::new(), queries, keys: Rows::new(), values, scores, factors }
+        Self { rows: Vec::new(), queries, keys: Rows::new(), values, scores, factors }
     }
 }
 
@@ -248,11 +248,11 @@ impl Sequence<'_> {
     #[inline(always)]
     fn head<S: Simd>(&self, simd: S, reach: usize, out: &mut [f32], room: &mut Room) {
         let Self { hidden, width, length, .. } = *self;
-        let Room { row, queries, keys, values, scores, factors } = room;
-        row.resize(width, 0.0);
+        let Room { rows, queries, keys, values, scores, factors } = room;
+        rows.resize(4 * width, 0.0);
         keys.start(width, F32::<S>::HEIGHT);
         for token in 0..length {
-            keys.push(self.rotated(1, token, row));
+            keys.push(self.rotated(1, token, &mut rows[..width]));
         }
         let stride = width.next_multiple_of(S::F32_LANES);
         values.resize(values.len().max(length * stride), 0.0);
@@ -263,7 +263,7 @@ impl Sequence<'_> {
         while first < length {
             let columns = columns::<S>(length - first);
             let count = columns.min(length - first);
-            self.pack_queries(first..first + count, columns, row, queries);
+            self.pack_queries(first..first + count, columns, rows, queries);
             // The keys that any of these queries sees, from one that a tile can begin with.
             let from = keys.tile(first.saturating_sub(reach));
             let to = (first + count).saturating_add(reach).min(length);
@@ -307,13 +307,31 @@ impl Sequence<'_> {
         }
     }
 
-    /// Scaled, rotated and transposed; zeros right of the last.
+    /// Scaled, rotated and transposed, four by four where there are as many; zeros right of the last.
     #[inline(always)]
-    fn pack_queries(&self, tokens: Range<usize>, columns: usize, row: &mut [f32], queries: &mut AVec<f32>) {
-        let scale = 1.0 / (self.width as f32).sqrt();
-        queries.resize(self.width * columns, 0.0);
-        for (column, token) in tokens.clone().enumerate() {
-            let query = self.rotated(0, token, row);
+    fn pack_queries(&self, tokens: Range<usize>, columns: usize, rows: &mut [f32], queries: &mut AVec<f32>) {
+        let width = self.width;
+        let scale = 1.0 / (width as f32).sqrt();
+        queries.resize(width * columns, 0.0);
+        let whole = if width.is_multiple_of(4) { tokens.len() / 4 * 4 } else { 0 };
+        for column in (0..whole).step_by(4) {
+            let [a, b, c, d] = {
+                let mut rows = rows.chunks_exact_mut(width);
+                [0, 1, 2, 3].map(|i| {
+                    let row = rows.next().expect("there is room for four");
+                    self.rotated(0, tokens.start + column + i, row).as_chunks::<4>().0
+                })
+            };
+            let fours = a.iter().zip(b).zip(c).zip(d);
+            for (out, (((a, b), c), d)) in queries.chunks_exact_mut(4 * columns).zip(fours) {
+                for i in 0..4 {
+                    let out = &mut out[i * columns + column..][..4];
+                    out.copy_from_slice(&[a[i] * scale, b[i] * scale, c[i] * scale, d[i] * scale]);
+                }
+            }
+        }
+        for column in whole..tokens.len() {
+            let query = self.rotated(0, tokens.start + column, &mut rows[..width]);
             for (row, x) in queries.chunks_exact_mut(columns).zip(query) {
                 row[column] = x * scale;
             }
