@@ -17,7 +17,7 @@ use std::cell::RefCell;
 
 use aligned_vec::AVec;
 use pulp::Simd;
-use pulp::bytemuck::{Pod, Zeroable, cast_mut};
+use pulp::bytemuck::{Pod, Zeroable, cast_mut, cast_slice, cast_slice_mut};
 
 use super::activation::Activation;
 use super::tile::{self, LINE, Left, Rows};
@@ -79,6 +79,25 @@ impl Kernel {
             Kernel::Bf16 => Shape::of::<x86::Bf16>(Encoding::Bf16),
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Kernel::Amx(code) => amx::shape(code),
+        }
+    }
+
+    /// A row in groups; returns its scale.
+    fn encode<'a>(
+        self,
+        encoding: Encoding,
+        x: &[f32],
+        lines: impl Iterator<Item = &'a mut [u32; LINE]>,
+    ) -> f32 {
+        match self {
+            Kernel::Rounded(_) => vector::encode_rounded(encoding, x, lines),
+            // SAFETY: `choose` has seen the processor's features.
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2 => unsafe { x86::encode_avx2(encoding, x, lines) },
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Vnni | Kernel::Bf16 => unsafe { x86::encode_avx512(encoding, x, lines) },
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Kernel::Amx(code) => unsafe { amx::encode(code, x, lines) },
         }
     }
 }
@@ -179,44 +198,29 @@ impl Coded {
         let Shape { group, width, encoding, .. } = shape;
         let depth = encoding.code().depth(inputs);
         let columns = outputs.next_multiple_of(width);
-        let greatest = |row: &[f32]| row.iter().fold(0f32, |greatest, x| greatest.max(x.abs()));
+        let groups = inputs.div_ceil(group).next_multiple_of(LINE);
         let mut scales = vec![0.0; columns];
-        for (scale, row) in scales.iter_mut().zip(weight.chunks(inputs)) {
-            *scale = match encoding.code() {
-                Code::Bf16 => 1.0,
-                Code::Int8 => greatest(row) / 127.0,
-            };
-        }
-        let quantized = |input: usize, output: usize| -> i32 {
-            if input >= inputs || output >= outputs || scales[output] == 0.0 {
-                return 0;
+        let mut codes = vec![0; columns * groups];
+        for ((weight, codes), scale) in weight.chunks(inputs).zip(codes.chunks_mut(groups)).zip(&mut scales) {
+            *scale = kernel.encode(encoding, weight, codes.as_chunks_mut().0.iter_mut());
+            if encoding == Encoding::Quads {
+                // What is added to an input is not to a weight.
+                cast_slice_mut(codes)[..inputs].iter_mut().for_each(|byte: &mut u8| *byte ^= 0x80);
             }
-            (weight[output * inputs + input] / scales[output]).round_ties_even() as i32
-        };
-        let rounded = |input: usize, output: usize| match input < inputs && output < outputs {
-            true => bf16(weight[output * inputs + input]),
-            false => 0,
-        };
+        }
         let mut panels = AVec::with_capacity(0, columns * shape.groups(inputs));
         let mut start = Vec::new();
         for part in (0..inputs).step_by(depth) {
-            let end = (part + depth).min(inputs);
-            for first in (0..columns).step_by(width) {
-                // Past the last input the weights are 0.
-                for input in (part..part + group * shape.groups(end - part)).step_by(group) {
-                    let group = |output| match encoding {
-                        Encoding::Single(Code::Int8) => (quantized(input, output) as f32).to_bits(),
-                        Encoding::Single(Code::Bf16) => u32::from(rounded(input, output)) << 16,
-                        Encoding::Pairs => pair([0, 1].map(|i| quantized(input + i, output) as i16 as u16)),
-                        Encoding::Quads | Encoding::Bytes => {
-                            u32::from_le_bytes([0, 1, 2, 3].map(|i| quantized(input + i, output) as i8 as u8))
-                        }
-                        Encoding::Bf16 => pair([0, 1].map(|i| rounded(input + i, output))),
-                    };
-                    (first..first + width).for_each(|output| panels.push(group(output)));
+            let at = part / group..part / group + shape.groups(depth.min(inputs - part));
+            for rows in codes.chunks(width * groups) {
+                for at in at.clone() {
+                    rows.chunks(groups).for_each(|row| panels.push(row[at]));
                 }
-                start.extend((first..first + width).map(|output| match encoding {
-                    Encoding::Quads => (part..end).map(|input| -128 * quantized(input, output)).sum(),
+                start.extend(rows.chunks(groups).map(|row| match encoding {
+                    Encoding::Quads => {
+                        let bytes: &[i8] = cast_slice(&row[at.clone()]);
+                        bytes.iter().map(|&byte| -128 * i32::from(byte)).sum()
+                    }
                     _ => 0,
                 }));
             }
@@ -237,7 +241,7 @@ impl Coded {
         ROOM.with_borrow_mut(|Room { rows, scales }| {
             rows.start(shape.groups(self.inputs), height);
             scales.clear();
-            scales.extend(x.chunks(self.inputs).map(|x| self.encode(encoding, x, rows.lines())));
+            scales.extend(x.chunks(self.inputs).map(|x| self.kernel.encode(encoding, x, rows.lines())));
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             // SAFETY: `choose` has seen that there are tiles.
             let _tiles = matches!(self.kernel, Kernel::Amx(_)).then(|| unsafe { amx::Tiles::configure() });
@@ -271,25 +275,6 @@ impl Coded {
         });
     }
 
-    /// A row in groups; returns its scale.
-    fn encode<'a>(
-        &self,
-        encoding: Encoding,
-        x: &[f32],
-        lines: impl Iterator<Item = &'a mut [u32; LINE]>,
-    ) -> f32 {
-        match self.kernel {
-            Kernel::Rounded(_) => vector::encode_rounded(encoding, x, lines),
-            // SAFETY: `choose` has seen the processor's features.
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => unsafe { x86::encode_avx2(encoding, x, lines) },
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Vnni | Kernel::Bf16 => unsafe { x86::encode_avx512(encoding, x, lines) },
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Kernel::Amx(code) => unsafe { amx::encode(code, x, lines) },
-        }
-    }
-
     fn run(&self, strip: Strip<'_>) {
         match self.kernel {
             Kernel::Rounded(_) => vector::run_rounded(strip),
@@ -316,10 +301,6 @@ thread_local! {
 struct Room {
     rows: Rows<u32>,
     scales: Vec<f32>,
-}
-
-fn pair([first, second]: [u16; 2]) -> u32 {
-    u32::from(first) | u32::from(second) << 16
 }
 
 /// Rounded to the nearest bfloat16, ties to even.
