@@ -34,7 +34,8 @@ impl Activation {
         let splat = |x| simd.splat_f32s(x);
         match self {
             Activation::Gelu => {
-                // x where it is positive, less |x| Φ(-|x|) on both sides.
+                // x where it is positive, less |x| Φ(-|x|) on both sides. Of what is no number, x86 takes the
+                // second operand.
                 let t = simd.min_f32s(splat(NORMAL_END), simd.abs_f32s(x));
                 simd.negate_mul_add_e_f32s(t, normal_tail(simd, t), simd.max_f32s(splat(0.0), x))
             }
@@ -44,7 +45,7 @@ impl Activation {
                 let inner = simd.mul_add_e_f32s(cube, splat(0.044_715), x);
                 simd.mul_f32s(x, sigmoid(simd, simd.mul_f32s(inner, splat(1.595_769))))
             }
-            Activation::Relu => simd.max_f32s(x, splat(0.0)),
+            Activation::Relu => simd.max_f32s(splat(0.0), x),
             Activation::Silu => simd.mul_f32s(x, sigmoid(simd, x)),
             Activation::Tanh => tanh(simd, x),
         }
@@ -193,6 +194,16 @@ mod tests {
                 let error = (f64::from(got) - want).abs();
                 assert!(error <= 1e-6 * want.abs().max(1.0), "{activation:?}({x}) is {got}, not {want}");
             }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none() {
+        use Activation::*;
+        for activation in [Gelu, GeluTanh, Relu, Silu, Tanh] {
+            let mut x = [f32::NAN; 35];
+            dispatch(All(activation, &mut x));
+            assert!(x.iter().all(|x| x.is_nan()), "{activation:?}: {x:?}");
         }
     }
 }

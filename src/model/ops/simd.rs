@@ -44,7 +44,8 @@ pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     /// Adding it leaves the integer nearest to a number in the mantissa's low bits.
     const ROUND: f32 = 12_582_912.0;
     let splat = |x| simd.splat_f32s(x);
-    let x = simd.min_f32s(simd.max_f32s(x, splat(-87.0)), splat(88.0));
+    // Of what is no number, x86 takes the second operand.
+    let x = simd.min_f32s(splat(88.0), simd.max_f32s(splat(-87.0), x));
     let shifted = simd.mul_add_e_f32s(x, splat(std::f32::consts::LOG2_E), splat(ROUND));
     let n = simd.sub_f32s(shifted, splat(ROUND));
     // ln 2 in two parts, the first exact times any n.

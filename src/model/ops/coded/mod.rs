@@ -313,22 +313,27 @@ fn bf16(x: f32) -> u16 {
     (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// The greatest absolute value.
+/// The greatest absolute value; NaN where a number is none, or infinite.
 #[inline(always)]
 fn greatest<S: Simd>(simd: S, row: &[f32]) -> f32 {
     let (vectors, rest) = S::as_simd_f32s(row);
-    let mut strands = [simd.splat_f32s(0.0); 2];
+    let zero = simd.splat_f32s(0.0);
+    let (mut strands, mut zeros) = ([zero; 2], [zero; 2]);
     let (pairs, last) = vectors.as_chunks::<2>();
     for pair in pairs {
-        for (strand, &x) in strands.iter_mut().zip(pair) {
+        for ((strand, zeros), &x) in strands.iter_mut().zip(&mut zeros).zip(pair) {
             *strand = simd.max_f32s(simd.abs_f32s(x), *strand);
+            *zeros = simd.mul_add_e_f32s(x, zero, *zeros);
         }
     }
     for &x in last {
         strands[0] = simd.max_f32s(simd.abs_f32s(x), strands[0]);
+        zeros[0] = simd.mul_add_e_f32s(x, zero, zeros[0]);
     }
     let greatest = simd.reduce_max_f32s(simd.max_f32s(strands[0], strands[1]));
+    let zeros = simd.reduce_sum_f32s(simd.add_f32s(zeros[0], zeros[1]));
     rest.iter().fold(greatest, |greatest, x| greatest.max(x.abs()))
+        + rest.iter().fold(zeros, |zeros, x| zeros + x * 0.0)
 }
 
 /// A row in groups, zeros behind the last in its line; returns the row's scale.
@@ -460,6 +465,24 @@ mod tests {
                     let weight = &weight[output * inputs..][..inputs];
                     let want = row.iter().zip(weight).map(|(a, b)| a * b).sum::<f32>() + 0.5;
                     assert!((got - want).abs() < 0.02 * length, "{rows}x{inputs}x{outputs}: {got} {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_that_is_not_finite_stays_so_and_alone() {
+        let (inputs, outputs) = (70, 20);
+        let weight = numbers(outputs * inputs, 2);
+        for code in [Code::Int8, Code::Bf16] {
+            for kernel in kernels(code) {
+                for (bad, at) in [(f32::NAN, 3), (f32::INFINITY, 69)] {
+                    let mut x = numbers(5 * inputs, 1);
+                    x[2 * inputs + at] = bad;
+                    let out = product(&Coded::with(&weight, inputs, outputs, kernel), &x);
+                    for (row, out) in out.chunks(outputs).enumerate() {
+                        assert!(out.iter().all(|x| x.is_finite() == (row != 2)), "{kernel:?} {row}: {out:?}");
+                    }
                 }
             }
         }
