@@ -127,6 +127,7 @@ impl Shape {
 }
 
 /// How inputs stand in a group.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encoding {
     /// One, in the bits of an f32.

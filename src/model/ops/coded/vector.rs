@@ -16,20 +16,20 @@ pub(super) trait Isa: Kernel<Number = u32> {
     fn floats(self, sums: Self::Sums) -> <Self::Simd as Simd>::f32s;
 }
 
-/// The strip, a tallest tile of rows at a time.
+/// A tallest tile of rows at a time.
 #[inline(always)]
-pub(super) fn run<K: Isa>(kernel: K, mut strip_of: Strip<'_>) {
-    let Strip { left, panel, ahead, .. } = strip_of;
+pub(super) fn run<K: Isa>(kernel: K, mut part: Strip<'_>) {
+    let Strip { left, panel, ahead, .. } = part;
     let tiles = left.count.div_ceil(K::HEIGHT);
     let mut ahead = ahead[..ahead.len().min(panel.len())].chunks(panel.len().div_ceil(tiles));
     for row in (0..left.count).step_by(K::HEIGHT) {
         let left = left.tile(kernel, row);
         let right = Right { x: panel, stride: 2 * K::LANES, ahead: ahead.next().unwrap_or_default() };
-        let mut target = Sums { strip: &mut strip_of, row };
+        let mut target = Sums { strip: &mut part, row };
         strip::<K, 2, _>(kernel, left, right, &mut target);
-        if let Some(Finish { activation: Some(activation), .. }) = strip_of.finish {
+        if let Some(Finish { activation: Some(activation), .. }) = part.finish {
             for row in row..row + left.count {
-                activate(kernel.simd(), activation, strip_of.row(row));
+                activate(kernel.simd(), activation, part.row(row));
             }
         }
     }
@@ -51,7 +51,7 @@ impl<K: Isa> Target<K> for Sums<'_, '_> {
     #[inline(always)]
     fn end(&mut self, kernel: K, row: usize, sums: [K::Sums; 2]) {
         let (simd, row) = (kernel.simd(), self.row + row);
-        let [mut first, mut second] = sums.map(|sums| kernel.floats(sums));
+        let (mut first, mut second) = (kernel.floats(sums[0]), kernel.floats(sums[1]));
         let Strip { add, finish, .. } = *self.strip;
         let out = self.strip.row(row);
         if add {
