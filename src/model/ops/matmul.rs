@@ -18,7 +18,7 @@ use super::activation::{Activation, activate};
 use super::coded::{Code, Coded};
 use super::norm::{Norm, add_norm};
 use super::simd::{add, dispatch, lanes, load_two, store_two};
-use super::tile::{F32, Kernel, Right, Rows, Target, strip};
+use super::tile::{F32, Kernel, Rows, Target, strip, tiles};
 
 /// Rows of the input that are worked on at a time; a multiple of every height of a tile.
 const ROWS: usize = 264;
@@ -157,23 +157,21 @@ fn multiply_f32<S: Simd>(
     then: &Then<'_>,
     rows: &mut Rows<f32>,
 ) {
-    let (kernel, height) = (F32(simd), F32::<S>::HEIGHT);
+    let kernel = F32(simd);
     let mut rest = weights;
     for part in (0..inputs).step_by(part_depth) {
         let depth = part_depth.min(inputs - part);
-        rows.start(depth, height);
+        rows.start(depth, F32::<S>::HEIGHT);
         for row in x.chunks(inputs) {
             rows.push(&row[part..part + depth]);
         }
         for column in (0..outputs).step_by(width) {
             let panel;
             (panel, rest) = rest.split_at(depth * width);
-            // What comes next, in as many shares as there are tiles.
-            let count = x.len() / inputs;
-            let mut ahead =
-                rest[..rest.len().min(panel.len())].chunks(panel.len().div_ceil(count.div_ceil(height)));
             let columns = column..(column + width).min(outputs);
-            for (tile, out) in out.chunks_mut(height * outputs).enumerate() {
+            let left = rows.some(0..x.len() / inputs, 0..depth);
+            for (row, left, right) in tiles(kernel, left, panel, rest) {
+                let out = &mut out[row * outputs..][..left.count * outputs];
                 let mut target = Products {
                     out: &mut out[column..],
                     stride: outputs,
@@ -181,8 +179,6 @@ fn multiply_f32<S: Simd>(
                     start: if part == 0 { Start::Row(&bias[column..][..width]) } else { Start::Out },
                     factors: None,
                 };
-                let right = Right { x: panel, stride: width, ahead: ahead.next().unwrap_or_default() };
-                let left = rows.some(0..count, 0..depth).tile(kernel, tile * height);
                 strip::<_, 2, _>(kernel, left, right, &mut target);
                 if let (Then::Activate(activation), true) = (then, part + depth == inputs) {
                     for row in out.chunks_mut(outputs) {

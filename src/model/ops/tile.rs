@@ -84,7 +84,7 @@ impl<'a> Left<'a, f32, 1> {
 impl<'a, T, const ROW: usize> Left<'a, T, ROW> {
     /// The tallest tile that begins with a row.
     #[inline(always)]
-    pub fn tile<K: Kernel>(self, _: K, row: usize) -> Self {
+    fn tile<K: Kernel>(self, _: K, row: usize) -> Self {
         let count = K::HEIGHT.min(self.count - row);
         Self { x: &self.x[row / K::HEIGHT * self.tile..], count, ..self }
     }
@@ -171,6 +171,23 @@ pub(super) struct Right<'a, T> {
     pub stride: usize,
     /// What is needed next: it is fetched meanwhile.
     pub ahead: &'a [T],
+}
+
+/// Each tallest tile's first row, its rows, and what they are multiplied with: a panel of two vectors, while
+/// the tile's share of what comes next is fetched.
+#[inline(always)]
+pub(super) fn tiles<'a, K: Kernel>(
+    kernel: K,
+    left: Left<'a, K::Number, LINE>,
+    panel: &'a [K::Number],
+    next: &'a [K::Number],
+) -> impl Iterator<Item = (usize, Left<'a, K::Number, LINE>, Right<'a, K::Number>)> {
+    let shares = panel.len().div_ceil(left.count.div_ceil(K::HEIGHT));
+    let mut ahead = next[..next.len().min(panel.len())].chunks(shares);
+    (0..left.count).step_by(K::HEIGHT).map(move |row| {
+        let right = Right { x: panel, stride: 2 * K::LANES, ahead: ahead.next().unwrap_or_default() };
+        (row, left.tile(kernel, row), right)
+    })
 }
 
 /// `left` times one panel of `W` vectors, `[depth, W × lanes]`.

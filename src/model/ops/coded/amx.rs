@@ -13,9 +13,8 @@ use std::sync::OnceLock;
 
 use pulp::x86::V4;
 
-use super::super::activation::activate_columns;
 use super::super::tile::{LINE, Left};
-use super::{Code, Encoding, Finish, Shape, Strip, greatest};
+use super::{Code, Encoding, Shape, Strip, greatest};
 
 /// Rows of a tile, its columns, and groups of a row that are multiplied at a time.
 const TILE: usize = LINE;
@@ -190,11 +189,7 @@ unsafe fn write(code: Code, strip: &mut Strip<'_>, rows: Range<usize>, sums: *co
             }
         }
     }
-    if let Some(Finish { activation: Some(activation), .. }) = strip.finish {
-        let out = &mut strip.out[rows.start * strip.out_stride..];
-        let end = out.len().min((rows.len() - 1) * strip.out_stride + strip.width);
-        activate_columns(activation, &mut out[..end], strip.out_stride, strip.width);
-    }
+    strip.activate(rows);
 }
 
 /// A row's numbers, rounded, and zeros behind the last in its line. Returns the row's scale.

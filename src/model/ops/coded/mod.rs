@@ -14,12 +14,13 @@ mod amx;
 mod vector;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use aligned_vec::AVec;
 use pulp::Simd;
-use pulp::bytemuck::{Pod, Zeroable, cast_mut, cast_slice, cast_slice_mut};
+use pulp::bytemuck::{Pod, cast_mut, cast_slice};
 
-use super::activation::Activation;
+use super::activation::{Activation, activate_columns};
 use super::tile::{self, LINE, Left, Rows};
 
 #[cfg(target_arch = "x86_64")]
@@ -90,14 +91,10 @@ impl Kernel {
         lines: impl Iterator<Item = &'a mut [u32; LINE]>,
     ) -> f32 {
         match self {
-            Kernel::Rounded(_) => vector::encode_rounded(encoding, x, lines),
             // SAFETY: `choose` has seen the processor's features.
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => unsafe { x86::encode_avx2(encoding, x, lines) },
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Vnni | Kernel::Bf16 => unsafe { x86::encode_avx512(encoding, x, lines) },
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Kernel::Amx(code) => unsafe { amx::encode(code, x, lines) },
+            _ => vector::encode(encoding, x, lines),
         }
     }
 }
@@ -206,7 +203,7 @@ impl Coded {
             *scale = kernel.encode(encoding, weight, codes.as_chunks_mut().0.iter_mut());
             if encoding == Encoding::Quads {
                 // What is added to an input is not to a weight.
-                cast_slice_mut(codes)[..inputs].iter_mut().for_each(|byte: &mut u8| *byte ^= 0x80);
+                codes.iter_mut().for_each(|code| *code ^= 0x8080_8080);
             }
         }
         let mut panels = AVec::with_capacity(0, columns * shape.groups(inputs));
@@ -337,7 +334,7 @@ fn greatest<S: Simd>(simd: S, row: &[f32]) -> f32 {
         + rest.iter().fold(zeros, |zeros, x| zeros + x * 0.0)
 }
 
-/// A row in groups, zeros behind the last in its line; returns the row's scale.
+/// A row in groups, those of zeros behind the last in its line; returns the row's scale.
 #[inline(always)]
 fn encode<'a, S: Simd>(
     simd: S,
@@ -370,23 +367,21 @@ fn encode<'a, S: Simd>(
     scale
 }
 
-/// A line's codes.
+/// A line's codes, those of zeros behind the last number.
 #[inline(always)]
 fn fill<T: Copy, const N: usize>(line: &mut [u32; LINE], x: &[f32], code: impl Fn(f32) -> T)
 where
     [T; N]: Pod,
 {
+    let mut padded = [0.0; N];
+    // So many that the compiler knows how many vectors they are.
+    let x: &[f32; N] = x.try_into().unwrap_or_else(|_| {
+        padded[..x.len()].copy_from_slice(x);
+        &padded
+    });
     let codes: &mut [T; N] = cast_mut(line);
-    if let Ok(x) = <&[f32; N]>::try_from(x) {
-        // So many that the compiler knows how many vectors they are.
-        for (to, &x) in codes.iter_mut().zip(x) {
-            *to = code(x);
-        }
-    } else {
-        *codes = Zeroable::zeroed();
-        for (to, &x) in codes.iter_mut().zip(x) {
-            *to = code(x);
-        }
+    for (to, &x) in codes.iter_mut().zip(x) {
+        *to = code(x);
     }
 }
 
@@ -413,6 +408,16 @@ impl Strip<'_> {
     #[inline(always)]
     fn row(&mut self, row: usize) -> &mut [f32] {
         &mut self.out[row * self.out_stride..][..self.width]
+    }
+
+    /// Some rows, which have been written.
+    #[inline(always)]
+    fn activate(&mut self, rows: Range<usize>) {
+        if let Some(Finish { activation: Some(activation), .. }) = self.finish {
+            let out = &mut self.out[rows.start * self.out_stride..];
+            let end = out.len().min((rows.len() - 1) * self.out_stride + self.width);
+            activate_columns(activation, &mut out[..end], self.out_stride, self.width);
+        }
     }
 }
 

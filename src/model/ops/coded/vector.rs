@@ -2,10 +2,9 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::super::activation::activate;
 use super::super::simd::{dispatch, load_two, store_two};
-use super::super::tile::{F32, Kernel, LINE, Right, Target, strip};
-use super::{Encoding, Finish, Shape, Strip, encode};
+use super::super::tile::{F32, Kernel, LINE, Target, strip, tiles};
+use super::{Encoding, Finish, Shape, Strip};
 
 /// What the kernels need of a processor beside the multiplication.
 pub(super) trait Isa: Kernel<Number = u32> {
@@ -20,18 +19,10 @@ pub(super) trait Isa: Kernel<Number = u32> {
 #[inline(always)]
 pub(super) fn run<K: Isa>(kernel: K, mut part: Strip<'_>) {
     let Strip { left, panel, ahead, .. } = part;
-    let tiles = left.count.div_ceil(K::HEIGHT);
-    let mut ahead = ahead[..ahead.len().min(panel.len())].chunks(panel.len().div_ceil(tiles));
-    for row in (0..left.count).step_by(K::HEIGHT) {
-        let left = left.tile(kernel, row);
-        let right = Right { x: panel, stride: 2 * K::LANES, ahead: ahead.next().unwrap_or_default() };
+    for (row, left, right) in tiles(kernel, left, panel, ahead) {
         let mut target = Sums { strip: &mut part, row };
         strip::<K, 2, _>(kernel, left, right, &mut target);
-        if let Some(Finish { activation: Some(activation), .. }) = part.finish {
-            for row in row..row + left.count {
-                activate(kernel.simd(), activation, part.row(row));
-            }
-        }
+        part.activate(row..row + left.count);
     }
 }
 
@@ -126,8 +117,8 @@ pub(super) fn shape_rounded(encoding: Encoding) -> Shape {
     dispatch(Of(encoding))
 }
 
-/// [`encode`] by the widest vectors.
-pub(super) fn encode_rounded<'a>(
+/// [`super::encode`] by the widest vectors.
+pub(super) fn encode<'a>(
     encoding: Encoding,
     x: &[f32],
     lines: impl Iterator<Item = &'a mut [u32; LINE]>,
@@ -137,7 +128,7 @@ pub(super) fn encode_rounded<'a>(
         type Output = f32;
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> f32 {
-            encode(simd, self.0, self.1, self.2)
+            super::encode(simd, self.0, self.1, self.2)
         }
     }
     dispatch(Encode(encoding, x, lines))
@@ -163,9 +154,8 @@ pub(super) mod x86 {
     use pulp::x86::{V3, V4};
     use pulp::{f32x8, f32x16};
 
-    use super::super::{Encoding, Strip, encode};
+    use super::super::Strip;
     use super::{Isa, Kernel, run};
-    use crate::model::ops::tile::LINE;
 
     pub fn has_vnni() -> bool {
         V4::is_available() && is_x86_feature_detected!("avx512vnni")
@@ -211,24 +201,6 @@ pub(super) mod x86 {
     )]
     pub unsafe fn run_bf16(strip: Strip<'_>) {
         run(Bf16(unsafe { V4::new_unchecked() }), strip);
-    }
-
-    #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
-    pub unsafe fn encode_avx2<'a>(
-        encoding: Encoding,
-        x: &[f32],
-        lines: impl Iterator<Item = &'a mut [u32; LINE]>,
-    ) -> f32 {
-        encode(unsafe { V3::new_unchecked() }, encoding, x, lines)
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,bmi1,bmi2,fma,lzcnt,popcnt")]
-    pub unsafe fn encode_avx512<'a>(
-        encoding: Encoding,
-        x: &[f32],
-        lines: impl Iterator<Item = &'a mut [u32; LINE]>,
-    ) -> f32 {
-        encode(unsafe { V4::new_unchecked() }, encoding, x, lines)
     }
 
     impl Kernel for Avx2 {
