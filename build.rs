@@ -10,6 +10,7 @@ fn main() {
 fn kernels() {
     const SOURCE: &str = "src/model/ops/cuda/kernels.cu";
     println!("cargo::rerun-if-changed={SOURCE}");
+    println!("cargo::rerun-if-changed=src/model/ops/cuda/device.h");
     cudaforge::KernelBuilder::new()
         .source_files([SOURCE])
         .args(["-std=c++17", "-O3"])

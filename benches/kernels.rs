@@ -85,7 +85,9 @@ fn layers(c: &mut Criterion) {
         let qkv = Tensor::from_vec(numbers(TOKENS * 3 * HIDDEN), (TOKENS, 3 * HIDDEN), &device).unwrap();
         let attention = Attention { heads: 12, width: HIDDEN / 12, reach: None };
         group.bench_function(format!("attention, texts of {length}"), |b| {
-            b.iter(|| attention.forward(&qkv, None, &packed, scratch.at(Slot::Mixed, &device)).unwrap());
+            b.iter(|| {
+                attention.forward(&qkv, None, None, &packed, scratch.at(Slot::Mixed, &device)).unwrap()
+            });
         });
     }
     let (packed, scratch, vars) = (batch(32), Scratch::default(), VarMap::new());

@@ -77,8 +77,11 @@ fn cuda(ordinal: usize) -> Result<Device, String> {
     if !cfg!(feature = "cuda") {
         return Err("this build has no CUDA: build kandle with --features cuda".to_owned());
     }
-    Device::new_cuda(ordinal)
-        .map_err(|e| format!("CUDA device {ordinal} cannot be used: {}", super::message(&e)))
+    #[cfg(feature = "cuda")]
+    let device = super::ops::cuda::open(ordinal);
+    #[cfg(not(feature = "cuda"))]
+    let device = Device::new_cuda(ordinal);
+    device.map_err(|e| format!("CUDA device {ordinal} cannot be used: {}", super::message(&e)))
 }
 
 fn metal() -> Result<Device, String> {

@@ -12,7 +12,7 @@ use candle_nn::VarBuilder;
 
 use super::architecture::{Architecture, FeedForward, Layer, Norms, Positions, Qkv};
 use super::ops::{
-    Activation, Attention, Code, Embedding, Linear, Norm, Rotation, Scratch, Slot, Then, gated,
+    Activation, Attention, Code, Embedding, Linear, Norm, Rotation, Scratch, Slot, Then, gated, upload,
 };
 use super::tokenize::Tokens;
 
@@ -99,17 +99,27 @@ impl Packed {
         if let Some(indices) = self.on_device.get() {
             return Ok(indices);
         }
-        let copy = |numbers: &[u32]| Tensor::from_slice(numbers, numbers.len(), device);
-        let (mut positions, mut starts) = (Vec::with_capacity(self.tokens()), vec![0]);
-        for length in self.lengths() {
-            positions.extend(0..length as u32);
-            starts.push(positions.len() as u32);
-        }
+        let tokens = self.tokens();
+        let mut all = self.ids.clone();
+        all.extend(self.lengths().flat_map(|length| 0..length as u32));
+        let ends = self.lengths().scan(0, |end, length| {
+            *end += length as u32;
+            Some(*end)
+        });
+        all.push(0);
+        all.extend(ends);
+        let sequences = self.lengths.len();
+        all.extend_from_slice(self.type_ids().unwrap_or_default());
+        // One copy for all.
+        let all = upload(&all, device)?;
         let indices = Indices {
-            ids: copy(&self.ids)?,
-            types: self.type_ids().map(copy).transpose()?,
-            positions: copy(&positions)?,
-            starts: copy(&starts)?,
+            ids: all.narrow(0, 0, tokens)?,
+            positions: all.narrow(0, tokens, tokens)?,
+            starts: all.narrow(0, 2 * tokens, sequences + 1)?,
+            types: match self.type_ids {
+                Some(_) => Some(all.narrow(0, 2 * tokens + sequences + 1, tokens)?),
+                None => None,
+            },
         };
         Ok(self.on_device.get_or_init(|| indices))
     }
@@ -257,8 +267,8 @@ impl Encoder {
             (true, Some(norm)) => &norm.forward(x, out(Slot::Mixed))?,
             _ => x,
         };
-        let qkv = block.qkv.forward(normed, Then::Nothing, out(Slot::Wide))?;
-        let mixed = block.attention.forward(&qkv, rotation, batch, out(Slot::Mixed))?;
+        let (qkv, bias) = block.qkv.product(normed, out(Slot::Wide))?;
+        let mixed = block.attention.forward(&qkv, bias, rotation, batch, out(Slot::Mixed))?;
         let then = match (first, &block.attention_norm) {
             (false, Some(norm)) => Then::AddNorm(x, norm),
             _ => Then::Add(x),

@@ -2,6 +2,7 @@
 
 use candle_nn::VarBuilder;
 use std::collections::HashMap;
+use std::sync::Mutex;
 
 use super::architecture::{Architecture, ConfigError};
 use super::device::Placement;
@@ -9,7 +10,7 @@ use super::encoder::{Encoder, Packed};
 use super::files::{Files, FilesError, pooling_file};
 use super::head::Head;
 use super::message;
-use super::ops::Pooling;
+use super::ops::{Pooling, Rows};
 use super::tokenize::{Tokenizer, Tokens};
 
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,12 @@ pub struct Model {
     encoder: Encoder,
     head: Head,
     width: usize,
+    /// A GPU has one queue. Whoever holds this puts a whole batch there, so that nobody waits for half of
+    /// another's.
+    queueing: Mutex<()>,
+    /// The last field: dropped when all else is.
+    #[cfg(feature = "cuda")]
+    _kept: Option<super::ops::cuda::KeptMemory>,
 }
 
 impl Model {
@@ -105,6 +112,11 @@ impl Model {
             }
         };
         let encoder = Encoder::load(architecture, &vb, placement.code).map_err(weights)?;
+        #[cfg(feature = "cuda")]
+        let kept = match encoder.device() {
+            candle_core::Device::Cuda(device) => super::ops::cuda::KeptMemory::on(device).map_err(weights)?,
+            _ => None,
+        };
         let independent_labels =
             labels.len() == 1 || config["problem_type"].as_str() == Some("multi_label_classification");
         Ok(Self {
@@ -118,6 +130,9 @@ impl Model {
             encoder,
             head,
             width,
+            queueing: Mutex::default(),
+            #[cfg(feature = "cuda")]
+            _kept: kept,
         })
     }
 
@@ -143,9 +158,18 @@ impl Model {
     /// `[batch, width]`, row after row, in the order of the batch.
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Vec<f32>> {
         let packed = Packed::new(batch);
-        let rows = self.encoder.forward(&packed, |hidden, scratch| {
-            self.head.forward(hidden, &packed, scratch)?.flatten_all()?.to_vec1::<f32>()
-        })?;
+        let run = || {
+            self.encoder
+                .forward(&packed, |hidden, scratch| Rows::of(&self.head.forward(hidden, &packed, scratch)?))
+        };
+        let rows = match self.encoder.device().is_cpu() {
+            true => run()?,
+            false => {
+                let _turn = self.queueing.lock().unwrap_or_else(|e| e.into_inner());
+                run()?
+            }
+        };
+        let rows = rows.finish()?;
         let mut out = vec![0.0; rows.len()];
         for (place, &i) in packed.order().iter().enumerate() {
             out[i * self.width..][..self.width].copy_from_slice(&rows[place * self.width..][..self.width]);

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use candle_core::Tensor;
 use clap::Args;
 use crossbeam_channel::bounded;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Request;
-use crate::model::Tokens;
+use crate::model::{Placement, Tokens};
 use crate::task::{Task, TextTask};
 use crate::telemetry::Metrics;
 
@@ -71,6 +72,13 @@ struct Report {
     threads: usize,
     /// Batches that were halved because the device was out of memory.
     oom_splits: u64,
+    /// Of the model's multiplications, a second.
+    operations_per_second: f64,
+    /// What the device reaches in large multiplications in the model's precision, where it is not a CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_operations_per_second: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_share: Option<f64>,
 }
 
 /// A window between tokenising and the lanes.
@@ -125,6 +133,16 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         }
         out.flush()?;
     }
+    let operations: u64 = texts
+        .iter()
+        .filter_map(|line| text.prepare(line).ok())
+        .map(|tokens| text.model.architecture().operations(tokens.ids.len()))
+        .sum();
+    let placement = &text.model.placement;
+    let peak = match placement.is_cpu() {
+        true => None,
+        false => Some(peak(placement)?),
+    };
     let padding = &metrics.batch_padding;
     let report = Report {
         records: texts.len(),
@@ -138,6 +156,9 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         device: task.device.clone(),
         threads: text.engine.lanes(),
         oom_splits: metrics.oom_splits.with_label_values(&["forward"]).get(),
+        operations_per_second: operations as f64 / seconds,
+        peak_operations_per_second: peak,
+        peak_share: peak.map(|peak| operations as f64 / seconds / peak),
     };
     if options.json {
         println!("{}", super::super::pretty(&serde_json::to_value(&report)?));
@@ -156,6 +177,23 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Operations a second of a square multiplication, the best of some.
+fn peak(placement: &Placement) -> candle_core::Result<f64> {
+    const SIZE: usize = 8192;
+    let device = &placement.device;
+    let matrix = Tensor::rand(-1f32, 1f32, (SIZE, SIZE), device)?.to_dtype(placement.dtype)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..20 {
+        device.synchronize()?;
+        let started = Instant::now();
+        let product = matrix.matmul(&matrix)?;
+        device.synchronize()?;
+        best = best.min(started.elapsed().as_secs_f64());
+        drop(product);
+    }
+    Ok(2.0 * (SIZE as f64).powi(3) / best)
 }
 
 /// `[texts, width]`.

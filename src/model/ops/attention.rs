@@ -49,10 +49,12 @@ impl Rotation {
 }
 
 impl Attention {
-    /// `[tokens, 3 × hidden]`, each row a query, a key and a value of all heads, to `[tokens, hidden]`.
+    /// `[tokens, 3 × hidden]`, each row a query, a key and a value of all heads, to `[tokens, hidden]`. `bias`,
+    /// `[3 × hidden]`, is what [`Linear::product`](super::Linear::product) left to be added.
     pub fn forward(
         &self,
         qkv: &Tensor,
+        bias: Option<&Tensor>,
         rotation: Option<&Rotation>,
         batch: &Packed,
         out: Out<'_>,
@@ -70,11 +72,14 @@ impl Attention {
             None => {
                 #[cfg(feature = "cuda")]
                 if qkv.device().is_cuda()
-                    && let Some(y) = super::cuda::attend(self, qkv, rotation, batch)?
+                    && let Some(y) = super::cuda::attend(self, qkv, bias, rotation, batch)?
                 {
                     return Ok(y);
                 }
-                self.tensors(qkv, rotation, batch)
+                match bias {
+                    Some(bias) => self.tensors(&qkv.broadcast_add(bias)?, rotation, batch),
+                    None => self.tensors(qkv, rotation, batch),
+                }
             }
         }
     }
@@ -429,8 +434,9 @@ pub(super) mod tests {
                 let rotation = Rotation::new(rope, 130, width, DType::F32, &CPU).unwrap();
                 for rotation in [None, Some(&rotation)] {
                     let attention = Attention { heads, width, reach };
-                    let fused =
-                        attention.forward(&qkv, rotation, &packed, scratch.at(Slot::Mixed, &CPU)).unwrap();
+                    let fused = attention
+                        .forward(&qkv, None, rotation, &packed, scratch.at(Slot::Mixed, &CPU))
+                        .unwrap();
                     let plain = attention.tensors(&qkv, rotation, &packed).unwrap();
                     near(&fused, &plain);
                     let numbers = host(&qkv).unwrap();

@@ -66,6 +66,15 @@ impl Linear {
         Ok(Self { weight, outputs })
     }
 
+    /// `[tokens, in]` to `[tokens, out]`, and the bias, `[out]`, where it is yet to be added: on a GPU, where the
+    /// operation that follows does so without a pass over memory for it.
+    pub fn product(&self, x: &Tensor, out: Out<'_>) -> Result<(Tensor, Option<&Tensor>)> {
+        match &self.weight {
+            Weight::Tensor { weight, bias } if x.device().is_cuda() => Ok((x.matmul(weight)?, bias.as_ref())),
+            _ => Ok((self.forward(x, Then::Nothing, out)?, None)),
+        }
+    }
+
     /// `[tokens, in]` to `[tokens, out]`.
     pub fn forward(&self, x: &Tensor, then: Then<'_>, out: Out<'_>) -> Result<Tensor> {
         let (weight, bias) = match &self.weight {

@@ -8,12 +8,13 @@ mod activation;
 mod attention;
 mod coded;
 #[cfg(any(feature = "cuda", test))]
-mod cuda;
+pub(super) mod cuda;
 mod embed;
 mod linear;
 pub mod matmul;
 mod norm;
 mod pool;
+mod rows;
 mod simd;
 mod tile;
 
@@ -28,6 +29,7 @@ pub use embed::Embedding;
 pub use linear::{Linear, Then};
 pub use norm::Norm;
 pub use pool::Pooling;
+pub use rows::{Rows, upload};
 
 /// What an operation writes to, by its place in a layer: two that are needed at the same time never
 /// share one.

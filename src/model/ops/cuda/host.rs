@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
+use half::bf16;
 
 use super::super::activation::gated;
 use super::super::matmul::tests::numbers as chance;
@@ -106,7 +107,7 @@ fn embeddings() {
             let types = table(embedding.types.as_ref());
             let mut out = vec![f32::NAN; packed.tokens() * width];
             call!(c"host_embed",
-                packed.tokens() as u32 => u32, threads(width) => u32, out.as_mut_ptr() => *mut f32,
+                packed.tokens() as u32 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
                 packed.ids().as_ptr() => *const u32, positions.as_ptr() => *const u32,
                 packed.type_ids().map_or(null(), <[u32]>::as_ptr) => *const u32, word.as_ptr() => *const f32,
                 position.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
@@ -129,7 +130,7 @@ fn sums_and_norms() {
         for normed in [true, false] {
             let mut out = vec![f32::NAN; tokens * width];
             call!(c"host_add_norm",
-                tokens as u32 => u32, threads(width) => u32, out.as_mut_ptr() => *mut f32,
+                tokens as u32 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
                 host(&x).unwrap().as_ptr() => *const f32, host(&added).unwrap().as_ptr() => *const f32,
                 host(&residual).unwrap().as_ptr() => *const f32,
                 if normed { weight.as_ptr() } else { null() } => *const f32,
@@ -151,7 +152,7 @@ fn activations() {
         for activation in [None, Some(Gelu), Some(GeluTanh), Some(Relu), Some(Silu), Some(Tanh)] {
             let mut out = vec![f32::NAN; tokens * width];
             call!(c"host_add_activate",
-                tokens as u32 => u32, threads(width) => u32, out.as_mut_ptr() => *mut f32,
+                tokens as u32 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
                 host(&x).unwrap().as_ptr() => *const f32, host(&added).unwrap().as_ptr() => *const f32,
                 number_of(activation) => i32, width as i32 => i32
             );
@@ -161,7 +162,7 @@ fn activations() {
             let x = tensor(tokens, 2 * width, 3);
             let mut out = vec![f32::NAN; tokens * width];
             call!(c"host_gated",
-                tokens as u32 => u32, threads(width) => u32, out.as_mut_ptr() => *mut f32,
+                tokens as u32 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
                 host(&x).unwrap().as_ptr() => *const f32, null() => *const f32, number_of(Some(Silu)) => i32,
                 number_of_gate(gate) => i32, width as i32 => i32
             );
@@ -179,7 +180,7 @@ fn pools() {
         for pooling in [Pooling::Mean, Pooling::First, Pooling::Last] {
             let mut out = vec![f32::NAN; 4 * width];
             call!(c"host_pool",
-                4 => u32, threads(width) => u32, out.as_mut_ptr() => *mut f32,
+                4 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
                 host(&x).unwrap().as_ptr() => *const f32, starts.as_ptr() => *const u32,
                 number_of_pooling(pooling) => i32, width as i32 => i32
             );
@@ -188,34 +189,141 @@ fn pools() {
     }
 }
 
+/// A norm's rows in 16 bits, whose pieces are longer, at a width of whole pieces and at one of none.
+#[test]
+fn norms_in_bf16() {
+    for width in [20, 32, 384] {
+        let tokens = 3;
+        let (x, residual, norm) = (tensor(tokens, width, 1), tensor(tokens, width, 2), norm(width));
+        let sources = [&x, &residual, &norm.weight, &norm.bias].map(rounded);
+        let [x, residual, weight, bias] = sources.each_ref().map(|numbers| numbers.as_ptr());
+        let mut out = vec![bf16::NAN; tokens * width];
+        call!(c"host_add_norm_bf16",
+            tokens as u32 => u32, threads(2, width) => u32, out.as_mut_ptr() => *mut bf16,
+            x => *const bf16, null() => *const bf16, residual => *const bf16, weight => *const bf16,
+            bias => *const bf16, norm.eps => f32, width as i32 => i32
+        );
+        let [x, residual, weight, bias] = sources.map(|numbers| widened(&numbers, width));
+        let (weight, bias) = (weight.squeeze(0).unwrap(), bias.squeeze(0).unwrap());
+        let want = candle_nn::ops::layer_norm(&(x + residual).unwrap(), &weight, &bias, norm.eps).unwrap();
+        near_bf16(&out, &want, 2.0);
+    }
+}
+
+/// Rows of a width.
+fn widened(numbers: &[bf16], width: usize) -> Tensor {
+    let numbers: Vec<f32> = numbers.iter().map(|x| x.to_f32()).collect();
+    let rows = numbers.len() / width;
+    Tensor::from_vec(numbers, (rows, width), &CPU).unwrap()
+}
+
+fn rounded(x: &Tensor) -> Vec<bf16> {
+    host(x).unwrap().into_iter().map(bf16::from_f32).collect()
+}
+
+/// As far off as rounding numbers around one, or of the result's size, makes it `steps` times.
+#[track_caller]
+fn near_bf16(got: &[bf16], want: &Tensor, steps: f32) {
+    let want = host(want).unwrap();
+    assert_eq!(got.len(), want.len());
+    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        let allowed = steps * want.abs().max(1.0) / 512.0;
+        assert!((got.to_f32() - want).abs() <= allowed, "[{i}]: {got}, not {want}");
+    }
+}
+
+/// Sequences around the numbers of queries and keys that are worked on at a time.
+const LENGTHS: [usize; 7] = [1, 2, 33, 63, 64, 65, 150];
+
 #[test]
 fn attention() {
-    let packed = batch(&[1, 2, 33, 64, 65, 150]);
+    let packed = batch(&LENGTHS);
     let (starts, positions) = places(&packed);
     for (heads, width) in [(2, 32), (1, 64)] {
-        let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
+        let hidden = heads * width;
+        let (qkv, bias) = (tensor(packed.tokens(), 3 * hidden, 5), tensor(1, 3 * hidden, 6));
+        let with_bias = qkv.broadcast_add(&bias).unwrap();
+        let bias = host(&bias).unwrap();
         let rope = Rope { theta: 10_000.0, stretch: 1.0 };
         let rotation = Rotation::new(rope, 150, width, DType::F32, &CPU).unwrap();
         for rotation in [None, Some(&rotation)] {
             let mut turned = host(&qkv).unwrap();
             if let Some(rotation) = rotation {
                 call!(c"host_rotate",
-                    packed.tokens() as u32 => u32, threads(heads * width) => u32,
-                    turned.as_mut_ptr() => *mut f32, positions.as_ptr() => *const u32,
-                    host(&rotation.cos).unwrap().as_ptr() => *const f32,
+                    packed.tokens() as u32 => u32, threads(4, hidden) => u32,
+                    turned.as_mut_ptr() => *mut f32, bias.as_ptr() => *const f32,
+                    positions.as_ptr() => *const u32, host(&rotation.cos).unwrap().as_ptr() => *const f32,
                     host(&rotation.sin).unwrap().as_ptr() => *const f32, heads as i32 => i32, width as i32 => i32
                 );
             }
+            let query_bias = if rotation.is_some() { null() } else { bias.as_ptr() };
             for reach in [None, Some(3), Some(70)] {
-                let mut out = vec![f32::NAN; packed.tokens() * heads * width];
+                let mut out = vec![f32::NAN; packed.tokens() * hidden];
                 call!(c"host_attend",
-                    150 => u32, 6 => u32, out.as_mut_ptr() => *mut f32, turned.as_ptr() => *const f32,
+                    150 => u32, LENGTHS.len() as u32 => u32, out.as_mut_ptr() => *mut f32,
+                    turned.as_ptr() => *const f32, query_bias => *const f32,
+                    bias[2 * hidden..].as_ptr() => *const f32, starts.as_ptr() => *const u32,
+                    heads as i32 => i32, width as i32 => i32, reach.unwrap_or(150) as i32 => i32
+                );
+                let attention = Attention { heads, width, reach };
+                near(&out, &attention.tensors(&with_bias, rotation, &packed).unwrap());
+            }
+        }
+    }
+}
+
+/// By the tensor cores' instructions, of which host.h has the fragments as the PTX ISA gives them.
+#[test]
+fn attention_by_warps() {
+    let packed = batch(&LENGTHS);
+    let (starts, _) = places(&packed);
+    for (heads, width) in [(2, 32), (1, 64)] {
+        let hidden = heads * width;
+        // Scores far enough apart that a wrong one shows.
+        let qkv = (tensor(packed.tokens(), 3 * hidden, 5) * 2.0).unwrap();
+        let bias = tensor(1, 3 * hidden, 6);
+        let (qkv, bias) = (rounded(&qkv), rounded(&bias));
+        for with_bias in [false, true] {
+            let at = |start: usize| if with_bias { bias[start..].as_ptr() } else { null() };
+            let all = match with_bias {
+                true => widened(&qkv, 3 * hidden).broadcast_add(&widened(&bias, 3 * hidden)).unwrap(),
+                false => widened(&qkv, 3 * hidden),
+            };
+            for reach in [None, Some(0), Some(3), Some(70)] {
+                let mut out = vec![bf16::NAN; packed.tokens() * hidden];
+                call!(c"host_attend_bf16",
+                    150 => u32, LENGTHS.len() as u32 => u32, out.as_mut_ptr() => *mut bf16,
+                    qkv.as_ptr() => *const bf16, at(0) => *const bf16, at(2 * hidden) => *const bf16,
                     starts.as_ptr() => *const u32, heads as i32 => i32, width as i32 => i32,
                     reach.unwrap_or(150) as i32 => i32
                 );
                 let attention = Attention { heads, width, reach };
-                near(&out, &attention.tensors(&qkv, rotation, &packed).unwrap());
+                // A query with its bias, the weights and the result are rounded.
+                near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), 6.0);
             }
         }
     }
+}
+
+/// What stands behind a sequence is another's, whatever is in it.
+#[test]
+fn attention_sees_no_neighbour() {
+    let packed = batch(&[5, 70]);
+    let (starts, _) = places(&packed);
+    let width = 64;
+    let mut qkv = rounded(&tensor(packed.tokens(), 3 * width, 7));
+    let attend = |qkv: &[bf16]| {
+        let mut out = vec![bf16::ZERO; packed.tokens() * width];
+        call!(c"host_attend_bf16",
+            70 => u32, 2 => u32, out.as_mut_ptr() => *mut bf16, qkv.as_ptr() => *const bf16,
+            null() => *const bf16, null() => *const bf16, starts.as_ptr() => *const u32,
+            1 => i32, width as i32 => i32, 70 => i32
+        );
+        out
+    };
+    let before = attend(&qkv);
+    qkv[5 * 3 * width..].fill(bf16::NAN);
+    let after = attend(&qkv);
+    assert_eq!(before[..5 * width], after[..5 * width]);
+    assert!(after[5 * width..].iter().all(|x| x.is_nan()), "what is no number stays none");
 }

@@ -6,13 +6,55 @@
 // other up to each barrier (host.rs has the tests).
 
 #ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-// As many numbers as the launch says.
-#define SHARED_ROW(name) extern __shared__ float name[]
+#include "device.h"
 #else
 #include "host.h"
 #endif
+
+// How many numbers a thread reads and writes at a time: 16 bytes where rows are whole such pieces, else one.
+template <typename T>
+constexpr int PIECE = 16 / sizeof(T);
+
+// What is read or written at once.
+template <int BYTES>
+struct Access;
+template <>
+struct Access<2> {
+  typedef unsigned short Type;
+};
+template <>
+struct Access<4> {
+  typedef unsigned Type;
+};
+template <>
+struct Access<16> {
+  typedef uint4 Type;
+};
+
+template <int N, typename T>
+__device__ void load(float (&to)[N], const T *from) {
+  auto access = *reinterpret_cast<const typename Access<N * sizeof(T)>::Type *>(from);
+  T numbers[N];
+  memcpy(numbers, &access, sizeof(numbers));
+  for (int j = 0; j < N; j++) to[j] = float(numbers[j]);
+}
+
+// The same, added to what is there.
+template <int N, typename T>
+__device__ void add(float (&to)[N], const T *from) {
+  float numbers[N];
+  load(numbers, from);
+  for (int j = 0; j < N; j++) to[j] += numbers[j];
+}
+
+template <int N, typename T>
+__device__ void store(T *to, const float (&from)[N]) {
+  T numbers[N];
+  for (int j = 0; j < N; j++) numbers[j] = T(from[j]);
+  typename Access<N * sizeof(T)>::Type access;
+  memcpy(&access, numbers, sizeof(numbers));
+  *reinterpret_cast<decltype(access) *>(to) = access;
+}
 
 // As kandle's Activation.
 enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH };
@@ -41,121 +83,132 @@ __device__ float block_sum(float x) {
   return sum;
 }
 
-// A row, of which each thread holds the numbers that it wrote, to mean 0 and variance 1, then scaled and
-// shifted.
-template <typename T>
-__device__ void normalise(T *out, const float *row, const T *weight, const T *bias, float eps, int width) {
+// A row of which each thread has a piece, the threads past its end zeros, to mean 0 and variance 1, then
+// scaled and shifted.
+template <int N, typename T>
+__device__ void normalise(T *out, float (&row)[N], const T *weight, const T *bias, float eps, int width) {
+  int i = threadIdx.x * N;
+  bool works = i < width;
   float sum = 0.0f;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) sum += row[i];
+  for (int j = 0; j < N; j++) sum += row[j];
   float mean = block_sum(sum) / width;
   float squares = 0.0f;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) squares += (row[i] - mean) * (row[i] - mean);
+  for (int j = 0; j < N; j++) squares += works ? (row[j] - mean) * (row[j] - mean) : 0.0f;
   float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
-  for (int i = threadIdx.x; i < width; i += blockDim.x)
-    out[i] = T((row[i] - mean) * scale * float(weight[i]) + float(bias[i]));
+  if (!works) return;
+  float weights[N], shifts[N];
+  load(weights, weight + i);
+  load(shifts, bias + i);
+  for (int j = 0; j < N; j++) row[j] = (row[j] - mean) * scale * weights[j] + shifts[j];
+  store(out + i, row);
 }
 
-// A block a token: rows of tables, added up and normalised. Tables may be absent (null), and types.
-template <typename T>
+// A block a token, a thread a piece: rows of tables, added up and normalised. Tables may be absent (null),
+// and types.
+template <int N, typename T>
 __device__ void embed(T *out, const unsigned *ids, const unsigned *positions, const unsigned *types, const T *word,
                       const T *position, const T *type, const T *weight, const T *bias, float eps, int width) {
-  SHARED_ROW(row);
   size_t token = blockIdx.x;
-  const T *of_word = word + size_t(ids[token]) * width;
-  const T *of_position = position ? position + size_t(positions[token]) * width : nullptr;
-  const T *of_type = type ? type + size_t(types ? types[token] : 0) * width : nullptr;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    float x = float(of_word[i]);
-    if (of_position) x += float(of_position[i]);
-    if (of_type) x += float(of_type[i]);
-    row[i] = x;
+  int i = threadIdx.x * N;
+  float row[N] = {};
+  if (i < width) {
+    load(row, word + size_t(ids[token]) * width + i);
+    if (position) add(row, position + size_t(positions[token]) * width + i);
+    if (type) add(row, type + size_t(types ? types[token] : 0) * width + i);
   }
   normalise(out + token * width, row, weight, bias, eps, width);
 }
 
-// A block a token: x + bias + residual, either absent, normalised where there is a weight.
-template <typename T>
+// A block a token, a thread a piece: x + bias + residual, either absent, normalised where there is a weight.
+template <int N, typename T>
 __device__ void add_norm(T *out, const T *x, const T *added, const T *residual, const T *weight, const T *bias,
                          float eps, int width) {
-  SHARED_ROW(row);
   size_t start = size_t(blockIdx.x) * width;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    float sum = float(x[start + i]);
-    if (added) sum += float(added[i]);
-    if (residual) sum += float(residual[start + i]);
-    if (weight)
-      row[i] = sum;
-    else
-      out[start + i] = T(sum);
+  int i = threadIdx.x * N;
+  float row[N] = {};
+  if (i < width) {
+    load(row, x + start + i);
+    if (added) add(row, added + i);
+    if (residual) add(row, residual + start + i);
+    if (!weight) store(out + start + i, row);
   }
   if (weight) normalise(out + start, row, weight, bias, eps, width);
 }
 
 // A block a token: x + bias, activated. The bias may be absent.
-template <typename T>
+template <int N, typename T>
 __device__ void add_activate(T *out, const T *x, const T *added, int activation, int width) {
   size_t start = size_t(blockIdx.x) * width;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    float sum = float(x[start + i]);
-    if (added) sum += float(added[i]);
-    out[start + i] = T(activate(sum, activation));
+  for (int i = threadIdx.x * N; i < width; i += blockDim.x * N) {
+    float row[N];
+    load(row, x + start + i);
+    if (added) add(row, added + i);
+    for (int j = 0; j < N; j++) row[j] = activate(row[j], activation);
+    store(out + start + i, row);
   }
 }
 
 // A block a token: of x + bias, twice as wide, one half activated (`gate`, 0 or 1) times the other.
-template <typename T>
+template <int N, typename T>
 __device__ void gated(T *out, const T *x, const T *added, int activation, int gate, int width) {
   size_t start = size_t(blockIdx.x) * 2 * width;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+  for (int i = threadIdx.x * N; i < width; i += blockDim.x * N) {
     int a = gate * width + i, b = (1 - gate) * width + i;
-    float first = float(x[start + a]), second = float(x[start + b]);
-    if (added) first += float(added[a]), second += float(added[b]);
-    out[size_t(blockIdx.x) * width + i] = T(activate(first, activation) * second);
+    float row[N], second[N];
+    load(row, x + start + a);
+    load(second, x + start + b);
+    if (added) add(row, added + a), add(second, added + b);
+    for (int j = 0; j < N; j++) row[j] = activate(row[j], activation) * second[j];
+    store(out + size_t(blockIdx.x) * width + i, row);
   }
 }
 
 // A block a sequence, which stands at starts[i] to starts[i + 1]: the mean of its tokens (0), the first (1)
 // or the last (2).
-template <typename T>
+template <int N, typename T>
 __device__ void pool(T *out, const T *x, const unsigned *starts, int pooling, int width) {
   size_t first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    float sum = 0.0f;
-    if (pooling == 1) {
-      sum = float(x[first * width + i]);
-    } else if (pooling == 2) {
-      sum = float(x[(end - 1) * width + i]);
-    } else {
-      for (size_t token = first; token < end; token++) sum += float(x[token * width + i]);
-      sum /= float(end - first);
+  for (int i = threadIdx.x * N; i < width; i += blockDim.x * N) {
+    float row[N];
+    load(row, x + (pooling == 2 ? end - 1 : first) * width + i);
+    if (pooling == 0) {
+      for (size_t token = first + 1; token < end; token++) add(row, x + token * width + i);
+      for (int j = 0; j < N; j++) row[j] /= float(end - first);
     }
-    out[size_t(blockIdx.x) * width + i] = T(sum);
+    store(out + size_t(blockIdx.x) * width + i, row);
   }
 }
 
-// A block a token: queries and keys of [tokens, 3 × heads × width] turned by their position, in place.
+// A block a token: queries and keys of [tokens, 3 × heads × width], with the bias that may be absent, turned
+// by their position, in place.
 template <typename T>
-__device__ void rotate(T *qkv, const unsigned *positions, const T *cosines, const T *sines, int heads, int width) {
+__device__ void rotate(T *qkv, const T *bias, const unsigned *positions, const T *cosines, const T *sines, int heads,
+                       int width) {
   int half = width / 2;
   T *token = qkv + size_t(blockIdx.x) * 3 * heads * width;
   size_t at = size_t(positions[blockIdx.x]) * half;
   // Queries and keys stand one behind the other.
   for (int i = threadIdx.x; i < 2 * heads * half; i += blockDim.x) {
-    T *first = token + i / half * width + i % half, *second = first + half;
+    int first = i / half * width + i % half, second = first + half;
     float c = float(cosines[at + i % half]), s = float(sines[at + i % half]);
-    float x = float(*first), y = float(*second);
-    *first = T(x * c - y * s);
-    *second = T(y * c + x * s);
+    float x = float(token[first]), y = float(token[second]);
+    if (bias) x += float(bias[first]), y += float(bias[second]);
+    token[first] = T(x * c - y * s);
+    token[second] = T(y * c + x * s);
   }
 }
 
 // Attention (arXiv:1706.03762) with a running softmax (arXiv:1805.02867), tokens seeing others at most
-// `reach` away: a block has QUERIES queries of one head of one sequence, a thread one of them, and reads keys
-// and values TILE at a time. A sequence's queries past its end have no work.
+// `reach` away: a block has QUERIES queries of one head of one sequence. A sequence's queries past its end have
+// no work. Biases of queries and values may be absent; a bias of keys changes nothing, as it adds the same
+// to all scores of a query.
 #define QUERIES 64
-#define TILE 32
-template <typename T, int WIDTH>
-__device__ void attend(T *out, const T *qkv, const unsigned *starts, int heads, int reach) {
+
+// A thread a query; keys and values are read 32 at a time.
+template <int WIDTH, typename T>
+__device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, const T *value_bias,
+                                  const unsigned *starts, int heads, int reach) {
+  constexpr int TILE = 32;
   __shared__ float keys[TILE][WIDTH], values[TILE][WIDTH];
   int begin = starts[blockIdx.z], length = starts[blockIdx.z + 1] - begin;
   int first = blockIdx.x * QUERIES;
@@ -163,11 +216,13 @@ __device__ void attend(T *out, const T *qkv, const unsigned *starts, int heads, 
   if (first >= length) return;
   int hidden = heads * WIDTH, head = blockIdx.y * WIDTH;
   int query = first + threadIdx.x;
-  bool works = query < length;
+  bool works = threadIdx.x < QUERIES && query < length;
   float q[WIDTH], sum[WIDTH];
   float greatest = -INFINITY, total = 0.0f;
   for (int i = 0; i < WIDTH; i++) {
-    q[i] = works ? float(qkv[size_t(begin + query) * 3 * hidden + head + i]) * rsqrtf(float(WIDTH)) : 0.0f;
+    q[i] = works ? float(qkv[size_t(begin + query) * 3 * hidden + head + i]) : 0.0f;
+    if (query_bias) q[i] += float(query_bias[head + i]);
+    q[i] *= rsqrtf(float(WIDTH));
     sum[i] = 0.0f;
   }
   // The keys that any of these queries sees.
@@ -196,41 +251,177 @@ __device__ void attend(T *out, const T *qkv, const unsigned *starts, int heads, 
     }
   }
   if (!works) return;
-  for (int i = 0; i < WIDTH; i++) out[size_t(begin + query) * hidden + head + i] = T(sum[i] / total);
+  for (int i = 0; i < WIDTH; i++) {
+    float bias = value_bias ? float(value_bias[head + i]) : 0.0f;
+    out[size_t(begin + query) * hidden + head + i] = T(sum[i] / total + bias);
+  }
 }
+
+// A warp 16 queries, by the tensor cores (arXiv:2307.08691): scores and sums stay in registers. Keys and values
+// are read 64 at a time, the next while these are worked on.
+template <int WIDTH, typename T>
+__device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
+                                int heads, int reach) {
+  constexpr int TILE = 64, PIECES = WIDTH / PIECE<T>;
+  // Rows are 16 bytes longer than a head, so that the same piece of eight rows lies in different banks.
+  constexpr int STRIDE = WIDTH + PIECE<T>;
+  __shared__ __align__(16) T keys[2][TILE][STRIDE], values[2][TILE][STRIDE];
+  int begin = starts[blockIdx.z], length = starts[blockIdx.z + 1] - begin;
+  int first = blockIdx.x * QUERIES;
+  if (first >= length) return;
+  int hidden = heads * WIDTH, head = blockIdx.y * WIDTH;
+  const T *sequence = qkv + size_t(begin) * 3 * hidden + head;
+  int lane = threadIdx.x % 32;
+  // Of fragments, a lane has two columns of two rows.
+  int row = first + threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
+  bool works = first + int(threadIdx.x) / 32 * 16 < length;
+  unsigned q[WIDTH / 16][4];
+  for (int k = 0; k < WIDTH / 16; k++)
+    for (int part = 0; part < 4; part++) {
+      int query = row + part % 2 * 8, at = k * 16 + part / 2 * 8 + column;
+      float x[2] = {0.0f, 0.0f};
+      if (query < length) load(x, sequence + size_t(query) * 3 * hidden + at);
+      if (query_bias) add(x, query_bias + head + at);
+      q[k][part] = pair<T>(x[0], x[1]);
+    }
+  int from = max(first - reach, 0), to = min(first + QUERIES + reach, length);
+  // Past the last, the last again: what stands there is another sequence's, and may be no number.
+  auto fetch = [&](int tile, int stage) {
+    for (int i = threadIdx.x; i < TILE * PIECES; i += blockDim.x) {
+      int key = i / PIECES, at = i % PIECES * PIECE<T>;
+      const T *source = sequence + size_t(min(tile + key, to - 1)) * 3 * hidden + at;
+      copy_piece(&keys[stage][key][at], source + hidden);
+      copy_piece(&values[stage][key][at], source + 2 * hidden);
+    }
+  };
+  float sum[WIDTH / 8][4] = {};
+  float greatest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+  // Of the powers of two that the weights are.
+  float scale = rsqrtf(float(WIDTH)) * 1.44269504f;
+  fetch(from, 0);
+  for (int tile = from, stage = 0; tile < to; tile += TILE, stage ^= 1) {
+    await_pieces();
+    // All have theirs, and nobody reads the other stage any more.
+    __syncthreads();
+    if (tile + TILE < to) fetch(tile + TILE, stage ^ 1);
+    // The same for all threads of the warp.
+    if (!works) continue;
+    float score[TILE / 8][4] = {};
+    for (int n = 0; n < TILE / 8; n++)
+      for (int k = 0; k < WIDTH / 16; k += 2) {
+        unsigned key[4];
+        matrices<false>(key, &keys[stage][n * 8 + lane % 8][k * 16 + lane / 8 * 8]);
+        multiply<T>(score[n], q[k], key[0], key[1]);
+        multiply<T>(score[n], q[k + 1], key[2], key[3]);
+      }
+    bool all = tile + TILE <= to && reach >= length;
+    for (int half = 0; half < 2; half++) {
+      float above = greatest[half];
+      for (int n = 0; n < TILE / 8; n++)
+        for (int i = 0; i < 2; i++) {
+          float &x = score[n][half * 2 + i];
+          int key = tile + n * 8 + column + i;
+          x = all || (key < to && abs(key - row - half * 8) <= reach) ? x * scale : -INFINITY;
+          above = fmaxf(above, x);
+        }
+      // Four lanes have a row.
+      above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
+      above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
+      // Where nothing is in reach yet, there is nothing to subtract.
+      float base = above == -INFINITY ? 0.0f : above;
+      float old = exp2f(greatest[half] - base);
+      greatest[half] = above;
+      total[half] *= old;
+      for (int n = 0; n < WIDTH / 8; n++)
+        for (int i = 0; i < 2; i++) sum[n][half * 2 + i] *= old;
+      for (int n = 0; n < TILE / 8; n++)
+        for (int i = 0; i < 2; i++) {
+          float &x = score[n][half * 2 + i];
+          x = exp2f(x - base);
+          total[half] += x;
+        }
+    }
+    // What a lane has of two products is what it has of a left matrix.
+    for (int k = 0; k < TILE / 16; k++) {
+      float *left = score[2 * k], *right = score[2 * k + 1];
+      unsigned weights[4] = {pair<T>(left[0], left[1]), pair<T>(left[2], left[3]), pair<T>(right[0], right[1]),
+                             pair<T>(right[2], right[3])};
+      for (int n = 0; n < WIDTH / 16; n++) {
+        unsigned value[4];
+        matrices<true>(value, &values[stage][k * 16 + lane % 16][n * 16 + lane / 16 * 8]);
+        multiply<T>(sum[2 * n], weights, value[0], value[1]);
+        multiply<T>(sum[2 * n + 1], weights, value[2], value[3]);
+      }
+    }
+  }
+  if (!works) return;
+  for (int half = 0; half < 2; half++) {
+    float all = total[half];
+    all += __shfl_xor_sync(0xffffffffu, all, 1);
+    all += __shfl_xor_sync(0xffffffffu, all, 2);
+    int query = row + half * 8;
+    if (query >= length) continue;
+    for (int n = 0; n < WIDTH / 8; n++) {
+      int at = head + n * 8 + column;
+      float x[2] = {sum[n][half * 2] / all, sum[n][half * 2 + 1] / all};
+      if (value_bias) add(x, value_bias + at);
+      store(out + size_t(begin + query) * hidden + at, x);
+    }
+  }
+}
+
+template <int WIDTH, typename T>
+__device__ void attend(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
+                       int heads, int reach) {
+  if constexpr (TENSOR_CORES<T>)
+    attend_by_warps<WIDTH>(out, qkv, query_bias, value_bias, starts, heads, reach);
+  else
+    attend_by_threads<WIDTH>(out, qkv, query_bias, value_bias, starts, heads, reach);
+}
+
+// An operation on rows, in pieces where they are whole.
+#define BY_ROW(T, OPERATION, ...)                  \
+  if (width % PIECE<T> == 0)                       \
+    OPERATION<PIECE<T>>(__VA_ARGS__, width);       \
+  else                                             \
+    OPERATION<1>(__VA_ARGS__, width)
+
+// Four blocks of warps a multiprocessor: of their registers, one more would leave room for three.
+#define ATTEND(T, NAME, WIDTH)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(128, TENSOR_CORES<T> ? 4 : 1)                                         \
+      attend_##WIDTH##_##NAME(T *out, const T *qkv, const T *query_bias, const T *value_bias,                        \
+                              const unsigned *starts, int heads, int reach) {                                        \
+    attend<WIDTH>(out, qkv, query_bias, value_bias, starts, heads, reach);                                           \
+  }
 
 #define EACH(T, NAME)                                                                                                \
   extern "C" __global__ void embed_##NAME(T *out, const unsigned *ids, const unsigned *positions,                    \
                                           const unsigned *types, const T *word, const T *position, const T *type,    \
                                           const T *weight, const T *bias, float eps, int width) {                    \
-    embed(out, ids, positions, types, word, position, type, weight, bias, eps, width);                               \
+    BY_ROW(T, embed, out, ids, positions, types, word, position, type, weight, bias, eps);                           \
   }                                                                                                                  \
   extern "C" __global__ void add_norm_##NAME(T *out, const T *x, const T *added, const T *residual, const T *weight, \
                                              const T *bias, float eps, int width) {                                  \
-    add_norm(out, x, added, residual, weight, bias, eps, width);                                                     \
+    BY_ROW(T, add_norm, out, x, added, residual, weight, bias, eps);                                                 \
   }                                                                                                                  \
   extern "C" __global__ void add_activate_##NAME(T *out, const T *x, const T *added, int activation, int width) {    \
-    add_activate(out, x, added, activation, width);                                                                  \
+    BY_ROW(T, add_activate, out, x, added, activation);                                                              \
   }                                                                                                                  \
   extern "C" __global__ void gated_##NAME(T *out, const T *x, const T *added, int activation, int gate, int width) { \
-    gated(out, x, added, activation, gate, width);                                                                   \
+    BY_ROW(T, gated, out, x, added, activation, gate);                                                               \
   }                                                                                                                  \
   extern "C" __global__ void pool_##NAME(T *out, const T *x, const unsigned *starts, int pooling, int width) {       \
-    pool(out, x, starts, pooling, width);                                                                            \
+    BY_ROW(T, pool, out, x, starts, pooling);                                                                        \
   }                                                                                                                  \
-  extern "C" __global__ void rotate_##NAME(T *qkv, const unsigned *positions, const T *cosines, const T *sines,      \
-                                           int heads, int width) {                                                   \
-    rotate(qkv, positions, cosines, sines, heads, width);                                                            \
+  extern "C" __global__ void rotate_##NAME(T *qkv, const T *bias, const unsigned *positions, const T *cosines,       \
+                                           const T *sines, int heads, int width) {                                   \
+    rotate(qkv, bias, positions, cosines, sines, heads, width);                                                      \
   }                                                                                                                  \
-  extern "C" __global__ void attend_32_##NAME(T *out, const T *qkv, const unsigned *starts, int heads, int reach) {  \
-    attend<T, 32>(out, qkv, starts, heads, reach);                                                                   \
-  }                                                                                                                  \
-  extern "C" __global__ void attend_64_##NAME(T *out, const T *qkv, const unsigned *starts, int heads, int reach) {  \
-    attend<T, 64>(out, qkv, starts, heads, reach);                                                                   \
-  }
+  ATTEND(T, NAME, 32)                                                                                                \
+  ATTEND(T, NAME, 64)
 
 EACH(float, f32)
 #ifdef __CUDACC__
 EACH(__half, f16)
-EACH(__nv_bfloat16, bf16)
 #endif
+EACH(__nv_bfloat16, bf16)

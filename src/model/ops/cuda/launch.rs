@@ -5,7 +5,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, LaunchCon
 use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor};
 
-use super::{number_of, number_of_gate, number_of_pooling, threads};
+use super::{fits, number_of, number_of_gate, number_of_pooling, threads};
 use crate::model::encoder::Packed;
 use crate::model::ops::{Activation, Attention, Embedding, Gate, Norm, Pooling, Rotation};
 
@@ -13,16 +13,20 @@ const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 /// Of a block of attention, as kernels.cu has it.
 const QUERIES: usize = 64;
 
+/// Threads of a block of attention: a warp for 16 queries, or a thread for each.
+fn attending(dtype: DType) -> u32 {
+    if dtype == DType::F32 { QUERIES as u32 } else { QUERIES as u32 / 16 * 32 }
+}
+
 /// `[tokens, hidden]`.
 pub fn embed(embedding: &Embedding, batch: &Packed) -> Result<Tensor> {
     let (word, norm) = (&embedding.word, &embedding.norm);
     let (tokens, hidden) = (batch.tokens(), word.dim(1)?);
     let indices = batch.on(word.device())?;
     let positions = embedding.position_table()?;
-    by_row(
+    by_kept_row(
         "embed",
         (tokens, hidden),
-        hidden,
         word,
         &[
             Some(&indices.ids),
@@ -46,10 +50,9 @@ pub fn add_norm(
     norm: Option<&Norm>,
 ) -> Result<Tensor> {
     let (tokens, hidden) = x.dims2()?;
-    by_row(
+    by_kept_row(
         "add_norm",
         (tokens, hidden),
-        hidden,
         x,
         &[Some(x), added, residual, norm.map(|norm| &norm.weight), norm.map(|norm| &norm.bias)],
         &[Number::Real(norm.map_or(0.0, |norm| norm.eps)), Number::Whole(hidden as i32)],
@@ -62,7 +65,6 @@ pub fn add_activate(x: &Tensor, added: Option<&Tensor>, activation: Option<Activ
     by_row(
         "add_activate",
         (tokens, width),
-        0,
         x,
         &[Some(x), added],
         &[Number::Whole(number_of(activation)), Number::Whole(width as i32)],
@@ -76,7 +78,6 @@ pub fn gated(x: &Tensor, activation: Activation, gate: Gate) -> Result<Tensor> {
     by_row(
         "gated",
         (tokens, width),
-        0,
         x,
         &[Some(x), None],
         &[
@@ -93,18 +94,18 @@ pub fn pool(x: &Tensor, batch: &Packed, pooling: Pooling) -> Result<Tensor> {
     by_row(
         "pool",
         (sequences, hidden),
-        0,
         x,
         &[Some(x), Some(&batch.on(x.device())?.starts)],
         &[Number::Whole(number_of_pooling(pooling)), Number::Whole(hidden as i32)],
     )
 }
 
-/// `[tokens, 3 × hidden]`, whose queries and keys are rotated in place, to `[tokens, hidden]`. `None` for
-/// widths of a head that no kernel is made for.
+/// `[tokens, 3 × hidden]` with its bias, `[3 × hidden]`, to `[tokens, hidden]`; queries and keys are rotated in
+/// place. `None` for widths of a head that no kernel is made for, before anything is done.
 pub fn attend(
     attention: &Attention,
     qkv: &Tensor,
+    bias: Option<&Tensor>,
     rotation: Option<&Rotation>,
     batch: &Packed,
 ) -> Result<Option<Tensor>> {
@@ -114,46 +115,59 @@ pub fn attend(
         64 => "attend_64",
         _ => return Ok(None),
     };
-    let tokens = batch.tokens();
+    let (tokens, hidden) = (batch.tokens(), heads * width);
     let indices = batch.on(qkv.device())?;
+    let part = |index| bias.map(|bias| bias.narrow(0, index * hidden, hidden)).transpose();
+    let (mut of_queries, of_values) = (part(0)?, part(2)?);
     if let Some(rotation) = rotation {
         qkv.inplace_op1(&Kernel {
             name: "rotate",
             grid: (tokens, 1, 1),
-            block: threads(heads * width),
-            shared: 0,
-            tensors: &[Some(&indices.positions), Some(&rotation.cos), Some(&rotation.sin)],
+            block: threads(size_of::<f32>(), hidden),
+            tensors: &[bias, Some(&indices.positions), Some(&rotation.cos), Some(&rotation.sin)],
             numbers: &[Number::Whole(heads as i32), Number::Whole(width as i32)],
         })?;
+        of_queries = None;
     }
     let longest = batch.lengths().max().unwrap_or(0);
-    let out = empty(tokens, heads * width, qkv)?;
+    let out = empty(tokens, hidden, qkv)?;
     out.inplace_op1(&Kernel {
         name,
         grid: (longest.div_ceil(QUERIES), heads, batch.order().len()),
-        block: QUERIES as u32,
-        shared: 0,
-        tensors: &[Some(qkv), Some(&indices.starts)],
+        block: attending(qkv.dtype()),
+        tensors: &[Some(qkv), of_queries.as_ref(), of_values.as_ref(), Some(&indices.starts)],
         numbers: &[Number::Whole(heads as i32), Number::Whole(reach.unwrap_or(longest) as i32)],
     })?;
     Ok(Some(out))
 }
 
-/// A kernel with a block for each row of its result, `[rows, width]`, which stands where `like` does; the
-/// block has memory for `kept` numbers.
+/// A kernel with a block for each row of its result, `[rows, width]`, which stands where `like` does.
 fn by_row(
     name: &'static str,
     (rows, width): (usize, usize),
-    kept: usize,
     like: &Tensor,
     tensors: &[Option<&Tensor>],
     numbers: &[Number],
 ) -> Result<Tensor> {
     let out = empty(rows, width, like)?;
-    let shared = kept * size_of::<f32>();
-    let (grid, block) = ((rows, 1, 1), threads(width));
-    out.inplace_op1(&Kernel { name, grid, block, shared, tensors, numbers })?;
+    let (grid, block) = ((rows, 1, 1), threads(like.dtype().size_in_bytes(), width));
+    out.inplace_op1(&Kernel { name, grid, block, tensors, numbers })?;
     Ok(out)
+}
+
+/// The same for kernels that keep a row in the registers of a block.
+fn by_kept_row(
+    name: &'static str,
+    (rows, width): (usize, usize),
+    like: &Tensor,
+    tensors: &[Option<&Tensor>],
+    numbers: &[Number],
+) -> Result<Tensor> {
+    let size = like.dtype().size_in_bytes();
+    if !fits(size, width) {
+        candle_core::bail!("{name}: rows of {width} numbers are longer than a block of the GPU");
+    }
+    by_row(name, (rows, width), like, tensors, numbers)
 }
 
 /// Memory for `[rows, width]` where `like` is, with anything in it.
@@ -174,8 +188,6 @@ struct Kernel<'a> {
     name: &'static str,
     grid: (usize, usize, usize),
     block: u32,
-    /// Bytes of a block's memory.
-    shared: usize,
     tensors: &'a [Option<&'a Tensor>],
     numbers: &'a [Number],
 }
@@ -226,7 +238,7 @@ impl InplaceOp1 for Kernel<'_> {
         let config = LaunchConfig {
             grid_dim: (x as u32, y as u32, z as u32),
             block_dim: (self.block, 1, 1),
-            shared_mem_bytes: self.shared as u32,
+            shared_mem_bytes: 0,
         };
         // SAFETY: the arguments are the kernel's, and tensors are as long as their shapes say, which the
         // operations have seen to; memory is given back in the order of the stream.
@@ -236,7 +248,7 @@ impl InplaceOp1 for Kernel<'_> {
 }
 
 /// Where a contiguous tensor begins.
-fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Result<u64> {
+pub(super) fn address(storage: &CudaStorage, layout: &Layout, stream: &CudaStream) -> Result<u64> {
     let Some((start, _)) = layout.contiguous_offsets() else {
         candle_core::bail!("not contiguous: {layout:?}")
     };

@@ -1,13 +1,18 @@
 //! The operations on a GPU: the kernels of kernels.cu, one launch each, on Candle's tensors and stream.
-//! What a batch needs of indices is copied there once (`Packed::on`); nothing waits for the device.
+//! What a batch needs of indices is copied there once (`Packed::on`); nothing waits for the device but
+//! [`Download::finish`].
 
 #[cfg(test)]
 mod host;
 #[cfg(feature = "cuda")]
 mod launch;
+#[cfg(feature = "cuda")]
+mod stream;
 
 #[cfg(feature = "cuda")]
 pub(super) use launch::{add_activate, add_norm, attend, embed, gated, pool};
+#[cfg(feature = "cuda")]
+pub use stream::{Download, KeptMemory, open, upload};
 
 use super::{Activation, Gate, Pooling};
 
@@ -38,7 +43,22 @@ fn number_of_pooling(pooling: Pooling) -> i32 {
     }
 }
 
-/// Threads of a block that works on a row: whole warps.
-fn threads(width: usize) -> u32 {
-    (width as u32).div_ceil(32).clamp(1, 8) * 32
+/// Threads that a block can have.
+const MOST: usize = 1024;
+
+/// Pieces of a row of numbers of `size` bytes: 16 bytes each, or one number where that leaves a rest.
+fn pieces(size: usize, width: usize) -> usize {
+    let piece = 16 / size;
+    if width.is_multiple_of(piece) { width / piece } else { width }
+}
+
+/// Threads of a block that works on a row, a piece each: whole warps.
+fn threads(size: usize, width: usize) -> u32 {
+    (pieces(size, width).next_multiple_of(32)).min(MOST) as u32
+}
+
+/// Whether a block has a thread for every piece of a row.
+#[cfg(feature = "cuda")]
+fn fits(size: usize, width: usize) -> bool {
+    pieces(size, width) <= MOST
 }
