@@ -109,6 +109,10 @@ gpu-check: ## Binaries for a machine with a GPU, to be tried there by scripts/gp
 cuda-check: ## Compiles, links and starts with --features cuda, without a GPU
 	scripts/cuda-check.sh
 
+.PHONY: arm-check
+arm-check: ## Builds for 64-bit Arm and tests the engine there, by emulation (a cross compiler, qemu)
+	scripts/arm-check.sh
+
 .PHONY: fixtures
 fixtures: ## Makes the golden tests' models and outputs again (Python: torch, transformers)
 	python3 tests/fixtures/make.py

@@ -38,7 +38,7 @@ run() {
   : > "$out/log"
   (cd "$root" && KANDLE_TEST_DEVICE=$device "$out/golden") >&2
   if [ -n "$folder" ]; then
-    cases=("minilm mixed" "minilm long" "base mixed" "base long")
+    cases=("minilm mixed" "minilm long" "base mixed" "base long" "modernbert long")
   else
     cases=("bundled tickets")
   fi

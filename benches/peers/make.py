@@ -4,7 +4,8 @@
     python3 benches/peers/make.py FOLDER
 
 Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`) and BERT-base (`base`): what a forward
-costs does not depend on what the weights are. A WordPiece vocabulary of 30,522 made-up words and
+costs does not depend on what the weights are. Beside them six layers of ModernBERT-base (`modernbert`), for
+scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. A WordPiece vocabulary of 30,522 made-up words and
 word parts; texts of such words, by tokens with the special ones:
 
     short.jsonl  2,000 texts of 33 tokens, 25 to 41
@@ -20,7 +21,7 @@ import sys
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast
 
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -85,9 +86,14 @@ def main(folder):
         lines = [json.dumps({"text": text(rng, tok, whole, parts, n)}) for n in all_lengths]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
         print(name, len(lines), "texts", sum(all_lengths) / len(all_lengths), "tokens on average", max(all_lengths), "at most")
-    for name, shape in SHAPES.items():
+    models = {name: (BertModel, BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LIMIT, **shape))
+              for name, shape in SHAPES.items()}
+    models["modernbert"] = (ModernBertModel, ModernBertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_hidden_layers=6, pad_token_id=0, bos_token_id=2,
+        cls_token_id=2, eos_token_id=3, sep_token_id=3))
+    for name, (kind, config) in models.items():
         torch.manual_seed(7)
-        model = BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LIMIT, **shape)).eval()
+        model = kind(config).eval()
         out = folder / name
         model.save_pretrained(out)
         tok.save_pretrained(out)
@@ -98,7 +104,7 @@ def main(folder):
         (out / "1_Pooling").mkdir(exist_ok=True)
         (out / "2_Normalize").mkdir(exist_ok=True)
         (out / "1_Pooling" / "config.json").write_text(json.dumps(
-            {"word_embedding_dimension": shape["hidden_size"], "pooling_mode_mean_tokens": True}))
+            {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}))
         (out / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT, "do_lower_case": False}))
         print(name, sum(p.numel() for p in model.parameters()), "parameters")
 

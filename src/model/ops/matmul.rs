@@ -269,6 +269,8 @@ pub(super) mod tests {
         let mut results = vec![dispatch(operation()), Simd::vectorize(pulp::Scalar::new(), operation())];
         #[cfg(target_arch = "x86_64")]
         results.extend(pulp::x86::V3::try_new().map(|simd| Simd::vectorize(simd, operation())));
+        #[cfg(target_arch = "aarch64")]
+        results.extend(pulp::aarch64::Neon::try_new().map(|simd| Simd::vectorize(simd, operation())));
         results
     }
 

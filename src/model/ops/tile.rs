@@ -285,6 +285,14 @@ fn fetch<T>(x: &[T], from: usize, lines: usize) {
         // SAFETY: it is a hint, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    for line in 0..lines {
+        let at = x.as_ptr().wrapping_add(from + line * LINE);
+        // SAFETY: as above.
+        unsafe {
+            std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+        }
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = (x, from, lines);
 }

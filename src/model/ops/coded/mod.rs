@@ -23,6 +23,8 @@ use pulp::bytemuck::{Pod, cast_mut, cast_slice};
 use super::activation::{Activation, activate_columns};
 use super::tile::{self, LINE, Left, Rows};
 
+#[cfg(target_arch = "aarch64")]
+use vector::arm;
 #[cfg(target_arch = "x86_64")]
 use vector::x86;
 
@@ -41,9 +43,15 @@ enum Kernel {
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
     Vnni,
     #[cfg(target_arch = "x86_64")]
     Bf16,
+    #[cfg(target_arch = "aarch64")]
+    Dot,
+    #[cfg(target_arch = "aarch64")]
+    Bf16Dot,
     /// Whole tiles of 16 rows.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     Amx(Code),
@@ -62,8 +70,15 @@ impl Kernel {
         #[cfg(target_arch = "x86_64")]
         match code {
             Code::Int8 if x86::has_vnni() => return Kernel::Vnni,
+            Code::Int8 if x86::has_avx_vnni() => return Kernel::AvxVnni,
             Code::Int8 if is_x86_feature_detected!("avx2") => return Kernel::Avx2,
             Code::Bf16 if x86::has_bf16() && x86::bf16_is_fast() => return Kernel::Bf16,
+            _ => {}
+        }
+        #[cfg(target_arch = "aarch64")]
+        match code {
+            Code::Int8 if arm::has_dot() => return Kernel::Dot,
+            Code::Bf16 if arm::has_bf16() => return Kernel::Bf16Dot,
             _ => {}
         }
         Kernel::Rounded(code)
@@ -75,7 +90,13 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => Shape::of::<x86::Avx2>(Encoding::Pairs),
             #[cfg(target_arch = "x86_64")]
+            Kernel::AvxVnni => Shape::of::<x86::AvxVnni>(Encoding::Quads),
+            #[cfg(target_arch = "x86_64")]
             Kernel::Vnni => Shape::of::<x86::Vnni>(Encoding::Quads),
+            #[cfg(target_arch = "aarch64")]
+            Kernel::Dot => Shape::of::<arm::Dot>(Encoding::Bytes),
+            #[cfg(target_arch = "aarch64")]
+            Kernel::Bf16Dot => Shape::of::<arm::Bf16Dot>(Encoding::Bf16),
             #[cfg(target_arch = "x86_64")]
             Kernel::Bf16 => Shape::of::<x86::Bf16>(Encoding::Bf16),
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -124,7 +145,7 @@ impl Shape {
 }
 
 /// How inputs stand in a group.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86's kernels have them all"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encoding {
     /// One, in the bits of an f32.
@@ -280,9 +301,15 @@ impl Coded {
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => unsafe { x86::run_avx2(strip) },
             #[cfg(target_arch = "x86_64")]
+            Kernel::AvxVnni => unsafe { x86::run_avx_vnni(strip) },
+            #[cfg(target_arch = "x86_64")]
             Kernel::Vnni => unsafe { x86::run_vnni(strip) },
             #[cfg(target_arch = "x86_64")]
             Kernel::Bf16 => unsafe { x86::run_bf16(strip) },
+            #[cfg(target_arch = "aarch64")]
+            Kernel::Dot => unsafe { arm::run_dot(strip) },
+            #[cfg(target_arch = "aarch64")]
+            Kernel::Bf16Dot => unsafe { arm::run_bf16_dot(strip) },
             // SAFETY: the same, and `multiply` has configured the tiles.
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Kernel::Amx(code) => unsafe { amx::run(code, strip) },
@@ -360,7 +387,7 @@ fn encode<'a, S: Simd>(
             Encoding::Single(Code::Bf16) => fill::<_, LINE>(line, x, |x| u32::from(bf16(x)) << 16),
             Encoding::Pairs => fill::<_, { 2 * LINE }>(line, x, |x| nearest(x) as u16),
             Encoding::Quads => fill::<_, { 4 * LINE }>(line, x, |x| nearest(x).wrapping_add(128) as u8),
-            Encoding::Bytes => unreachable!("its kernel has a form of its own"),
+            Encoding::Bytes => fill::<_, { 4 * LINE }>(line, x, |x| nearest(x) as u8),
             Encoding::Bf16 => fill::<_, { 2 * LINE }>(line, x, bf16),
         }
     }
@@ -445,12 +472,16 @@ mod tests {
 
     /// Every kernel that this processor has.
     fn kernels(code: Code) -> Vec<Kernel> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
         let mut all = vec![Kernel::choose(code), Kernel::choose_vectors(code), Kernel::Rounded(code)];
         #[cfg(target_arch = "x86_64")]
-        all.extend(match code {
-            Code::Int8 => is_x86_feature_detected!("avx2").then_some(Kernel::Avx2),
-            Code::Bf16 => x86::has_bf16().then_some(Kernel::Bf16),
-        });
+        match code {
+            Code::Int8 => {
+                all.extend(is_x86_feature_detected!("avx2").then_some(Kernel::Avx2));
+                all.extend(x86::has_avx_vnni().then_some(Kernel::AvxVnni));
+            }
+            Code::Bf16 => all.extend(x86::has_bf16().then_some(Kernel::Bf16)),
+        }
         all
     }
 

@@ -161,6 +161,10 @@ pub(super) mod x86 {
         V4::is_available() && is_x86_feature_detected!("avx512vnni")
     }
 
+    pub fn has_avx_vnni() -> bool {
+        V3::is_available() && is_x86_feature_detected!("avxvnni")
+    }
+
     pub fn has_bf16() -> bool {
         V4::is_available() && is_x86_feature_detected!("avx512bf16")
     }
@@ -175,6 +179,9 @@ pub(super) mod x86 {
     /// `vpmaddwd` on pairs of i16.
     #[derive(Clone, Copy)]
     pub struct Avx2(V3);
+    /// `vpdpbusd` on quads of bytes, by half as long vectors.
+    #[derive(Clone, Copy)]
+    pub struct AvxVnni(V3);
     /// `vpdpbusd` on quads of bytes.
     #[derive(Clone, Copy)]
     pub struct Vnni(V4);
@@ -187,6 +194,11 @@ pub(super) mod x86 {
     #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
     pub unsafe fn run_avx2(strip: Strip<'_>) {
         run(Avx2(unsafe { V3::new_unchecked() }), strip);
+    }
+
+    #[target_feature(enable = "avx2,avxvnni,bmi1,bmi2,fma,lzcnt,popcnt")]
+    pub unsafe fn run_avx_vnni(strip: Strip<'_>) {
+        run(AvxVnni(unsafe { V3::new_unchecked() }), strip);
     }
 
     #[target_feature(
@@ -230,6 +242,40 @@ pub(super) mod x86 {
         #[inline(always)]
         fn start(self, _: &[i32]) -> __m256i {
             unsafe { _mm256_setzero_si256() }
+        }
+        #[inline(always)]
+        fn floats(self, sums: __m256i) -> f32x8 {
+            pulp::cast(unsafe { _mm256_cvtepi32_ps(sums) })
+        }
+    }
+
+    impl Kernel for AvxVnni {
+        type Number = u32;
+        type Vector = __m256i;
+        type Sums = __m256i;
+        const LANES: usize = 8;
+        const HEIGHT: usize = 6;
+
+        #[inline(always)]
+        unsafe fn load(self, from: *const u32) -> __m256i {
+            unsafe { _mm256_loadu_si256(from.cast()) }
+        }
+        #[inline(always)]
+        fn dot(self, sums: __m256i, group: u32, vector: __m256i) -> __m256i {
+            unsafe { _mm256_dpbusd_avx_epi32(sums, _mm256_set1_epi32(group as i32), vector) }
+        }
+    }
+
+    impl Isa for AvxVnni {
+        type Simd = V3;
+
+        #[inline(always)]
+        fn simd(self) -> V3 {
+            self.0
+        }
+        #[inline(always)]
+        fn start(self, from: &[i32]) -> __m256i {
+            unsafe { _mm256_loadu_si256(from[..8].as_ptr().cast()) }
         }
         #[inline(always)]
         fn floats(self, sums: __m256i) -> f32x8 {
@@ -304,6 +350,132 @@ pub(super) mod x86 {
         }
         #[inline(always)]
         fn floats(self, sums: __m512) -> f32x16 {
+            pulp::cast(sums)
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+pub(super) mod arm {
+    use std::arch::aarch64::*;
+    use std::arch::{asm, is_aarch64_feature_detected};
+
+    use pulp::aarch64::Neon;
+    use pulp::f32x4;
+
+    use super::super::Strip;
+    use super::{Isa, Kernel, run};
+
+    pub fn has_dot() -> bool {
+        Neon::is_available() && is_aarch64_feature_detected!("dotprod")
+    }
+
+    pub fn has_bf16() -> bool {
+        Neon::is_available() && is_aarch64_feature_detected!("bf16")
+    }
+
+    /// `sdot` on quads of bytes.
+    #[derive(Clone, Copy)]
+    pub struct Dot(Neon);
+    /// `bfdot` on pairs.
+    #[derive(Clone, Copy)]
+    pub struct Bf16Dot(Neon);
+
+    // SAFETY of all below: the caller has seen the features, and who has a kernel is in a function that has them.
+    // The intrinsics for both instructions are not stable.
+
+    #[target_feature(enable = "neon,dotprod")]
+    pub unsafe fn run_dot(strip: Strip<'_>) {
+        run(Dot(unsafe { Neon::new_unchecked() }), strip);
+    }
+
+    #[target_feature(enable = "neon,bf16")]
+    pub unsafe fn run_bf16_dot(strip: Strip<'_>) {
+        run(Bf16Dot(unsafe { Neon::new_unchecked() }), strip);
+    }
+
+    impl Kernel for Dot {
+        type Number = u32;
+        type Vector = uint32x4_t;
+        type Sums = int32x4_t;
+        const LANES: usize = 4;
+        const HEIGHT: usize = 12;
+
+        #[inline(always)]
+        unsafe fn load(self, from: *const u32) -> uint32x4_t {
+            unsafe { vld1q_u32(from) }
+        }
+        #[inline(always)]
+        fn dot(self, mut sums: int32x4_t, group: u32, vector: uint32x4_t) -> int32x4_t {
+            unsafe {
+                asm!(
+                    "sdot {sums:v}.4s, {group:v}.16b, {vector:v}.16b",
+                    sums = inout(vreg) sums,
+                    group = in(vreg) vdupq_n_u32(group),
+                    vector = in(vreg) vector,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            sums
+        }
+    }
+
+    impl Isa for Dot {
+        type Simd = Neon;
+
+        #[inline(always)]
+        fn simd(self) -> Neon {
+            self.0
+        }
+        #[inline(always)]
+        fn start(self, _: &[i32]) -> int32x4_t {
+            unsafe { vdupq_n_s32(0) }
+        }
+        #[inline(always)]
+        fn floats(self, sums: int32x4_t) -> f32x4 {
+            pulp::cast(unsafe { vcvtq_f32_s32(sums) })
+        }
+    }
+
+    impl Kernel for Bf16Dot {
+        type Number = u32;
+        type Vector = uint32x4_t;
+        type Sums = float32x4_t;
+        const LANES: usize = 4;
+        const HEIGHT: usize = 12;
+
+        #[inline(always)]
+        unsafe fn load(self, from: *const u32) -> uint32x4_t {
+            unsafe { vld1q_u32(from) }
+        }
+        #[inline(always)]
+        fn dot(self, mut sums: float32x4_t, group: u32, vector: uint32x4_t) -> float32x4_t {
+            unsafe {
+                asm!(
+                    "bfdot {sums:v}.4s, {group:v}.8h, {vector:v}.8h",
+                    sums = inout(vreg) sums,
+                    group = in(vreg) vdupq_n_u32(group),
+                    vector = in(vreg) vector,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            sums
+        }
+    }
+
+    impl Isa for Bf16Dot {
+        type Simd = Neon;
+
+        #[inline(always)]
+        fn simd(self) -> Neon {
+            self.0
+        }
+        #[inline(always)]
+        fn start(self, _: &[i32]) -> float32x4_t {
+            unsafe { vdupq_n_f32(0.0) }
+        }
+        #[inline(always)]
+        fn floats(self, sums: float32x4_t) -> f32x4 {
             pulp::cast(sums)
         }
     }

@@ -38,22 +38,24 @@ void host_rotate(unsigned tokens, unsigned block, float *qkv, const float *bias,
 // `longest` is the longest sequence's length.
 void host_attend(unsigned longest, unsigned sequences, float *out, const float *qkv, const float *query_bias,
                  const float *value_bias, const unsigned *starts, int heads, int width, int reach) {
-  host::run({(longest + QUERIES - 1) / QUERIES, unsigned(heads), sequences}, QUERIES, [=] {
-    width == 32 ? attend_32_f32(out, qkv, query_bias, value_bias, starts, heads, reach)
-                : attend_64_f32(out, qkv, query_bias, value_bias, starts, heads, reach);
+  int most = (longest + QUERIES - 1) / QUERIES;
+  host::run({sequences * most, unsigned(heads), 1}, QUERIES, [=] {
+    width == 32 ? attend_32_f32(out, qkv, query_bias, value_bias, starts, most, heads, reach)
+                : attend_64_f32(out, qkv, query_bias, value_bias, starts, most, heads, reach);
   });
 }
 
 void host_attend_bf16(unsigned longest, unsigned sequences, __nv_bfloat16 *out, const __nv_bfloat16 *qkv,
                       const __nv_bfloat16 *query_bias, const __nv_bfloat16 *value_bias, const unsigned *starts,
                       int heads, int width, int reach) {
-  host::run({(longest + QUERIES - 1) / QUERIES, unsigned(heads), sequences}, 2 * QUERIES, [=] {
-    width == 32 ? attend_32_bf16(out, qkv, query_bias, value_bias, starts, heads, reach)
-                : attend_64_bf16(out, qkv, query_bias, value_bias, starts, heads, reach);
+  int most = (longest + QUERIES - 1) / QUERIES;
+  host::run({sequences * most, unsigned(heads), 1}, 2 * QUERIES, [=] {
+    width == 32 ? attend_32_bf16(out, qkv, query_bias, value_bias, starts, most, heads, reach)
+                : attend_64_bf16(out, qkv, query_bias, value_bias, starts, most, heads, reach);
   });
 }
 
-// A few of the operations on rows also in 16 bits, whose pieces are longer.
+// An operation on rows in 16 bits, whose pieces are longer.
 void host_add_norm_bf16(unsigned tokens, unsigned block, __nv_bfloat16 *out, const __nv_bfloat16 *x,
                         const __nv_bfloat16 *added, const __nv_bfloat16 *residual, const __nv_bfloat16 *weight,
                         const __nv_bfloat16 *bias, float eps, int width) {

@@ -97,6 +97,7 @@ static void run(Index grid, unsigned block, Kernel kernel) {
             abort();
           }
       }
+  body = nullptr;
 }
 
 // What each thread shows the others of its warp.
@@ -123,7 +124,6 @@ static float __shfl_xor_sync(unsigned, float x, int lanes) {
   return other;
 }
 
-static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static int max(int a, int b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
 

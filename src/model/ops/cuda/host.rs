@@ -28,7 +28,7 @@ fn function(name: &CStr) -> *mut c_void {
         let library = directory.path().join("kernels.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/model/ops/cuda/host.cpp");
         let mut compiler = std::process::Command::new(std::env::var("CXX").unwrap_or("c++".to_owned()));
-        compiler.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
+        compiler.args(["-std=c++17", "-O1", "-shared", "-fPIC", "-o"]);
         assert!(compiler.arg(&library).arg(source).status().expect("a compiler").success());
         let path = CString::new(library.display().to_string()).expect("no zeros");
         // SAFETY: the library has no constructors but those of empty vectors.

@@ -199,19 +199,20 @@ __device__ void rotate(T *qkv, const T *bias, const unsigned *positions, const T
 }
 
 // Attention (arXiv:1706.03762) with a running softmax (arXiv:1805.02867), tokens seeing others at most
-// `reach` away: a block has QUERIES queries of one head of one sequence. A sequence's queries past its end have
-// no work. Biases of queries and values may be absent; a bias of keys changes nothing, as it adds the same
+// `reach` away: a block has QUERIES queries of one head of one sequence, blocks `most` for each sequence, as the
+// longest needs. A sequence's queries past its end have no work. Biases of queries and values may be absent; a bias of keys changes nothing, as it adds the same
 // to all scores of a query.
 #define QUERIES 64
 
 // A thread a query; keys and values are read 32 at a time.
 template <int WIDTH, typename T>
 __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, const T *value_bias,
-                                  const unsigned *starts, int heads, int reach) {
+                                  const unsigned *starts, int most, int heads, int reach) {
   constexpr int TILE = 32;
   __shared__ float keys[TILE][WIDTH], values[TILE][WIDTH];
-  int begin = starts[blockIdx.z], length = starts[blockIdx.z + 1] - begin;
-  int first = blockIdx.x * QUERIES;
+  unsigned place = blockIdx.x / most;
+  int begin = starts[place], length = starts[place + 1] - begin;
+  int first = blockIdx.x % most * QUERIES;
   // The same for all threads of the block.
   if (first >= length) return;
   int hidden = heads * WIDTH, head = blockIdx.y * WIDTH;
@@ -222,7 +223,7 @@ __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, con
   for (int i = 0; i < WIDTH; i++) {
     q[i] = works ? float(qkv[size_t(begin + query) * 3 * hidden + head + i]) : 0.0f;
     if (query_bias) q[i] += float(query_bias[head + i]);
-    q[i] *= rsqrtf(float(WIDTH));
+    q[i] /= sqrtf(float(WIDTH));
     sum[i] = 0.0f;
   }
   // The keys that any of these queries sees.
@@ -261,13 +262,14 @@ __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, con
 // are read 64 at a time, the next while these are worked on.
 template <int WIDTH, typename T>
 __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
-                                int heads, int reach) {
+                                int most, int heads, int reach) {
   constexpr int TILE = 64, PIECES = WIDTH / PIECE<T>;
   // Rows are 16 bytes longer than a head, so that the same piece of eight rows lies in different banks.
   constexpr int STRIDE = WIDTH + PIECE<T>;
   __shared__ __align__(16) T keys[2][TILE][STRIDE], values[2][TILE][STRIDE];
-  int begin = starts[blockIdx.z], length = starts[blockIdx.z + 1] - begin;
-  int first = blockIdx.x * QUERIES;
+  unsigned place = blockIdx.x / most;
+  int begin = starts[place], length = starts[place + 1] - begin;
+  int first = blockIdx.x % most * QUERIES;
   if (first >= length) return;
   int hidden = heads * WIDTH, head = blockIdx.y * WIDTH;
   const T *sequence = qkv + size_t(begin) * 3 * hidden + head;
@@ -278,26 +280,26 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
   unsigned q[WIDTH / 16][4];
   for (int k = 0; k < WIDTH / 16; k++)
     for (int part = 0; part < 4; part++) {
-      int query = row + part % 2 * 8, at = k * 16 + part / 2 * 8 + column;
+      int query = row + part % 2 * 8, i = k * 16 + part / 2 * 8 + column;
       float x[2] = {0.0f, 0.0f};
-      if (query < length) load(x, sequence + size_t(query) * 3 * hidden + at);
-      if (query_bias) add(x, query_bias + head + at);
+      if (query < length) load(x, sequence + size_t(query) * 3 * hidden + i);
+      if (query_bias) add(x, query_bias + head + i);
       q[k][part] = pair<T>(x[0], x[1]);
     }
   int from = max(first - reach, 0), to = min(first + QUERIES + reach, length);
   // Past the last, the last again: what stands there is another sequence's, and may be no number.
   auto fetch = [&](int tile, int stage) {
     for (int i = threadIdx.x; i < TILE * PIECES; i += blockDim.x) {
-      int key = i / PIECES, at = i % PIECES * PIECE<T>;
-      const T *source = sequence + size_t(min(tile + key, to - 1)) * 3 * hidden + at;
-      copy_piece(&keys[stage][key][at], source + hidden);
-      copy_piece(&values[stage][key][at], source + 2 * hidden);
+      int key = i / PIECES, piece = i % PIECES * PIECE<T>;
+      const T *source = sequence + size_t(min(tile + key, to - 1)) * 3 * hidden + piece;
+      copy_piece(&keys[stage][key][piece], source + hidden);
+      copy_piece(&values[stage][key][piece], source + 2 * hidden);
     }
   };
   float sum[WIDTH / 8][4] = {};
   float greatest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   // Of the powers of two that the weights are.
-  float scale = rsqrtf(float(WIDTH)) * 1.44269504f;
+  float scale = 1.44269504f / sqrtf(float(WIDTH));
   fetch(from, 0);
   for (int tile = from, stage = 0; tile < to; tile += TILE, stage ^= 1) {
     await_pieces();
@@ -362,21 +364,21 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
     int query = row + half * 8;
     if (query >= length) continue;
     for (int n = 0; n < WIDTH / 8; n++) {
-      int at = head + n * 8 + column;
+      int i = head + n * 8 + column;
       float x[2] = {sum[n][half * 2] / all, sum[n][half * 2 + 1] / all};
-      if (value_bias) add(x, value_bias + at);
-      store(out + size_t(begin + query) * hidden + at, x);
+      if (value_bias) add(x, value_bias + i);
+      store(out + size_t(begin + query) * hidden + i, x);
     }
   }
 }
 
 template <int WIDTH, typename T>
 __device__ void attend(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
-                       int heads, int reach) {
+                       int most, int heads, int reach) {
   if constexpr (TENSOR_CORES<T>)
-    attend_by_warps<WIDTH>(out, qkv, query_bias, value_bias, starts, heads, reach);
+    attend_by_warps<WIDTH>(out, qkv, query_bias, value_bias, starts, most, heads, reach);
   else
-    attend_by_threads<WIDTH>(out, qkv, query_bias, value_bias, starts, heads, reach);
+    attend_by_threads<WIDTH>(out, qkv, query_bias, value_bias, starts, most, heads, reach);
 }
 
 // An operation on rows, in pieces where they are whole.
@@ -390,8 +392,8 @@ __device__ void attend(T *out, const T *qkv, const T *query_bias, const T *value
 #define ATTEND(T, NAME, WIDTH)                                                                                       \
   extern "C" __global__ void __launch_bounds__(128, TENSOR_CORES<T> ? 4 : 1)                                         \
       attend_##WIDTH##_##NAME(T *out, const T *qkv, const T *query_bias, const T *value_bias,                        \
-                              const unsigned *starts, int heads, int reach) {                                        \
-    attend<WIDTH>(out, qkv, query_bias, value_bias, starts, heads, reach);                                           \
+                              const unsigned *starts, int most, int heads, int reach) {                              \
+    attend<WIDTH>(out, qkv, query_bias, value_bias, starts, most, heads, reach);                                           \
   }
 
 #define EACH(T, NAME)                                                                                                \

@@ -130,13 +130,14 @@ pub fn attend(
         of_queries = None;
     }
     let longest = batch.lengths().max().unwrap_or(0);
+    let most = longest.div_ceil(QUERIES);
     let out = empty(tokens, hidden, qkv)?;
     out.inplace_op1(&Kernel {
         name,
-        grid: (longest.div_ceil(QUERIES), heads, batch.order().len()),
+        grid: (batch.order().len() * most, heads, 1),
         block: attending(qkv.dtype()),
         tensors: &[Some(qkv), of_queries.as_ref(), of_values.as_ref(), Some(&indices.starts)],
-        numbers: &[Number::Whole(heads as i32), Number::Whole(reach.unwrap_or(longest) as i32)],
+        numbers: &[most, heads, reach.unwrap_or(longest)].map(|n| Number::Whole(n as i32)),
     })?;
     Ok(Some(out))
 }
