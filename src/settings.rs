@@ -243,7 +243,7 @@ pub struct Model {
     /// Where it runs: auto, cpu, cuda, cuda:N or metal. auto takes the best that build and machine have.
     pub device: DeviceChoice,
     /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16 (on a CPU faster than f32 where
-    /// that has AMX), f16 (not on a CPU) or int8 (CPU alone: multiplications in eight bits).
+    /// that has AMX, or Arm's BF16), f16 (not on a CPU) or int8 (CPU alone: multiplications in eight bits).
     pub dtype: Dtype,
     /// What to do when another model made the group's last commit.
     pub on_change: OnChange,

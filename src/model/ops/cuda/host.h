@@ -200,6 +200,8 @@ static void matrices(unsigned (&to)[4], const void *row) {
   host::wait(host::AT_WARP);
 }
 
+static float power_of_two(float x) { return exp2f(x); }
+
 // Copies when it is waited for, and not before.
 static void copy_piece(void *to, const void *from) { host::copies[host::current].push_back({to, from}); }
 

@@ -298,7 +298,7 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
   };
   float sum[WIDTH / 8][4] = {};
   float greatest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-  // Of the powers of two that the weights are.
+  // Weights are powers of two of scores.
   float scale = 1.44269504f / sqrtf(float(WIDTH));
   fetch(from, 0);
   for (int tile = from, stage = 0; tile < to; tile += TILE, stage ^= 1) {
@@ -323,15 +323,15 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
         for (int i = 0; i < 2; i++) {
           float &x = score[n][half * 2 + i];
           int key = tile + n * 8 + column + i;
-          x = all || (key < to && abs(key - row - half * 8) <= reach) ? x * scale : -INFINITY;
+          x = all || (key < to && abs(key - row - half * 8) <= reach) ? x : -INFINITY;
           above = fmaxf(above, x);
         }
       // Four lanes have a row.
       above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
       above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
       // Where nothing is in reach yet, there is nothing to subtract.
-      float base = above == -INFINITY ? 0.0f : above;
-      float old = exp2f(greatest[half] - base);
+      float base = above == -INFINITY ? 0.0f : above * scale;
+      float old = power_of_two(greatest[half] * scale - base);
       greatest[half] = above;
       total[half] *= old;
       for (int n = 0; n < WIDTH / 8; n++)
@@ -339,7 +339,7 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
       for (int n = 0; n < TILE / 8; n++)
         for (int i = 0; i < 2; i++) {
           float &x = score[n][half * 2 + i];
-          x = exp2f(x - base);
+          x = power_of_two(x * scale - base);
           total[half] += x;
         }
     }
@@ -363,9 +363,10 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
     all += __shfl_xor_sync(0xffffffffu, all, 2);
     int query = row + half * 8;
     if (query >= length) continue;
+    float factor = 1.0f / all;
     for (int n = 0; n < WIDTH / 8; n++) {
       int i = head + n * 8 + column;
-      float x[2] = {sum[n][half * 2] / all, sum[n][half * 2 + 1] / all};
+      float x[2] = {sum[n][half * 2] * factor, sum[n][half * 2 + 1] * factor};
       if (value_bias) add(x, value_bias + i);
       store(out + size_t(begin + query) * hidden + i, x);
     }
