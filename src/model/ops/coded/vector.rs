@@ -147,12 +147,75 @@ pub(super) fn run_rounded(strip: Strip<'_>) {
     dispatch(Run(strip));
 }
 
+/// A kernel by a processor's own instructions: its name and vectors, then the function that runs it and the
+/// features that function is compiled with.
+///
+/// SAFETY: the caller of that function has seen the features, and who has a kernel is in such a function.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! kernel {
+    (
+        $(#[doc = $about:literal])*
+        $name:ident($simd:ident), $run:ident with $features:literal:
+        $lanes:literal lanes, $height:literal rows, $vector:ty, $sums:ty;
+        load |$from:ident| $load:expr;
+        dot |$into:ident, $group:ident, $by:ident| $dot:expr;
+        start |$start:ident| $begin:expr;
+        floats |$end:ident| $floats:expr;
+    ) => {
+        $(#[doc = $about])*
+        #[derive(Clone, Copy)]
+        pub struct $name($simd);
+
+        #[target_feature(enable = $features)]
+        pub unsafe fn $run(strip: Strip<'_>) {
+            run($name(unsafe { $simd::new_unchecked() }), strip);
+        }
+
+        impl Kernel for $name {
+            type Number = u32;
+            type Vector = $vector;
+            type Sums = $sums;
+            const LANES: usize = $lanes;
+            const HEIGHT: usize = $height;
+
+            #[inline(always)]
+            unsafe fn load(self, $from: *const u32) -> $vector {
+                unsafe { $load }
+            }
+            #[inline(always)]
+            fn dot(self, $into: $sums, $group: u32, $by: $vector) -> $sums {
+                unsafe { $dot }
+            }
+        }
+
+        impl Isa for $name {
+            type Simd = $simd;
+
+            #[inline(always)]
+            fn simd(self) -> $simd {
+                self.0
+            }
+            #[inline(always)]
+            fn start(self, $start: &[i32]) -> $sums {
+                unsafe { $begin }
+            }
+            #[inline(always)]
+            // Sums may be floats.
+            #[allow(unused_unsafe)]
+            fn floats(self, $end: $sums) -> <$simd as Simd>::f32s {
+                unsafe { $floats }
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86 {
     use std::arch::x86_64::*;
+    use std::mem::transmute;
 
     use pulp::x86::{V3, V4};
-    use pulp::{f32x8, f32x16};
+    use pulp::{Simd, cast};
 
     use super::super::Strip;
     use super::{Isa, Kernel, run};
@@ -176,182 +239,49 @@ pub(super) mod x86 {
         [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() != b"GenuineIntel"
     }
 
-    /// `vpmaddwd` on pairs of i16.
-    #[derive(Clone, Copy)]
-    pub struct Avx2(V3);
-    /// `vpdpbusd` on quads of bytes, by half as long vectors.
-    #[derive(Clone, Copy)]
-    pub struct AvxVnni(V3);
-    /// `vpdpbusd` on quads of bytes.
-    #[derive(Clone, Copy)]
-    pub struct Vnni(V4);
-    /// `vdpbf16ps` on pairs.
-    #[derive(Clone, Copy)]
-    pub struct Bf16(V4);
-
-    // SAFETY of all below: the caller has seen the features, and who has a kernel is in a function that has them.
-
-    #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
-    pub unsafe fn run_avx2(strip: Strip<'_>) {
-        run(Avx2(unsafe { V3::new_unchecked() }), strip);
+    kernel! {
+        /// `vpmaddwd` on pairs of i16.
+        Avx2(V3), run_avx2 with "avx2,bmi1,bmi2,fma,lzcnt,popcnt":
+        8 lanes, 6 rows, __m256i, __m256i;
+        load |from| _mm256_loadu_si256(from.cast());
+        dot |sums, group, vector| _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_set1_epi32(group as i32), vector));
+        start |_from| _mm256_setzero_si256();
+        floats |sums| cast(_mm256_cvtepi32_ps(sums));
     }
 
-    #[target_feature(enable = "avx2,avxvnni,bmi1,bmi2,fma,lzcnt,popcnt")]
-    pub unsafe fn run_avx_vnni(strip: Strip<'_>) {
-        run(AvxVnni(unsafe { V3::new_unchecked() }), strip);
+    kernel! {
+        /// `vpdpbusd` on quads of bytes, by half as long vectors.
+        AvxVnni(V3), run_avx_vnni with "avx2,avxvnni,bmi1,bmi2,fma,lzcnt,popcnt":
+        8 lanes, 6 rows, __m256i, __m256i;
+        load |from| _mm256_loadu_si256(from.cast());
+        dot |sums, group, vector| _mm256_dpbusd_avx_epi32(sums, _mm256_set1_epi32(group as i32), vector);
+        start |from| _mm256_loadu_si256(from[..8].as_ptr().cast());
+        floats |sums| cast(_mm256_cvtepi32_ps(sums));
     }
 
-    #[target_feature(
-        enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,bmi1,bmi2,fma,lzcnt,popcnt"
-    )]
-    pub unsafe fn run_vnni(strip: Strip<'_>) {
-        run(Vnni(unsafe { V4::new_unchecked() }), strip);
+    kernel! {
+        /// `vpdpbusd` on quads of bytes.
+        Vnni(V4), run_vnni with
+            "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,bmi1,bmi2,fma,lzcnt,popcnt":
+        16 lanes, 12 rows, __m512i, __m512i;
+        load |from| _mm512_loadu_si512(from.cast());
+        dot |sums, group, vector| _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(group as i32), vector);
+        start |from| _mm512_loadu_si512(from[..16].as_ptr().cast());
+        floats |sums| cast(_mm512_cvtepi32_ps(sums));
     }
 
-    #[target_feature(
-        enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,bmi1,bmi2,fma,lzcnt,popcnt"
-    )]
-    pub unsafe fn run_bf16(strip: Strip<'_>) {
-        run(Bf16(unsafe { V4::new_unchecked() }), strip);
-    }
-
-    impl Kernel for Avx2 {
-        type Number = u32;
-        type Vector = __m256i;
-        type Sums = __m256i;
-        const LANES: usize = 8;
-        const HEIGHT: usize = 6;
-
-        #[inline(always)]
-        unsafe fn load(self, from: *const u32) -> __m256i {
-            unsafe { _mm256_loadu_si256(from.cast()) }
-        }
-        #[inline(always)]
-        fn dot(self, sums: __m256i, group: u32, vector: __m256i) -> __m256i {
-            unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_set1_epi32(group as i32), vector)) }
-        }
-    }
-
-    impl Isa for Avx2 {
-        type Simd = V3;
-
-        #[inline(always)]
-        fn simd(self) -> V3 {
-            self.0
-        }
-        #[inline(always)]
-        fn start(self, _: &[i32]) -> __m256i {
-            unsafe { _mm256_setzero_si256() }
-        }
-        #[inline(always)]
-        fn floats(self, sums: __m256i) -> f32x8 {
-            pulp::cast(unsafe { _mm256_cvtepi32_ps(sums) })
-        }
-    }
-
-    impl Kernel for AvxVnni {
-        type Number = u32;
-        type Vector = __m256i;
-        type Sums = __m256i;
-        const LANES: usize = 8;
-        const HEIGHT: usize = 6;
-
-        #[inline(always)]
-        unsafe fn load(self, from: *const u32) -> __m256i {
-            unsafe { _mm256_loadu_si256(from.cast()) }
-        }
-        #[inline(always)]
-        fn dot(self, sums: __m256i, group: u32, vector: __m256i) -> __m256i {
-            unsafe { _mm256_dpbusd_avx_epi32(sums, _mm256_set1_epi32(group as i32), vector) }
-        }
-    }
-
-    impl Isa for AvxVnni {
-        type Simd = V3;
-
-        #[inline(always)]
-        fn simd(self) -> V3 {
-            self.0
-        }
-        #[inline(always)]
-        fn start(self, from: &[i32]) -> __m256i {
-            unsafe { _mm256_loadu_si256(from[..8].as_ptr().cast()) }
-        }
-        #[inline(always)]
-        fn floats(self, sums: __m256i) -> f32x8 {
-            pulp::cast(unsafe { _mm256_cvtepi32_ps(sums) })
-        }
-    }
-
-    impl Kernel for Vnni {
-        type Number = u32;
-        type Vector = __m512i;
-        type Sums = __m512i;
-        const LANES: usize = 16;
-        const HEIGHT: usize = 12;
-
-        #[inline(always)]
-        unsafe fn load(self, from: *const u32) -> __m512i {
-            unsafe { _mm512_loadu_si512(from.cast()) }
-        }
-        #[inline(always)]
-        fn dot(self, sums: __m512i, group: u32, vector: __m512i) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(group as i32), vector) }
-        }
-    }
-
-    impl Isa for Vnni {
-        type Simd = V4;
-
-        #[inline(always)]
-        fn simd(self) -> V4 {
-            self.0
-        }
-        #[inline(always)]
-        fn start(self, from: &[i32]) -> __m512i {
-            unsafe { _mm512_loadu_si512(from[..16].as_ptr().cast()) }
-        }
-        #[inline(always)]
-        fn floats(self, sums: __m512i) -> f32x16 {
-            pulp::cast(unsafe { _mm512_cvtepi32_ps(sums) })
-        }
-    }
-
-    impl Kernel for Bf16 {
-        type Number = u32;
-        type Vector = __m512bh;
-        type Sums = __m512;
-        const LANES: usize = 16;
-        const HEIGHT: usize = 12;
-
-        #[inline(always)]
-        unsafe fn load(self, from: *const u32) -> __m512bh {
-            unsafe { from.cast::<__m512bh>().read_unaligned() }
-        }
-        #[inline(always)]
-        fn dot(self, sums: __m512, group: u32, vector: __m512bh) -> __m512 {
-            unsafe {
-                let pairs = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(group as i32));
-                _mm512_dpbf16_ps(sums, pairs, vector)
-            }
-        }
-    }
-
-    impl Isa for Bf16 {
-        type Simd = V4;
-
-        #[inline(always)]
-        fn simd(self) -> V4 {
-            self.0
-        }
-        #[inline(always)]
-        fn start(self, _: &[i32]) -> __m512 {
-            unsafe { _mm512_setzero_ps() }
-        }
-        #[inline(always)]
-        fn floats(self, sums: __m512) -> f32x16 {
-            pulp::cast(sums)
-        }
+    kernel! {
+        /// `vdpbf16ps` on pairs.
+        Bf16(V4), run_bf16 with
+            "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,bmi1,bmi2,fma,lzcnt,popcnt":
+        16 lanes, 12 rows, __m512bh, __m512;
+        load |from| from.cast::<__m512bh>().read_unaligned();
+        dot |sums, group, vector| {
+            let pairs = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(group as i32));
+            _mm512_dpbf16_ps(sums, pairs, vector)
+        };
+        start |_from| _mm512_setzero_ps();
+        floats |sums| cast(sums);
     }
 }
 
@@ -361,7 +291,7 @@ pub(super) mod arm {
     use std::arch::{asm, is_aarch64_feature_detected};
 
     use pulp::aarch64::Neon;
-    use pulp::f32x4;
+    use pulp::{Simd, cast};
 
     use super::super::Strip;
     use super::{Isa, Kernel, run};
@@ -374,109 +304,38 @@ pub(super) mod arm {
         Neon::is_available() && is_aarch64_feature_detected!("bf16")
     }
 
-    /// `sdot` on quads of bytes.
-    #[derive(Clone, Copy)]
-    pub struct Dot(Neon);
-    /// `bfdot` on pairs.
-    #[derive(Clone, Copy)]
-    pub struct Bf16Dot(Neon);
-
-    // SAFETY of all below: the caller has seen the features, and who has a kernel is in a function that has them.
-    // The intrinsics for both instructions are not stable.
-
-    #[target_feature(enable = "neon,dotprod")]
-    pub unsafe fn run_dot(strip: Strip<'_>) {
-        run(Dot(unsafe { Neon::new_unchecked() }), strip);
-    }
-
-    #[target_feature(enable = "neon,bf16")]
-    pub unsafe fn run_bf16_dot(strip: Strip<'_>) {
-        run(Bf16Dot(unsafe { Neon::new_unchecked() }), strip);
-    }
-
-    impl Kernel for Dot {
-        type Number = u32;
-        type Vector = uint32x4_t;
-        type Sums = int32x4_t;
-        const LANES: usize = 4;
-        const HEIGHT: usize = 12;
-
-        #[inline(always)]
-        unsafe fn load(self, from: *const u32) -> uint32x4_t {
-            unsafe { vld1q_u32(from) }
-        }
-        #[inline(always)]
-        fn dot(self, mut sums: int32x4_t, group: u32, vector: uint32x4_t) -> int32x4_t {
-            unsafe {
-                asm!(
-                    "sdot {sums:v}.4s, {group:v}.16b, {vector:v}.16b",
-                    sums = inout(vreg) sums,
-                    group = in(vreg) vdupq_n_u32(group),
-                    vector = in(vreg) vector,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
+    /// Neither instruction's intrinsic is stable.
+    macro_rules! dot {
+        ($instruction:literal, $into:ident, $group:ident, $by:ident) => {{
+            let mut sums = $into;
+            asm!(
+                $instruction,
+                sums = inout(vreg) sums,
+                group = in(vreg) vdupq_n_u32($group),
+                vector = in(vreg) $by,
+                options(pure, nomem, nostack, preserves_flags),
+            );
             sums
-        }
+        }};
     }
 
-    impl Isa for Dot {
-        type Simd = Neon;
-
-        #[inline(always)]
-        fn simd(self) -> Neon {
-            self.0
-        }
-        #[inline(always)]
-        fn start(self, _: &[i32]) -> int32x4_t {
-            unsafe { vdupq_n_s32(0) }
-        }
-        #[inline(always)]
-        fn floats(self, sums: int32x4_t) -> f32x4 {
-            pulp::cast(unsafe { vcvtq_f32_s32(sums) })
-        }
+    kernel! {
+        /// `sdot` on quads of bytes.
+        Dot(Neon), run_dot with "neon,dotprod":
+        4 lanes, 12 rows, uint32x4_t, int32x4_t;
+        load |from| vld1q_u32(from);
+        dot |sums, group, vector| dot!("sdot {sums:v}.4s, {group:v}.16b, {vector:v}.16b", sums, group, vector);
+        start |_from| vdupq_n_s32(0);
+        floats |sums| cast(vcvtq_f32_s32(sums));
     }
 
-    impl Kernel for Bf16Dot {
-        type Number = u32;
-        type Vector = uint32x4_t;
-        type Sums = float32x4_t;
-        const LANES: usize = 4;
-        const HEIGHT: usize = 12;
-
-        #[inline(always)]
-        unsafe fn load(self, from: *const u32) -> uint32x4_t {
-            unsafe { vld1q_u32(from) }
-        }
-        #[inline(always)]
-        fn dot(self, mut sums: float32x4_t, group: u32, vector: uint32x4_t) -> float32x4_t {
-            unsafe {
-                asm!(
-                    "bfdot {sums:v}.4s, {group:v}.8h, {vector:v}.8h",
-                    sums = inout(vreg) sums,
-                    group = in(vreg) vdupq_n_u32(group),
-                    vector = in(vreg) vector,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            sums
-        }
-    }
-
-    impl Isa for Bf16Dot {
-        type Simd = Neon;
-
-        #[inline(always)]
-        fn simd(self) -> Neon {
-            self.0
-        }
-        #[inline(always)]
-        fn start(self, _: &[i32]) -> float32x4_t {
-            unsafe { vdupq_n_f32(0.0) }
-        }
-        #[inline(always)]
-        fn floats(self, sums: float32x4_t) -> f32x4 {
-            pulp::cast(sums)
-        }
+    kernel! {
+        /// `bfdot` on pairs.
+        Bf16Dot(Neon), run_bf16_dot with "neon,bf16":
+        4 lanes, 12 rows, uint32x4_t, float32x4_t;
+        load |from| vld1q_u32(from);
+        dot |sums, group, vector| dot!("bfdot {sums:v}.4s, {group:v}.8h, {vector:v}.8h", sums, group, vector);
+        start |_from| vdupq_n_f32(0.0);
+        floats |sums| cast(sums);
     }
 }
