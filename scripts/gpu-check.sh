@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: the golden tests on the device, then the engine on it and on the CPU over the
-# same texts, how near the two are, and how fast; the result as JSON on standard output.
+# same texts, how near the two are, how fast, and what share of a large multiplication's rate the device reached;
+# the result as JSON on standard output.
 #
 #   scripts/gpu-check.sh build          here, without a GPU: binaries and CUDA's libraries to target/gpu-check
 #   scripts/gpu-check.sh run [FOLDER]   there: FOLDER holds models and texts of benches/peers/make.py
@@ -70,5 +71,5 @@ run() {
 case "${1:-}" in
   build) build ;;
   run) run "${2:-}" ;;
-  *) sed -n '2,8p' "$0"; exit 2 ;;
+  *) sed -n '2,9p' "$0"; exit 2 ;;
 esac

@@ -72,7 +72,7 @@ struct Report {
     threads: usize,
     /// Batches that were halved because the device was out of memory.
     oom_splits: u64,
-    /// Of the model's multiplications, a second.
+    /// Of the model's multiplications, a second, as if no two texts were the same.
     operations_per_second: f64,
     /// What the device reaches in large multiplications in the model's precision, where it is not a CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
