@@ -73,15 +73,15 @@ fn auto() -> (Device, String, Option<String>) {
     (Device::Cpu, "cpu".to_owned(), Some(reasons.join("; ")))
 }
 
+#[cfg(feature = "cuda")]
 fn cuda(ordinal: usize) -> Result<Device, String> {
-    if !cfg!(feature = "cuda") {
-        return Err("this build has no CUDA: build kandle with --features cuda".to_owned());
-    }
-    #[cfg(feature = "cuda")]
-    let device = super::ops::cuda::open(ordinal);
-    #[cfg(not(feature = "cuda"))]
-    let device = Device::new_cuda(ordinal);
-    device.map_err(|e| format!("CUDA device {ordinal} cannot be used: {}", super::message(&e)))
+    super::ops::cuda::open(ordinal)
+        .map_err(|e| format!("CUDA device {ordinal} cannot be used: {}", super::message(&e)))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_: usize) -> Result<Device, String> {
+    Err("this build has no CUDA: build kandle with --features cuda".to_owned())
 }
 
 fn metal() -> Result<Device, String> {

@@ -100,26 +100,20 @@ impl Packed {
             return Ok(indices);
         }
         let tokens = self.tokens();
-        let mut all = self.ids.clone();
-        all.extend(self.lengths().flat_map(|length| 0..length as u32));
-        let ends = self.lengths().scan(0, |end, length| {
-            *end += length as u32;
-            Some(*end)
-        });
-        all.push(0);
-        all.extend(ends);
-        let sequences = self.lengths.len();
-        all.extend_from_slice(self.type_ids().unwrap_or_default());
+        let (mut positions, mut starts) = (Vec::with_capacity(tokens), vec![0]);
+        for length in self.lengths() {
+            positions.extend(0..length as u32);
+            starts.push(positions.len() as u32);
+        }
         // One copy for all.
-        let all = upload(&all, device)?;
+        let types = self.type_ids().unwrap_or_default();
+        let all = upload(&[&self.ids, &positions, &starts, types].concat(), device)?;
+        let types = self.type_ids().map(|_| all.narrow(0, 2 * tokens + starts.len(), tokens));
         let indices = Indices {
             ids: all.narrow(0, 0, tokens)?,
+            types: types.transpose()?,
             positions: all.narrow(0, tokens, tokens)?,
-            starts: all.narrow(0, 2 * tokens, sequences + 1)?,
-            types: match self.type_ids {
-                Some(_) => Some(all.narrow(0, 2 * tokens + sequences + 1, tokens)?),
-                None => None,
-            },
+            starts: all.narrow(0, 2 * tokens, starts.len())?,
         };
         Ok(self.on_device.get_or_init(|| indices))
     }
@@ -304,10 +298,6 @@ impl Block {
             Qkv::Fused(name) => vec![vb.pp(name)],
             Qkv::Separate(names) => names.iter().map(|name| vb.pp(name)).collect(),
         };
-        let up = match a.feed_forward {
-            FeedForward::Plain(_) => a.intermediate,
-            FeedForward::Gated(..) => 2 * a.intermediate,
-        };
         let ups: Vec<_> = layer.up.iter().map(|name| vb.pp(name)).collect();
         Ok(Self {
             qkv: Linear::load(h, 3 * h, a.attention_bias, code, &qkv)?,
@@ -317,7 +307,7 @@ impl Block {
                 Some(name) => Some(Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(name))?),
                 None => None,
             },
-            up: Linear::load(h, up, a.up_bias, code, &ups)?,
+            up: Linear::load(h, a.up(), a.up_bias, code, &ups)?,
             down: Linear::load(a.intermediate, h, a.down_bias, code, &[vb.pp(&layer.down)])?,
             mlp_norm: Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(&layer.mlp_norm))?,
             rotation,

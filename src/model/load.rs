@@ -158,17 +158,12 @@ impl Model {
     /// `[batch, width]`, row after row, in the order of the batch.
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Vec<f32>> {
         let packed = Packed::new(batch);
-        let run = || {
-            self.encoder
-                .forward(&packed, |hidden, scratch| Rows::of(&self.head.forward(hidden, &packed, scratch)?))
-        };
-        let rows = match self.encoder.device().is_cpu() {
-            true => run()?,
-            false => {
-                let _turn = self.queueing.lock().unwrap_or_else(|e| e.into_inner());
-                run()?
-            }
-        };
+        let gpu = !self.encoder.device().is_cpu();
+        let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
+        let rows = self
+            .encoder
+            .forward(&packed, |hidden, scratch| Rows::of(&self.head.forward(hidden, &packed, scratch)?))?;
+        drop(turn);
         let rows = rows.finish()?;
         let mut out = vec![0.0; rows.len()];
         for (place, &i) in packed.order().iter().enumerate() {

@@ -114,11 +114,11 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
     let task = Task::load(&settings, &metrics)?;
     let text = task.text.as_ref().context("the task reads texts")?;
 
-    let (mut seconds, mut tokens, mut rows) = (f64::INFINITY, 0, Vec::new());
+    let (mut seconds, mut tokens, mut rows, mut operations) = (f64::INFINITY, 0, Vec::new(), 0);
     for _ in 0..options.rounds {
         let before = metrics.tokens.get();
         let started = Instant::now();
-        rows = run(text, &texts, options.window, &metrics)?;
+        (rows, operations) = run(text, &texts, options.window, &metrics)?;
         seconds = seconds.min(started.elapsed().as_secs_f64());
         tokens = metrics.tokens.get() - before;
     }
@@ -133,11 +133,6 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         }
         out.flush()?;
     }
-    let operations: u64 = texts
-        .iter()
-        .filter_map(|line| text.prepare(line).ok())
-        .map(|tokens| text.model.architecture().operations(tokens.ids.len()))
-        .sum();
     let placement = &text.model.placement;
     let peak = match placement.is_cpu() {
         true => None,
@@ -196,11 +191,16 @@ fn peak(placement: &Placement) -> candle_core::Result<f64> {
     Ok(2.0 * (SIZE as f64).powi(3) / best)
 }
 
-/// `[texts, width]`.
-fn run(task: &TextTask, texts: &[String], window: usize, metrics: &Metrics) -> anyhow::Result<Vec<f32>> {
+/// `[texts, width]`, and the operations that the texts are for the model.
+fn run(
+    task: &TextTask,
+    texts: &[String],
+    window: usize,
+    metrics: &Metrics,
+) -> anyhow::Result<(Vec<f32>, u64)> {
     let (prepared, windows) = bounded::<Window>(1);
     let mut rows = Vec::with_capacity(texts.len() * task.model.width());
-    let mut failed = None;
+    let (mut failed, mut operations) = (None, 0);
     std::thread::scope(|scope| {
         scope.spawn(move || {
             for texts in texts.chunks(window) {
@@ -213,14 +213,18 @@ fn run(task: &TextTask, texts: &[String], window: usize, metrics: &Metrics) -> a
         let open = |tokens: Window| {
             let total = tokens.iter().flatten().map(|t| t.ids.len()).sum::<usize>();
             metrics.tokens.inc_by(total as u64);
+            let of = |tokens: &Tokens| task.model.architecture().operations(tokens.ids.len());
+            let operations: u64 = tokens.iter().flatten().map(of).sum();
             let plan = task.engine.plan(&tokens, |_| false);
-            Request { window: tokens.iter().position(Option::is_none), tokens, plan }
+            Request { window: (tokens.iter().position(Option::is_none), operations), tokens, plan }
         };
         task.engine.serve(
             &windows,
             open,
             |response| {
-                failed = failed.or(response.window).or(response.failed.first().map(|(i, _)| *i as usize));
+                let (unread, of_window) = response.window;
+                operations += of_window;
+                failed = failed.or(unread).or(response.failed.first().map(|(i, _)| *i as usize));
                 rows.extend(response.rows);
                 failed.is_none()
             },
@@ -229,7 +233,7 @@ fn run(task: &TextTask, texts: &[String], window: usize, metrics: &Metrics) -> a
     })
     .map_err(|e| anyhow::anyhow!("{e}"))?;
     match failed {
-        None => Ok(rows),
+        None => Ok((rows, operations)),
         Some(line) => bail!("text {line} of a window has no embedding"),
     }
 }

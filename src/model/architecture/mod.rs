@@ -154,13 +154,17 @@ impl Architecture {
         }
     }
 
-    /// Floating-point operations that the layers' multiplications are for a sequence, two a multiply-add.
-    pub fn operations(&self, length: usize) -> u64 {
-        let up = match self.feed_forward {
+    /// Numbers that a token has before the feed-forward's activation: a gated one's are in two halves.
+    pub fn up(&self) -> usize {
+        match self.feed_forward {
             FeedForward::Plain(_) => self.intermediate,
             FeedForward::Gated(..) => 2 * self.intermediate,
-        };
-        let weights = self.hidden * (4 * self.hidden + up + self.intermediate);
+        }
+    }
+
+    /// Floating-point operations that the layers' multiplications are for a sequence, two a multiply-add.
+    pub fn operations(&self, length: usize) -> u64 {
+        let weights = self.hidden * (4 * self.hidden + self.up() + self.intermediate);
         let seen = |layer: &Layer| layer.reach.map_or(length, |reach| length.min(2 * reach + 1));
         let of = |layer: &Layer| 2 * length * (weights + 2 * seen(layer) * self.hidden);
         self.layers.iter().map(|layer| of(layer) as u64).sum()

@@ -272,11 +272,25 @@ fn attention() {
     }
 }
 
+fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch: &Packed) -> Vec<bf16> {
+    let Attention { heads, width, reach } = *attention;
+    let (hidden, (starts, _)) = (heads * width, places(batch));
+    let longest = batch.lengths().max().unwrap();
+    let at = |start: usize| bias.map_or(null(), |bias| bias[start..].as_ptr());
+    let mut out = vec![bf16::NAN; batch.tokens() * hidden];
+    call!(c"host_attend_bf16",
+        longest as u32 => u32, batch.order().len() as u32 => u32, out.as_mut_ptr() => *mut bf16,
+        qkv.as_ptr() => *const bf16, at(0) => *const bf16, at(2 * hidden) => *const bf16,
+        starts.as_ptr() => *const u32, heads as i32 => i32, width as i32 => i32,
+        reach.unwrap_or(longest) as i32 => i32
+    );
+    out
+}
+
 /// By the tensor cores' instructions, of which host.h has the fragments as the PTX ISA gives them.
 #[test]
 fn attention_by_warps() {
     let packed = batch(&LENGTHS);
-    let (starts, _) = places(&packed);
     for (heads, width) in [(2, 32), (1, 64)] {
         let hidden = heads * width;
         // Scores far enough apart that a wrong one shows.
@@ -284,20 +298,13 @@ fn attention_by_warps() {
         let bias = tensor(1, 3 * hidden, 6);
         let (qkv, bias) = (rounded(&qkv), rounded(&bias));
         for with_bias in [false, true] {
-            let at = |start: usize| if with_bias { bias[start..].as_ptr() } else { null() };
             let all = match with_bias {
                 true => widened(&qkv, 3 * hidden).broadcast_add(&widened(&bias, 3 * hidden)).unwrap(),
                 false => widened(&qkv, 3 * hidden),
             };
             for reach in [None, Some(0), Some(3), Some(70)] {
-                let mut out = vec![bf16::NAN; packed.tokens() * hidden];
-                call!(c"host_attend_bf16",
-                    150 => u32, LENGTHS.len() as u32 => u32, out.as_mut_ptr() => *mut bf16,
-                    qkv.as_ptr() => *const bf16, at(0) => *const bf16, at(2 * hidden) => *const bf16,
-                    starts.as_ptr() => *const u32, heads as i32 => i32, width as i32 => i32,
-                    reach.unwrap_or(150) as i32 => i32
-                );
                 let attention = Attention { heads, width, reach };
+                let out = attend_bf16(&attention, &qkv, with_bias.then_some(&bias[..]), &packed);
                 // A query with its bias, the weights and the result are rounded.
                 near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), 6.0);
             }
@@ -309,21 +316,12 @@ fn attention_by_warps() {
 #[test]
 fn attention_sees_no_neighbour() {
     let packed = batch(&[5, 70]);
-    let (starts, _) = places(&packed);
     let width = 64;
     let mut qkv = rounded(&tensor(packed.tokens(), 3 * width, 7));
-    let attend = |qkv: &[bf16]| {
-        let mut out = vec![bf16::ZERO; packed.tokens() * width];
-        call!(c"host_attend_bf16",
-            70 => u32, 2 => u32, out.as_mut_ptr() => *mut bf16, qkv.as_ptr() => *const bf16,
-            null() => *const bf16, null() => *const bf16, starts.as_ptr() => *const u32,
-            1 => i32, width as i32 => i32, 70 => i32
-        );
-        out
-    };
-    let before = attend(&qkv);
+    let attention = Attention { heads: 1, width, reach: None };
+    let before = attend_bf16(&attention, &qkv, None, &packed);
     qkv[5 * 3 * width..].fill(bf16::NAN);
-    let after = attend(&qkv);
+    let after = attend_bf16(&attention, &qkv, None, &packed);
     assert_eq!(before[..5 * width], after[..5 * width]);
     assert!(after[5 * width..].iter().all(|x| x.is_nan()), "what is no number stays none");
 }

@@ -24,7 +24,8 @@ pub fn embed(embedding: &Embedding, batch: &Packed) -> Result<Tensor> {
     let (tokens, hidden) = (batch.tokens(), word.dim(1)?);
     let indices = batch.on(word.device())?;
     let positions = embedding.position_table()?;
-    by_kept_row(
+    keep("embed", hidden, word)?;
+    by_row(
         "embed",
         (tokens, hidden),
         word,
@@ -50,7 +51,8 @@ pub fn add_norm(
     norm: Option<&Norm>,
 ) -> Result<Tensor> {
     let (tokens, hidden) = x.dims2()?;
-    by_kept_row(
+    keep("add_norm", hidden, x)?;
+    by_row(
         "add_norm",
         (tokens, hidden),
         x,
@@ -156,19 +158,12 @@ fn by_row(
     Ok(out)
 }
 
-/// The same for kernels that keep a row in the registers of a block.
-fn by_kept_row(
-    name: &'static str,
-    (rows, width): (usize, usize),
-    like: &Tensor,
-    tensors: &[Option<&Tensor>],
-    numbers: &[Number],
-) -> Result<Tensor> {
-    let size = like.dtype().size_in_bytes();
-    if !fits(size, width) {
+/// Refuses rows of which a block cannot keep each number in a register.
+fn keep(name: &str, width: usize, like: &Tensor) -> Result<()> {
+    if !fits(like.dtype().size_in_bytes(), width) {
         candle_core::bail!("{name}: rows of {width} numbers are longer than a block of the GPU");
     }
-    by_row(name, (rows, width), like, tensors, numbers)
+    Ok(())
 }
 
 /// Memory for `[rows, width]` where `like` is, with anything in it.
