@@ -1,22 +1,12 @@
 #!/usr/bin/env bash
 # Compiles, links and starts kandle with --features cuda on a machine without a GPU or CUDA.
-#
-# The driver's library (libcuda.so.1) is on no machine without a driver, so the link is against a stub
-# with one empty function for each symbol that the build asks for; on a machine with a GPU the real one
-# takes its place.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}/cuda
 . "$root/scripts/cuda-env.sh"
 
 cargo build --manifest-path "$root/Cargo.toml" --target-dir "$target" --features cuda --lib
-# Names of the driver's functions: cuInit, cuMemAlloc_v2, …; not cublas… or curand….
-find "$target/debug/deps" -name '*.rlib' -exec nm -u {} + 2>/dev/null |
-  sed -n 's/^ *U \(cu[A-Z][A-Za-z0-9_]*\)$/\1/p' | sort -u > "$stub/symbols"
-awk 'BEGIN { print "/* made by scripts/cuda-check.sh */" } { print "int " $1 "(void) { return 100; /* CUDA_ERROR_NO_DEVICE */ }" }' \
-  "$stub/symbols" > "$stub/cuda.c"
-cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o "$stub/libcuda.so.1" "$stub/cuda.c"
-ln -sf libcuda.so.1 "$stub/libcuda.so"
+driver_stub "$target/debug/deps"
 cargo build --manifest-path "$root/Cargo.toml" --target-dir "$target" --features cuda
 echo "linked: $(du -h "$target/debug/kandle" | cut -f1), $(wc -l < "$stub/symbols") driver symbols"
 

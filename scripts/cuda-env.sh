@@ -18,3 +18,14 @@ for library in "$CUDA_HOME"/lib/*.so.*; do
   link=${library%%.so.*}.so
   [ -e "$link" ] || ln -s "$(basename "$library")" "$link"
 done
+
+# The driver's library is on no machine without a driver. Linking wants it, so it is replaced by one with an empty
+# function for each driver symbol (cuInit, cuMemAlloc_v2, …; not cublas… or curand…) that the built libraries ask for.
+driver_stub() { # FOLDER of the built *.rlib
+  find "$1" -name '*.rlib' -exec nm -u {} + 2>/dev/null |
+    sed -n 's/^ *U \(cu[A-Z][A-Za-z0-9_]*\)$/\1/p' | sort -u > "$stub/symbols"
+  awk 'BEGIN { print "/* made by scripts/cuda-env.sh */" } { print "int " $1 "(void) { return 100; /* CUDA_ERROR_NO_DEVICE */ }" }' \
+    "$stub/symbols" > "$stub/cuda.c"
+  cc -shared -fPIC -Wl,-soname,libcuda.so.1 -o "$stub/libcuda.so.1" "$stub/cuda.c"
+  ln -sf libcuda.so.1 "$stub/libcuda.so"
+}

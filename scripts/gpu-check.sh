@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the golden tests on the device, then the engine on it and on the CPU over the
-# same texts, how near the two are, how fast, and what share of a large multiplication's rate the device reached;
-# the result as JSON on standard output.
+# On a machine with a GPU: the golden tests on the device, how near the engine's embeddings there are to a CPU's,
+# how fast it is, what share of a large multiplication's rate it reaches, and sentence-transformers beside it.
 #
-#   scripts/gpu-check.sh build          here, without a GPU: binaries and CUDA's libraries to target/gpu-check
-#   scripts/gpu-check.sh run [FOLDER]   there: FOLDER holds models and texts of benches/peers/make.py
+#   scripts/gpu-check.sh build            here, without a GPU: binaries and CUDA's libraries to target/gpu-check
+#   scripts/gpu-check.sh run [FOLDER]     there: FOLDER holds models and texts of benches/peers/make.py
+#   scripts/gpu-check.sh profile FOLDER   there: the device's time by kernel (Nsight Compute's ncu)
 #
-# Without FOLDER the bundled model and its tickets serve. DEVICE=cpu runs the same on a CPU.
+# Results are JSON, one object a line, on standard output. Without FOLDER the bundled model and its tickets serve.
+# DEVICE=cpu runs the same on a CPU. CASES names what is measured, "MODEL TEXTS DTYPE" separated by commas; PEERS=no
+# leaves sentence-transformers out. CUDA's libraries are looked for where `build` put them, then where python3 has them.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
-out=$target/gpu-check
+out=${GPU_CHECK:-$target/gpu-check}
 device=${DEVICE:-cuda}
 
 build() {
-  "$root/scripts/cuda-check.sh" >&2
   . "$root/scripts/cuda-env.sh"
   mkdir -p "$out/lib" "$out/stub"
-  cargo build --release --manifest-path "$root/Cargo.toml" --target-dir "$target/cuda" --features cuda
-  golden=$(cargo test --release --manifest-path "$root/Cargo.toml" --target-dir "$target/cuda" --features cuda --test golden \
-    --no-run --message-format=json | sed -n 's/.*"executable":"\([^"]*golden-[^"]*\)".*/\1/p' | tail -1)
+  options=(--release --manifest-path "$root/Cargo.toml" --target-dir "$target/cuda" --features cuda)
+  cargo build "${options[@]}" --lib
+  driver_stub "$target/cuda/release/deps"
+  cargo build "${options[@]}"
+  golden=$(cargo test "${options[@]}" --test golden --no-run --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*golden-[^"]*\)".*/\1/p' | tail -1)
   strip -o "$out/kandle" "$target/cuda/release/kandle"
   strip -o "$out/golden" "$golden"
   # Where there is no driver, DEVICE=cpu runs beside this.
@@ -28,48 +32,88 @@ build() {
   echo "built: $out ($(du -sh "$out" | cut -f1))" >&2
 }
 
-measure() { # MODEL TEXTS DEVICE [--output FILE]
-  "$out/kandle" bench engine --json --model "$1" --input "$2" --device "$3" --rounds 3 "${@:4}" 2>> "$out/log"
+# The libraries that kandle links to: those of `build`, or those that a Python with PyTorch brings.
+libraries() {
+  local folders
+  folders=$(python3 -c 'import glob, site, sys; print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))' 2>/dev/null || true)
+  [ "$device" != cpu ] || folders=$out/stub:$folders
+  export LD_LIBRARY_PATH="$out/lib:$folders${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+  work=$(mktemp -d)
+  trap 'status=$?; [ $status = 0 ] || cat "$work/log" >&2; rm -rf "$work"' EXIT
+}
+
+measure() { # MODEL TEXTS DEVICE DTYPE [OPTION…]
+  "$out/kandle" bench engine --json --model "$1" --input "$2" --device "$3" --dtype "$4" "${@:5}" 2>> "$work/log" | tr -d '\n'
+}
+
+# A GPU is done with the files that serve a CPU before the clock has settled: each text as many times, behind two letters.
+enlarge() { # FILE TIMES
+  awk -v times="$2" '{ line[NR] = $0 } END { for (i = 0; i < times; i++) for (n = 1; n <= NR; n++) {
+    text = line[n]; sub(/"text": "/, sprintf("&%c %c ", 97 + i % 26, 97 + int(i / 26)), text); print text } }' "$1"
+}
+
+# The least cosine between two files of embeddings, of length 1 or not.
+least_cosine() {
+  paste -d '\n' "$1" "$2" | sed 's/^{"embedding":\[//; s/\]}$//' | awk -F, '
+    NR % 2 { split($0, a, ","); next }
+    { ab = aa = bb = 0; for (i = 1; i <= NF; i++) { ab += a[i] * $i; aa += a[i] * a[i]; bb += $i * $i }
+      c = ab / sqrt(aa * bb); if (least == "" || c < least) least = c }
+    END { printf "%.6f", least }'
+}
+
+inputs() { # FOLDER MODEL TEXTS: sets path and texts, and makes the larger file
+  path=$1/$2 texts=$1/$3.jsonl
+  [ -n "$1" ] || path=$2 texts=$root/demo/$3.jsonl
+  large=$work/$3.large.jsonl
+  # About two million tokens, of seven bytes each.
+  [ -e "$large" ] || enlarge "$texts" $((14000000 / $(wc -c < "$texts") + 1)) > "$large"
 }
 
 run() {
+  libraries
   folder=${1:-}
-  [ "$device" != cpu ] || export LD_LIBRARY_PATH="$out/stub${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-  export LD_LIBRARY_PATH="$out/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-  : > "$out/log"
+  [ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >&2
   (cd "$root" && KANDLE_TEST_DEVICE=$device "$out/golden") >&2
-  if [ -n "$folder" ]; then
-    cases=("minilm mixed" "minilm long" "base mixed" "base long" "modernbert long")
-  else
-    cases=("bundled tickets")
-  fi
-  echo "["
-  separator=
+  default="bundled tickets auto"
+  [ -z "$folder" ] || default="minilm mixed bf16,minilm long bf16,base mixed bf16,base long bf16,base long f16,base long f32,modernbert long bf16,large long bf16"
+  IFS=, read -ra cases <<< "${CASES:-$default}"
   for case in "${cases[@]}"; do
-    read -r model texts <<< "$case"
-    [ -n "$folder" ] && { path=$folder/$model; input=$folder/$texts.jsonl; } || { path=$model; input=$root/demo/tickets.jsonl; }
-    there=$(measure "$path" "$input" "$device" --output "$out/device.jsonl")
-    here=$(measure "$path" "$input" cpu --output "$out/cpu.jsonl")
-    # The embeddings have length 1 or not: the cosine does not care.
-    least=$(paste -d '\n' "$out/device.jsonl" "$out/cpu.jsonl" | sed 's/^{"embedding":\[//; s/\]}$//' | awk -F, '
-      NR % 2 { split($0, a, ","); next }
-      { ab = aa = bb = 0; for (i = 1; i <= NF; i++) { ab += a[i] * $i; aa += a[i] * a[i]; bb += $i * $i }
-        c = ab / sqrt(aa * bb); if (least == "" || c < least) least = c }
-      END { printf "%.6f", least }')
-    echo "$separator{\"model\": \"$model\", \"texts\": \"$texts\", \"least_cosine\": $least, \"device\": $there, \"cpu\": $here}"
-    separator=,
+    read -r model name dtype <<< "$case"
+    inputs "$folder" "$model" "$name"
+    head -200 "$texts" > "$work/few.jsonl"
+    measure "$path" "$work/few.jsonl" "$device" "$dtype" --output "$work/there.jsonl" > /dev/null
+    [ -e "$work/$model.$name.cpu" ] || measure "$path" "$work/few.jsonl" cpu f32 --output "$work/$model.$name.cpu" > /dev/null
+    nearest=$(least_cosine "$work/there.jsonl" "$work/$model.$name.cpu")
+    there=$(measure "$path" "$large" "$device" "$dtype" --rounds 5)
+    echo "{\"model\": \"$model\", \"texts\": \"$name\", \"dtype\": \"$dtype\", \"least_cosine\": $nearest, \"kandle\": $there}"
+    if [ "${PEERS:-yes}" = yes ] && [ "$device" != cpu ] && [ -n "$folder" ]; then
+      peer=$(python3 "$root/benches/peers/peer.py" torch "$dtype" --device cuda --model "$path" --input "$large" --threads "$(nproc)" 2>> "$work/log")
+      echo "{\"model\": \"$model\", \"texts\": \"$name\", \"dtype\": \"$dtype\", \"sentence_transformers\": $peer}"
+    fi
   done
   # More than fits: halved until it does.
-  if [ -n "$folder" ] && [ "$device" != cpu ]; then
-    for i in $(seq 60); do sed "s/\"text\": \"/&$i /" "$folder/long.jsonl"; done > "$out/many.jsonl"
-    there=$(measure "$folder/base" "$out/many.jsonl" "$device" --window 18000 --set batch.max_tokens=10000000)
-    echo ", {\"model\": \"base\", \"texts\": \"many\", \"device\": $there}"
+  if [ -n "$folder" ] && [ "$device" != cpu ] && [ -z "${CASES:-}" ]; then
+    enlarge "$folder/long.jsonl" 100 > "$work/many.jsonl"
+    there=$(measure "$folder/base" "$work/many.jsonl" "$device" f32 --window 30000 --set batch.max_tokens=10000000)
+    echo "{\"model\": \"base\", \"texts\": \"many, in one batch where that fits\", \"kandle\": $there}"
   fi
-  echo "]"
+}
+
+profile() {
+  libraries
+  for case in "base long bf16" "minilm mixed bf16"; do
+    read -r model name dtype <<< "$case"
+    inputs "$1" "$model" "$name"
+    ncu --clock-control none --metrics gpu__time_duration.sum --csv --log-file "$work/ncu.csv" --launch-skip 800 --launch-count 800 \
+      "$out/kandle" bench engine --json --model "$path" --input "$large" --device "$device" --dtype "$dtype" 2>> "$work/log" > /dev/null
+    echo "$case"
+    python3 "$root/benches/peers/kernels.py" "$work/ncu.csv"
+  done
 }
 
 case "${1:-}" in
   build) build ;;
   run) run "${2:-}" ;;
-  *) sed -n '2,9p' "$0"; exit 2 ;;
+  profile) profile "${2:?a folder of benches/peers/make.py}" ;;
+  *) sed -n '2,13p' "$0"; exit 2 ;;
 esac

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Makes the models and texts that the engine's benchmark runs over.
 
-    python3 benches/peers/make.py FOLDER
+    python3 benches/peers/make.py FOLDER [MODEL…]
 
-Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`) and BERT-base (`base`): what a forward
-costs does not depend on what the weights are. Beside them six layers of ModernBERT-base (`modernbert`), for
-scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. A WordPiece vocabulary of 30,522 made-up words and
+Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): what a
+forward costs does not depend on what the weights are. Beside them six layers of ModernBERT-base (`modernbert`), for
+scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. Without MODEL, all but `large`. A WordPiece vocabulary of 30,522 made-up words and
 word parts; texts of such words, by tokens with the special ones:
 
     short.jsonl  2,000 texts of 33 tokens, 25 to 41
@@ -26,6 +26,7 @@ from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertMode
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
 VOCABULARY = 30522
 LIMIT = 512
@@ -72,7 +73,7 @@ def text(rng, tok, whole, parts, tokens):
     return " ".join(out)
 
 
-def main(folder):
+def main(folder, wanted):
     rng = random.Random(20261124)
     tok, whole, parts = tokenizer(rng)
     lengths = {
@@ -91,7 +92,8 @@ def main(folder):
     models["modernbert"] = (ModernBertModel, ModernBertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_hidden_layers=6, pad_token_id=0, bos_token_id=2,
         cls_token_id=2, eos_token_id=3, sep_token_id=3))
-    for name, (kind, config) in models.items():
+    for name in wanted or [name for name in models if name != "large"]:
+        kind, config = models[name]
         torch.manual_seed(7)
         model = kind(config).eval()
         out = folder / name
@@ -110,4 +112,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2:])

@@ -2,8 +2,9 @@
 """One of today's ways to embed a file of texts, once, tokenising included; the result as one line of JSON.
 
     python3 benches/peers/peer.py ENGINE DTYPE --model DIR --input FILE.jsonl --threads N [--batch N] [--output FILE]
+        [--device cuda]
 
-ENGINE DTYPE: torch (sentence-transformers) f32 or bf16, onnxruntime f32 or int8, openvino f32 or bf16, tei f32
+ENGINE DTYPE: torch (sentence-transformers) f32, bf16 or, on a GPU, f16, onnxruntime f32 or int8, openvino f32 or bf16, tei f32
 (text-embeddings-inference, whose router TEI names; asked over HTTP, its answers parsed after the clock has stopped).
 Texts are sorted by length, in the peer's favour. Without --batch, the fastest of several on the first
 texts is taken, before the clock starts. Exported graphs are kept beside the model.
@@ -65,14 +66,15 @@ def export(model_dir):
     return path
 
 
-def torch_engine(model_dir, dtype, threads):
+def torch_engine(model_dir, dtype, threads, device):
     import torch
     from sentence_transformers import SentenceTransformer
     torch.set_num_threads(threads)
-    kwargs = {"torch_dtype": {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]}
-    model = SentenceTransformer(str(model_dir), device="cpu", model_kwargs=kwargs)
+    kwargs = {"torch_dtype": {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype]}
+    model = SentenceTransformer(str(model_dir), device=device, model_kwargs=kwargs)
     return lambda texts, size: model.encode(
-        texts, batch_size=size, show_progress_bar=False, convert_to_numpy=True), [8, 16, 32, 64]
+        texts, batch_size=size, show_progress_bar=False, convert_to_numpy=True), (
+            [8, 16, 32, 64] if device == "cpu" else [32, 64, 128, 256, 512])
 
 
 def onnx_engine(model_dir, dtype, threads):
@@ -237,11 +239,13 @@ def main():
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--device", default="cpu", help="cpu, or for torch cuda")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(args.threads)
     texts = [json.loads(line)["text"] for line in args.input.read_text().splitlines()]
-    run, sizes = ENGINES[args.engine](args.model, args.dtype, args.threads)
+    of_device = {"device": args.device} if args.engine == "torch" else {}
+    run, sizes = ENGINES[args.engine](args.model, args.dtype, args.threads, **of_device)
     run(texts[:16], 8)
     batch = args.batch
     if batch is None:
@@ -266,7 +270,7 @@ def main():
     print(json.dumps({
         "records": len(texts), "tokens": tokens, "seconds": seconds, "records_per_second": len(texts) / seconds,
         "tokens_per_second": tokens / seconds, "peak_rss_bytes": memory,
-        "dtype": args.dtype, "device": "cpu", "batch": batch}))
+        "dtype": args.dtype, "device": args.device, "batch": batch}))
 
 
 if __name__ == "__main__":
