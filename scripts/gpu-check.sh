@@ -80,7 +80,7 @@ run() {
   for case in "${cases[@]}"; do
     read -r model name dtype <<< "$case"
     inputs "$folder" "$model" "$name"
-    head -200 "$texts" > "$work/few.jsonl"
+    head -64 "$texts" > "$work/few.jsonl"
     measure "$path" "$work/few.jsonl" "$device" "$dtype" --output "$work/there.jsonl" > /dev/null
     [ -e "$work/$model.$name.cpu" ] || measure "$path" "$work/few.jsonl" cpu f32 --output "$work/$model.$name.cpu" > /dev/null
     nearest=$(least_cosine "$work/there.jsonl" "$work/$model.$name.cpu")
@@ -94,7 +94,7 @@ run() {
   # More than fits: halved until it does.
   if [ -n "$folder" ] && [ "$device" != cpu ] && [ -z "${CASES:-}" ]; then
     enlarge "$folder/long.jsonl" 100 > "$work/many.jsonl"
-    there=$(measure "$folder/base" "$work/many.jsonl" "$device" f32 --window 30000 --set batch.max_tokens=10000000)
+    there=$(measure "$folder/base" "$work/many.jsonl" "$device" bf16 --window 30000 --set batch.max_tokens=10000000)
     echo "{\"model\": \"base\", \"texts\": \"many, in one batch where that fits\", \"kandle\": $there}"
   fi
 }

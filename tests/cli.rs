@@ -415,6 +415,20 @@ fn bench_engine_measures_and_writes_embeddings_that_are_right() {
 }
 
 #[test]
+fn bench_engine_ends_when_a_text_fails() {
+    let model = support::poisoned_model();
+    // More windows wait than there is room for.
+    let texts =
+        (0..6000).map(|i| format!("{{\"text\":\"order {}\"}}\n", if i == 9 { "poison" } else { "late" }));
+    let texts = file("texts.jsonl", &texts.collect::<String>());
+    let mut command = kandle();
+    command.args(["bench", "engine", "--threads", "1", "--device", "cpu", "--model"]);
+    let (code, _, err) = finish(command.arg(model.path()).arg("--input").arg(&texts.path), b"");
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("text 9 of a window has no embedding"), "{err}");
+}
+
+#[test]
 fn calibration_is_kept_for_the_model_and_read_on_the_next_start() {
     let cache = tempfile::tempdir().expect("a directory");
     let config = bundled();

@@ -155,19 +155,7 @@ fn bad_records_become_dead_letters_and_their_neighbours_predictions() {
 #[test]
 fn a_record_that_breaks_the_forward_is_found_by_bisection() {
     let place = Place::new("poison", 1);
-    // The tokenizer knows a token that the weights have no row for.
-    let model = tempfile::tempdir().expect("a directory");
-    let fixture = support::root().join("tests/fixtures/bert");
-    for name in ["config.json", "model.safetensors", "tokenizer_config.json"] {
-        std::fs::copy(fixture.join(name), model.path().join(name)).expect("copied");
-    }
-    let mut tokenizer: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(fixture.join("tokenizer.json")).expect("read")).expect("JSON");
-    tokenizer["added_tokens"].as_array_mut().expect("a list").push(serde_json::json!({
-        "id": 5000, "content": "poison", "single_word": false, "lstrip": false, "rstrip": false,
-        "normalized": false, "special": true
-    }));
-    std::fs::write(model.path().join("tokenizer.json"), tokenizer.to_string()).expect("written");
+    let model = support::poisoned_model();
     // All different: what is the same is computed once.
     let texts = |i: usize| match i {
         37 | 90 => "a poison b".to_owned(),

@@ -5,8 +5,9 @@
 
 Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): what a
 forward costs does not depend on what the weights are. Beside them six layers of ModernBERT-base (`modernbert`), for
-scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. Without MODEL, all but `large`. A WordPiece vocabulary of 30,522 made-up words and
-word parts; texts of such words, by tokens with the special ones:
+scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. Without MODEL, all but `large`.
+A WordPiece vocabulary of 30,522 made-up words and word parts; texts of such words, as often as in a language (Zipf's
+law), one in twenty of several pieces; by tokens with the special ones:
 
     short.jsonl  2,000 texts of 33 tokens, 25 to 41
     mixed.jsonl  2,000 texts of 33 tokens on average, 3 to 228 (log-normal): what inboxes look like
@@ -14,6 +15,8 @@ word parts; texts of such words, by tokens with the special ones:
     equal.jsonl  2,000 texts of 33 tokens each
 """
 
+import bisect
+import itertools
 import json
 import pathlib
 import random
@@ -38,7 +41,7 @@ def words(rng):
     seen = {}
     while len(seen) < 24000:
         seen["".join(rng.choice(parts) for _ in range(rng.choice([1, 2, 2, 3, 3, 4])))] = True
-    return list(seen), parts
+    return sorted(seen, key=len), parts
 
 
 def tokenizer(rng):
@@ -55,16 +58,19 @@ def tokenizer(rng):
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tok, model_max_length=LIMIT, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
         unk_token="[UNK]", mask_token="[MASK]")
-    return wrapped, whole, parts
+    # Zipf's law, as Mandelbrot mended it.
+    frequencies = list(itertools.accumulate(1 / (rank + 2.7) for rank in range(len(whole))))
+    return wrapped, (whole, frequencies), parts
 
 
 def text(rng, tok, whole, parts, tokens):
-    """Exactly so many tokens, the two special ones counted; one word in ten is two pieces."""
+    """Exactly so many tokens, the two special ones counted; `whole` are words, and their frequencies added up."""
+    words, upto = whole
     out = []
     left = tokens - 2
     while left > 0:
-        word = rng.choice(whole)
-        if left > 1 and rng.random() < 0.1:
+        word = words[bisect.bisect(upto, rng.random() * upto[-1])]
+        if left > 1 and rng.random() < 0.05:
             word += rng.choice(parts) + rng.choice("bcdfg")
         cost = len(tok.tokenize(word))
         if cost <= left:

@@ -378,6 +378,23 @@ pub fn assert_order(got: &[Got]) {
     }
 }
 
+/// A model whose tokenizer knows a token, "poison", that its weights have no row for: a forward over it fails.
+pub fn poisoned_model() -> tempfile::TempDir {
+    let model = tempfile::tempdir().expect("a directory");
+    let fixture = root().join("tests/fixtures/bert");
+    for name in ["config.json", "model.safetensors", "tokenizer_config.json"] {
+        std::fs::copy(fixture.join(name), model.path().join(name)).expect("copied");
+    }
+    let tokenizer = std::fs::read(fixture.join("tokenizer.json")).expect("read");
+    let mut tokenizer: serde_json::Value = serde_json::from_slice(&tokenizer).expect("JSON");
+    tokenizer["added_tokens"].as_array_mut().expect("a list").push(serde_json::json!({
+        "id": 5000, "content": "poison", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": true
+    }));
+    std::fs::write(model.path().join("tokenizer.json"), tokenizer.to_string()).expect("written");
+    model
+}
+
 /// The kandle binary of this build.
 pub fn kandle() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kandle"));

@@ -218,7 +218,7 @@ fn run(
             let plan = task.engine.plan(&tokens, |_| false);
             Request { window: (tokens.iter().position(Option::is_none), operations), tokens, plan }
         };
-        task.engine.serve(
+        let served = task.engine.serve(
             &windows,
             open,
             |response| {
@@ -229,7 +229,10 @@ fn run(
                 failed.is_none()
             },
             |_| {},
-        )
+        );
+        // After a failure the other thread may wait for room.
+        drop(windows);
+        served
     })
     .map_err(|e| anyhow::anyhow!("{e}"))?;
     match failed {

@@ -67,6 +67,12 @@ __device__ float power_of_two(float x) {
   return x;
 }
 
+// 1 / x, nearest but for the last bit.
+__device__ float reciprocal(float x) {
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+
 // Starts to copy 16 bytes to shared memory.
 __device__ void copy_piece(void *to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");

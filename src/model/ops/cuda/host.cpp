@@ -35,24 +35,31 @@ void host_rotate(unsigned tokens, unsigned block, float *qkv, const float *bias,
   host::run({tokens, 1, 1}, block, [=] { rotate_f32(qkv, bias, positions, cosines, sines, heads, width); });
 }
 
-// `longest` is the longest sequence's length.
-void host_attend(unsigned longest, unsigned sequences, float *out, const float *qkv, const float *query_bias,
+// The most threads that attention's kernels are compiled for: a launch with more fails.
+unsigned host_attention_threads(bool is_short) { return is_short ? SHORT_ATTENTION_THREADS : ATTENTION_THREADS; }
+
+// `most` blocks for each sequence, of `block` threads.
+void host_attend(unsigned most, unsigned block, unsigned sequences, float *out, const float *qkv, const float *query_bias,
                  const float *value_bias, const unsigned *starts, int heads, int width, int reach) {
-  int most = (longest + QUERIES - 1) / QUERIES;
-  host::run({sequences * most, unsigned(heads), 1}, QUERIES, [=] {
-    width == 32 ? attend_32_f32(out, qkv, query_bias, value_bias, starts, most, heads, reach)
-                : attend_64_f32(out, qkv, query_bias, value_bias, starts, most, heads, reach);
+  host::run({sequences * most, unsigned(heads), 1}, block, [=] {
+    auto kernel = width == 32 ? attend_32_f32 : attend_64_f32;
+    kernel(out, qkv, query_bias, value_bias, starts, most, heads, reach);
   });
 }
 
-void host_attend_bf16(unsigned longest, unsigned sequences, __nv_bfloat16 *out, const __nv_bfloat16 *qkv,
-                      const __nv_bfloat16 *query_bias, const __nv_bfloat16 *value_bias, const unsigned *starts,
-                      int heads, int width, int reach) {
-  int most = (longest + QUERIES - 1) / QUERIES;
-  host::run({sequences * most, unsigned(heads), 1}, 2 * QUERIES, [=] {
-    width == 32 ? attend_32_bf16(out, qkv, query_bias, value_bias, starts, most, heads, reach)
-                : attend_64_bf16(out, qkv, query_bias, value_bias, starts, most, heads, reach);
+void host_attend_bf16(unsigned most, unsigned block, bool is_short, unsigned sequences, __nv_bfloat16 *out,
+                      const __nv_bfloat16 *qkv, const __nv_bfloat16 *query_bias, const __nv_bfloat16 *value_bias,
+                      const unsigned *starts, int heads, int width, int reach) {
+  host::run({sequences * most, unsigned(heads), 1}, block, [=] {
+    auto kernel = width == 32 ? (is_short ? attend_short_32_bf16 : attend_32_bf16)
+                              : (is_short ? attend_short_64_bf16 : attend_64_bf16);
+    kernel(out, qkv, query_bias, value_bias, starts, most, heads, reach);
   });
+}
+
+void host_add_activate_bf16(unsigned tokens, unsigned block, __nv_bfloat16 *out, const __nv_bfloat16 *x,
+                            const __nv_bfloat16 *added, int activation, int width) {
+  host::run({tokens, 1, 1}, block, [=] { add_activate_bf16(out, x, added, activation, width); });
 }
 
 // An operation on rows in 16 bits, whose pieces are longer.

@@ -202,6 +202,8 @@ static void matrices(unsigned (&to)[4], const void *row) {
 
 static float power_of_two(float x) { return exp2f(x); }
 
+static float reciprocal(float x) { return 1.0f / x; }
+
 // Copies when it is waited for, and not before.
 static void copy_piece(void *to, const void *from) { host::copies[host::current].push_back({to, from}); }
 

@@ -46,12 +46,13 @@ static DEVICE: Mutex<()> = Mutex::new(());
 
 /// Calls a function of host.cpp with what it takes, one at a time.
 macro_rules! call {
-    ($name:literal, $($value:expr => $type:ty),*) => {{
+    ($name:literal, $($value:expr => $type:ty),*) => { call!($name => (), $($value => $type),*) };
+    ($name:literal => $result:ty, $($value:expr => $type:ty),*) => {{
         let function = function($name);
         let _one = DEVICE.lock().unwrap_or_else(|e| e.into_inner());
         // SAFETY: the types are those that host.cpp has.
         unsafe {
-            let function: unsafe extern "C" fn($($type),*) = std::mem::transmute(function);
+            let function: unsafe extern "C" fn($($type),*) -> $result = std::mem::transmute(function);
             function($($value),*)
         }
     }};
@@ -221,6 +222,31 @@ fn rounded(x: &Tensor) -> Vec<bf16> {
     host(x).unwrap().into_iter().map(bf16::from_f32).collect()
 }
 
+/// In 16 bits, where faster functions serve.
+#[test]
+fn activations_in_bf16() {
+    use Activation::*;
+    let width = 512;
+    // From -9 to 9, and what is no number.
+    let mut x: Vec<bf16> =
+        (0..2 * width).map(|i| bf16::from_f32(i as f32 * 9.0 / width as f32 - 9.0)).collect();
+    x[7] = bf16::NAN;
+    for activation in [Gelu, GeluTanh, Relu, Silu, Tanh] {
+        let mut out = vec![bf16::ZERO; 2 * width];
+        call!(c"host_add_activate_bf16",
+            2 => u32, threads(2, width) => u32, out.as_mut_ptr() => *mut bf16, x.as_ptr() => *const bf16,
+            null() => *const bf16, number_of(Some(activation)) => i32, width as i32 => i32
+        );
+        assert!(out[7].is_nan(), "{activation:?}");
+        let want = host(&activation.tensor(&widened(&x, width)).unwrap()).unwrap();
+        for (i, (got, want)) in out.iter().zip(&want).enumerate().filter(|(i, _)| *i != 7) {
+            // Rounding to bf16, and the least that the functions are off.
+            let allowed = want.abs() / 256.0 + 1e-6;
+            assert!((got.to_f32() - want).abs() <= allowed, "{activation:?}({}): {got}, not {want}", x[i]);
+        }
+    }
+}
+
 /// As far off as rounding numbers around one, or of the result's size, makes it `steps` times.
 #[track_caller]
 fn near_bf16(got: &[bf16], want: &Tensor, steps: f32) {
@@ -259,8 +285,9 @@ fn attention() {
             let query_bias = if rotation.is_some() { null() } else { bias.as_ptr() };
             for reach in [None, Some(3), Some(70)] {
                 let mut out = vec![f32::NAN; packed.tokens() * hidden];
+                let launch = AttentionLaunch::new(150, false);
                 call!(c"host_attend",
-                    150 => u32, LENGTHS.len() as u32 => u32, out.as_mut_ptr() => *mut f32,
+                    launch.blocks as u32 => u32, launch.threads => u32, LENGTHS.len() as u32 => u32, out.as_mut_ptr() => *mut f32,
                     turned.as_ptr() => *const f32, query_bias => *const f32,
                     bias[2 * hidden..].as_ptr() => *const f32, starts.as_ptr() => *const u32,
                     heads as i32 => i32, width as i32 => i32, reach.unwrap_or(150) as i32 => i32
@@ -278,8 +305,9 @@ fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch
     let longest = batch.lengths().max().unwrap();
     let at = |start: usize| bias.map_or(null(), |bias| bias[start..].as_ptr());
     let mut out = vec![bf16::NAN; batch.tokens() * hidden];
+    let launch = AttentionLaunch::new(longest, true);
     call!(c"host_attend_bf16",
-        longest as u32 => u32, batch.order().len() as u32 => u32, out.as_mut_ptr() => *mut bf16,
+        launch.blocks as u32 => u32, launch.threads => u32, launch.short => bool, batch.order().len() as u32 => u32, out.as_mut_ptr() => *mut bf16,
         qkv.as_ptr() => *const bf16, at(0) => *const bf16, at(2 * hidden) => *const bf16,
         starts.as_ptr() => *const u32, heads as i32 => i32, width as i32 => i32,
         reach.unwrap_or(longest) as i32 => i32
@@ -290,25 +318,43 @@ fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch
 /// By the tensor cores' instructions, of which host.h has the fragments as the PTX ISA gives them.
 #[test]
 fn attention_by_warps() {
-    let packed = batch(&LENGTHS);
-    for (heads, width) in [(2, 32), (1, 64)] {
-        let hidden = heads * width;
-        // Scores far enough apart that a wrong one shows.
-        let qkv = (tensor(packed.tokens(), 3 * hidden, 5) * 2.0).unwrap();
-        let bias = tensor(1, 3 * hidden, 6);
-        let (qkv, bias) = (rounded(&qkv), rounded(&bias));
-        for with_bias in [false, true] {
-            let all = match with_bias {
-                true => widened(&qkv, 3 * hidden).broadcast_add(&widened(&bias, 3 * hidden)).unwrap(),
-                false => widened(&qkv, 3 * hidden),
-            };
-            for reach in [None, Some(0), Some(3), Some(70)] {
-                let attention = Attention { heads, width, reach };
-                let out = attend_bf16(&attention, &qkv, with_bias.then_some(&bias[..]), &packed);
-                // A query with its bias, the weights and the result are rounded.
-                near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), 6.0);
+    // Long, of one block, and short sequences have launches of their own.
+    for lengths in [&LENGTHS[..], &[1, 33, 80, 97], &[1, 16, 17, 31, 32], &[1, 5, 16]] {
+        let packed = batch(lengths);
+        for (heads, width) in [(2, 32), (1, 64)] {
+            let hidden = heads * width;
+            // Scores far enough apart that a wrong one shows.
+            let qkv = (tensor(packed.tokens(), 3 * hidden, 5) * 2.0).unwrap();
+            let bias = tensor(1, 3 * hidden, 6);
+            let (qkv, bias) = (rounded(&qkv), rounded(&bias));
+            for with_bias in [false, true] {
+                let all = match with_bias {
+                    true => widened(&qkv, 3 * hidden).broadcast_add(&widened(&bias, 3 * hidden)).unwrap(),
+                    false => widened(&qkv, 3 * hidden),
+                };
+                for reach in [None, Some(0), Some(3), Some(70)] {
+                    let attention = Attention { heads, width, reach };
+                    let out = attend_bf16(&attention, &qkv, with_bias.then_some(&bias[..]), &packed);
+                    // A query with its bias, the weights and the result are rounded.
+                    near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), 6.0);
+                }
             }
         }
+    }
+}
+
+/// Every query has a warp, and no block more threads than the kernels are compiled for.
+#[test]
+fn attention_launches() {
+    for longest in 1..=1000 {
+        let launch = AttentionLaunch::new(longest, true);
+        let queries = launch.blocks * launch.threads as usize / 2;
+        assert!(queries >= longest && queries < longest + 16 * launch.blocks, "{longest}: {launch:?}");
+        let most = |short: bool| -> u32 { call!(c"host_attention_threads" => u32, short => bool) };
+        assert!(launch.threads <= most(launch.short), "{longest}: {launch:?}");
+        let launch = AttentionLaunch::new(longest, false);
+        assert!(launch.blocks * launch.threads as usize >= longest, "{longest}: {launch:?}");
+        assert!(launch.threads <= most(launch.short), "{longest}: {launch:?}");
     }
 }
 

@@ -59,14 +59,54 @@ __device__ void store(T *to, const float (&from)[N]) {
 // As kandle's Activation.
 enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH };
 
-__device__ float activate(float x, int activation) {
+// 1 / (1 + e^-x), by the two instructions that GPUs have for it; within 1e-6.
+__device__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-1.44269504f * x)); }
+
+// x Φ(x). The error function itself is a third of the time of a feed-forward's up projection. Where 16 bits are
+// written, x⁺ - |x| Φ(-|x|) is near enough, with Φ by Abramowitz and Stegun's formula 7.1.26 (within 1e-7). NaN and
+// infinity do not become numbers.
+template <typename T>
+__device__ float gelu(float x) {
+  if constexpr (sizeof(T) == sizeof(float)) return 0.5f * x * (1.0f + erff(x * 0.707106781f));
+  float magnitude = fabsf(x);
+  float t = reciprocal(1.0f + 0.231641901f * magnitude);
+  float tail = t * (0.127414796f + t * (-0.142248368f + t * (0.710706871f + t * (-0.726576014f + t * 0.530702715f))));
+  return fmaxf(x, 0.0f) - magnitude * tail * power_of_two(-0.721347520f * x * x);
+}
+
+// Its approximation: x (1 + tanh z) / 2 = x sigmoid(2 z).
+template <typename T>
+__device__ float gelu_tanh(float x) {
+  float z = 0.797884561f * (x + 0.044715f * x * x * x);
+  if constexpr (sizeof(T) == sizeof(float)) return 0.5f * x * (1.0f + tanhf(z));
+  return x * sigmoid(2.0f * z);
+}
+
+template <typename T>
+__device__ float silu(float x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x / (1.0f + expf(-x));
+  return x * sigmoid(x);
+}
+
+// Every element of a piece of a row of T.
+template <typename T, int N>
+__device__ void activate(float (&x)[N], int activation) {
   switch (activation) {
-    case GELU: return 0.5f * x * (1.0f + erff(x * 0.707106781f));
-    case GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.797884561f * (x + 0.044715f * x * x * x)));
-    case RELU: return fmaxf(x, 0.0f);
-    case SILU: return x / (1.0f + expf(-x));
-    case TANH: return tanhf(x);
-    default: return x;
+    case GELU:
+      for (int j = 0; j < N; j++) x[j] = gelu<T>(x[j]);
+      break;
+    case GELU_TANH:
+      for (int j = 0; j < N; j++) x[j] = gelu_tanh<T>(x[j]);
+      break;
+    case RELU:
+      for (int j = 0; j < N; j++) x[j] = x[j] < 0.0f ? 0.0f : x[j];
+      break;
+    case SILU:
+      for (int j = 0; j < N; j++) x[j] = silu<T>(x[j]);
+      break;
+    case TANH:
+      for (int j = 0; j < N; j++) x[j] = tanhf(x[j]);
+      break;
   }
 }
 
@@ -143,7 +183,7 @@ __device__ void add_activate(T *out, const T *x, const T *added, int activation,
     float row[N];
     load(row, x + start + i);
     if (added) add(row, added + i);
-    for (int j = 0; j < N; j++) row[j] = activate(row[j], activation);
+    activate<T>(row, activation);
     store(out + start + i, row);
   }
 }
@@ -158,7 +198,8 @@ __device__ void gated(T *out, const T *x, const T *added, int activation, int ga
     load(row, x + start + a);
     load(second, x + start + b);
     if (added) add(row, added + a), add(second, added + b);
-    for (int j = 0; j < N; j++) row[j] = activate(row[j], activation) * second[j];
+    activate<T>(row, activation);
+    for (int j = 0; j < N; j++) row[j] *= second[j];
     store(out + size_t(blockIdx.x) * width + i, row);
   }
 }
@@ -172,6 +213,8 @@ __device__ void pool(T *out, const T *x, const unsigned *starts, int pooling, in
     float row[N];
     load(row, x + (pooling == 2 ? end - 1 : first) * width + i);
     if (pooling == 0) {
+      // Several rows are on their way at a time.
+#pragma unroll 8
       for (size_t token = first + 1; token < end; token++) add(row, x + token * width + i);
       for (int j = 0; j < N; j++) row[j] /= float(end - first);
     }
@@ -198,11 +241,14 @@ __device__ void rotate(T *qkv, const T *bias, const unsigned *positions, const T
   }
 }
 
-// Attention (arXiv:1706.03762) with a running softmax (arXiv:1805.02867), tokens seeing others at most
-// `reach` away: a block has QUERIES queries of one head of one sequence, blocks `most` for each sequence, as the
-// longest needs. A sequence's queries past its end have no work. Biases of queries and values may be absent; a bias of keys changes nothing, as it adds the same
-// to all scores of a query.
-#define QUERIES 64
+// Attention (arXiv:1706.03762) with a running softmax (arXiv:1805.02867). A token sees others at most `reach` away. A
+// block works on one head of one sequence, for as many queries as it has room for; each sequence has `most` blocks,
+// as the longest needs. Sequences stand in order of length: the longest are begun first, so that the last blocks to
+// end are short. Biases of queries and values may be absent. A bias of keys changes nothing: it adds the same to all
+// scores of a query.
+
+// The sequence that a block works on.
+__device__ unsigned sequence_of_block(int most) { return gridDim.x / most - 1 - blockIdx.x / most; }
 
 // A thread a query; keys and values are read 32 at a time.
 template <int WIDTH, typename T>
@@ -210,14 +256,14 @@ __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, con
                                   const unsigned *starts, int most, int heads, int reach) {
   constexpr int TILE = 32;
   __shared__ float keys[TILE][WIDTH], values[TILE][WIDTH];
-  unsigned place = blockIdx.x / most;
+  unsigned place = sequence_of_block(most);
   int begin = starts[place], length = starts[place + 1] - begin;
-  int first = blockIdx.x % most * QUERIES;
+  int queries = blockDim.x, first = blockIdx.x % most * queries;
   // The same for all threads of the block.
   if (first >= length) return;
   int hidden = heads * WIDTH, head = blockIdx.y * WIDTH;
   int query = first + threadIdx.x;
-  bool works = threadIdx.x < QUERIES && query < length;
+  bool works = query < length;
   float q[WIDTH], sum[WIDTH];
   float greatest = -INFINITY, total = 0.0f;
   for (int i = 0; i < WIDTH; i++) {
@@ -227,7 +273,7 @@ __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, con
     sum[i] = 0.0f;
   }
   // The keys that any of these queries sees.
-  int from = max(first - reach, 0), to = min(first + QUERIES + reach, length);
+  int from = max(first - reach, 0), to = min(first + queries + reach, length);
   for (int tile = from; tile < to; tile += TILE) {
     int count = min(TILE, to - tile);
     __syncthreads();
@@ -258,49 +304,51 @@ __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, con
   }
 }
 
-// A warp 16 queries, by the tensor cores (arXiv:2307.08691): scores and sums stay in registers. Keys and values
-// are read 64 at a time, the next while these are worked on.
-template <int WIDTH, typename T>
+// A warp has 16 queries, by the tensor cores (arXiv:2307.08691): scores and sums stay in registers. Keys and values
+// are read TILE at a time, the next while these are worked on.
+template <int WIDTH, int TILE, typename T>
 __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
                                 int most, int heads, int reach) {
-  constexpr int TILE = 64, PIECES = WIDTH / PIECE<T>;
+  constexpr int PIECES = WIDTH / PIECE<T>;
   // Rows are 16 bytes longer than a head, so that the same piece of eight rows lies in different banks.
   constexpr int STRIDE = WIDTH + PIECE<T>;
   __shared__ __align__(16) T keys[2][TILE][STRIDE], values[2][TILE][STRIDE];
-  unsigned place = blockIdx.x / most;
+  unsigned place = sequence_of_block(most);
   int begin = starts[place], length = starts[place + 1] - begin;
-  int first = blockIdx.x % most * QUERIES;
+  int queries = blockDim.x / 2, first = blockIdx.x % most * queries;
   if (first >= length) return;
-  int hidden = heads * WIDTH, head = blockIdx.y * WIDTH;
-  const T *sequence = qkv + size_t(begin) * 3 * hidden + head;
+  int hidden = heads * WIDTH, head = blockIdx.y * WIDTH, stride = 3 * hidden;
+  const T *sequence = qkv + size_t(begin) * stride + head;
   int lane = threadIdx.x % 32;
-  // Of fragments, a lane has two columns of two rows.
-  int row = first + threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
-  bool works = first + int(threadIdx.x) / 32 * 16 < length;
-  unsigned q[WIDTH / 16][4];
-  for (int k = 0; k < WIDTH / 16; k++)
-    for (int part = 0; part < 4; part++) {
-      int query = row + part % 2 * 8, i = k * 16 + part / 2 * 8 + column;
-      float x[2] = {0.0f, 0.0f};
-      if (query < length) load(x, sequence + size_t(query) * 3 * hidden + i);
-      if (query_bias) add(x, query_bias + head + i);
-      q[k][part] = pair<T>(x[0], x[1]);
-    }
-  int from = max(first - reach, 0), to = min(first + QUERIES + reach, length);
-  // Past the last, the last again: what stands there is another sequence's, and may be no number.
+  int from = max(first - reach, 0), to = min(first + queries + reach, length);
+  // Rows past the last hold the last again: what stands behind it is another sequence's, and may be NaN.
   auto fetch = [&](int tile, int stage) {
-    for (int i = threadIdx.x; i < TILE * PIECES; i += blockDim.x) {
-      int key = i / PIECES, piece = i % PIECES * PIECE<T>;
-      const T *source = sequence + size_t(min(tile + key, to - 1)) * 3 * hidden + piece;
-      copy_piece(&keys[stage][key][piece], source + hidden);
-      copy_piece(&values[stage][key][piece], source + 2 * hidden);
+    int key = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * PIECE<T>, step = blockDim.x / PIECES;
+    const T *source = sequence + (tile + key) * stride + piece, *last = sequence + (to - 1) * stride + piece;
+    for (; key < TILE; key += step, source += step * stride) {
+      const T *row = source < last ? source : last;
+      copy_piece(&keys[stage][key][piece], row + hidden);
+      copy_piece(&values[stage][key][piece], row + 2 * hidden);
     }
   };
+  fetch(from, 0);
+  // The warp's first query. Of fragments, a lane has two columns of two rows; rows past the last query hold the last.
+  int own = first + int(threadIdx.x) / 32 * 16, row = own + lane / 4, column = lane % 4 * 2;
+  bool works = own < length;
+  unsigned q[WIDTH / 16][4];
+  for (int half = 0; half < 2; half++) {
+    const T *query = sequence + min(row + half * 8, length - 1) * stride + column;
+    for (int k = 0; k < WIDTH / 8; k++) {
+      float x[2];
+      load(x, query + k * 8);
+      if (query_bias) add(x, query_bias + head + column + k * 8);
+      q[k / 2][k % 2 * 2 + half] = pair<T>(x[0], x[1]);
+    }
+  }
   float sum[WIDTH / 8][4] = {};
   float greatest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   // Weights are powers of two of scores.
   float scale = 1.44269504f / sqrtf(float(WIDTH));
-  fetch(from, 0);
   for (int tile = from, stage = 0; tile < to; tile += TILE, stage ^= 1) {
     await_pieces();
     // All have theirs, and nobody reads the other stage any more.
@@ -316,16 +364,16 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
         multiply<T>(score[n], q[k], key[0], key[1]);
         multiply<T>(score[n], q[k + 1], key[2], key[3]);
       }
-    bool all = tile + TILE <= to && reach >= length;
+    // Unless each of the warp's queries sees each key of the tile.
+    if (tile + TILE > to || max(tile + TILE - 1 - own, own + 15 - tile) > reach)
+      for (int n = 0; n < TILE / 8; n++)
+        for (int i = 0; i < 4; i++) {
+          int key = tile + n * 8 + column + i % 2, query = row + i / 2 * 8;
+          if (key >= to || abs(key - query) > reach) score[n][i] = -INFINITY;
+        }
     for (int half = 0; half < 2; half++) {
       float above = greatest[half];
-      for (int n = 0; n < TILE / 8; n++)
-        for (int i = 0; i < 2; i++) {
-          float &x = score[n][half * 2 + i];
-          int key = tile + n * 8 + column + i;
-          x = all || (key < to && abs(key - row - half * 8) <= reach) ? x : -INFINITY;
-          above = fmaxf(above, x);
-        }
+      for (int n = 0; n < TILE / 8; n++) above = fmaxf(above, fmaxf(score[n][half * 2], score[n][half * 2 + 1]));
       // Four lanes have a row.
       above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
       above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
@@ -364,20 +412,20 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
     int query = row + half * 8;
     if (query >= length) continue;
     float factor = 1.0f / all;
+    T *to_row = out + size_t(begin + query) * hidden + head + column;
     for (int n = 0; n < WIDTH / 8; n++) {
-      int i = head + n * 8 + column;
       float x[2] = {sum[n][half * 2] * factor, sum[n][half * 2 + 1] * factor};
-      if (value_bias) add(x, value_bias + i);
-      store(out + size_t(begin + query) * hidden + i, x);
+      if (value_bias) add(x, value_bias + head + column + n * 8);
+      store(to_row + n * 8, x);
     }
   }
 }
 
-template <int WIDTH, typename T>
+template <int WIDTH, int TILE, typename T>
 __device__ void attend(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
                        int most, int heads, int reach) {
   if constexpr (TENSOR_CORES<T>)
-    attend_by_warps<WIDTH>(out, qkv, query_bias, value_bias, starts, most, heads, reach);
+    attend_by_warps<WIDTH, TILE>(out, qkv, query_bias, value_bias, starts, most, heads, reach);
   else
     attend_by_threads<WIDTH>(out, qkv, query_bias, value_bias, starts, most, heads, reach);
 }
@@ -389,12 +437,15 @@ __device__ void attend(T *out, const T *qkv, const T *query_bias, const T *value
   else                                             \
     OPERATION<1>(__VA_ARGS__, width)
 
-// Four blocks of warps a multiprocessor: of their registers, one more would leave room for three.
-#define ATTEND(T, NAME, WIDTH)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(128, TENSOR_CORES<T> ? 4 : 1)                                         \
-      attend_##WIDTH##_##NAME(T *out, const T *qkv, const T *query_bias, const T *value_bias,                        \
-                              const unsigned *starts, int most, int heads, int reach) {                              \
-    attend<WIDTH>(out, qkv, query_bias, value_bias, starts, most, heads, reach);                                           \
+// The most threads of a block of attention, for sequences of any length and for short ones.
+constexpr int ATTENTION_THREADS = 128, SHORT_ATTENTION_THREADS = 64;
+
+// `NAME` with blocks of at most THREADS threads, of which a multiprocessor is to have room for BLOCKS.
+#define ATTEND(T, NAME, WIDTH, TILE, THREADS, BLOCKS)                                                                \
+  extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_CORES<T> ? BLOCKS : 1)                                \
+      NAME(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts, int most,         \
+           int heads, int reach) {                                                                                   \
+    attend<WIDTH, TILE>(out, qkv, query_bias, value_bias, starts, most, heads, reach);                               \
   }
 
 #define EACH(T, NAME)                                                                                                \
@@ -420,8 +471,10 @@ __device__ void attend(T *out, const T *qkv, const T *query_bias, const T *value
                                            const T *sines, int heads, int width) {                                   \
     rotate(qkv, bias, positions, cosines, sines, heads, width);                                                      \
   }                                                                                                                  \
-  ATTEND(T, NAME, 32)                                                                                                \
-  ATTEND(T, NAME, 64)
+  ATTEND(T, attend_32_##NAME, 32, 64, ATTENTION_THREADS, 4)                                                          \
+  ATTEND(T, attend_64_##NAME, 64, 64, ATTENTION_THREADS, 4)                                                          \
+  ATTEND(T, attend_short_32_##NAME, 32, 32, SHORT_ATTENTION_THREADS, 14)                                             \
+  ATTEND(T, attend_short_64_##NAME, 64, 32, SHORT_ATTENTION_THREADS, 10)                                             
 
 EACH(float, f32)
 #ifdef __CUDACC__

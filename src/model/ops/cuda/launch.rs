@@ -1,23 +1,20 @@
 //! Launching the kernels.
 
+use std::collections::HashMap;
+use std::sync::{LazyLock, RwLock};
+
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, LaunchConfig, PushKernelArg};
-use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, WrapErr};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaStream, DevicePtr, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, DeviceId, WrapErr};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor};
 
-use super::{fits, number_of, number_of_gate, number_of_pooling, threads};
+use super::{AttentionLaunch, fits, number_of, number_of_gate, number_of_pooling, threads};
 use crate::model::encoder::Packed;
 use crate::model::ops::{Activation, Attention, Embedding, Gate, Norm, Pooling, Rotation};
 
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
-/// Of a block of attention, as kernels.cu has it.
-const QUERIES: usize = 64;
-
-/// Threads of a block of attention: a warp for 16 queries, or a thread for each.
-fn attending(dtype: DType) -> u32 {
-    if dtype == DType::F32 { QUERIES as u32 } else { QUERIES as u32 / 16 * 32 }
-}
-
 /// `[tokens, hidden]`.
 pub fn embed(embedding: &Embedding, batch: &Packed) -> Result<Tensor> {
     let (word, norm) = (&embedding.word, &embedding.norm);
@@ -112,9 +109,13 @@ pub fn attend(
     batch: &Packed,
 ) -> Result<Option<Tensor>> {
     let Attention { heads, width, reach } = *attention;
-    let name = match width {
-        32 => "attend_32",
-        64 => "attend_64",
+    let longest = batch.lengths().max().unwrap_or(0);
+    let launch = AttentionLaunch::new(longest, qkv.dtype() != DType::F32);
+    let name = match (width, launch.short) {
+        (32, false) => "attend_32",
+        (32, true) => "attend_short_32",
+        (64, false) => "attend_64",
+        (64, true) => "attend_short_64",
         _ => return Ok(None),
     };
     let (tokens, hidden) = (batch.tokens(), heads * width);
@@ -131,15 +132,13 @@ pub fn attend(
         })?;
         of_queries = None;
     }
-    let longest = batch.lengths().max().unwrap_or(0);
-    let most = longest.div_ceil(QUERIES);
     let out = empty(tokens, hidden, qkv)?;
     out.inplace_op1(&Kernel {
         name,
-        grid: (batch.order().len() * most, heads, 1),
-        block: attending(qkv.dtype()),
+        grid: (batch.order().len() * launch.blocks, heads, 1),
+        block: launch.threads,
         tensors: &[Some(qkv), of_queries.as_ref(), of_values.as_ref(), Some(&indices.starts)],
-        numbers: &[most, heads, reach.unwrap_or(longest)].map(|n| Number::Whole(n as i32)),
+        numbers: &[launch.blocks, heads, reach.unwrap_or(longest)].map(|n| Number::Whole(n as i32)),
     })?;
     Ok(Some(out))
 }
@@ -200,13 +199,7 @@ impl InplaceOp1 for Kernel<'_> {
     fn cuda_fwd(&self, out: &mut CudaStorage, layout: &Layout) -> Result<()> {
         let device = out.device().clone();
         let stream = device.cuda_stream();
-        let ending = match out.dtype() {
-            DType::F32 => "f32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            other => candle_core::bail!("{}: not for {}", self.name, other.as_str()),
-        };
-        let function = device.get_or_load_custom_func(&format!("{}_{ending}", self.name), "kandle", PTX)?;
+        let function = function(self.name, out.dtype(), &device)?;
         let mut addresses = vec![address(out, layout, &stream)?];
         for tensor in self.tensors {
             addresses.push(match tensor {
@@ -220,7 +213,7 @@ impl InplaceOp1 for Kernel<'_> {
                 }
             });
         }
-        let mut launch = function.builder();
+        let mut launch = stream.launch_builder(&function);
         for address in &addresses {
             launch.arg(address);
         }
@@ -241,6 +234,26 @@ impl InplaceOp1 for Kernel<'_> {
         unsafe { launch.launch(config) }.w()?;
         Ok(())
     }
+}
+
+/// A kernel for a type of elements, looked up in the driver once for each device.
+fn function(name: &'static str, dtype: DType, device: &CudaDevice) -> Result<CudaFunction> {
+    type Functions = HashMap<(DeviceId, &'static str, DType), CudaFunction>;
+    static FUNCTIONS: LazyLock<RwLock<Functions>> = LazyLock::new(RwLock::default);
+    let key = (device.id(), name, dtype);
+    if let Some(function) = FUNCTIONS.read().unwrap_or_else(|e| e.into_inner()).get(&key) {
+        return Ok(function.clone());
+    }
+    let ending = match dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        other => candle_core::bail!("{name}: not for {}", other.as_str()),
+    };
+    let function =
+        device.get_or_load_custom_func(&format!("{name}_{ending}"), "kandle", PTX)?.into_cuda_function();
+    FUNCTIONS.write().unwrap_or_else(|e| e.into_inner()).insert(key, function.clone());
+    Ok(function)
 }
 
 /// Where a contiguous tensor begins.

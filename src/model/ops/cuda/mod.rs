@@ -43,6 +43,31 @@ fn number_of_pooling(pooling: Pooling) -> i32 {
     }
 }
 
+/// How attention runs over a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct AttentionLaunch {
+    /// The kernel for short sequences: keys are read 32 at a time instead of 64, and more blocks share a
+    /// multiprocessor.
+    short: bool,
+    /// Blocks for each head of each sequence.
+    blocks: usize,
+    threads: u32,
+}
+
+impl AttentionLaunch {
+    /// For sequences of at most `longest` tokens. In 16 bits a warp has 16 queries and a block at most four warps:
+    /// all of them read the keys that the block loads. In f32 a thread has one query.
+    fn new(longest: usize, bits16: bool) -> Self {
+        const QUERIES: usize = 64;
+        let blocks = longest.div_ceil(QUERIES);
+        if !bits16 {
+            return Self { short: false, blocks, threads: QUERIES as u32 };
+        }
+        let warps = longest.div_ceil(blocks).div_ceil(16);
+        Self { short: longest <= 32, blocks, threads: 32 * warps as u32 }
+    }
+}
+
 /// Threads that a block can have.
 const MOST: usize = 1024;
 

@@ -1,0 +1,299 @@
+//! Where a text may be cut before it is tokenized, so that the tokens of the parts, one after the other, are those of
+//! the whole. It follows from the kind of tokenizer; the tests hold it to the tokenizers library.
+//!
+//! | tokenizer | cut |
+//! |---|---|
+//! | WordPiece behind BERT's normalizer and pre-tokenizer | at white space, around ASCII punctuation and Chinese characters |
+//! | byte-level BPE with GPT-2's pattern | before a single space between characters that neither combine nor are white space |
+//! | Metaspace behind a Unicode normalizer (SentencePiece) | at the same spaces |
+//!
+//! A tokenizer needs hundreds of bytes for each byte of a text. By parts, a text of any length takes little.
+
+use serde_json::Value;
+
+/// The longest part in bytes. Text that cannot be cut within it is cut here all the same: its tokens around the cut may
+/// differ from those of the whole.
+pub(super) const LONGEST: usize = 16 << 10;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cuts {
+    /// WordPiece.
+    Words {
+        /// A word of more characters is one unknown token.
+        longest_word: usize,
+        chinese: bool,
+    },
+    /// The space goes to the part that it begins (byte-level BPE), or to none (Metaspace).
+    Spaces { keep: bool },
+    /// Nothing is known.
+    Never,
+}
+
+/// A part of a text.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Part<'t> {
+    pub text: &'t str,
+    /// Where the next part is looked for.
+    pub next: usize,
+}
+
+impl Cuts {
+    /// Reads tokenizer.json.
+    pub fn of(tokenizer: &Value) -> Self {
+        let kind = |value: &Value| value["type"].as_str().unwrap_or_default().to_owned();
+        // Of a sequence its members.
+        let members = |value: &Value, list: &str| match kind(value).as_str() {
+            "Sequence" => value[list].as_array().cloned().unwrap_or_default(),
+            "" => Vec::new(),
+            _ => vec![value.clone()],
+        };
+        let normalizers = members(&tokenizer["normalizer"], "normalizers");
+        let splitters = members(&tokenizer["pre_tokenizer"], "pretokenizers");
+        let names = |list: &[Value]| list.iter().map(kind).collect::<Vec<_>>();
+        let (model, normalizer, splitter) =
+            (kind(&tokenizer["model"]), names(&normalizers), names(&splitters));
+        let splitter: Vec<&str> = splitter.iter().map(String::as_str).collect();
+        let unicode = |name: &String| {
+            matches!(
+                name.as_str(),
+                "NFC" | "NFD" | "NFKC" | "NFKD" | "Lowercase" | "StripAccents" | "Precompiled"
+            )
+        };
+        let cuts = match (model.as_str(), splitter.as_slice()) {
+            ("WordPiece", ["BertPreTokenizer"]) if normalizer == ["BertNormalizer"] => Self::Words {
+                longest_word: tokenizer["model"]["max_input_chars_per_word"].as_u64().unwrap_or(100) as usize,
+                chinese: normalizers[0]["handle_chinese_chars"].as_bool().unwrap_or(true),
+            },
+            ("BPE", ["ByteLevel"])
+                if normalizer.iter().all(unicode) && splitters[0]["use_regex"].as_bool() != Some(false) =>
+            {
+                Self::Spaces { keep: true }
+            }
+            ("Unigram" | "BPE", ["Metaspace"] | ["WhitespaceSplit", "Metaspace"])
+                if splitters.last().is_some_and(metaspace)
+                    && normalizers.iter().all(|n| unicode(&kind(n)) || is_space_collapse(n)) =>
+            {
+                Self::Spaces { keep: false }
+            }
+            _ => return Self::Never,
+        };
+        let added = tokenizer["added_tokens"].as_array().map(Vec::as_slice).unwrap_or_default();
+        // Looked for in lower case, an added token cannot be found by its content.
+        let hidden = |token: &Value| {
+            matches!(cuts, Self::Spaces { .. })
+                && token["normalized"].as_bool() == Some(true)
+                && normalizer.iter().any(|name| name == "Lowercase")
+        };
+        match added.iter().all(|token| cuts.spares(token) && !hidden(token)) {
+            true => cuts,
+            false => Self::Never,
+        }
+    }
+
+    /// No cut goes through an added token, and none takes away white space that it would have swallowed.
+    fn spares(self, token: &Value) -> bool {
+        let content = token["content"].as_str().unwrap_or_default();
+        let swallows = token["rstrip"].as_bool() == Some(true);
+        // A token of white space alone lies between the places where a text is cut, unless one space is enough.
+        let blank = content.chars().all(char::is_whitespace);
+        let crossed = content.contains(char::is_whitespace) && !(blank && content.chars().count() > 1);
+        match self {
+            Self::Words { .. } => !content.contains(char::is_whitespace),
+            Self::Spaces { keep } => !(crossed || keep && swallows),
+            Self::Never => true,
+        }
+    }
+
+    /// The part that begins at `start`, or behind the white space there; `None` at the end of the text. `added` are
+    /// the added tokens that the text may hold: around them, and in them, it is not cut.
+    pub fn part<'t>(&self, text: &'t str, start: usize, added: &[String]) -> Option<Part<'t>> {
+        match *self {
+            Self::Words { longest_word, chinese } => {
+                word(text, start, longest_word, chinese, !added.is_empty())
+            }
+            Self::Spaces { keep } => {
+                let begin = start;
+                let bytes = text.as_bytes();
+                // The part has a first character, the space in front of it included.
+                let mut at = begin + 1;
+                while at < bytes.len() && at - begin < LONGEST {
+                    if bytes[at] == b' ' && is_cut(text, at, added) {
+                        let next = if keep { at } else { at + 1 };
+                        return Some(Part { text: &text[begin..at], next });
+                    }
+                    at += 1;
+                }
+                rest(text, begin, at)
+            }
+            Self::Never => rest(text, start, start + LONGEST),
+        }
+    }
+
+    /// The first place at or behind `from` where a part may begin; where there is none near, `from` itself.
+    pub fn begin_near(&self, text: &str, from: usize, added: &[String]) -> usize {
+        let from = text.ceil_char_boundary(from);
+        let near = text.floor_char_boundary((from + LONGEST).min(text.len()));
+        let spaces = text[from..near].match_indices([' ', '\t', '\n', '\r']).map(|(at, _)| from + at);
+        let found = match *self {
+            Self::Words { .. } | Self::Never => spaces.map(|at| at + 1).next(),
+            Self::Spaces { keep } => {
+                let cut = |at: &usize| text.as_bytes()[*at] == b' ' && is_cut(text, *at, added);
+                spaces.filter(cut).map(|at| if keep { at } else { at + 1 }).next()
+            }
+        };
+        found.unwrap_or(from)
+    }
+}
+
+/// Each part is given a leading "▁", all parts alike.
+fn metaspace(splitter: &Value) -> bool {
+    splitter["split"].as_bool() != Some(false)
+        && splitter["add_prefix_space"].as_bool() != Some(false)
+        && splitter["prepend_scheme"].as_str().is_none_or(|scheme| scheme == "always")
+}
+
+/// XLM-R's and others' normalizer of several spaces to one.
+fn is_space_collapse(normalizer: &Value) -> bool {
+    normalizer["type"] == "Replace"
+        && normalizer["pattern"]["Regex"].as_str() == Some(" {2,}")
+        && matches!(normalizer["content"].as_str(), Some(" " | "\u{2581}"))
+}
+
+/// What is left, up to `end`.
+fn rest(text: &str, start: usize, end: usize) -> Option<Part<'_>> {
+    let end = text.floor_char_boundary(end.min(text.len()));
+    (start < end).then(|| Part { text: &text[start..end], next: end })
+}
+
+/// Whether the space at `at` stands alone between characters that no normalizer joins with it or replaces by white
+/// space, and beside no added token: those are taken out first, with the space left behind.
+fn is_cut(text: &str, at: usize, added: &[String]) -> bool {
+    let (before, after) = (&text[..at], &text[at + 1..]);
+    before.chars().next_back().is_some_and(is_plain)
+        && after.chars().next().is_some_and(is_plain)
+        && !added.iter().any(|added| before.ends_with(added) || after.starts_with(added))
+}
+
+/// ASCII but white space and control characters, and letters of scripts in which letters do not combine.
+fn is_plain(c: char) -> bool {
+    matches!(c,
+        '!'..='~'
+        | '\u{c0}'..='\u{d6}' | '\u{d8}'..='\u{f6}' | '\u{f8}'..='\u{24f}'
+        | '\u{386}' | '\u{388}'..='\u{3ff}'
+        | '\u{400}'..='\u{481}' | '\u{48a}'..='\u{52f}'
+        | '\u{5d0}'..='\u{5ea}'
+        | '\u{620}'..='\u{63f}' | '\u{641}'..='\u{64a}'
+        | '\u{3041}'..='\u{3096}' | '\u{30a1}'..='\u{30fa}'
+        | '\u{4e00}'..='\u{9fff}' | '\u{ac00}'..='\u{d7a3}')
+}
+
+/// As BERT's normalizer has it.
+fn is_chinese(c: char) -> bool {
+    matches!(c,
+        '\u{4e00}'..='\u{9fff}' | '\u{3400}'..='\u{4dbf}' | '\u{20000}'..='\u{2a6df}' | '\u{2a700}'..='\u{2b73f}'
+        | '\u{2b740}'..='\u{2b81f}' | '\u{2b920}'..='\u{2ceaf}' | '\u{f900}'..='\u{faff}' | '\u{2f800}'..='\u{2fa1f}')
+}
+
+/// The next word of WordPiece's, or punctuation mark, or Chinese character.
+fn word(text: &str, start: usize, longest: usize, chinese: bool, whole: bool) -> Option<Part<'_>> {
+    let bytes = text.as_bytes();
+    let space = |b: u8| matches!(b, b' ' | b'\t' | b'\n' | b'\r');
+    let begin = start + bytes[start..].iter().position(|&b| !space(b))?;
+    let mut at = begin;
+    // Of ASCII letters and digits alone: their number is the word's length.
+    let mut simple = true;
+    while at < bytes.len() {
+        if !simple && at - begin >= LONGEST {
+            return rest(text, begin, begin + LONGEST);
+        }
+        let b = bytes[at];
+        if b.is_ascii_alphanumeric() {
+            at += 1;
+            continue;
+        }
+        if space(b) || (!whole && b.is_ascii_punctuation()) {
+            break;
+        }
+        let c = text[at..].chars().next().unwrap_or_default();
+        if chinese && !whole && is_chinese(c) {
+            break;
+        }
+        simple = false;
+        at += c.len_utf8();
+    }
+    if at == begin {
+        // The mark or the character that ended the word before.
+        at = text.ceil_char_boundary(begin + 1);
+    }
+    let end = if simple { at.min(begin + longest + 1) } else { at };
+    Some(Part { text: &text[begin..end], next: at })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(cuts: Cuts, text: &str) -> Vec<&str> {
+        let (mut parts, mut at) = (Vec::new(), 0);
+        while let Some(part) = cuts.part(text, at, &[]) {
+            assert!(part.next > at);
+            at = part.next;
+            parts.push(part.text);
+        }
+        parts
+    }
+
+    const WORDS: Cuts = Cuts::Words { longest_word: 5, chinese: true };
+
+    #[test]
+    fn words_marks_and_chinese_characters() {
+        assert_eq!(
+            parts(WORDS, " it's\t北京, née\u{301}e "),
+            ["it", "'", "s", "北", "京", ",", "née\u{301}e"]
+        );
+        assert_eq!(parts(WORDS, "  "), [""; 0]);
+        assert_eq!(parts(WORDS, "abcdefgh ij"), ["abcdef", "ij"], "one more than the longest is enough");
+    }
+
+    #[test]
+    fn spaces_stand_alone_between_plain_characters() {
+        let text = "a b  c d\u{301} \u{301}e \u{2581}f é g";
+        assert_eq!(
+            parts(Cuts::Spaces { keep: false }, text),
+            ["a", "b  c", "d\u{301} \u{301}e \u{2581}f", "é", "g"]
+        );
+        assert_eq!(
+            parts(Cuts::Spaces { keep: true }, text),
+            ["a", " b  c", " d\u{301} \u{301}e \u{2581}f", " é", " g"]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_cut_is_cut_at_the_longest_part() {
+        let long = "é".repeat(LONGEST);
+        for cuts in [WORDS, Cuts::Spaces { keep: true }, Cuts::Never] {
+            let parts = parts(cuts, &long);
+            assert!(parts.iter().all(|part| part.len() <= LONGEST + 4), "{cuts:?}");
+            assert_eq!(parts.concat(), long, "{cuts:?}");
+        }
+    }
+
+    #[test]
+    fn tokenizers_are_told_apart() {
+        let of = |path: &str| {
+            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path).join("tokenizer.json");
+            Cuts::of(&serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap())
+        };
+        assert_eq!(of("demo/model"), Cuts::Words { longest_word: 100, chinese: true });
+        assert_eq!(of("tests/fixtures/roberta"), Cuts::Spaces { keep: true });
+        assert_eq!(of("tests/fixtures/xlm-roberta"), Cuts::Spaces { keep: false });
+        let mut unknown =
+            serde_json::json!({ "model": { "type": "WordPiece" }, "pre_tokenizer": { "type": "Digits" } });
+        assert_eq!(Cuts::of(&unknown), Cuts::Never);
+        unknown["pre_tokenizer"]["type"] = "BertPreTokenizer".into();
+        unknown["normalizer"]["type"] = "BertNormalizer".into();
+        assert_ne!(Cuts::of(&unknown), Cuts::Never);
+        unknown["added_tokens"] = serde_json::json!([{ "content": "New York" }]);
+        assert_eq!(Cuts::of(&unknown), Cuts::Never);
+    }
+}

@@ -1,0 +1,299 @@
+//! Texts to tokens, as the model's own tokenizer.json says, up to the model's limit.
+
+mod cuts;
+mod words;
+
+use serde_json::Value;
+use tokenizers::TruncationDirection;
+
+use self::cuts::Cuts;
+use super::files::{Files, FilesError};
+
+/// One text as the encoder takes it, special tokens included.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Tokens {
+    pub ids: Vec<u32>,
+    /// `None` where all are 0, as for single texts in most models.
+    pub type_ids: Option<Vec<u32>>,
+    /// The text had more tokens than the limit.
+    pub truncated: bool,
+}
+
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// A number of its own.
+    id: u64,
+    max_tokens: usize,
+    direction: TruncationDirection,
+    cuts: Cuts,
+    /// Contents of added tokens.
+    added: Vec<String>,
+    /// Added tokens are found by their contents in texts of ASCII alone, since they are looked for in normalized text.
+    added_in_ascii: bool,
+    special: Special,
+}
+
+/// What the post-processor puts around a text.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Special {
+    before: Vec<u32>,
+    after: Vec<u32>,
+    /// Token types of what is before, of the text, of what is after.
+    types: [u32; 3],
+}
+
+impl Tokenizer {
+    /// `positions` is how many the model has; the tokenizer's own limit counts where it is lower.
+    pub fn load(files: &Files, positions: usize) -> Result<Self, FilesError> {
+        let content = |message: String| FilesError::Content { file: "tokenizer.json".to_owned(), message };
+        let bytes = files.require("tokenizer.json")?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| content(e.to_string()))?;
+        let description: Value = serde_json::from_slice(&bytes).map_err(|e| content(e.to_string()))?;
+        let config = files.json("tokenizer_config.json")?.unwrap_or_default();
+        let sentences = files.json("sentence_bert_config.json")?.unwrap_or_default();
+        // Tokenizers without a limit say 1e30.
+        let stated = [config["model_max_length"].as_f64(), sentences["max_seq_length"].as_f64()];
+        let max_tokens = stated.into_iter().flatten().fold(positions as f64, f64::min) as usize;
+        let own = inner.get_truncation();
+        let direction = match config["truncation_side"].as_str() {
+            Some("left") => TruncationDirection::Left,
+            Some(_) => TruncationDirection::Right,
+            None => own.map_or(TruncationDirection::Right, |own| own.direction),
+        };
+        inner.with_truncation(None).map_err(|e| content(e.to_string()))?;
+        inner.with_padding(None);
+        let special = Special::of(&inner).map_err(content)?;
+        let tokens = description["added_tokens"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let normalizer = !description["normalizer"].is_null();
+        Ok(Self {
+            cuts: Cuts::of(&description),
+            added: tokens.iter().filter_map(|token| Some(token["content"].as_str()?.to_owned())).collect(),
+            added_in_ascii: normalizer && tokens.iter().any(|token| token["normalized"] == Value::Bool(true)),
+            inner,
+            id: words::next_tokenizer(),
+            max_tokens,
+            direction,
+            special,
+        })
+    }
+
+    /// The most tokens a text may have, special ones included.
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
+    }
+
+    /// Truncates what is over the limit and says so. A text without any token, where the tokenizer
+    /// adds none, is an error.
+    pub fn encode(&self, text: &str) -> Result<Tokens, String> {
+        let room = self.max_tokens.saturating_sub(self.special.count());
+        let mut ids = self.special.before.clone();
+        let before = ids.len();
+        let truncated = match self.direction {
+            TruncationDirection::Right => self.first(text, before + room, &mut ids)?,
+            TruncationDirection::Left => self.last(text, before + room, &mut ids)?,
+        };
+        let length = ids.len() - before;
+        ids.extend_from_slice(&self.special.after);
+        if ids.is_empty() {
+            return Err("the text has no tokens".to_owned());
+        }
+        Ok(Tokens { ids, type_ids: self.special.type_ids(length), truncated })
+    }
+
+    /// How a text may be cut, and the added tokens that it may hold.
+    fn cuts_of(&self, text: &str) -> (Cuts, &[String]) {
+        let unseen = self.added_in_ascii && !text.is_ascii();
+        if !unseen && !self.added.iter().any(|added| text.contains(added.as_str())) {
+            return (self.cuts, &[]);
+        }
+        match self.cuts {
+            Cuts::Spaces { .. } if unseen => (Cuts::Never, &[]),
+            cuts => (cuts, &self.added),
+        }
+    }
+
+    /// Appends the tokens that a text begins with until there are `most`; whether there were more.
+    fn first(&self, text: &str, most: usize, ids: &mut Vec<u32>) -> Result<bool, String> {
+        let (cuts, added) = self.cuts_of(text);
+        let mut at = 0;
+        while ids.len() <= most
+            && let Some(part) = cuts.part(text, at, added)
+        {
+            words::append(self.id, part.text, ids, |part, ids| {
+                let encoding = self.inner.encode_fast(part, false).map_err(|e| e.to_string())?;
+                ids.extend_from_slice(encoding.get_ids());
+                Ok::<_, String>(())
+            })?;
+            at = part.next;
+        }
+        let more = ids.len() > most;
+        ids.truncate(most);
+        Ok(more)
+    }
+
+    /// Appends the tokens that a text ends with until there are `most`; whether there were more.
+    fn last(&self, text: &str, most: usize, ids: &mut Vec<u32>) -> Result<bool, String> {
+        let (cuts, added) = self.cuts_of(text);
+        let kept = ids.len();
+        let mut look = (most * BYTES_PER_TOKEN).max(LEAST_LOOK);
+        loop {
+            let start = match text.len().checked_sub(look) {
+                None | Some(0) => 0,
+                Some(start) => cuts.begin_near(text, start, added),
+            };
+            self.first(&text[start..], usize::MAX, ids)?;
+            let over = ids.len().saturating_sub(most);
+            if over > 0 || start == 0 {
+                ids.drain(kept..kept + over);
+                return Ok(over > 0);
+            }
+            ids.truncate(kept);
+            look *= 4;
+        }
+    }
+}
+
+/// Bytes of a text's end that are looked at first for each token that is kept; four times as many while they do not
+/// hold enough.
+const BYTES_PER_TOKEN: usize = 16;
+const LEAST_LOOK: usize = 4096;
+
+impl Special {
+    /// Found by what the post-processor makes of two texts.
+    fn of(inner: &tokenizers::Tokenizer) -> Result<Self, String> {
+        let of_text = |text: &str| {
+            let plain = inner.encode_fast(text, false).map_err(|e| e.to_string())?;
+            let (ids, length) = (plain.get_ids().to_vec(), plain.len());
+            let all = inner.post_process(plain, None, true).map_err(|e| e.to_string())?;
+            let unknown = || {
+                "the post-processor is not supported: it does more than to put tokens around a text"
+                    .to_owned()
+            };
+            let places = 0..=all.len().checked_sub(length).ok_or_else(unknown)?;
+            let mut places = places.filter(|&at| all.get_ids()[at..at + length] == ids);
+            let at = places.next().ok_or_else(unknown)?;
+            let (types, end) = (all.get_type_ids(), at + length);
+            let one = |types: &[u32]| match types {
+                [] => Ok(0),
+                [first, rest @ ..] if rest.iter().all(|t| t == first) => Ok(*first),
+                _ => Err(unknown()),
+            };
+            Ok::<_, String>(Self {
+                before: all.get_ids()[..at].to_vec(),
+                after: all.get_ids()[end..].to_vec(),
+                types: [one(&types[..at])?, one(&types[at..end])?, one(&types[end..])?],
+            })
+        };
+        let special = of_text("a")?;
+        match special == of_text("a b, c")? {
+            true => Ok(special),
+            false => {
+                Err("the post-processor is not supported: what it puts around a text depends on the text"
+                    .to_owned())
+            }
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.before.len() + self.after.len()
+    }
+
+    /// Of a text of so many tokens; `None` where all are 0.
+    fn type_ids(&self, length: usize) -> Option<Vec<u32>> {
+        if self.types == [0; 3] {
+            return None;
+        }
+        let counts = [self.before.len(), length, self.after.len()];
+        Some(self.types.iter().zip(counts).flat_map(|(&t, count)| std::iter::repeat_n(t, count)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Texts of what tokenizers treat differently.
+    fn texts() -> impl Strategy<Value = String> {
+        let pieces = prop_oneof![
+            5 => "[a-z]{1,8}",
+            2 => "[A-Z0-9]{1,4}",
+            3 => Just(" ".to_owned()),
+            1 => "[ \t\n\r\u{b}\u{c}\u{0}\u{a0}\u{3000}\u{2028}]{1,3}",
+            2 => "[!-/:-@\\[-`{-~]{1,3}",
+            1 => "[\u{4e00}-\u{4e20}\u{f900}\u{3042}\u{30a2}\u{ac00}]{1,3}",
+            1 => "[éüßñ\u{301}\u{338}\u{308}\u{345}İſKﬁ½٣ـ]{1,3}",
+            1 => "[а-яёא-תء-ي\u{915}\u{93f}\u{94d}\u{600}\u{200d}\u{fe0f}\u{2581}\u{fffd}]{1,4}",
+            1 => prop::sample::select(vec!["[MASK]", "<mask>", "[SEP]", "</s>", "it's", "'ll", "😀", "👩\u{200d}🔬"])
+                .prop_map(str::to_owned),
+            1 => "[a-z]{90,130}",
+        ];
+        proptest::collection::vec(pieces, 0..40).prop_map(|pieces| pieces.concat())
+    }
+
+    fn tokenizer(path: &str) -> Tokenizer {
+        let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+        let model =
+            crate::settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
+        Tokenizer::load(&Files::find(&model).unwrap(), 1_000_000).unwrap()
+    }
+
+    const KINDS: [&str; 4] =
+        ["demo/model", "tests/fixtures/roberta", "tests/fixtures/modernbert", "tests/fixtures/xlm-roberta"];
+
+    /// Against the library, which tokenizes the text as a whole.
+    #[track_caller]
+    fn same(tokenizer: &Tokenizer, text: &str) {
+        let plain = tokenizer.inner.encode_fast(text, false).unwrap().get_ids().to_vec();
+        let room = tokenizer.max_tokens - tokenizer.special.count();
+        let kept = match tokenizer.direction {
+            _ if plain.len() <= room => &plain[..],
+            TruncationDirection::Right => &plain[..room],
+            TruncationDirection::Left => &plain[plain.len() - room..],
+        };
+        let got = tokenizer.encode(text).unwrap();
+        assert_eq!(got.ids, [&tokenizer.special.before, kept, &tokenizer.special.after].concat(), "{text:?}");
+        assert_eq!(got.truncated, plain.len() > room, "{text:?}");
+        if !got.truncated {
+            let want = tokenizer.inner.encode_fast(text, true).unwrap();
+            assert_eq!(got.ids, want.get_ids(), "{text:?}");
+            assert_eq!(got.type_ids.unwrap_or(vec![0; want.len()]), want.get_type_ids(), "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn by_parts_as_the_library_has_it_whole(texts in proptest::collection::vec(texts(), 8)) {
+            for kind in KINDS {
+                let mut tokenizer = tokenizer(kind);
+                prop_assert_ne!(tokenizer.cuts, Cuts::Never);
+                for (i, text) in texts.iter().enumerate() {
+                    tokenizer.max_tokens = if i % 2 == 0 { 1_000_000 } else { 12 };
+                    tokenizer.direction =
+                        if i % 4 == 3 { TruncationDirection::Left } else { TruncationDirection::Right };
+                    same(&tokenizer, text);
+                }
+            }
+        }
+    }
+
+    /// A megabyte without a space, of every kind that tokenizers split differently. The first part of it has more
+    /// tokens than are kept.
+    #[test]
+    fn large_texts_without_spaces() {
+        let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let base64 = (0..1usize << 20).map(|i| digits[i * i % 8191 % 64] as char).collect::<String>();
+        for kind in KINDS {
+            let mut tokenizer = tokenizer(kind);
+            tokenizer.max_tokens = 512;
+            for text in [".".repeat(1 << 20), "北京市".repeat(1 << 17), base64.clone()] {
+                let head = &text[..text.floor_char_boundary(1 << 14)];
+                same(&tokenizer, head);
+                let got = tokenizer.encode(&text).unwrap();
+                assert_eq!(got, tokenizer.encode(head).unwrap(), "{kind}: {}…", &text[..6]);
+                assert!(got.truncated);
+            }
+        }
+    }
+}
