@@ -1,9 +1,16 @@
 //! `json`: the text is at one JSON Pointer (RFC 6901), at several, or made by a template.
+//!
+//! Only what is selected is read; everything else is checked to be JSON and skipped. What `output.include` copies is
+//! copied byte for byte, so that no number loses digits and no text its escapes.
 
-use std::fmt::Write;
+use std::borrow::Cow;
+use std::fmt;
 
 use minijinja::{Environment, UndefinedBehavior};
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::{Decoder, Input};
 use crate::record::{Fault, RecordError};
@@ -54,55 +61,162 @@ impl Json {
 
 impl Decoder for Json {
     fn decode<'a>(&self, bytes: &'a [u8]) -> Result<Input<'a>, RecordError> {
-        let value: Value = serde_json::from_slice(bytes)
-            .map_err(|e| RecordError::new(Fault::Decode, format!("the value is not JSON: {e}")))?;
+        // RFC 8259, 8.1: a parser may ignore a byte order mark.
+        let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+        let document: &RawValue = serde_json::from_slice(bytes).map_err(|e| not_json(bytes, &e))?;
+        let document = Document::new(document);
         let mut include = String::new();
         for (pointer, name) in &self.include {
-            if let Some(found) = value.pointer(pointer) {
-                // Writing to a String cannot fail.
-                let _ = write!(include, ",{}:{found}", Value::from(name.as_str()));
+            if let Some(found) = document.at(pointer) {
+                include.push(',');
+                include.push_str(&Value::from(name.as_str()).to_string());
+                include.push(':');
+                include.push_str(found.get());
             }
         }
         let text = match &self.text {
-            TextFrom::Template(template) => template
-                .render(&value)
-                .map_err(|e| RecordError::new(Fault::Field, format!("input.template: {e}")))?,
-            TextFrom::Fields { pointers, .. } if pointers.len() == 1 => take(value, &pointers[0])?,
+            TextFrom::Template(template) => {
+                let value: Value = serde_json::from_slice(bytes).map_err(|e| not_json(bytes, &e))?;
+                let rendered = template.render(&value);
+                rendered.map_err(|e| RecordError::new(Fault::Field, format!("input.template: {e}")))?.into()
+            }
+            TextFrom::Fields { pointers, .. } if pointers.len() == 1 => document.string_at(&pointers[0])?,
             TextFrom::Fields { pointers, join } => {
                 let mut text = String::new();
                 for (i, pointer) in pointers.iter().enumerate() {
                     if i > 0 {
                         text.push_str(join);
                     }
-                    text.push_str(string_at(&value, pointer)?);
+                    text.push_str(&document.string_at(pointer)?);
                 }
-                text
+                text.into()
             }
         };
-        Ok(Input { text: text.into(), include })
+        Ok(Input { text, include })
     }
 }
 
-fn take(mut value: Value, pointer: &str) -> Result<String, RecordError> {
-    string_at(&value, pointer)?;
-    match value.pointer_mut(pointer).map(Value::take) {
-        Some(Value::String(text)) => Ok(text),
-        _ => unreachable!("string_at found a string there"),
-    }
-}
-
-fn string_at<'v>(value: &'v Value, pointer: &str) -> Result<&'v str, RecordError> {
-    let kind = match value.pointer(pointer) {
-        Some(Value::String(text)) => return Ok(text),
-        None => return Err(RecordError::new(Fault::Field, format!("{pointer:?} is missing"))),
-        Some(Value::Null) => "null",
-        Some(Value::Bool(_)) => "a boolean",
-        Some(Value::Number(_)) => "a number",
-        Some(Value::Array(_)) => "an array",
-        Some(Value::Object(_)) => "an object",
+/// Says what else the bytes look like.
+fn not_json(bytes: &[u8], error: &serde_json::Error) -> RecordError {
+    let looks = match bytes {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [b'{' | b'[' | b'"', 0, ..] | [0, b'{' | b'[' | b'"', ..] => {
+            "; it looks like UTF-16: JSON between systems is UTF-8"
+        }
+        [0, _, _, _, _, b'{' | b'[' | b'"', ..] => {
+            "; it begins with a schema registry's frame (a zero byte and a schema's id): the producer has a serializer \
+             for JSON Schema"
+        }
+        [0, _, _, _, _, ..] => {
+            "; it begins with a zero byte, as a schema registry's frame does: the producer may have a serializer for \
+             Avro or Protobuf"
+        }
+        _ => "",
     };
-    Err(RecordError::new(Fault::Field, format!("{pointer:?} is {kind}, not a string")))
+    RecordError::new(Fault::Decode, format!("the value is not JSON: {error}{looks}"))
 }
+
+/// A JSON document of which the members of the outermost object are known.
+struct Document<'a> {
+    whole: &'a RawValue,
+    members: Option<Members<'a>>,
+}
+
+impl<'a> Document<'a> {
+    fn new(whole: &'a RawValue) -> Self {
+        Self { whole, members: members(whole) }
+    }
+
+    /// What stands at a pointer, as it is written.
+    fn at(&self, pointer: &str) -> Option<&'a RawValue> {
+        let Some(path) = pointer.strip_prefix('/') else { return pointer.is_empty().then_some(self.whole) };
+        let mut found: Option<&'a RawValue> = None;
+        for token in path.split('/') {
+            let name = token.replace("~1", "/").replace("~0", "~");
+            found = match found {
+                None => self.members.as_ref().and_then(|members| members.get(&name)),
+                Some(value) => members(value).and_then(|members| members.get(&name)),
+            }
+            .or_else(|| item(found.unwrap_or(self.whole), &name));
+            found?;
+        }
+        found
+    }
+
+    fn string_at(&self, pointer: &str) -> Result<Cow<'a, str>, RecordError> {
+        let field = |message: String| RecordError::new(Fault::Field, message);
+        let found = self.at(pointer).ok_or_else(|| field(format!("{pointer:?} is missing")))?;
+        let raw = found.get();
+        let kind = match raw.as_bytes().first() {
+            Some(b'"') => {
+                return match raw.contains('\\') {
+                    false => Ok(Cow::Borrowed(&raw[1..raw.len() - 1])),
+                    true => serde_json::from_str(raw)
+                        .map(Cow::Owned)
+                        .map_err(|e| RecordError::new(Fault::Decode, format!("{pointer:?}: {e}"))),
+                };
+            }
+            Some(b'n') => "null",
+            Some(b't' | b'f') => "a boolean",
+            Some(b'[') => "an array",
+            Some(b'{') => "an object",
+            _ => "a number",
+        };
+        Err(field(format!("{pointer:?} is {kind}, not a string")))
+    }
+}
+
+/// Members of an object; `None` for anything else.
+fn members(value: &RawValue) -> Option<Members<'_>> {
+    if !value.get().starts_with('{') {
+        return None;
+    }
+    serde_json::from_str(value.get()).ok()
+}
+
+/// An item of an array, by its index (RFC 6901: without leading zeros).
+fn item<'a>(value: &'a RawValue, index: &str) -> Option<&'a RawValue> {
+    if !value.get().starts_with('[') || (index.len() > 1 && index.starts_with('0')) || index.starts_with('+')
+    {
+        return None;
+    }
+    let items: Vec<&RawValue> = serde_json::from_str(value.get()).ok()?;
+    items.get(index.parse::<usize>().ok()?).copied()
+}
+
+struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'a> Members<'a> {
+    /// Of several members of a name the last one counts.
+    fn get(&self, name: &str) -> Option<&'a RawValue> {
+        self.0.iter().rev().find(|(known, _)| known == name).map(|(_, value)| *value)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Each;
+        impl<'de> Visitor<'de> for Each {
+            type Value = Members<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Vec::new();
+                while let Some(Name(name)) = map.next_key()? {
+                    members.push((name, map.next_value()?));
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Each)
+    }
+}
+
+/// A name, borrowed where it has no escapes.
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[cfg(test)]
 mod tests {
@@ -152,6 +266,45 @@ mod tests {
         assert_eq!(input.text, "a | b");
         assert_eq!(input.include, r#","id":7,"na/me":"x\"y""#);
         assert_eq!(fault(&decoder, br#"{"title":"a"}"#).0, Fault::Field);
+    }
+
+    #[test]
+    fn what_is_included_is_copied_byte_for_byte() {
+        let decoder = json(&["/t"], None, &["/n", "/o", "/s"]);
+        for number in
+            ["18446744073709551616", "123456789.123456789123", "1.10", "1e400", "-0", "1E+2", "0.1e-7"]
+        {
+            let value = format!(r#"{{"t":"x","n":{number},"o":{{ "a" : [1.0,  2] }},"s":"\u00e9\/"}}"#);
+            let include = decoder.decode(value.as_bytes()).unwrap().include;
+            assert_eq!(include, format!(r#","n":{number},"o":{{ "a" : [1.0,  2] }},"s":"\u00e9\/""#));
+        }
+    }
+
+    #[test]
+    fn pointers_through_arrays_escapes_and_repeated_names() {
+        let value = br#"{"a":[{"b":"x"},{"b":"\u00fc"}],"c":"1","c":"2","d\u00e9":"3"}"#;
+        let text =
+            |pointer: &str| json(&[pointer], None, &[]).decode(value).map(|input| input.text.into_owned());
+        assert_eq!(text("/a/1/b").unwrap(), "ü");
+        assert_eq!(text("/c").unwrap(), "2");
+        assert_eq!(text("/dé").unwrap(), "3");
+        for missing in ["/a/2/b", "/a/01/b", "/a/-/b", "/x/y", "/c/0"] {
+            assert_eq!(text(missing).unwrap_err().message, format!("{missing:?} is missing"));
+        }
+        assert_eq!(json(&["/0"], None, &[]).decode(br#"["x"]"#).unwrap().text, "x");
+    }
+
+    #[test]
+    fn byte_order_marks_are_skipped_and_other_encodings_named() {
+        let decoder = json(&["/t"], None, &[]);
+        assert_eq!(decoder.decode(b"\xef\xbb\xbf{\"t\":\"x\"}").unwrap().text, "x");
+        let utf16: Vec<u8> = "{\"t\":\"x\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let marked = [&[0xff, 0xfe][..], &utf16].concat();
+        for value in [utf16, marked] {
+            assert!(fault(&decoder, &value).1.contains("UTF-16"), "{:?}", fault(&decoder, &value));
+        }
+        assert!(fault(&decoder, b"\0\0\0\0\x07{\"t\":\"x\"}").1.contains("schema registry"));
+        assert!(fault(&decoder, b"\0\0\0\0\x07\x06abc").1.contains("Avro"));
     }
 
     #[test]
