@@ -247,6 +247,9 @@ pub struct Model {
     pub dtype: Dtype,
     /// What to do when another model made the group's last commit.
     pub on_change: OnChange,
+    /// Keys of the checkpoint's config.json that kandle does not know and that do not change predictions. Any other
+    /// unknown key is refused.
+    pub ignore_config: Vec<String>,
 }
 
 /// auto, cpu, cuda, cuda:N or metal.
@@ -318,6 +321,9 @@ pub struct Output {
     /// A record without a key keeps its input partition's number (modulo the output's count).
     #[serde(default)]
     pub partition: Partitioning,
+    /// A prediction's timestamp: the record's own, or the time at which it is published. Retention goes by it.
+    #[serde(default)]
+    pub timestamp: OutputTimestamp,
     /// librdkafka properties for the producer alone.
     #[serde(default)]
     pub properties: Properties,
@@ -336,6 +342,20 @@ pub enum Partitioning {
     #[default]
     Key,
     Source,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputTimestamp {
+    #[default]
+    Record,
+    Now,
+}
+
+impl OutputTimestamp {
+    pub fn is_now(self) -> bool {
+        self == Self::Now
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

@@ -311,6 +311,86 @@ fn what_cannot_be_loaded_says_why() {
         "{message}"
     );
 
-    let message = error(Path::new("/no/such/model"), Output::Logits);
-    assert!(message.contains("/no/such/model") && message.contains("no such directory"), "{message}");
+    assert!(error(Path::new("/no/such/model"), Output::Logits).contains("no such directory"));
+
+    // What is missing says how it is made.
+    let file =
+        |path: &Path, name: &str, content: &str| std::fs::write(path.join(name), content).expect("written");
+    file(bare.path(), "pytorch_model.bin", "PK");
+    let message = error(bare.path(), Output::Logits);
+    assert!(
+        message.contains("only pytorch_model.bin") && message.contains("safe_serialization=True"),
+        "{message}"
+    );
+    std::fs::remove_file(bare.path().join("pytorch_model.bin")).expect("removed");
+    std::fs::create_dir(bare.path().join("onnx")).expect("made");
+    file(&bare.path().join("onnx"), "model.onnx", "");
+    let message = error(bare.path(), Output::Logits);
+    assert!(message.contains("only onnx/model.onnx") && message.contains("exported from"), "{message}");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 90868376\n";
+    file(bare.path(), "model.safetensors", pointer);
+    let message = error(bare.path(), Output::Logits);
+    assert!(message.contains("model.safetensors is a pointer of Git LFS"), "{message}");
+    let untold = with("bert", &[]);
+    std::fs::remove_file(untold.path().join("tokenizer.json")).expect("removed");
+    let message = error(untold.path(), Output::Logits);
+    assert!(message.contains("tokenizer.json is missing; Python makes it"), "{message}");
+
+    // What is not known is refused by name, and what is known to be different.
+    let extended = |key: &str, value: &str| {
+        with("bert", &[("config.json", config.replacen('{', &format!("{{\"{key}\": {value},"), 1))])
+    };
+    for (key, value, message) in [
+        ("layer_scale", "0.5", "kandle does not know layer_scale"),
+        ("is_decoder", "true", "is_decoder: true is not supported"),
+        ("problem_type", "\"ordinal\"", "problem_type \"ordinal\" is not supported"),
+    ] {
+        let changed = config.replace("\"is_decoder\": false,", "");
+        let model =
+            with("bert", &[("config.json", changed.replacen('{', &format!("{{\"{key}\": {value},"), 1))]);
+        let said = error(model.path(), Output::Logits);
+        assert!(said.contains(message), "{said}");
+    }
+    let ignored = extended("layer_scale", "0.5");
+    let model = settings::Model {
+        source: Some(ignored.path().display().to_string()),
+        ignore_config: vec!["layer_scale".to_owned()],
+        ..Default::default()
+    };
+    let placement = Placement::choose(DeviceChoice::Cpu, Dtype::F32).expect("cpu");
+    Model::load(Files::find(&model).expect("files"), placement, Output::Logits).expect("a model");
+    for (name, content, message) in [
+        (
+            "modules.json",
+            r#"[{"type": "a.Transformer", "path": "0_Transformer"}]"#,
+            "in the folder \"0_Transformer\"",
+        ),
+        ("modules.json", r#"[{"type": "a.Pooling", "path": ".."}]"#, "not a folder inside of the checkpoint"),
+        ("modules.json", r#"[{"type": "a.LSTM", "path": "2_LSTM"}]"#, "a.LSTM is not supported"),
+        ("sentence_bert_config.json", r#"{"do_upper_case": true}"#, "kandle does not know do_upper_case"),
+        ("sentence_xlnet_config.json", r#"{"max_seq_length": "all"}"#, "max_seq_length \"all\""),
+    ] {
+        let model = with("bert", &[(name, content.to_owned())]);
+        let said = error(model.path(), Output::Embedding);
+        assert!(said.contains(message), "{said}");
+    }
+}
+
+/// sentence-transformers looks for the settings under seven names, one for each kind of model it began with.
+#[test]
+fn settings_of_sentence_transformers_count_under_every_name() {
+    let text = "The INVOICE of May is Wrong, please correct it";
+    let plain = load(&fixture("roberta"), Output::Embedding);
+    let tokens = |model: &Model, text: &str| model.tokenizer.encode(text).expect("tokens");
+    assert_ne!(tokens(&plain, text), tokens(&plain, &text.to_lowercase()), "the tokenizer keeps capitals");
+    for kind in ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"] {
+        let settings = r#"{"max_seq_length": 9, "do_lower_case": true}"#.to_owned();
+        let model = with("roberta", &[(&format!("sentence_{kind}_config.json"), settings)]);
+        let embeds = load(model.path(), Output::Embedding);
+        let got = tokens(&embeds, text);
+        assert_eq!((got.ids.len(), got.truncated), (9, true), "{kind}");
+        assert_eq!(got.ids[..8], tokens(&plain, &text.to_lowercase()).ids[..8], "{kind}");
+        // A classifier is transformers' alone.
+        assert_eq!(tokens(&load(model.path(), Output::Logits), text), tokens(&plain, text), "{kind}");
+    }
 }

@@ -48,7 +48,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     match output {
         Output::Logits => {
             rows.push(("labels", model.labels.join(", ")));
-            rows.push(("scores", if model.independent_labels { "sigmoid" } else { "softmax" }.to_owned()));
+            rows.push(("scores", model.scores.name().to_owned()));
         }
         Output::Embedding => {
             rows.push(("embedding", a.hidden.to_string()));

@@ -25,7 +25,8 @@ impl Digest {
             }
         }
         if let Some(path) = &settings.task.candidates {
-            let bytes = std::fs::read(path).map_err(|error| FilesError::Io { path: path.clone(), error })?;
+            let bytes = std::fs::read(path)
+                .map_err(|error| FilesError::Io { file: path.display().to_string(), error })?;
             lines.push(format!("candidates {}", hex(&Sha256::digest(bytes))));
         }
         let (task, input) = (&settings.task, &settings.input);

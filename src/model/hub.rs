@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
-use super::files::{FilesError, HUB_FILES, pooling_file};
+use super::files::{FilesError, HUB_FILES};
+use super::sentence::pooling_file;
 use crate::settings;
 
 /// A commit's files in the cache.
@@ -99,7 +100,7 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
         if *name == "config.json" {
             config = Some(path);
         } else if *name == "modules.json"
-            && let Some(pooling) = pooling_file(read_json(&path)?.as_ref())
+            && let Some(pooling) = pooling_file(read_json(&path)?.as_ref()).map_err(Asked::Refused)?
         {
             fetch(&repo, &pooling)?;
         }
@@ -130,7 +131,7 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
 
 fn read_json(path: &std::path::Path) -> Result<Option<serde_json::Value>, Asked> {
     let bytes = std::fs::read(path)
-        .map_err(|error| Asked::Refused(FilesError::Io { path: path.to_owned(), error }))?;
+        .map_err(|error| Asked::Refused(FilesError::Io { file: path.display().to_string(), error }))?;
     Ok(serde_json::from_slice(&bytes).ok())
 }
 

@@ -7,10 +7,11 @@ use std::sync::Mutex;
 use super::architecture::{Architecture, ConfigError};
 use super::device::Placement;
 use super::encoder::{Encoder, Packed};
-use super::files::{Files, FilesError, pooling_file};
+use super::files::{Files, FilesError};
 use super::head::Head;
 use super::message;
-use super::ops::{Pooling, Rows};
+use super::ops::Rows;
+use super::sentence::{Embedding, TextSettings};
 use super::tokenize::{Tokenizer, Tokens};
 
 #[derive(Debug, thiserror::Error)]
@@ -34,15 +35,37 @@ pub enum Output {
     Embedding,
 }
 
-/// How a model turns a text into a vector, as sentence-transformers keeps it in modules.json, the
-/// pooling's config.json and config_sentence_transformers.json.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Embedding {
-    pub pooling: Pooling,
-    /// To length 1.
-    pub normalize: bool,
-    /// Stands before every text.
-    pub prompt: String,
+/// What makes scores of logits, as transformers' pipeline chooses it by config.json's `problem_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scores {
+    Softmax,
+    /// Each label is its own yes or no.
+    Sigmoid,
+    /// Regression: the numbers themselves.
+    Raw,
+}
+
+impl Scores {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Softmax => "softmax",
+            Self::Sigmoid => "sigmoid",
+            Self::Raw => "raw",
+        }
+    }
+
+    fn of(config: &serde_json::Value, labels: usize) -> Result<Self, ModelError> {
+        match config["problem_type"].as_str() {
+            Some("regression") => Ok(Self::Raw),
+            Some("multi_label_classification") => Ok(Self::Sigmoid),
+            None | Some("single_label_classification") if labels == 1 => Ok(Self::Sigmoid),
+            None | Some("single_label_classification") => Ok(Self::Softmax),
+            Some(other) => Err(ModelError::Unsupported(format!(
+                "config.json: problem_type {other:?} is not supported; supported: regression, \
+                 single_label_classification, multi_label_classification"
+            ))),
+        }
+    }
 }
 
 pub struct Model {
@@ -51,8 +74,8 @@ pub struct Model {
     pub tokenizer: Tokenizer,
     /// Label names by index, for a classifier.
     pub labels: Vec<String>,
-    /// Each label is its own yes or no: sigmoid instead of softmax.
-    pub independent_labels: bool,
+    /// What makes scores of a classifier's logits.
+    pub scores: Scores,
     pub embedding: Embedding,
     pub parameters: usize,
     encoder: Encoder,
@@ -68,13 +91,16 @@ pub struct Model {
 
 impl Model {
     pub fn load(files: Files, placement: Placement, output: Output) -> Result<Self, ModelError> {
-        let config = files.json("config.json")?.ok_or_else(|| FilesError::Missing {
-            source_name: files.source.clone(),
-            file: "config.json".to_owned(),
-        })?;
-        let architecture = Architecture::from_config(&config)?;
-        let tokenizer = Tokenizer::load(&files, architecture.max_tokens())?;
-        let embedding = embedding(&files)?;
+        let config = files.json("config.json")?;
+        let config = config.ok_or_else(|| FilesError::Missing { file: "config.json".to_owned() })?;
+        let architecture = Architecture::from_config(&config, files.ignored_keys())?;
+        // A classifier is made by transformers alone.
+        let text = match output {
+            Output::Embedding => TextSettings::read(&files)?,
+            Output::Logits => TextSettings::default(),
+        };
+        let tokenizer = Tokenizer::load(&files, architecture.max_tokens(), text)?;
+        let embedding = Embedding::read(&files)?;
         let mut tensors = HashMap::new();
         for name in files.weights()? {
             let bytes = files.require(&name)?;
@@ -104,8 +130,7 @@ impl Model {
                 let out = format!("{}.weight", architecture.classifier.out);
                 if !root.contains_tensor(&out) {
                     return Err(ModelError::Unsupported(format!(
-                        "{} is no text classifier: its weights have no {out}",
-                        files.source
+                        "it is not a text classifier: its weights have no {out}"
                     )));
                 }
                 (Head::classifier(&architecture, labels.len(), &root, &vb).map_err(weights)?, labels.len())
@@ -117,14 +142,13 @@ impl Model {
             candle_core::Device::Cuda(device) => super::ops::cuda::KeptMemory::on(device).map_err(weights)?,
             _ => None,
         };
-        let independent_labels =
-            labels.len() == 1 || config["problem_type"].as_str() == Some("multi_label_classification");
+        let scores = Scores::of(&config, labels.len())?;
         Ok(Self {
             files,
             placement,
             tokenizer,
             labels,
-            independent_labels,
+            scores,
             embedding,
             parameters,
             encoder,
@@ -184,73 +208,5 @@ fn labels(config: &serde_json::Value) -> Vec<String> {
             })
             .collect(),
         None => (0..config["num_labels"].as_u64().unwrap_or(2)).map(|i| format!("LABEL_{i}")).collect(),
-    }
-}
-
-/// As sentence-transformers keeps it; the mean, not normalised, where a model says nothing.
-fn embedding(files: &Files) -> Result<Embedding, ModelError> {
-    let Some(modules) = files.json("modules.json")? else {
-        return Ok(Embedding { pooling: Pooling::Mean, normalize: false, prompt: String::new() });
-    };
-    let prompts = files.json("config_sentence_transformers.json")?.unwrap_or_default();
-    let prompt = match prompts["default_prompt_name"].as_str() {
-        Some(name) => prompts["prompts"][name].as_str().unwrap_or_default().to_owned(),
-        None => String::new(),
-    };
-    let mut normalize = false;
-    for module in modules.as_array().into_iter().flatten() {
-        let kind = module["type"].as_str().unwrap_or_default();
-        match kind.rsplit('.').next().unwrap_or_default() {
-            "Transformer" | "Pooling" => {}
-            "Normalize" => normalize = true,
-            _ => {
-                return Err(ModelError::Unsupported(format!(
-                    "modules.json: {kind} is not supported; kandle knows Transformer, Pooling and Normalize"
-                )));
-            }
-        }
-    }
-    let pooling = match pooling_file(Some(&modules)) {
-        None => Pooling::Mean,
-        Some(name) => pooling(&name, &files.json(&name)?.unwrap_or_default())?,
-    };
-    Ok(Embedding { pooling, normalize, prompt })
-}
-
-/// `pooling_mode: "mean"`, or the older one flag a mode.
-fn pooling(file: &str, config: &serde_json::Value) -> Result<Pooling, ModelError> {
-    const MODES: [(&str, &str, Pooling); 3] = [
-        ("mean", "pooling_mode_mean_tokens", Pooling::Mean),
-        ("cls", "pooling_mode_cls_token", Pooling::First),
-        ("lasttoken", "pooling_mode_lasttoken", Pooling::Last),
-    ];
-    if config["include_prompt"].as_bool() == Some(false) {
-        return Err(ModelError::Unsupported(format!("{file}: include_prompt: false is not supported")));
-    }
-    if let Some(mode) = config["pooling_mode"].as_str() {
-        return match MODES.iter().find(|(name, ..)| *name == mode) {
-            Some((.., pooling)) => Ok(*pooling),
-            None => Err(ModelError::Unsupported(format!(
-                "{file}: pooling_mode {mode:?} is not supported; mean, cls, lasttoken"
-            ))),
-        };
-    }
-    let set: Vec<&str> = config
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(key, value)| key.starts_with("pooling_mode_") && value.as_bool() == Some(true))
-        .map(|(key, _)| key.as_str())
-        .collect();
-    match set.as_slice() {
-        [] => Ok(Pooling::Mean),
-        [one] => {
-            MODES.iter().find(|(_, flag, _)| flag == one).map(|(.., pooling)| *pooling).ok_or_else(|| {
-                ModelError::Unsupported(format!("{file}: {one} is not supported; mean, cls, lasttoken"))
-            })
-        }
-        many => {
-            Err(ModelError::Unsupported(format!("{file}: {} together are not supported", many.join(" and "))))
-        }
     }
 }

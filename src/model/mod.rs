@@ -10,6 +10,7 @@ mod head;
 mod hub;
 mod load;
 pub mod ops;
+mod sentence;
 mod tokenize;
 
 pub use device::Placement;
@@ -18,8 +19,9 @@ pub(crate) use digest::hex;
 pub use encoder::{Encoder, Packed};
 pub use files::{Files, FilesError};
 pub use head::Head;
-pub use load::{Embedding, Model, ModelError, Output};
+pub use load::{Model, ModelError, Output, Scores};
 pub use ops::Pooling;
+pub use sentence::{Embedding, TextSettings};
 pub use tokenize::{Tokenizer, Tokens};
 
 /// The message of an error of Candle's, which carries a backtrace below it.

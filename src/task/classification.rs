@@ -3,30 +3,29 @@
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::{NUMBER, Predict, to_json};
-use crate::model::Model;
+use crate::model::{self, Model};
 use crate::record::RecordError;
 
 pub(super) struct Classification {
     labels: Vec<String>,
-    /// Sigmoid of each instead of softmax over all.
-    independent: bool,
+    scores: model::Scores,
     top_k: usize,
 }
 
 impl Classification {
     pub fn new(model: &Model, top_k: Option<usize>) -> Self {
         let labels = model.labels.clone();
-        Self {
-            independent: model.independent_labels,
-            top_k: top_k.unwrap_or(usize::MAX).min(labels.len()),
-            labels,
-        }
+        Self { scores: model.scores, top_k: top_k.unwrap_or(usize::MAX).min(labels.len()), labels }
     }
 }
 
 impl Predict for Classification {
     fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let scores = if self.independent { sigmoid(row) } else { softmax(row) };
+        let scores = match self.scores {
+            model::Scores::Softmax => softmax(row),
+            model::Scores::Sigmoid => sigmoid(row),
+            model::Scores::Raw => row.to_vec(),
+        };
         let mut order: Vec<usize> = (0..scores.len()).collect();
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
         let best = order[0];
@@ -80,16 +79,17 @@ fn sigmoid(logits: &[f32]) -> Vec<f32> {
 mod tests {
     use super::*;
 
-    fn written(independent: bool, top_k: usize, row: &[f32]) -> String {
+    fn written(scores: model::Scores, top_k: usize, row: &[f32]) -> String {
         let labels = ["a", "b", "c"].map(str::to_owned).into();
         let mut out = Vec::new();
-        Classification { labels, independent, top_k }.write(row, &mut out).unwrap();
+        Classification { labels, scores, top_k }.write(row, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 
     #[test]
     fn best_label_first() {
-        let json: serde_json::Value = serde_json::from_str(&written(false, 3, &[0.0, 2.0, 1.0])).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_str(&written(model::Scores::Softmax, 3, &[0.0, 2.0, 1.0])).unwrap();
         assert_eq!(json["label"], "b");
         assert!((json["score"].as_f64().unwrap() - 0.665_240_94).abs() < 1e-6);
         let names: Vec<&String> = json["scores"].as_object().unwrap().keys().collect();
@@ -101,8 +101,16 @@ mod tests {
     #[test]
     fn top_k_limits_the_scores() {
         assert_eq!(
-            written(true, 1, &[0.0, -1000.0, -9.0]),
+            written(model::Scores::Sigmoid, 1, &[0.0, -1000.0, -9.0]),
             r#"{"label":"a","score":0.5,"scores":{"a":0.5}}"#
+        );
+    }
+
+    #[test]
+    fn a_regressions_numbers_stay_as_they_are() {
+        assert_eq!(
+            written(model::Scores::Raw, 3, &[0.25, -0.5, 1.25]),
+            r#"{"label":"c","score":1.25,"scores":{"c":1.25,"a":0.25,"b":-0.5}}"#
         );
     }
 }

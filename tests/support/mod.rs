@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
@@ -148,6 +148,15 @@ impl Place {
             admin.create_topics([&topic_], options).await.expect("an answer")
         });
         made.into_iter().for_each(|result| drop(result.expect("a topic")));
+    }
+
+    /// Changes a topic's configuration.
+    pub fn configure(&self, topic: &str, name: &str, value: &str) {
+        let changes = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(name, value);
+        let changed = self.administer(async |admin, options| {
+            admin.alter_configs([&changes], options).await.expect("an answer")
+        });
+        changed.into_iter().for_each(|result| drop(result.expect("changed")));
     }
 
     /// The settings of a daemon here, as YAML; `more` replaces or adds sections.
@@ -282,6 +291,18 @@ fn from_the_beginning(consumer: &BaseConsumer, topics: &[&str]) {
         }
     }
     consumer.assign(&list).expect("assigned");
+}
+
+/// Letters and digits without a pattern: no compression makes less than three quarters of them.
+pub fn noise(bytes: usize) -> Vec<u8> {
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut state = bytes as u64 + 1;
+    let mut next = || {
+        // Knuth's generator (MMIX).
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        DIGITS[(state >> 58) as usize]
+    };
+    (0..bytes).map(|_| next()).collect()
 }
 
 /// A record to produce.

@@ -6,7 +6,7 @@ use super::*;
 
 pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
     for (key, only) in [("layer_norm_type", "layer_norm"), ("position_embedding_type", "rope")] {
-        match config.0[key].as_str() {
+        match config.get(key).as_str() {
             Some(other) if other != only => {
                 return Err(ConfigError(format!("{key} {other:?} is not supported: {only}")));
             }
@@ -61,11 +61,11 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
 }
 
 fn rope(config: &Config<'_>, width: usize) -> Result<Rope, ConfigError> {
-    if let Some(theta) = config.rope_parameters(&config.0["rope_parameters"], "rope_parameters")? {
+    if let Some(theta) = config.rope_parameters(&config.get("rope_parameters"), "rope_parameters")? {
         return Ok(Rope { theta, stretch: 1.0 });
     }
     let theta = config.number_or("rope_theta", 160_000.0);
-    let scaling = &config.0["rope_scaling"];
+    let scaling = &config.get("rope_scaling");
     match scaling["type"].as_str().or(scaling["rope_type"].as_str()) {
         None => Ok(Rope { theta, stretch: 1.0 }),
         // The base times the factor, and all angles less by factor^(2/width).
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn positions_of_the_models_own_code() {
-        let rope = |json: &Value| rope(&Config(json), 64).map_err(|e| e.0);
+        let rope = |json: &Value| rope(&Config::new(json), 64).map_err(|e| e.0);
         let of = |theta, stretch| Ok(Rope { theta, stretch });
         assert_eq!(rope(&json!({ "rope_theta": 500_000.0 })), of(500_000.0, 1.0));
         let ntk = json!({ "rope_theta": 20_000.0, "rope_scaling": { "type": "ntk", "factor": 8.0 } });

@@ -8,9 +8,13 @@ mod modernbert;
 mod nomic;
 mod roberta;
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 pub use super::ops::{Activation, Gate};
+use super::sentence::is_off;
 
 /// The architectures, by config.json's `model_type`: an architecture is one line here and a file.
 const KNOWN: &[(&str, Describe)] = &[
@@ -25,6 +29,90 @@ const KNOWN: &[(&str, Describe)] = &[
 ];
 
 type Describe = fn(&Config<'_>) -> Result<Architecture, ConfigError>;
+
+/// Keys that change what a model computes, in ways that kandle does not: refused unless they are off.
+const UNSUPPORTED: &[&str] =
+    &["is_decoder", "is_encoder_decoder", "add_cross_attention", "pruned_heads", "quantization_config"];
+
+/// Keys that change no prediction: how the model was trained, how it is loaded, how text is generated, what is read
+/// elsewhere (labels), and what transformers itself does not read.
+const HARMLESS: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_flash_attn_2_enabled",
+    "_name_or_path",
+    "_num_labels",
+    "architectures",
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_implementation",
+    "attn_pdrop",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "classifier_dropout",
+    "cls_token_id",
+    "decoder_bias",
+    "deterministic_flash_attn",
+    "directionality",
+    "dropout",
+    "dtype",
+    "embd_pdrop",
+    "embedding_dropout",
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "head_dim",
+    "hidden_dropout_prob",
+    "id2label",
+    "initializer_cutoff_factor",
+    "initializer_range",
+    "label2id",
+    "language",
+    "mask_token_id",
+    "max_length",
+    "mlp_dropout",
+    "model_max_length",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "pad_token_id",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+    "problem_type",
+    "qa_dropout",
+    "reference_compile",
+    "repad_logits_with_grad",
+    "resid_pdrop",
+    "return_dict",
+    // Of cross-encoders: kandle's reranking reads it, a classifier's scores are transformers'.
+    "sbert_ce_default_activation_function",
+    "sentence_transformers",
+    "sep_token_id",
+    "seq_classif_dropout",
+    // Tables of positions are read from the weights, however they were made.
+    "sinusoidal_pos_embds",
+    "sparse_pred_ignore_index",
+    "sparse_prediction",
+    "task_specific_params",
+    "tie_encoder_decoder",
+    "tie_weights_",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "use_cache",
+    "use_flash_attn",
+    "use_memory_efficient_attention",
+    "unpad_inputs",
+];
 
 /// What is wrong with a config.json.
 #[derive(Debug, thiserror::Error)]
@@ -135,13 +223,22 @@ pub struct Classifier {
 }
 
 impl Architecture {
-    pub fn from_config(json: &Value) -> Result<Self, ConfigError> {
+    /// Reads config.json. `ignored` are keys that change nothing although kandle does not know them.
+    ///
+    /// # Errors
+    /// The architecture is not known, or a key asks for what kandle does not do.
+    pub fn from_config(json: &Value, ignored: &[String]) -> Result<Self, ConfigError> {
         let known = || KNOWN.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         let Some(name) = json["model_type"].as_str() else {
             return Err(ConfigError(format!("has no model_type; kandle knows {}", known())));
         };
         match KNOWN.iter().find(|(known, _)| *known == name) {
-            Some((_, describe)) => describe(&Config(json)),
+            Some((_, describe)) => {
+                let config = Config::new(json);
+                let architecture = describe(&config)?;
+                config.refuse_others(ignored)?;
+                Ok(architecture)
+            }
             None => Err(ConfigError(format!("model_type {name:?} is not known; kandle knows {}", known()))),
         }
     }
@@ -171,35 +268,71 @@ impl Architecture {
     }
 }
 
-/// A config.json, read with messages that name the key.
-pub struct Config<'a>(&'a Value);
+/// A config.json, read with messages that name the key. It notes which keys were asked for.
+pub struct Config<'a> {
+    json: &'a Value,
+    read: RefCell<BTreeSet<String>>,
+}
 
-impl Config<'_> {
+impl<'a> Config<'a> {
+    fn new(json: &'a Value) -> Self {
+        Self { json, read: RefCell::default() }
+    }
+
+    /// The value of a key; null where it is not there.
+    fn get(&self, key: &str) -> &'a Value {
+        self.read.borrow_mut().insert(key.to_owned());
+        &self.json[key]
+    }
+
+    /// Refuses what nobody has asked for and what may change predictions.
+    fn refuse_others(&self, ignored: &[String]) -> Result<(), ConfigError> {
+        for key in UNSUPPORTED {
+            if !is_off(self.get(key)) {
+                return Err(ConfigError(format!("{key}: {} is not supported", self.get(key))));
+            }
+        }
+        let read = self.read.borrow();
+        let known = |key: &str| {
+            read.contains(key) || HARMLESS.contains(&key) || ignored.iter().any(|ignored| ignored == key)
+        };
+        let others = self.json.as_object().into_iter().flatten();
+        let others = others.filter(|(key, value)| !known(key) && !is_off(value));
+        match others.map(|(key, _)| key.as_str()).collect::<Vec<_>>().as_slice() {
+            [] => Ok(()),
+            keys => Err(ConfigError(format!(
+                "kandle does not know {} and cannot tell whether it changes predictions; if it does not, name it in \
+                 model.ignore_config",
+                keys.join(", ")
+            ))),
+        }
+    }
+
     fn name(&self) -> String {
-        self.0["model_type"].as_str().unwrap_or_default().to_owned()
+        self.get("model_type").as_str().unwrap_or_default().to_owned()
     }
 
     fn size(&self, key: &str) -> Result<usize, ConfigError> {
-        match self.0[key].as_u64() {
+        match self.get(key).as_u64() {
             Some(n) if n > 0 => Ok(n as usize),
-            _ => Err(ConfigError(format!("{key} is {}, not a size", self.0[key]))),
+            _ => Err(ConfigError(format!("{key} is {}, not a size", self.get(key)))),
         }
     }
 
     fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
-        if self.0[key].is_null() { Ok(default) } else { self.size(key) }
+        if self.get(key).is_null() { Ok(default) } else { self.size(key) }
     }
 
     fn number_or(&self, key: &str, default: f64) -> f64 {
-        self.0[key].as_f64().unwrap_or(default)
+        self.get(key).as_f64().unwrap_or(default)
     }
 
     fn flag_or(&self, key: &str, default: bool) -> bool {
-        self.0[key].as_bool().unwrap_or(default)
+        self.get(key).as_bool().unwrap_or(default)
     }
 
     fn activation(&self, key: &str, default: &str) -> Result<Activation, ConfigError> {
-        Ok(match self.0[key].as_str().unwrap_or(default) {
+        Ok(match self.get(key).as_str().unwrap_or(default) {
             "gelu" | "gelu_python" => Activation::Gelu,
             "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
             "relu" => Activation::Relu,
@@ -224,7 +357,7 @@ impl Config<'_> {
 
     /// Name and number of token types, where there are any.
     fn types(&self, name: &'static str, default: u64) -> Option<(&'static str, usize)> {
-        let count = self.0["type_vocab_size"].as_u64().unwrap_or(default);
+        let count = self.get("type_vocab_size").as_u64().unwrap_or(default);
         (count > 0).then_some((name, count as usize))
     }
 
@@ -237,7 +370,7 @@ impl Config<'_> {
     }
 
     fn absolute_positions(&self) -> Result<(), ConfigError> {
-        match self.0["position_embedding_type"].as_str() {
+        match self.get("position_embedding_type").as_str() {
             None | Some("absolute") => Ok(()),
             Some(other) => {
                 Err(ConfigError(format!("position_embedding_type {other:?} is not supported: absolute")))

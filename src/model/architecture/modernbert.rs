@@ -51,7 +51,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         norm_bias: config.flag_or("norm_bias", false),
         final_norm: Some("final_norm"),
         classifier: Classifier {
-            mean: match config.0["classifier_pooling"].as_str() {
+            mean: match config.get("classifier_pooling").as_str() {
                 None | Some("cls") => false,
                 Some("mean") => true,
                 Some(other) => {
@@ -70,7 +70,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
 
 /// Which layers see a sliding window.
 fn kinds(config: &Config<'_>, count: usize) -> Result<Vec<bool>, ConfigError> {
-    let Some(types) = config.0["layer_types"].as_array() else {
+    let Some(types) = config.get("layer_types").as_array() else {
         let every = config.size_or("global_attn_every_n_layers", 3)?;
         return Ok((0..count).map(|i| i % every != 0).collect());
     };
@@ -92,7 +92,7 @@ fn theta(config: &Config<'_>, sliding: bool) -> Result<f64, ConfigError> {
         true => ("sliding_attention", "local_rope_theta", 10_000.0),
         false => ("full_attention", "global_rope_theta", 160_000.0),
     };
-    let parameters = &config.0["rope_parameters"][kind];
+    let parameters = &config.get("rope_parameters")[kind];
     let theta = config.rope_parameters(parameters, &format!("rope_parameters.{kind}"))?;
     Ok(theta.unwrap_or_else(|| config.number_or(old_key, default)))
 }

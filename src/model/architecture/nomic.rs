@@ -5,7 +5,7 @@
 use super::*;
 
 pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
-    let old = !config.0["n_embd"].is_null();
+    let old = !config.get("n_embd").is_null();
     let key = |new: &'static str, old_key: &'static str| if old { old_key } else { new };
     for key in [
         "prenorm",
@@ -30,11 +30,11 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
     let hidden = config.size(key("hidden_size", "n_embd"))?;
     let theta = match old {
         true => config.number_or("rotary_emb_base", 10_000.0),
-        false => config.rope_parameters(&config.0["rope_parameters"], "rope_parameters")?.unwrap_or(1000.0),
+        false => config.rope_parameters(&config.get("rope_parameters"), "rope_parameters")?.unwrap_or(1000.0),
     };
     // Past the length it was trained with, its code stretches positions by the sequence at hand: not here.
     let mut count = config.size(key("max_position_embeddings", "n_positions"))?;
-    if !config.0["rotary_scaling_factor"].is_null() {
+    if !config.get("rotary_scaling_factor").is_null() {
         count = count.min(config.size("max_trained_positions")?);
     }
     let layers = (0..config.size(key("num_hidden_layers", "n_layer"))?)
@@ -52,7 +52,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             }
         })
         .collect();
-    let activation = match config.0["activation_function"].as_str() {
+    let activation = match config.get("activation_function").as_str() {
         Some("swiglu") => Activation::Silu,
         Some("geglu") => Activation::Gelu,
         Some(other) => {

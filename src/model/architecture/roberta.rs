@@ -4,6 +4,6 @@
 use super::*;
 
 pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
-    let padding = config.0["pad_token_id"].as_u64().unwrap_or(1) as usize;
+    let padding = config.get("pad_token_id").as_u64().unwrap_or(1) as usize;
     bert::post_norm(config, &["roberta"], padding + 1)
 }

@@ -9,6 +9,7 @@
 //!
 //! A tokenizer needs hundreds of bytes for each byte of a text. By parts, a text of any length takes little.
 
+use serde::Deserialize;
 use serde_json::Value;
 
 /// The longest part in bytes. Text that cannot be cut within it is cut here all the same: its tokens around the cut may
@@ -29,6 +30,25 @@ pub(super) enum Cuts {
     Never,
 }
 
+/// tokenizer.json without its vocabulary, which takes long to read.
+#[derive(Debug, Deserialize)]
+pub(super) struct Outline {
+    #[serde(default)]
+    pub normalizer: Value,
+    #[serde(default)]
+    pub pre_tokenizer: Value,
+    #[serde(default)]
+    pub added_tokens: Vec<Value>,
+    pub model: ModelOutline,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ModelOutline {
+    #[serde(default, rename = "type")]
+    pub kind: String,
+    pub max_input_chars_per_word: Option<usize>,
+}
+
 /// A part of a text.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Part<'t> {
@@ -38,8 +58,7 @@ pub(super) struct Part<'t> {
 }
 
 impl Cuts {
-    /// Reads tokenizer.json.
-    pub fn of(tokenizer: &Value) -> Self {
+    pub fn of(tokenizer: &Outline) -> Self {
         let kind = |value: &Value| value["type"].as_str().unwrap_or_default().to_owned();
         // Of a sequence its members.
         let members = |value: &Value, list: &str| match kind(value).as_str() {
@@ -47,11 +66,10 @@ impl Cuts {
             "" => Vec::new(),
             _ => vec![value.clone()],
         };
-        let normalizers = members(&tokenizer["normalizer"], "normalizers");
-        let splitters = members(&tokenizer["pre_tokenizer"], "pretokenizers");
+        let normalizers = members(&tokenizer.normalizer, "normalizers");
+        let splitters = members(&tokenizer.pre_tokenizer, "pretokenizers");
         let names = |list: &[Value]| list.iter().map(kind).collect::<Vec<_>>();
-        let (model, normalizer, splitter) =
-            (kind(&tokenizer["model"]), names(&normalizers), names(&splitters));
+        let (normalizer, splitter) = (names(&normalizers), names(&splitters));
         let splitter: Vec<&str> = splitter.iter().map(String::as_str).collect();
         let unicode = |name: &String| {
             matches!(
@@ -59,11 +77,19 @@ impl Cuts {
                 "NFC" | "NFD" | "NFKC" | "NFKD" | "Lowercase" | "StripAccents" | "Precompiled"
             )
         };
-        let cuts = match (model.as_str(), splitter.as_slice()) {
-            ("WordPiece", ["BertPreTokenizer"]) if normalizer == ["BertNormalizer"] => Self::Words {
-                longest_word: tokenizer["model"]["max_input_chars_per_word"].as_u64().unwrap_or(100) as usize,
-                chinese: normalizers[0]["handle_chinese_chars"].as_bool().unwrap_or(true),
-            },
+        let cuts = match (tokenizer.model.kind.as_str(), splitter.as_slice()) {
+            ("WordPiece", ["BertPreTokenizer"])
+                if normalizer.last().is_some_and(|last| last == "BertNormalizer")
+                    && normalizer[..normalizer.len() - 1].iter().all(|name| name == "Lowercase") =>
+            {
+                Self::Words {
+                    longest_word: tokenizer.model.max_input_chars_per_word.unwrap_or(100),
+                    chinese: normalizers
+                        .last()
+                        .and_then(|last| last["handle_chinese_chars"].as_bool())
+                        .unwrap_or(true),
+                }
+            }
             ("BPE", ["ByteLevel"])
                 if normalizer.iter().all(unicode) && splitters[0]["use_regex"].as_bool() != Some(false) =>
             {
@@ -77,14 +103,13 @@ impl Cuts {
             }
             _ => return Self::Never,
         };
-        let added = tokenizer["added_tokens"].as_array().map(Vec::as_slice).unwrap_or_default();
         // Looked for in lower case, an added token cannot be found by its content.
         let hidden = |token: &Value| {
             matches!(cuts, Self::Spaces { .. })
                 && token["normalized"].as_bool() == Some(true)
                 && normalizer.iter().any(|name| name == "Lowercase")
         };
-        match added.iter().all(|token| cuts.spares(token) && !hidden(token)) {
+        match tokenizer.added_tokens.iter().all(|token| cuts.spares(token) && !hidden(token)) {
             true => cuts,
             false => Self::Never,
         }
@@ -284,16 +309,17 @@ mod tests {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path).join("tokenizer.json");
             Cuts::of(&serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap())
         };
+        let of_json = |json: &Value| Cuts::of(&serde_json::from_value(json.clone()).unwrap());
         assert_eq!(of("demo/model"), Cuts::Words { longest_word: 100, chinese: true });
         assert_eq!(of("tests/fixtures/roberta"), Cuts::Spaces { keep: true });
         assert_eq!(of("tests/fixtures/xlm-roberta"), Cuts::Spaces { keep: false });
         let mut unknown =
             serde_json::json!({ "model": { "type": "WordPiece" }, "pre_tokenizer": { "type": "Digits" } });
-        assert_eq!(Cuts::of(&unknown), Cuts::Never);
+        assert_eq!(of_json(&unknown), Cuts::Never);
         unknown["pre_tokenizer"]["type"] = "BertPreTokenizer".into();
         unknown["normalizer"]["type"] = "BertNormalizer".into();
-        assert_ne!(Cuts::of(&unknown), Cuts::Never);
+        assert_ne!(of_json(&unknown), Cuts::Never);
         unknown["added_tokens"] = serde_json::json!([{ "content": "New York" }]);
-        assert_eq!(Cuts::of(&unknown), Cuts::Never);
+        assert_eq!(of_json(&unknown), Cuts::Never);
     }
 }

@@ -6,8 +6,9 @@ mod words;
 use serde_json::Value;
 use tokenizers::TruncationDirection;
 
-use self::cuts::Cuts;
+use self::cuts::{Cuts, Outline};
 use super::files::{Files, FilesError};
+use super::sentence::TextSettings;
 
 /// One text as the encoder takes it, special tokens included.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -43,17 +44,20 @@ struct Special {
 }
 
 impl Tokenizer {
-    /// `positions` is how many the model has; the tokenizer's own limit counts where it is lower.
-    pub fn load(files: &Files, positions: usize) -> Result<Self, FilesError> {
+    /// `positions` is how many the model has; the tokenizer's own limit, or the one of `text`, counts where it is lower.
+    pub fn load(files: &Files, positions: usize, text: TextSettings) -> Result<Self, FilesError> {
         let content = |message: String| FilesError::Content { file: "tokenizer.json".to_owned(), message };
         let bytes = files.require("tokenizer.json")?;
+        let bytes = match text.lower_case {
+            true => lower_case_first(&bytes).map_err(|e| content(e.to_string()))?.into(),
+            false => bytes,
+        };
+        let outline: Outline = serde_json::from_slice(&bytes).map_err(|e| content(e.to_string()))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| content(e.to_string()))?;
-        let description: Value = serde_json::from_slice(&bytes).map_err(|e| content(e.to_string()))?;
         let config = files.json("tokenizer_config.json")?.unwrap_or_default();
-        let sentences = files.json("sentence_bert_config.json")?.unwrap_or_default();
         // Tokenizers without a limit say 1e30.
-        let stated = [config["model_max_length"].as_f64(), sentences["max_seq_length"].as_f64()];
-        let max_tokens = stated.into_iter().flatten().fold(positions as f64, f64::min) as usize;
+        let own = text.max_seq_length.map(|length| length as f64).or(config["model_max_length"].as_f64());
+        let max_tokens = own.unwrap_or(f64::INFINITY).min(positions as f64) as usize;
         let own = inner.get_truncation();
         let direction = match config["truncation_side"].as_str() {
             Some("left") => TruncationDirection::Left,
@@ -63,10 +67,10 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| content(e.to_string()))?;
         inner.with_padding(None);
         let special = Special::of(&inner).map_err(content)?;
-        let tokens = description["added_tokens"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let normalizer = !description["normalizer"].is_null();
+        let tokens = &outline.added_tokens;
+        let normalizer = !outline.normalizer.is_null();
         Ok(Self {
-            cuts: Cuts::of(&description),
+            cuts: Cuts::of(&outline),
             added: tokens.iter().filter_map(|token| Some(token["content"].as_str()?.to_owned())).collect(),
             added_in_ascii: normalizer && tokens.iter().any(|token| token["normalized"] == Value::Bool(true)),
             inner,
@@ -153,6 +157,23 @@ impl Tokenizer {
     }
 }
 
+/// tokenizer.json with a step that lower-cases texts before everything else, as sentence-transformers adds it for
+/// `do_lower_case`.
+fn lower_case_first(tokenizer: &[u8]) -> serde_json::Result<Vec<u8>> {
+    let mut tokenizer: Value = serde_json::from_slice(tokenizer)?;
+    let lower = serde_json::json!({ "type": "Lowercase" });
+    let then = match tokenizer["normalizer"].take() {
+        Value::Null => Vec::new(),
+        mut sequence if sequence["type"] == "Sequence" => {
+            sequence["normalizers"].as_array_mut().map(std::mem::take).unwrap_or_default()
+        }
+        one => vec![one],
+    };
+    let all: Vec<Value> = std::iter::once(lower).chain(then).collect();
+    tokenizer["normalizer"] = serde_json::json!({ "type": "Sequence", "normalizers": all });
+    serde_json::to_vec(&tokenizer)
+}
+
 /// Bytes of a text's end that are looked at first for each token that is kept; four times as many while they do not
 /// hold enough.
 const BYTES_PER_TOKEN: usize = 16;
@@ -232,11 +253,11 @@ mod tests {
         proptest::collection::vec(pieces, 0..40).prop_map(|pieces| pieces.concat())
     }
 
-    fn tokenizer(path: &str) -> Tokenizer {
+    fn tokenizer(path: &str, text: TextSettings) -> Tokenizer {
         let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
         let model =
             crate::settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
-        Tokenizer::load(&Files::find(&model).unwrap(), 1_000_000).unwrap()
+        Tokenizer::load(&Files::find(&model).unwrap(), 1_000_000, text).unwrap()
     }
 
     const KINDS: [&str; 4] =
@@ -264,9 +285,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn by_parts_as_the_library_has_it_whole(texts in proptest::collection::vec(texts(), 8)) {
+        fn by_parts_as_the_library_has_it_whole(texts in proptest::collection::vec(texts(), 8), lower: bool) {
             for kind in KINDS {
-                let mut tokenizer = tokenizer(kind);
+                let mut tokenizer = tokenizer(kind, TextSettings { lower_case: lower, ..TextSettings::default() });
                 prop_assert_ne!(tokenizer.cuts, Cuts::Never);
                 for (i, text) in texts.iter().enumerate() {
                     tokenizer.max_tokens = if i % 2 == 0 { 1_000_000 } else { 12 };
@@ -285,7 +306,7 @@ mod tests {
         let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
         let base64 = (0..1usize << 20).map(|i| digits[i * i % 8191 % 64] as char).collect::<String>();
         for kind in KINDS {
-            let mut tokenizer = tokenizer(kind);
+            let mut tokenizer = tokenizer(kind, TextSettings::default());
             tokenizer.max_tokens = 512;
             for text in [".".repeat(1 << 20), "北京市".repeat(1 << 17), base64.clone()] {
                 let head = &text[..text.floor_char_boundary(1 << 14)];
