@@ -1,5 +1,6 @@
 //! Looking at the cluster before anything is consumed: can it be reached, are the topics there.
 
+use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaErrorCode;
 
+use crate::kafka::topic_rules::TopicRules;
 use crate::settings::Settings;
 use crate::telemetry::{Health, Metrics};
 use crate::topics::TopicFilter;
@@ -25,23 +27,19 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 const MADE: Duration = Duration::from_secs(2);
 
 /// A topic that is written.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Default)]
 pub struct Written {
     pub partitions: i32,
-    /// `max.message.bytes`; librdkafka's own default where the cluster does not say.
-    pub max_bytes: u64,
+    pub rules: TopicRules,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Topics {
     /// Of all input topics.
     pub input_partitions: u64,
     pub output: Written,
     pub dead_letters: Written,
 }
-
-/// What librdkafka takes where nothing else is said.
-pub const MESSAGE_MAX_BYTES: u64 = 1_000_000;
 
 /// Why the cluster cannot be used now.
 #[derive(Debug, thiserror::Error)]
@@ -154,9 +152,12 @@ impl<'a> Cluster<'a> {
         Ok(matching.map(|topic| topic.partitions().len() as u64).sum())
     }
 
-    /// The largest batch, and so the largest message, that a topic takes.
-    pub fn max_bytes(&self, topic: &str) -> Result<u64, String> {
-        self.setting(ResourceSpecifier::Topic(topic), "max.message.bytes")
+    /// What a topic refuses.
+    ///
+    /// # Errors
+    /// The cluster cannot be asked, or this user may not see the topic's configuration.
+    pub fn rules(&self, topic: &str) -> Result<TopicRules, String> {
+        Ok(TopicRules::of(&self.configuration(ResourceSpecifier::Topic(topic))?))
     }
 
     /// A setting of the first broker, which all share in a cluster that is well kept.
@@ -164,18 +165,21 @@ impl<'a> Cluster<'a> {
         let topic = self.settings.output.topic.as_str();
         let metadata = self.client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| e.to_string())?;
         let broker = metadata.brokers().first().ok_or("no broker")?.id();
-        self.setting(ResourceSpecifier::Broker(broker), name)
+        let configuration = self.configuration(ResourceSpecifier::Broker(broker))?;
+        let value = configuration.get(name).and_then(|value| value.parse().ok());
+        value.ok_or_else(|| format!("{name} is not shown"))
     }
 
-    fn setting(&self, of: ResourceSpecifier<'_>, name: &str) -> Result<u64, String> {
+    /// Name to value.
+    fn configuration(&self, of: ResourceSpecifier<'_>) -> Result<HashMap<String, String>, String> {
         let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
         let resources = [of];
         let asked = self.admin.describe_configs(&resources, &options);
         let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(|e| e.to_string())?;
         let resources = runtime.block_on(asked).map_err(|e| e.to_string())?;
         let resource = resources.into_iter().next().ok_or("no answer")?.map_err(|e| e.to_string())?;
-        let entry = resource.get(name).and_then(|entry| entry.value.as_deref());
-        entry.and_then(|value| value.parse().ok()).ok_or_else(|| format!("{name} is not shown"))
+        let entries = resource.entries.into_iter();
+        Ok(entries.filter_map(|entry| Some((entry.name, entry.value?))).collect())
     }
 
     /// The topics of the settings, all that is wrong with them at once.
@@ -194,15 +198,15 @@ impl<'a> Cluster<'a> {
         }
         let mut written = |key, topic: &str| {
             let partitions = self.partitions(key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
-            let max_bytes = self.max_bytes(topic).unwrap_or_else(|reason| {
+            let rules = self.rules(topic).unwrap_or_else(|reason| {
                 tracing::info!(
                     topic,
                     reason,
-                    "max.message.bytes is not readable: {MESSAGE_MAX_BYTES} is taken"
+                    "the topic's configuration cannot be read: what the topic refuses is found by trying"
                 );
-                MESSAGE_MAX_BYTES
+                TopicRules::default()
             });
-            Written { partitions, max_bytes }
+            Written { partitions, rules }
         };
         let topics = Topics {
             input_partitions,

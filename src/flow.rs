@@ -86,9 +86,6 @@ pub enum Report {
     Dropped {
         bytes: usize,
     },
-    /// A transaction was aborted, and the leases of all that was in it are ended: what they covered
-    /// is to be read again.
-    Aborted,
     /// A forward over these records did not come to an end. The process is about to; the group is to
     /// remember them, and `kept` to be told (it closes when that is done, or cannot be).
     Suspects {
@@ -97,12 +94,12 @@ pub enum Report {
     },
 }
 
-/// Set by the source while something waits for the open transaction: partitions to be given up, room
+/// Set by the source while something waits for the open transaction: partitions to be revoked, room
 /// under the memory limit. The sink then commits as soon as it can.
 #[derive(Debug, Default)]
-pub struct Hurry(std::sync::atomic::AtomicBool);
+pub struct CommitSoon(std::sync::atomic::AtomicBool);
 
-impl Hurry {
+impl CommitSoon {
     pub fn set(&self, wanted: bool) {
         self.0.store(wanted, std::sync::atomic::Ordering::Relaxed);
     }

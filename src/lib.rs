@@ -7,6 +7,7 @@ pub mod codec;
 pub mod engine;
 pub mod failpoint;
 pub mod flow;
+pub mod kafka;
 pub mod lease;
 pub mod model;
 pub mod pipeline;

@@ -5,7 +5,7 @@
 //!    ▲      decode,    plan's    JSON     Kafka,   │
 //!    │      tokenise,  batches            acks     │
 //!    │      plan       on lanes                    │
-//!    └───────── reports: published, aborted ◀──────┘
+//!    └──────────── reports: published ◀────────────┘
 //! ```
 //!
 //! Every stage is a thread of its own that takes a window, works on it and hands it on over a
@@ -27,7 +27,7 @@ use crate::cluster::Topics;
 use crate::codec::{Decoder, Input, decoder};
 use crate::engine::{EngineError, Plan, Request, Response};
 use crate::failpoint;
-use crate::flow::{Encoded, Hurry, Inferred, Outcome, Prepared, Queued, Report, State};
+use crate::flow::{CommitSoon, Encoded, Inferred, Outcome, Prepared, Queued, Report, State};
 use crate::model::Tokens;
 use crate::record::{Position, RecordError};
 use crate::schedule::Schedule;
@@ -86,23 +86,28 @@ impl Shared {
 /// which takes 40 to 100 ms.
 const BEFORE_PUBLISH: usize = 64;
 
+/// How long the source may take to leave the group after another stage has failed.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Runs until `shared.stop` is set, the bounds are reached, or the schedule's period is over, and
-/// everything in flight is committed. The first error of any stage is returned at once, with other
-/// stages still running: the process is to end.
+/// everything in flight is committed. The first error of any stage is returned once the source has left the
+/// group, with other stages still running: the process is to end.
 pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Shared) -> Result<(), String> {
     describe(&task, shared);
     let (metrics, health) = (&shared.metrics, &shared.health);
     let decoder = decoder(settings).map_err(|e| e.to_string())?;
-    let hurry = Arc::new(Hurry::default());
+    let failed = Arc::new(AtomicBool::new(false));
+    let commit_soon = Arc::new(CommitSoon::default());
     let source = Source::new(
         settings,
         source::Wiring {
             metrics: Arc::clone(metrics),
             health: Arc::clone(health),
-            hurry: Arc::clone(&hurry),
+            commit_soon: Arc::clone(&commit_soon),
             digest: task.digest.short().to_owned(),
             model: task.model_name.clone(),
             stop: Arc::clone(&shared.stop),
+            failed: Arc::clone(&failed),
             drain: shared.drain.clone(),
             schedule: Arc::clone(&shared.schedule),
             revive: shared.revive.clone(),
@@ -112,27 +117,27 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
         },
     )
     .map_err(|e| e.to_string())?;
+    let (report, reports) = unbounded::<Report>();
     let publisher = Publisher::new(
         settings,
-        sink::Wiring {
+        sink::Context {
             metrics: Arc::clone(metrics),
             health: Arc::clone(health),
-            hurry,
+            commit_soon,
             group: source.group(),
             model: task.model_name.clone(),
             digest: task.digest.short().to_owned(),
-            topics: *topics,
+            topics: topics.clone(),
             stop: Arc::clone(&shared.stop),
             traces: shared.traces.clone(),
         },
+        report.clone(),
     )?;
 
     let (gathered, to_prepare) = bounded::<Queued<Window>>(1);
     let (prepared, to_infer) = bounded::<Queued<Prepared>>(1);
     let (inferred, to_encode) = bounded::<Queued<Inferred>>(1);
     let (encoded, to_publish) = bounded::<Queued<Encoded>>(BEFORE_PUBLISH);
-    let (report, reports) = unbounded::<Report>();
-
     let (ended, ends) = unbounded();
     let stage = |name: &'static str, work: Box<dyn FnOnce() -> Result<(), String> + Send>| {
         let ended = ended.clone();
@@ -143,15 +148,22 @@ pub fn run(settings: &Settings, task: Arc<Task>, topics: &Topics, shared: &Share
     };
     let worker = Worker { task, shared: shared.clone() };
     let [preparer, inferrer, encoder] = [worker.clone(), worker.clone(), worker];
-    let suspects = report.clone();
     stage("source", Box::new(move || source.serve(gathered, &reports).map_err(|e| e.to_string())))?;
     stage("prepare", Box::new(move || preparer.prepare_all(&*decoder, &to_prepare, &prepared)))?;
-    stage("infer", Box::new(move || inferrer.infer_all(&to_infer, &inferred, suspects)))?;
+    stage("infer", Box::new(move || inferrer.infer_all(&to_infer, &inferred, report)))?;
     stage("encode", Box::new(move || encoder.encode_all(&to_encode, &encoded)))?;
-    stage("publish", Box::new(move || publisher.serve(&to_publish, &report)))?;
+    stage("publish", Box::new(move || publisher.serve(&to_publish)))?;
     drop(ended);
-    for (name, result) in ends {
-        result.map_err(|e| format!("{name}: {e}"))?;
+    while let Ok((name, result)) = ends.recv() {
+        let Err(error) = result else { continue };
+        // The source leaves the group, so that the next start need not wait for this member's session to expire.
+        failed.store(true, Ordering::Relaxed);
+        let deadline = Instant::now() + LEAVE_TIMEOUT;
+        while name != "source"
+            && let Ok((other, _)) = ends.recv_deadline(deadline)
+            && other != "source"
+        {}
+        return Err(format!("{name}: {error}"));
     }
     match shared.verdict.get() {
         None => Ok(()),

@@ -9,13 +9,6 @@ use std::time::Instant;
 /// came, whatever bytes their names hold.
 pub type Headers = rdkafka::message::OwnedHeaders;
 
-/// Bytes that headers take, about: the client's reader insists on UTF-8 names, which a record's own
-/// need not have, so they are counted and not read.
-pub fn header_bytes(headers: Option<&Headers>) -> usize {
-    use rdkafka::message::Headers as _;
-    headers.map_or(0, |headers| headers.count() * 64)
-}
-
 /// A topic's partition.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Partition {
@@ -134,11 +127,20 @@ pub enum Fault {
     Encode,
     /// The prediction is larger than the output topic takes.
     TooLarge,
+    /// The output topic refuses the record: its key, its timestamp, or by a rule of the broker's.
+    Refused,
 }
 
 impl Fault {
-    pub const ALL: [Fault; 6] =
-        [Fault::Decode, Fault::Field, Fault::TooLong, Fault::Infer, Fault::Encode, Fault::TooLarge];
+    pub const ALL: [Fault; 7] = [
+        Fault::Decode,
+        Fault::Field,
+        Fault::TooLong,
+        Fault::Infer,
+        Fault::Encode,
+        Fault::TooLarge,
+        Fault::Refused,
+    ];
 
     /// The value of `kandle-error`.
     pub fn name(self) -> &'static str {
@@ -149,6 +151,7 @@ impl Fault {
             Fault::Infer => "infer",
             Fault::Encode => "encode",
             Fault::TooLarge => "too_large",
+            Fault::Refused => "refused",
         }
     }
 
@@ -159,7 +162,7 @@ impl Fault {
             Fault::TooLong => "prepare",
             Fault::Infer => "infer",
             Fault::Encode => "encode",
-            Fault::TooLarge => "publish",
+            Fault::TooLarge | Fault::Refused => "publish",
         }
     }
 }

@@ -5,8 +5,9 @@
 
 use std::time::{Duration, Instant};
 
+use crate::kafka::headers;
 use crate::lease::Lease;
-use crate::record::{Arrival, Partition, Position, Record, header_bytes};
+use crate::record::{Arrival, Partition, Position, Record};
 
 /// When a window closes.
 #[derive(Debug, Clone, Copy)]
@@ -89,7 +90,7 @@ impl Window {
     /// Reserves what this window takes of the memory limit until it is published: what it holds, once
     /// more for what is decoded of it, and `per_record` for tokens, outputs and predictions.
     pub fn reserve(&mut self, per_record: usize) {
-        let headers: usize = self.records.iter().map(|r| header_bytes(r.headers.as_ref())).sum();
+        let headers: usize = self.records.iter().map(|r| headers::memory(r.headers.as_ref())).sum();
         let records = self.records.capacity() * size_of::<Record>() + self.records.len() * per_record;
         self.reserved = 2 * self.memory.capacity() + headers + records;
     }

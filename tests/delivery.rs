@@ -307,7 +307,8 @@ fn too_large_even_for_a_dead_letter_leaves_its_headers() {
         let (out, dead) = (format!("{}-small", place.output), format!("{}-small", place.dead));
         place.create(&out, 1, &[("max.message.bytes", "2000")]);
         place.create(&dead, 1, &[("max.message.bytes", "4000")]);
-        place.produce([10, 3000, 6000, 20].map(|n| Sent::new(0, vec![b'x'; n])));
+        // Bytes that no compression makes smaller.
+        place.produce([10, 3000, 6000, 20].map(|n| Sent::new(0, support::noise(n))));
         let config = place.config(&[
             delivery,
             ("task", "{ kind: noop }"),

@@ -10,9 +10,10 @@ use rdkafka::consumer::BaseConsumer;
 use rdkafka::message::Message;
 use serde::Serialize;
 
+use crate::kafka::headers;
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
-use crate::source::{self, Point, Range, Read, headers};
+use crate::source::{self, Point, Range, Read};
 use crate::telemetry::logging;
 
 #[derive(Args)]
@@ -144,10 +145,10 @@ fn read_back(
             if !tally.all.insert(origin.offset) {
                 tally.doubled.insert(origin.offset);
             }
-            let digest = text(c"kandle-model-digest").unwrap_or_default();
+            let digest = text(headers::MODEL_DIGEST).unwrap_or_default();
             let (model, counts, offsets) = tally.models.entry(digest).or_default();
             if model.is_none() {
-                *model = text(c"kandle-model");
+                *model = text(headers::MODEL);
             }
             counts[usize::from(dead)] += 1;
             offsets.insert(origin.offset);

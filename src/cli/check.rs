@@ -177,8 +177,11 @@ fn transaction(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
 /// the topics read let in.
 fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let inputs = settings.input.topics.iter().filter(|topic| !topic.starts_with('^'));
-    let read: Result<Vec<u64>, String> = inputs.map(|topic| cluster.max_bytes(topic)).collect();
-    let (read, dead) = match (read, cluster.max_bytes(&settings.dead_letters.topic)) {
+    let limit = |topic: &String| {
+        cluster.rules(topic)?.max_bytes.ok_or_else(|| format!("{topic}: max.message.bytes is not shown"))
+    };
+    let read: Result<Vec<u64>, String> = inputs.map(limit).collect();
+    let (read, dead) = match (read, limit(&settings.dead_letters.topic)) {
         (Ok(read), Ok(dead)) => (read.into_iter().max().unwrap_or(0), dead),
         (Err(reason), _) | (_, Err(reason)) => {
             return lines.skip("largest message", &format!("the topics' limits are not readable: {reason}"));

@@ -15,7 +15,8 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use crate::cluster::{MESSAGE_MAX_BYTES, Topics, Written};
+use crate::cluster::{Topics, Written};
+use crate::kafka::topic_rules::TopicRules;
 use crate::pipeline::{self, Shared};
 use crate::settings::{self, Settings, Sources};
 use crate::task::Task;
@@ -78,8 +79,8 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     // The embedded broker has no configuration to ask for.
     let topics = Topics {
         input_partitions: 4,
-        output: Written { partitions: 4, max_bytes: MESSAGE_MAX_BYTES },
-        dead_letters: Written { partitions: 1, max_bytes: MESSAGE_MAX_BYTES },
+        output: Written { partitions: 4, rules: TopicRules::default() },
+        dead_letters: Written { partitions: 1, rules: TopicRules::default() },
     };
     let device = task.device.clone();
     let running = {

@@ -1,8 +1,9 @@
-//! Delivery reports, counted by window.
+//! Delivery reports.
 
-use std::collections::HashMap;
+use std::ffi::CStr;
 use std::sync::{Arc, Mutex};
 
+use rdkafka::bindings::rd_kafka_message_produce_errstr;
 use rdkafka::client::ClientContext;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{DeliveryResult, ProducerContext};
@@ -12,7 +13,7 @@ use crate::telemetry::Health;
 
 /// Identifies a record with a message under way: window number and place in the window, in the one
 /// word that librdkafka carries along.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ticket(usize);
 
 /// `window.max_records` is at most 1,000,000.
@@ -36,12 +37,20 @@ impl Ticket {
     }
 }
 
-/// What arrived since it was last asked.
+/// A message that was not delivered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub ticket: Ticket,
+    pub code: RDKafkaErrorCode,
+    /// The broker's words, where it has any.
+    pub reason: String,
+}
+
+/// What arrived since it was last asked for.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
-    /// Messages acknowledged, by window.
-    pub acknowledged: HashMap<u64, usize>,
-    pub failed: Vec<(Ticket, RDKafkaErrorCode)>,
+    pub acknowledged: Vec<Ticket>,
+    pub failed: Vec<Failure>,
 }
 
 /// Filled by the producer's callbacks, which run on the thread that polls it: the publisher's own.
@@ -62,7 +71,11 @@ impl Reports {
 
 impl ClientContext for Reports {
     fn error(&self, error: KafkaError, reason: &str) {
-        tracing::warn!(%error, reason, "producer");
+        // A refused batch is reported by its messages, and recovered from.
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::GaplessGuarantee) {
+            return;
+        }
+        tracing::warn!(%error, reason, "producer error");
         self.health.error(&format!("producer: {reason}"));
     }
 }
@@ -74,10 +87,19 @@ impl ProducerContext for Reports {
         let ticket = Ticket(word);
         let mut arrived = self.arrived.lock().unwrap_or_else(|e| e.into_inner());
         match result {
-            Ok(_) => *arrived.acknowledged.entry(ticket.window()).or_default() += 1,
-            Err((error, _)) => {
+            Ok(_) => arrived.acknowledged.push(ticket),
+            Err((error, message)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-                arrived.failed.push((ticket, code));
+                // SAFETY: the message is alive, and so is its text, which ends with a zero.
+                let reason = unsafe {
+                    let text = rd_kafka_message_produce_errstr(message.ptr());
+                    if text.is_null() {
+                        String::new()
+                    } else {
+                        CStr::from_ptr(text).to_string_lossy().into_owned()
+                    }
+                };
+                arrived.failed.push(Failure { ticket, code, reason });
             }
         }
     }
@@ -92,5 +114,6 @@ mod tests {
         let ticket = Ticket::new(1 << 33, 999_999);
         assert_eq!((ticket.window(), ticket.place()), (1 << 33, 999_999));
         assert_eq!(Ticket(ticket.word()), ticket);
+        assert!(Ticket::new(1, 999_999) < Ticket::new(2, 0), "in the order of publishing");
     }
 }

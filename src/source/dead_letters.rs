@@ -1,17 +1,11 @@
 //! Dead letters as input: each is a record again, at the position it once came from, without the headers
 //! that made it a dead letter.
 
-use std::ffi::CStr;
-
 use rdkafka::message::{BorrowedMessage, Message};
 
-use super::headers;
+use crate::kafka::headers;
 use crate::record::Position;
 use crate::topics::TopicFilter;
-
-/// What a dead letter has of kandle (src/sink/message.rs).
-const OURS: [&CStr; 5] =
-    [c"kandle-source", c"kandle-error", c"kandle-error-message", c"kandle-stage", c"kandle-model-digest"];
 
 /// Which dead letters are a job's own: those whose records came from its topics.
 #[derive(Debug)]
@@ -27,14 +21,14 @@ impl Origins {
     pub fn origin(&self, message: &BorrowedMessage<'_>) -> Option<Position> {
         // A dead letter was no tombstone: one without a value has lost it.
         message.payload()?;
-        headers::last(message, c"kandle-error")?;
+        headers::last(message, headers::ERROR)?;
         headers::origin(message).filter(|origin| self.0.holds(&origin.partition.topic))
     }
 
     /// Makes a dead letter the record it was, and says where that came from.
     pub(super) fn revive(&self, message: &mut BorrowedMessage<'_>) -> Option<Position> {
         let origin = self.origin(message)?;
-        OURS.iter().for_each(|name| headers::remove_last(message, name));
+        headers::OF_DEAD_LETTERS.into_iter().for_each(|name| headers::remove_last(message, name));
         Some(origin)
     }
 }

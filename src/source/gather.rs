@@ -16,6 +16,7 @@ use super::drain;
 use super::ledger::{Owned, Read};
 use super::live::{POLL, Source, SourceError};
 use crate::flow::Queued;
+use crate::kafka::headers;
 use crate::record::{Arrival, Partition, TraceParent};
 use crate::window::{ClosedBy, Window};
 
@@ -121,7 +122,7 @@ impl Source {
                 owned.read(message.offset(), timestamp(&message));
             }
             let suspect = owned.suspects.contains(&message.offset());
-            let parent = || TraceParent::read(super::headers::last(&message, c"traceparent")?);
+            let parent = || TraceParent::read(headers::last(&message, headers::TRACEPARENT)?);
             let trace = if self.wiring.traced { parent().map(Box::new) } else { None };
             let arrival = Arrival { origin, trace, ..arrival(&message, suspect) };
             full = self.gatherer.push(&owned.partition, &owned.lease, arrival, now);

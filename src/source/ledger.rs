@@ -158,23 +158,6 @@ impl Ledger {
         self.owned.entry(partition).insert_entry(renewed).into_mut()
     }
 
-    /// Partitions whose lease the sink ended, as their transaction was aborted, begin a new one;
-    /// returns where each has to be read again.
-    pub fn rewind(&mut self) -> Vec<(Partition, i64)> {
-        let mut again = Vec::new();
-        for owned in self.owned.values_mut().filter(|owned| !owned.lease.is_held()) {
-            let at = owned.resume_at();
-            self.generation += 1;
-            let mut renewed = Owned::new(owned.partition.clone(), Lease::new(self.generation), at);
-            renewed.committed = owned.committed;
-            renewed.suspects = std::mem::take(&mut owned.suspects);
-            *owned = renewed;
-            again.extend(at.map(|at| (owned.partition.clone(), at)));
-        }
-        again.sort();
-        again
-    }
-
     /// A partition is gone.
     pub fn remove(&mut self, partition: &Partition) {
         if let Some(owned) = self.owned.remove(partition) {
@@ -324,29 +307,6 @@ mod tests {
     }
 
     #[test]
-    fn an_aborted_transaction_is_read_again_from_what_is_published() {
-        let mut ledger = Ledger::default();
-        let (p, q) = (Partition::new("t", 0), Partition::new("t", 1));
-        let first = ledger.assign(p.clone(), None);
-        let other = ledger.assign(q.clone(), Some(7));
-        read(&mut ledger, &p, 100..=109);
-        ledger.gathered(&[span(0, &first, 100, 104)]);
-        first.end();
-        assert_eq!(ledger.rewind(), [(p.clone(), 100)], "nothing was published: its first record");
-        assert!(other.is_held());
-        let second = ledger.get(&p).unwrap().lease.clone();
-        assert_ne!(first, second);
-        read(&mut ledger, &p, 100..=104);
-        ledger.gathered(&[span(0, &second, 100, 104)]);
-        ledger.published(&[span(0, &first, 100, 109)], true);
-        assert_eq!(ledger.get(&p).unwrap().published, None, "of the aborted one");
-        ledger.published(&[span(0, &second, 100, 104)], true);
-        second.end();
-        assert_eq!(ledger.rewind(), [(p.clone(), 105)]);
-        assert!(ledger.rewind().is_empty());
-    }
-
-    #[test]
     fn gaps_that_retention_left_are_told_from_those_of_compaction() {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
@@ -379,8 +339,6 @@ mod tests {
         Gather { partition: usize, records: i64 },
         /// The oldest window in flight is acknowledged.
         Acknowledge,
-        /// The open transaction fails.
-        Abort,
         /// Offsets are committed; the broker takes them or not.
         Commit { taken: bool },
     }
@@ -391,7 +349,6 @@ mod tests {
                 .prop_map(|(partition, lost, elsewhere)| Step::Reassign { partition, lost, elsewhere }),
             4 => (0..2usize, 1..5i64).prop_map(|(partition, records)| Step::Gather { partition, records }),
             3 => Just(Step::Acknowledge),
-            1 => Just(Step::Abort),
             3 => any::<bool>().prop_map(|taken| Step::Commit { taken }),
         ];
         proptest::collection::vec(step, 1..150)
@@ -449,16 +406,6 @@ mod tests {
                                 }
                             }
                             ledger.published(std::slice::from_ref(&span), transactions && span.lease.is_held());
-                        }
-                    }
-                    Step::Abort => {
-                        for span in &flying {
-                            span.lease.end();
-                        }
-                        for (partition, offset) in ledger.rewind() {
-                            let i = partition.number as usize;
-                            at[i] = offset;
-                            prop_assert!((group[i]..offset).all(|o| published[i].contains(&o)));
                         }
                     }
                     Step::Commit { taken } => {

@@ -25,7 +25,7 @@ use super::lag::Lag;
 use super::ledger::Ledger;
 use super::period::Period;
 use super::rebalance::{Note, Notes, give_up};
-use crate::flow::{Hurry, Published, Queued, Report};
+use crate::flow::{CommitSoon, Published, Queued, Report};
 use crate::schedule::Schedule;
 use crate::settings::{OnChange, Settings};
 use crate::telemetry::health::Stage;
@@ -48,18 +48,22 @@ pub enum SourceError {
     Fatal(String),
     #[error("{0}")]
     ModelChanged(String),
+    #[error("another stage has failed")]
+    OtherStage,
 }
 
 /// What the source is given.
 pub struct Wiring {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
-    pub hurry: Arc<Hurry>,
+    pub commit_soon: Arc<CommitSoon>,
     /// 16 hex digits, and `source@revision`: kept with the committed offsets.
     pub digest: String,
     pub model: String,
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
+    /// Set when another stage has failed: the group is left at once.
+    pub failed: Arc<AtomicBool>,
     pub drain: Option<Arc<Drain>>,
     pub schedule: Arc<Schedule>,
     /// Spans are sent: records are asked where they come from.
@@ -205,9 +209,10 @@ impl Source {
     ) -> Result<(), SourceError> {
         while !self.wiring.stop.load(Ordering::Relaxed) {
             self.wiring.health.busy(Stage::Source);
+            self.check_other_stages()?;
             self.settle(reports)?;
             self.pass_on(&windows);
-            self.wiring.hurry.set(self.out_of_room || self.revoking.is_some());
+            self.wiring.commit_soon.set(self.out_of_room || self.revoking.is_some());
             if self.full_since.is_some() {
                 // Events alone; the wait was in passing on.
                 self.poll_events(Duration::ZERO)?;
@@ -246,13 +251,14 @@ impl Source {
             // The period.
             _ => ClosedBy::End,
         };
-        self.wiring.hurry.set(true);
+        self.wiring.commit_soon.set(true);
         self.pause();
         if let Some(window) = self.gatherer.close(closed_by) {
             self.hold(window);
         }
         while !self.held.is_empty() {
             self.wiring.health.busy(Stage::Source);
+            self.check_other_stages()?;
             self.settle(reports)?;
             self.pass_on(&windows);
             self.poll_events(Duration::ZERO)?;
@@ -261,6 +267,7 @@ impl Source {
         drop(windows);
         loop {
             self.wiring.health.busy(Stage::Source);
+            self.check_other_stages()?;
             self.rebalances()?;
             match reports.try_recv() {
                 Ok(report) => self.take_report(report)?,
@@ -289,6 +296,15 @@ impl Source {
         Ok(())
     }
 
+    /// # Errors
+    /// Another stage has failed: nothing more will be published.
+    fn check_other_stages(&self) -> Result<(), SourceError> {
+        match self.wiring.failed.load(Ordering::Relaxed) {
+            true => Err(SourceError::OtherStage),
+            false => Ok(()),
+        }
+    }
+
     /// Notes of the callbacks, and what the stages report.
     fn settle(&mut self, reports: &Receiver<Report>) -> Result<(), SourceError> {
         while let Ok(report) = reports.try_recv() {
@@ -308,7 +324,6 @@ impl Source {
                 self.in_flight -= bytes;
             }
             Report::Dropped { bytes } => self.in_flight -= bytes,
-            Report::Aborted => self.rewind()?,
             Report::Suspects { positions, kept } => self.suspect(&positions, &kept),
         }
         self.show_memory();

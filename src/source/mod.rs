@@ -9,7 +9,6 @@ mod dead_letters;
 mod drain;
 mod ends;
 mod gather;
-pub mod headers;
 mod lag;
 mod ledger;
 mod live;

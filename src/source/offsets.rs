@@ -1,21 +1,17 @@
-//! Offsets: committed when windows are published, moved back when a transaction was aborted, and
-//! what the group is to remember beside them.
+//! Offsets: committed when windows are published, and what the group is to remember beside them.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::Sender;
 use rdkafka::consumer::{CommitMode, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::live::{Source, SourceError};
+use super::live::Source;
 use super::metadata::Metadata;
 use crate::failpoint;
 use crate::record::{Partition, Position};
-
-/// How long moving back may take: the client may still be at taking the partitions up.
-const SEEK: Duration = Duration::from_secs(30);
 
 impl Source {
     /// Sends what is published to be committed. Where transactions do that, there is nothing to send.
@@ -64,68 +60,6 @@ impl Source {
         }
         if result.is_ok() {
             failpoint::pass("committed");
-        }
-    }
-
-    /// A transaction was aborted: what it covered is read again, under new leases.
-    pub(super) fn rewind(&mut self) -> Result<(), SourceError> {
-        let again = self.ledger.rewind();
-        let mut list = TopicPartitionList::with_capacity(again.len());
-        for (partition, offset) in &again {
-            self.gatherer.forget(|p| p == partition);
-            if self.is_revoking(partition) {
-                continue;
-            }
-            tracing::info!(%partition, offset, "read again");
-            if let Err(error) =
-                list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(*offset))
-            {
-                return Err(SourceError::Fatal(format!("{partition}: offset {offset}: {error}")));
-            }
-        }
-        if list.count() == 0 {
-            return Ok(());
-        }
-        let deadline = Instant::now() + SEEK;
-        loop {
-            let result = self.consumer.seek_partitions(list.clone(), Duration::from_secs(10));
-            let failed = match &result {
-                Err(error) => Some(error.to_string()),
-                Ok(list) => list
-                    .elements()
-                    .iter()
-                    .find_map(|e| e.error().err().map(|e2| format!("{}/{}: {e2}", e.topic(), e.partition()))),
-            };
-            match failed {
-                None => {
-                    self.unpause(&list);
-                    return Ok(());
-                }
-                Some(reason) if Instant::now() >= deadline => {
-                    return Err(SourceError::Fatal(format!(
-                        "after an aborted transaction, the consumer cannot go back: {reason}"
-                    )));
-                }
-                Some(reason) => {
-                    tracing::debug!(reason, "going back is tried again");
-                    std::thread::park_timeout(Duration::from_millis(100));
-                }
-            }
-        }
-    }
-
-    /// Partitions of a drain that had reached their ends have something to give again.
-    fn unpause(&mut self, list: &TopicPartitionList) {
-        let Some(drain) = &self.wiring.drain else { return };
-        for element in list.elements() {
-            if let Offset::Offset(offset) = element.offset() {
-                drain.taken_up(&Partition::new(element.topic(), element.partition()), Some(offset));
-            }
-        }
-        if !self.paused
-            && let Err(error) = self.consumer.resume(list)
-        {
-            tracing::debug!(%error, "resuming what is read again");
         }
     }
 

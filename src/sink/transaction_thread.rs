@@ -53,14 +53,14 @@ pub(super) enum Broken {
 }
 
 /// The thread; it ends when this is dropped, or later, when its call returns.
-pub(super) struct Transactions {
+pub(super) struct TransactionThread {
     calls: Sender<Call>,
     answers: Receiver<KafkaResult<()>>,
     /// After which the coordinator has given the transaction up.
     timeout: Duration,
 }
 
-impl Transactions {
+impl TransactionThread {
     pub fn start(producer: Arc<BaseProducer<Reports>>, timeout: Duration) -> std::io::Result<Self> {
         let (calls, to_make) = bounded::<Call>(1);
         let (answer, answers) = bounded(1);

@@ -8,8 +8,8 @@ use crate::settings::Settings;
 
 /// The id; others on this machine take another one for as long as this lives.
 #[derive(Debug)]
-pub(super) struct MemberId {
-    pub id: String,
+pub(super) struct TransactionalId {
+    pub text: String,
     /// Locked.
     _held: Option<File>,
 }
@@ -17,21 +17,21 @@ pub(super) struct MemberId {
 /// Members of one group on one machine.
 const SLOTS: usize = 4096;
 
-impl MemberId {
+impl TransactionalId {
     /// `delivery.transactional_id`; else the group with its static member's `group.instance.id`,
     /// which the group itself keeps from being used twice; else with the machine's name and the first
     /// number that no other process here holds.
     pub fn take(settings: &Settings) -> Result<Self, String> {
         if let Some(id) = &settings.delivery.transactional_id {
-            return Ok(Self { id: id.clone(), _held: None });
+            return Ok(Self { text: id.clone(), _held: None });
         }
         let group = &settings.input.group;
         if let Some(instance) = settings.property("group.instance.id") {
-            return Ok(Self { id: format!("{group}-{instance}"), _held: None });
+            return Ok(Self { text: format!("{group}-{instance}"), _held: None });
         }
         let host = host()?;
         let (number, held) = slot(&std::env::temp_dir(), &format!("{}/{group}", settings.kafka.brokers))?;
-        Ok(Self { id: format!("{group}-{host}-{number}"), _held: Some(held) })
+        Ok(Self { text: format!("{group}-{host}-{number}"), _held: Some(held) })
     }
 }
 

@@ -1,0 +1,225 @@
+//! The message of a record: topic, partition, key, headers, timestamp.
+
+use std::fmt::Write;
+
+use rdkafka::message::OwnedHeaders;
+
+use super::window::{Form, UnderWay};
+use crate::flow::Outcome;
+use crate::kafka::{headers, record_size};
+use crate::record::{Headers, Partition, RecordError};
+use crate::settings::{OutputTimestamp, Partitioning, Settings};
+
+/// What every message says of the model.
+#[derive(Debug, Clone)]
+pub(super) struct Stamp {
+    /// `source@revision`.
+    pub model: String,
+    /// 16 hex digits.
+    pub digest: String,
+}
+
+/// Which of the two topics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    Output,
+    DeadLetters,
+}
+
+/// A message, ready to be sent.
+pub(super) struct Composed<'a> {
+    pub target: Target,
+    pub key: Option<&'a [u8]>,
+    pub value: Option<&'a [u8]>,
+    pub headers: OwnedHeaders,
+    /// Milliseconds since the epoch; `None` takes the present.
+    pub timestamp: Option<i64>,
+    /// The input's partition.
+    pub source_partition: i32,
+}
+
+impl Composed<'_> {
+    /// Bytes of a batch that holds it alone, uncompressed.
+    pub fn batch_bytes(&self) -> u64 {
+        record_size::alone(self.key.map(<[u8]>::len), self.value.map(<[u8]>::len), &self.headers)
+    }
+}
+
+/// Makes messages.
+pub(super) struct Composer {
+    stamp: Stamp,
+    pub partitioning: Partitioning,
+    timestamps: OutputTimestamp,
+    source: SourceText,
+}
+
+impl Composer {
+    pub fn new(settings: &Settings, stamp: Stamp) -> Self {
+        Self {
+            stamp,
+            partitioning: settings.output.partition,
+            timestamps: settings.output.timestamp,
+            source: SourceText::default(),
+        }
+    }
+
+    /// What is published about the record at `place`.
+    pub fn compose<'a>(&'a mut self, window: &'a UnderWay, place: usize) -> Composed<'a> {
+        let content = &window.content;
+        let record = &content.window.records[place];
+        let (partition, offset) = content.window.origin(record);
+        let source = self.source.at(partition, offset);
+        let (key, own) = (content.window.key(record), record.headers.as_ref());
+        match &content.outcomes[place] {
+            Outcome::Dead(error) => {
+                let form = window.forms.get(&place).copied().unwrap_or_default();
+                let mut headers = dead_letter(if form.bare { None } else { own }, source, error, &self.stamp);
+                if let (true, Some(timestamp)) = (form.now, record.timestamp) {
+                    headers = headers::with(headers, headers::TIMESTAMP, &timestamp.to_string());
+                }
+                Composed {
+                    target: Target::DeadLetters,
+                    key: match form {
+                        Form { keyed: true, .. } => Some(source.as_bytes()),
+                        Form { bare: true, .. } => None,
+                        _ => key,
+                    },
+                    value: if form.bare { None } else { content.window.value(record) },
+                    headers,
+                    timestamp: if form.now { None } else { record.timestamp },
+                    source_partition: partition.number,
+                }
+            }
+            outcome => Composed {
+                target: Target::Output,
+                key,
+                value: match outcome {
+                    Outcome::Prediction { part, bytes } => {
+                        Some(&content.memory[*part as usize][bytes.start as usize..bytes.end as usize])
+                    }
+                    Outcome::Unchanged => content.window.value(record),
+                    Outcome::Tombstone | Outcome::Dead(_) => None,
+                },
+                headers: prediction(own, source, &self.stamp),
+                timestamp: match self.timestamps {
+                    OutputTimestamp::Record => record.timestamp,
+                    OutputTimestamp::Now => None,
+                },
+                source_partition: partition.number,
+            },
+        }
+    }
+}
+
+/// The partition to name; `None` leaves it to the hash of the key (murmur2, as in Java's clients).
+/// A record without a key keeps its input partition's number, so that its order holds.
+pub(super) fn partition(by: Partitioning, key: Option<&[u8]>, source: i32, count: i32) -> Option<i32> {
+    match (by, key) {
+        (Partitioning::Key, Some(_)) => None,
+        (Partitioning::Key, None) | (Partitioning::Source, _) => Some(source % count.max(1)),
+    }
+}
+
+/// The record's own headers, with room for ours.
+fn own(headers: Option<&Headers>, more: usize) -> OwnedHeaders {
+    match headers {
+        Some(headers) => headers.clone(),
+        None => OwnedHeaders::new_with_capacity(more),
+    }
+}
+
+/// Of a prediction or a tombstone. Where the input is another job's predictions, what that job said of itself goes.
+fn prediction(headers: Option<&Headers>, source: &str, stamp: &Stamp) -> OwnedHeaders {
+    let own = match headers {
+        Some(headers) => headers::without(headers.clone(), &headers::OF_PREDICTIONS),
+        None => OwnedHeaders::new_with_capacity(headers::OF_PREDICTIONS.len()),
+    };
+    let headers = headers::with(own, headers::SOURCE, source);
+    let headers = headers::with(headers, headers::MODEL, &stamp.model);
+    headers::with(headers, headers::MODEL_DIGEST, &stamp.digest)
+}
+
+/// Of a dead letter. The record's own headers stay as they are, so that it can be processed again.
+fn dead_letter(headers: Option<&Headers>, source: &str, error: &RecordError, stamp: &Stamp) -> OwnedHeaders {
+    let headers = headers::with(own(headers, headers::OF_DEAD_LETTERS.len()), headers::SOURCE, source);
+    let headers = headers::with(headers, headers::ERROR, error.fault.name());
+    let headers = headers::with(headers, headers::ERROR_MESSAGE, &error.message);
+    let headers = headers::with(headers, headers::STAGE, error.fault.stage());
+    headers::with(headers, headers::MODEL_DIGEST, &stamp.digest)
+}
+
+/// `topic/partition/offset`, of which mostly only the offset changes from record to record.
+#[derive(Default)]
+struct SourceText {
+    text: String,
+    /// The partition of the last text, and the length of what stands before the offset.
+    of: Option<(Partition, usize)>,
+}
+
+impl SourceText {
+    fn at(&mut self, partition: &Partition, offset: i64) -> &str {
+        match &self.of {
+            Some((known, length)) if known == partition => self.text.truncate(*length),
+            _ => {
+                self.text.clear();
+                // Writing to a String cannot fail.
+                let _ = write!(self.text, "{partition}/");
+                self.of = Some((partition.clone(), self.text.len()));
+            }
+        }
+        self.text.push_str(itoa::Buffer::new().format(offset));
+        &self.text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::message::{Header, Headers as _};
+
+    use super::*;
+    use crate::record::Fault;
+
+    /// Headers as name and value.
+    fn listed(headers: &OwnedHeaders) -> Vec<(String, String)> {
+        let text = |value: Option<&[u8]>| String::from_utf8_lossy(value.unwrap_or_default()).into_owned();
+        headers.iter().map(|h| (h.key.to_owned(), text(h.value))).collect()
+    }
+
+    fn names(headers: &OwnedHeaders) -> Vec<String> {
+        listed(headers).into_iter().map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn own_headers_come_first_and_all_of_ours_follow() {
+        let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
+        let own = OwnedHeaders::new().insert(Header { key: "traceparent", value: Some("00-x") });
+        let made = prediction(Some(&own), "t/0/1", &stamp);
+        assert_eq!(names(&made), ["traceparent", "kandle-source", "kandle-model", "kandle-model-digest"]);
+        let error = RecordError::new(Fault::Decode, "bad");
+        let made = dead_letter(None, "t/0/1", &error, &stamp);
+        assert_eq!(
+            names(&made),
+            ["kandle-source", "kandle-error", "kandle-error-message", "kandle-stage", "kandle-model-digest"]
+        );
+        assert_eq!(listed(&made)[1].1, "decode");
+    }
+
+    #[test]
+    fn predictions_of_predictions_say_where_they_come_from_themselves() {
+        let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
+        let first = prediction(None, "a/0/1", &stamp);
+        let second = prediction(Some(&first), "b/0/7", &stamp);
+        assert_eq!(names(&second), ["kandle-source", "kandle-model", "kandle-model-digest"]);
+        assert_eq!(listed(&second)[0].1, "b/0/7");
+        // A dead letter keeps what its record had.
+        let letter = dead_letter(Some(&first), "b/0/7", &RecordError::new(Fault::Decode, "bad"), &stamp);
+        assert_eq!(listed(&letter)[0].1, "a/0/1");
+    }
+
+    #[test]
+    fn partitions() {
+        assert_eq!(partition(Partitioning::Key, Some(b"k"), 5, 4), None);
+        assert_eq!(partition(Partitioning::Key, None, 5, 4), Some(1));
+        assert_eq!(partition(Partitioning::Source, Some(b"k"), 5, 8), Some(5));
+    }
+}

@@ -1,0 +1,633 @@
+//! The publisher: one thread that owns the producer.
+//!
+//! It sends the predictions and dead letters of a window in input order, and does not wait for their acknowledgement
+//! before it sends the next window's; the idempotent producer keeps the order.
+//!
+//! `at_least_once`: windows are reported in the order they came, each when all of its messages are acknowledged; the
+//! source commits their offsets afterwards.
+//!
+//! `exactly_once`: messages go into one transaction with their offsets ([`super::transactions`]). A transaction ends
+//! where its budget of bytes is used up, also in the middle of a window.
+//!
+//! A batch that the broker refuses is taken apart until the record to blame is found ([`super::recovery`]). An error of
+//! the producer that no retry can help ends the process.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::acks::{Arrived, Failure, Ticket};
+use super::compose::{Composed, Composer, Stamp, Target, partition};
+use super::isolation::Meaning;
+use super::producer::{NotTaken, ProducerLimits, RecordProducer, compresses, config};
+use super::transactions::Transactions;
+use super::window::UnderWay;
+use crate::cluster::{Cluster, Topics, Written};
+use crate::failpoint;
+use crate::flow::{CommitSoon, Encoded, Outcome, Published, Queued, Report};
+use crate::kafka::topic_rules::{Refusal, TopicRules};
+use crate::record::{Fault, Record, RecordError};
+use crate::settings::{Guarantee, Settings};
+use crate::source::Group;
+use crate::telemetry::health::Stage;
+use crate::telemetry::traces::Traces;
+use crate::telemetry::{Health, Metrics};
+
+/// Between two looks for delivery reports while there are some to come.
+const REPORTS: Duration = Duration::from_millis(2);
+/// The same while there are none.
+const IDLE: Duration = Duration::from_millis(500);
+/// Messages handed to the client between two looks for delivery reports.
+const BURST: usize = 4096;
+/// A topic's configuration that is older than this is read again before a record is refused by it.
+const RULES_AGE: Duration = Duration::from_secs(10);
+
+/// What the publisher is given.
+pub struct Context {
+    pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
+    pub commit_soon: Arc<CommitSoon>,
+    /// The group, for transactions.
+    pub group: Group,
+    /// `source@revision` and 16 hex digits.
+    pub model: String,
+    pub digest: String,
+    pub topics: Topics,
+    /// Set when the process is asked to stop.
+    pub stop: Arc<AtomicBool>,
+    pub traces: Option<Arc<Traces>>,
+}
+
+/// How windows are delivered.
+pub(super) enum Delivery {
+    AtLeastOnce,
+    ExactlyOnce(Transactions),
+}
+
+/// A place in the windows under way: the number of a window, and a record in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Cursor {
+    pub window: u64,
+    pub place: usize,
+}
+
+/// The topics written, and when their configuration was read.
+pub(super) struct TopicsWritten {
+    output: Written,
+    dead_letters: Written,
+    read: Instant,
+}
+
+impl TopicsWritten {
+    pub fn of(&self, target: Target) -> &Written {
+        match target {
+            Target::Output => &self.output,
+            Target::DeadLetters => &self.dead_letters,
+        }
+    }
+
+    /// The largest batch that both take, where it is known.
+    pub fn batch_limit(&self) -> Option<u64> {
+        [self.output.rules.max_bytes, self.dead_letters.rules.max_bytes].into_iter().flatten().min()
+    }
+}
+
+pub struct Publisher {
+    pub(super) context: Context,
+    pub(super) settings: Settings,
+    pub(super) producer: RecordProducer,
+    pub(super) delivery: Delivery,
+    pub(super) topics: TopicsWritten,
+    composer: Composer,
+    /// Messages are compressed: their size on the wire is not known before.
+    compresses: bool,
+    /// Windows taken in and not yet reported. The source's share of the memory limit bounds them.
+    pub(super) windows: VecDeque<UnderWay>,
+    /// The number of the next window.
+    next: u64,
+    /// The next record to send.
+    pub(super) cursor: Cursor,
+    /// Refused by the broker, and not yet dealt with.
+    pub(super) refused: Vec<Failure>,
+    /// Why the open transaction cannot be committed.
+    pub(super) broken: Option<String>,
+    /// The producer has stopped after a batch that it could not deliver.
+    pub(super) stopped: bool,
+    /// How often batches were halved because a limit is not known.
+    pub(super) halved: u32,
+    /// Milliseconds since the epoch, when records were last handed over.
+    now: i64,
+    pub(super) reports: Sender<Report>,
+}
+
+impl Publisher {
+    pub fn new(settings: &Settings, context: Context, reports: Sender<Report>) -> Result<Self, String> {
+        let topics = TopicsWritten {
+            output: context.topics.output.clone(),
+            dead_letters: context.topics.dead_letters.clone(),
+            read: Instant::now(),
+        };
+        let limits = ProducerLimits { batch: topics.batch_limit(), halved: 0, careful: false };
+        let config = config(settings, limits);
+        let (producer, delivery) = match settings.delivery.guarantee {
+            Guarantee::AtLeastOnce => {
+                let producer = RecordProducer::new(&config, settings, &context.health)
+                    .map_err(|e| format!("the producer cannot be made: {e}"))?;
+                (producer, Delivery::AtLeastOnce)
+            }
+            Guarantee::ExactlyOnce => {
+                let (producer, transactions) = Transactions::new(settings, config, &context.health)?;
+                (producer, Delivery::ExactlyOnce(transactions))
+            }
+        };
+        let stamp = Stamp { model: context.model.clone(), digest: context.digest.clone() };
+        Ok(Self {
+            composer: Composer::new(settings, stamp),
+            compresses: compresses(settings),
+            context,
+            settings: settings.clone(),
+            producer,
+            delivery,
+            topics,
+            windows: VecDeque::new(),
+            next: 0,
+            cursor: Cursor::default(),
+            refused: Vec::new(),
+            broken: None,
+            stopped: false,
+            halved: 0,
+            now: 0,
+            reports,
+        })
+    }
+
+    /// Publishes windows until their channel closes and the last is acknowledged.
+    pub fn serve(mut self, windows: &Receiver<Queued<Encoded>>) -> Result<(), String> {
+        if matches!(self.delivery, Delivery::ExactlyOnce(_)) && !self.become_transactional()? {
+            return Ok(());
+        }
+        let mut open = true;
+        while open || !self.windows.is_empty() {
+            self.context.health.busy(Stage::Publish);
+            // Reports are looked for every so often; with none to come, the producer wants to be served
+            // now and then all the same.
+            let pause = if self.windows.is_empty() { IDLE } else { REPORTS };
+            let ending = self.transaction_is_due(open);
+            if open && !ending && self.all_is_sent() {
+                match windows.recv_timeout(pause) {
+                    Ok(window) => self.take(window.take(&self.context.metrics, "wait_publish")),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => open = false,
+                }
+            } else if ending || !self.may_send() {
+                std::thread::park_timeout(pause);
+            }
+            if !ending {
+                self.send()?;
+            }
+            self.book_reports()?;
+            if self.stopped || !self.refused.is_empty() {
+                self.recover()?;
+            }
+            match self.delivery {
+                Delivery::AtLeastOnce => self.report_published(false),
+                Delivery::ExactlyOnce(_) => self.advance_transaction(ending)?,
+            }
+        }
+        self.context.health.idle(Stage::Publish);
+        Ok(())
+    }
+
+    fn take(&mut self, content: Encoded) {
+        let number = self.next;
+        self.next += 1;
+        let window = UnderWay::new(number, content);
+        failpoint::pass("publish");
+        if self.windows.is_empty() {
+            self.cursor = Cursor { window: number, place: 0 };
+        }
+        self.windows.push_back(window);
+        self.show_memory();
+    }
+
+    /// Where the window stands in `windows`.
+    pub(super) fn index(&self, number: u64) -> Option<usize> {
+        let first = self.windows.front()?.number;
+        usize::try_from(number.checked_sub(first)?).ok().filter(|&at| at < self.windows.len())
+    }
+
+    pub(super) fn all_is_sent(&self) -> bool {
+        self.cursor.window == self.next || self.windows.is_empty()
+    }
+
+    /// There is room for more messages under way.
+    fn may_send(&self) -> bool {
+        !self.all_is_sent()
+            && self.broken.is_none()
+            && !self.stopped
+            && self.refused.is_empty()
+            && self.producer.bytes < self.settings.memory.limit.0 / 4
+    }
+
+    /// Sends what may be sent now: a burst at most.
+    fn send(&mut self) -> Result<(), String> {
+        self.now = now();
+        for _ in 0..BURST {
+            if !self.may_send() || !self.begin_transaction()? {
+                return Ok(());
+            }
+            // The cursor stands at a window, where not all is sent.
+            let Some(index) = self.index(self.cursor.window) else { return Ok(()) };
+            let window = &mut self.windows[index];
+            if self.cursor.place == window.len() {
+                failpoint::pass("sent");
+                self.cursor = Cursor { window: self.cursor.window + 1, place: 0 };
+                continue;
+            }
+            let place = self.cursor.place;
+            if !self.send_if_ours(index, place)? {
+                return Ok(());
+            }
+            self.cursor.place += 1;
+        }
+        Ok(())
+    }
+
+    /// Sends a record unless it is settled or its lease has ended; false where it cannot be sent now.
+    pub(super) fn send_if_ours(&mut self, index: usize, place: usize) -> Result<bool, String> {
+        let window = &mut self.windows[index];
+        if window.is_settled(place) {
+            return Ok(true);
+        }
+        if window.is_held(place) {
+            return self.send_record(index, place);
+        }
+        if matches!(self.delivery, Delivery::ExactlyOnce(_)) {
+            // Records of the same lease may be in the transaction.
+            self.broken.get_or_insert_with(|| "partitions were revoked".to_owned());
+            return Ok(false);
+        }
+        window.drop_lost();
+        Ok(true)
+    }
+
+    /// Hands a record's message to the client; false where it does not take it now.
+    fn send_record(&mut self, index: usize, place: usize) -> Result<bool, String> {
+        self.check_against_rules(index, place);
+        let by = self.composer.partitioning;
+        loop {
+            let message = self.composer.compose(&self.windows[index], place);
+            let target = message.target;
+            // What is compressed may fit all the same: the broker decides.
+            let bytes = message.batch_bytes();
+            let Written { partitions, rules } = self.topics.of(target);
+            if rules.is_too_large(bytes) && !may_fit_compressed(&message, bytes, rules, self.compresses) {
+                drop(message);
+                if self.refresh_rules(RULES_AGE) {
+                    continue;
+                }
+                self.give_up(index, place, RefusedBecause::TooLarge)?;
+                self.check_against_rules(index, place);
+                continue;
+            }
+            let topic = match target {
+                Target::Output => &self.settings.output.topic,
+                Target::DeadLetters => &self.settings.dead_letters.topic,
+            };
+            let partition = partition(by, message.key, message.source_partition, *partitions);
+            let ticket = self.windows[index].ticket(place);
+            return match self.producer.send(topic, partition, message, bytes, ticket) {
+                Ok(bytes) => {
+                    self.windows[index].sent(place, bytes);
+                    self.count_in_transaction(bytes);
+                    Ok(true)
+                }
+                Err(NotTaken::Full) => {
+                    self.context.metrics.retries.with_label_values(&["produce"]).inc();
+                    Ok(false)
+                }
+                Err(NotTaken::TransactionFailed) => {
+                    // Reports say why; until they are read, this is what is known.
+                    self.broken.get_or_insert_with(|| "a message of it was not delivered".to_owned());
+                    Ok(false)
+                }
+                // A refused batch is reported, anything else is found by `book_reports`.
+                Err(NotTaken::ProducerFailed) => Ok(false),
+                Err(NotTaken::Other(error)) => Err(format!("cannot publish to {topic}: {error}")),
+            };
+        }
+    }
+
+    /// Makes a dead letter of a record that its topic is known to refuse, and gives a dead letter the form that its
+    /// topic takes.
+    fn check_against_rules(&mut self, index: usize, place: usize) {
+        for _ in 0..4 {
+            let window = &self.windows[index];
+            let record = &window.content.window.records[place];
+            let (dead, form) = (
+                matches!(window.content.outcomes[place], Outcome::Dead(_)),
+                window.forms.get(&place).copied().unwrap_or_default(),
+            );
+            let target = if dead { Target::DeadLetters } else { Target::Output };
+            let (has_key, timestamp) = match dead {
+                true => (
+                    form.keyed || (record.key.is_some() && !form.bare),
+                    record.timestamp.filter(|_| !form.now),
+                ),
+                false => (
+                    record.key.is_some(),
+                    record.timestamp.filter(|_| !self.settings.output.timestamp.is_now()),
+                ),
+            };
+            let Some(refusal) = self.topics.of(target).rules.refusal(has_key, timestamp, self.now) else {
+                return;
+            };
+            if self.refresh_rules(RULES_AGE) {
+                continue;
+            }
+            let window = &mut self.windows[index];
+            match (dead, refusal) {
+                (false, refusal) => {
+                    let message = format!("{} refuses it: {refusal}", self.settings.output.topic);
+                    window.content.outcomes[place] = Outcome::Dead(RecordError::new(Fault::Refused, message));
+                }
+                (true, Refusal::NoKey) => window.forms.entry(place).or_default().keyed = true,
+                (true, Refusal::Timestamp(_)) => window.forms.entry(place).or_default().now = true,
+            }
+        }
+    }
+
+    /// Reads the topics' configuration again where it is older than `age`; true where that was done.
+    pub(super) fn refresh_rules(&mut self, age: Duration) -> bool {
+        if self.topics.read.elapsed() < age {
+            return false;
+        }
+        self.context.health.busy(Stage::Publish);
+        self.topics.read = Instant::now();
+        let Ok(cluster) = Cluster::connect(&self.settings) else { return false };
+        let mut read = false;
+        for (topic, written) in [
+            (&self.settings.output.topic, &mut self.topics.output),
+            (&self.settings.dead_letters.topic, &mut self.topics.dead_letters),
+        ] {
+            match cluster.rules(topic) {
+                Ok(rules) => {
+                    if written.rules != rules {
+                        tracing::info!(topic, ?rules, "the topic's configuration has changed");
+                    }
+                    written.rules = rules;
+                    read = true;
+                }
+                Err(reason) => tracing::debug!(topic, reason, "the topic's configuration cannot be read"),
+            }
+        }
+        read
+    }
+
+    /// Makes a dead letter of a record that was refused, or gives a refused dead letter another form.
+    ///
+    /// # Errors
+    /// The dead letter was refused in every form.
+    pub(super) fn give_up(
+        &mut self,
+        index: usize,
+        place: usize,
+        why: RefusedBecause<'_>,
+    ) -> Result<(), String> {
+        use RDKafkaErrorCode::{InvalidTimestamp, MessageSizeTooLarge};
+        let window = &mut self.windows[index];
+        let position = window.position(place);
+        let too_large = match why {
+            RefusedBecause::TooLarge => true,
+            RefusedBecause::Broker(failure) => failure.code == MessageSizeTooLarge,
+        };
+        if !matches!(window.content.outcomes[place], Outcome::Dead(_)) {
+            let topic = &self.settings.output.topic;
+            let error = match why {
+                _ if too_large => {
+                    RecordError::new(Fault::TooLarge, format!("the prediction is larger than {topic} takes"))
+                }
+                RefusedBecause::Broker(Failure { code, reason, .. }) => {
+                    let reason =
+                        if reason.is_empty() { code.to_string() } else { format!("{code}: {reason}") };
+                    RecordError::new(Fault::Refused, format!("{topic} refuses it: {reason}"))
+                }
+                RefusedBecause::TooLarge => unreachable!("handled above"),
+            };
+            tracing::warn!(source = %position, error = %error, "the output topic refuses the record: it becomes a dead letter");
+            window.content.outcomes[place] = Outcome::Dead(error);
+            return Ok(());
+        }
+        let form = window.forms.entry(place).or_default();
+        let topic = &self.settings.dead_letters.topic;
+        let code = match why {
+            RefusedBecause::Broker(failure) => failure.code.to_string(),
+            RefusedBecause::TooLarge => "larger than the topic takes".to_owned(),
+        };
+        if too_large && !form.bare {
+            form.bare = true;
+            tracing::warn!(source = %position, topic, "too large even for a dead letter: only kandle's headers are published");
+            return Ok(());
+        }
+        let timestamp = matches!(why, RefusedBecause::Broker(failure) if failure.code == InvalidTimestamp);
+        if timestamp && !form.now {
+            form.now = true;
+        } else if !form.keyed || !form.now {
+            // What is left to change without losing anything.
+            (form.keyed, form.now) = (true, true);
+        } else if !form.bare {
+            form.bare = true;
+        } else {
+            return Err(format!("{position}: {topic} refuses its dead letter in every form: {code}"));
+        }
+        tracing::warn!(source = %position, topic, code, form = ?*form, "the topic refuses the dead letter: it is published in another form");
+        Ok(())
+    }
+
+    /// Serves the producer and books what it reports.
+    pub(super) fn book_reports(&mut self) -> Result<(), String> {
+        loop {
+            let arrived = self.producer.poll();
+            if arrived.acknowledged.is_empty() && arrived.failed.is_empty() {
+                break;
+            }
+            self.book(arrived)?;
+        }
+        match self.producer.fatal_error() {
+            None => Ok(()),
+            Some((RDKafkaErrorCode::GaplessGuarantee, _)) => {
+                self.stopped = true;
+                Ok(())
+            }
+            Some((code, _)) if self.may_outlive(code) => Ok(()),
+            Some((code, reason)) => Err(format!("the producer failed for good: {code}: {reason}")),
+        }
+    }
+
+    /// # Errors
+    /// The broker takes nothing at all: a right or a topic is missing.
+    pub(super) fn book(&mut self, arrived: Arrived) -> Result<(), String> {
+        for ticket in arrived.acknowledged {
+            let Some(at) = self.index(ticket.window()) else { continue };
+            let bytes = self.windows[at].take_size(ticket.place());
+            self.producer.finished(bytes);
+            match &mut self.delivery {
+                Delivery::AtLeastOnce => drop(self.windows[at].settle(ticket.place())),
+                Delivery::ExactlyOnce(transactions) => transactions.acknowledged(bytes),
+            }
+        }
+        for failure in arrived.failed {
+            let Some(at) = self.index(failure.ticket.window()) else { continue };
+            let bytes = self.windows[at].take_size(failure.ticket.place());
+            self.producer.finished(bytes);
+            match Meaning::of(failure.code) {
+                Meaning::Hopeless => {
+                    let position = self.windows[at].position(failure.ticket.place());
+                    return Err(format!(
+                        "{position}: the broker refuses its prediction for good: {}",
+                        failure.code
+                    ));
+                }
+                Meaning::Refused | Meaning::Neighbour => self.refused.push(failure),
+                Meaning::Passing => {
+                    if matches!(self.delivery, Delivery::ExactlyOnce(_)) {
+                        let position = self.windows[at].position(failure.ticket.place());
+                        self.broken.get_or_insert(format!("{position}: not delivered: {}", failure.code));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reports windows of which everything is published, in the order they came.
+    pub(super) fn report_published(&mut self, committed: bool) {
+        while self.windows.front().is_some_and(UnderWay::is_done) {
+            failpoint::pass("acknowledged");
+            let Some(first) = self.windows.pop_front() else { return };
+            if self.cursor.window == first.number {
+                self.cursor = Cursor { window: first.number + 1, place: 0 };
+            }
+            let live = first.live_spans().next().is_some();
+            let report = match live {
+                true => Report::Published(self.finish(first, committed)),
+                false => Report::Dropped { bytes: first.content.window.reserved() },
+            };
+            // A closed channel is the source's end, and with it the process's.
+            let _ = self.reports.send(report);
+        }
+    }
+
+    /// Counts what is published.
+    fn finish(&self, done: UnderWay, committed: bool) -> Published {
+        let live: Vec<bool> =
+            (0..done.content.window.spans.len()).map(|span| done.is_live(span as u32)).collect();
+        let UnderWay { content: Encoded { window, outcomes, memory: _ }, started, .. } = done;
+        let metrics = &self.context.metrics;
+        metrics.stage.with_label_values(&["publish"]).observe(started.elapsed().as_secs_f64());
+        let mut counts = vec![[0u64; 3]; window.spans.len()];
+        let (latency, age) = (metrics.record_latency.local(), metrics.record_age.local());
+        let (now, wall) = (Instant::now(), now());
+        for (record, outcome) in window.records.iter().zip(&outcomes) {
+            let Record { span, arrived, timestamp, .. } = record;
+            if !live[*span as usize] {
+                continue;
+            }
+            let kind = match outcome {
+                Outcome::Prediction { .. } | Outcome::Unchanged => 0,
+                Outcome::Dead(error) => {
+                    metrics.dead_letters.with_label_values(&[error.fault.name()]).inc();
+                    1
+                }
+                Outcome::Tombstone => 2,
+            };
+            counts[*span as usize][kind] += 1;
+            latency.observe((now - *arrived).as_secs_f64());
+            if let Some(timestamp) = timestamp {
+                age.observe((wall - timestamp).max(0) as f64 / 1000.0);
+            }
+        }
+        let mut totals = [0; 3];
+        for (span, counts) in window.spans.iter().zip(&counts) {
+            for (i, (outcome, count)) in
+                ["predicted", "dead_lettered", "tombstone"].iter().zip(counts).enumerate()
+            {
+                totals[i] += count;
+                if *count > 0 {
+                    metrics.records.with_label_values(&[&*span.partition.topic, *outcome]).inc_by(*count);
+                }
+            }
+        }
+        self.show_memory();
+        let ms = (now - window.records[0].arrived).as_millis() as u64;
+        let traces = self.context.traces.as_ref();
+        let trace_id = traces.map(|traces| traces.window(&window, totals, &self.context.digest, now));
+        tracing::debug!(
+            window = window.id,
+            records = window.records.len(),
+            partitions = window.spans.len(),
+            predicted = totals[0],
+            dead_lettered = totals[1],
+            tombstones = totals[2],
+            closed_by = window.closed_by.name(),
+            ms,
+            trace_id,
+            "window published"
+        );
+        let bytes = window.reserved();
+        let records = totals.iter().sum::<u64>() as usize;
+        Published { records, counts, bytes, spans: window.spans, committed }
+    }
+
+    /// Predictions of windows not yet acknowledged in full.
+    pub(super) fn show_memory(&self) {
+        let bytes: usize =
+            self.windows.iter().flat_map(|window| &window.content.memory).map(Vec::capacity).sum();
+        self.context.metrics.memory.with_label_values(&["predictions"]).set(bytes as i64);
+    }
+
+    /// Records from one place to another that are not settled.
+    pub(super) fn unsettled(&self, from: Cursor, to: Cursor) -> Vec<Ticket> {
+        let mut tickets = Vec::new();
+        for window in &self.windows {
+            let start = if window.number == from.window { from.place } else { 0 };
+            let end = match window.number.cmp(&to.window) {
+                std::cmp::Ordering::Less => window.len(),
+                std::cmp::Ordering::Equal => to.place,
+                std::cmp::Ordering::Greater => break,
+            };
+            if window.number >= from.window {
+                tickets.extend(window.unsettled(start, end));
+            }
+        }
+        tickets
+    }
+}
+
+/// Whether a message above the topic's limit is to be tried all the same.
+fn may_fit_compressed(message: &Composed<'_>, bytes: u64, rules: &TopicRules, compresses: bool) -> bool {
+    if message.target == Target::Output || compresses {
+        return compresses;
+    }
+    // Dead letters are compressed by zstd, as this is.
+    let value = message.value.unwrap_or_default();
+    let compressed = zstd::bulk::compress(value, 3).map_or(value.len(), |bytes| bytes.len());
+    !rules.is_too_large(bytes - value.len() as u64 + compressed as u64)
+}
+
+/// Milliseconds since the epoch.
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
+}
+
+/// Why a record cannot be published as it is.
+#[derive(Clone, Copy)]
+pub(super) enum RefusedBecause<'a> {
+    /// By the topic's limit, as it was read.
+    TooLarge,
+    Broker(&'a Failure),
+}

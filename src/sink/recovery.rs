@@ -1,0 +1,211 @@
+//! After a batch was refused: finds the records to blame, makes dead letters of them, and publishes the rest in order.
+//!
+//! ```text
+//! stop sending ─▶ read the topics' limits ─▶ records not published, in order ─▶ send a group, wait for all of it
+//!                                              ▲                                │ refused: blame or split ([`super::isolation`])
+//!                                              └────────────────────────────────┘
+//! ```
+//!
+//! `at_least_once`: the producer stops at the first refused batch (`enable.gapless.guarantee`) and a careful one, with
+//! one request at a time, takes its place: nothing that comes later overtakes what was refused. `exactly_once`: each
+//! group is a transaction of its own.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::acks::{Failure, Ticket};
+use super::isolation::{Meaning, Verdict, judge};
+use super::producer::{ProducerLimits, RecordProducer, config};
+use super::publisher::{Cursor, Delivery, Publisher, RefusedBecause};
+use crate::telemetry::health::Stage;
+
+/// How long messages that have been sent may take to be answered once the producer has stopped.
+const WIND_UP: Duration = Duration::from_secs(60);
+/// Between two looks for delivery reports.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// The topics' configuration is read again, however new what is known is.
+const NOW: Duration = Duration::ZERO;
+
+impl Publisher {
+    /// Deals with the refused batch: returns when everything that had been sent is published.
+    pub(super) fn recover(&mut self) -> Result<(), String> {
+        let failures = self.take_refused();
+        let first = failures.iter().find(|failure| Meaning::of(failure.code) == Meaning::Refused);
+        tracing::warn!(
+            records = failures.len(),
+            code = first.map(|failure| failure.code.to_string()),
+            reason = first.map(|failure| failure.reason.as_str()),
+            "the broker refused a batch: looking for the record to blame"
+        );
+        self.context.metrics.retries.with_label_values(&["refused"]).inc();
+        let end = self.cursor;
+        self.refresh_rules(NOW);
+        if self.topics.batch_limit().is_none() {
+            self.halved += 1;
+        }
+        self.stop_after_refusal()?;
+        let start =
+            Cursor { window: self.windows.front().map_or(end.window, |window| window.number), place: 0 };
+        let all = self.unsettled(start, end);
+        let mut groups = VecDeque::from([all.clone()]);
+        if !failures.is_empty() {
+            self.apply(judge(&all, &failures), &all, &mut groups)?;
+        }
+        while let Some(group) = groups.pop_front() {
+            let group: Vec<Ticket> = group.into_iter().filter(|ticket| !self.is_settled(*ticket)).collect();
+            if group.is_empty() {
+                continue;
+            }
+            let failures = self.publish_group(&group)?;
+            if failures.is_empty() {
+                continue;
+            }
+            self.context.metrics.retries.with_label_values(&["refused"]).inc();
+            self.stop_after_refusal()?;
+            let left: Vec<Ticket> = group.into_iter().filter(|ticket| !self.is_settled(*ticket)).collect();
+            groups.push_front(left.clone());
+            self.apply(judge(&left, &failures), &left, &mut groups)?;
+        }
+        // Windows that nobody waits for any more may be gone.
+        let first = self.windows.front().map_or(end, |window| Cursor { window: window.number, place: 0 });
+        self.cursor = end.max(first);
+        self.start_producer(false)?;
+        tracing::info!("everything that had been sent is published");
+        Ok(())
+    }
+
+    /// Replaces the first group, which was judged.
+    fn apply(
+        &mut self,
+        verdict: Verdict,
+        judged: &[Ticket],
+        groups: &mut VecDeque<Vec<Ticket>>,
+    ) -> Result<(), String> {
+        groups.pop_front();
+        match verdict {
+            Verdict::Blame(failures) => {
+                for failure in &failures {
+                    if let Some(index) = self.index(failure.ticket.window()) {
+                        self.give_up(index, failure.ticket.place(), RefusedBecause::Broker(failure))?;
+                    }
+                }
+                groups.push_front(judged.to_vec());
+            }
+            Verdict::Split(parts) => {
+                for part in parts.into_iter().rev() {
+                    groups.push_front(part);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn take_refused(&mut self) -> Vec<Failure> {
+        self.stopped = false;
+        std::mem::take(&mut self.refused)
+    }
+
+    fn is_settled(&self, ticket: Ticket) -> bool {
+        // A window that is no longer here was reported.
+        self.index(ticket.window()).is_none_or(|index| self.windows[index].is_settled(ticket.place()))
+    }
+
+    /// Ends what is under way, and leaves a producer behind that sends one request at a time.
+    fn stop_after_refusal(&mut self) -> Result<(), String> {
+        match self.delivery {
+            Delivery::AtLeastOnce => {
+                let mut arrived = Vec::new();
+                let health = std::sync::Arc::clone(&self.context.health);
+                self.producer.wind_up(WIND_UP, |_, reports| {
+                    health.busy(Stage::Publish);
+                    arrived.push(reports);
+                });
+                for reports in arrived {
+                    self.book(reports)?;
+                }
+                // They fail because of the first one, which is being dealt with.
+                self.take_refused();
+                self.start_producer(true)
+            }
+            Delivery::ExactlyOnce(_) => {
+                self.abort("the broker refused a batch")?;
+                self.take_refused();
+                self.start_producer(true)
+            }
+        }
+    }
+
+    fn start_producer(&mut self, careful: bool) -> Result<(), String> {
+        let limits = ProducerLimits { batch: self.topics.batch_limit(), halved: self.halved, careful };
+        let config = config(&self.settings, limits);
+        match self.delivery {
+            Delivery::AtLeastOnce => {
+                self.producer = RecordProducer::new(&config, &self.settings, &self.context.health)
+                    .map_err(|e| format!("another producer cannot be made: {e}"))?;
+                for window in &mut self.windows {
+                    for place in 0..window.len() {
+                        window.take_size(place);
+                    }
+                }
+                Ok(())
+            }
+            // A transaction holds a group alone: more requests at a time do no harm.
+            Delivery::ExactlyOnce(_) => self.reconfigure(super::producer::config(
+                &self.settings,
+                ProducerLimits { careful: false, ..limits },
+            )),
+        }
+    }
+
+    /// Sends these records and waits until all of them are published; or for what is refused of them.
+    fn publish_group(&mut self, group: &[Ticket]) -> Result<Vec<Failure>, String> {
+        loop {
+            if let Delivery::ExactlyOnce(_) = self.delivery {
+                self.cursor = Cursor { window: group[0].window(), place: group[0].place() };
+                if !self.begin_transaction()? {
+                    continue;
+                }
+            }
+            for ticket in group {
+                while self.goes_on()
+                    && let Some(index) = self.index(ticket.window())
+                    && !self.send_if_ours(index, ticket.place())?
+                {
+                    self.wait_for_reports()?;
+                }
+            }
+            while self.producer.unacknowledged > 0 && self.goes_on() {
+                self.wait_for_reports()?;
+            }
+            if self.stopped || !self.refused.is_empty() {
+                return Ok(self.take_refused());
+            }
+            if matches!(self.delivery, Delivery::AtLeastOnce) {
+                return Ok(Vec::new());
+            }
+            if let Some(reason) = self.broken.take() {
+                self.abort(&reason)?;
+                continue;
+            }
+            let open: Vec<Ticket> =
+                group.iter().copied().filter(|ticket| !self.is_settled(*ticket)).collect();
+            if self.commit(&open)? {
+                return Ok(Vec::new());
+            }
+        }
+    }
+
+    /// Nothing has failed yet.
+    fn goes_on(&mut self) -> bool {
+        if self.is_too_slow() {
+            self.broken.get_or_insert_with(|| "not acknowledged in time".to_owned());
+        }
+        self.broken.is_none() && self.refused.is_empty() && !self.stopped
+    }
+
+    fn wait_for_reports(&mut self) -> Result<(), String> {
+        self.context.health.busy(Stage::Publish);
+        std::thread::park_timeout(POLL_INTERVAL);
+        self.book_reports()
+    }
+}
