@@ -1,8 +1,10 @@
 //! kandle: batch inference for Kafka.
 
+// Standard output may be closed: see cli::output.
+#![deny(clippy::print_stdout)]
+
 pub mod cli;
 pub mod clock;
-pub mod cluster;
 pub mod codec;
 pub mod engine;
 pub mod failpoint;
@@ -18,5 +20,4 @@ pub mod sink;
 pub mod source;
 pub mod task;
 pub mod telemetry;
-pub mod topics;
 pub mod window;

@@ -23,11 +23,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use rayon::prelude::*;
 
-use crate::cluster::Topics;
 use crate::codec::{Decoder, Input, decoder};
 use crate::engine::{EngineError, Plan, Request, Response};
 use crate::failpoint;
 use crate::flow::{CommitSoon, Encoded, Inferred, Outcome, Prepared, Queued, Report, State};
+use crate::kafka::cluster::Topics;
 use crate::model::Tokens;
 use crate::record::{Position, RecordError};
 use crate::schedule::Schedule;

@@ -3,6 +3,7 @@
 //! A window closes by the first of three limits: records, bytes, or the age of its oldest record.
 //! It gathers across partitions and is contiguous in each of them.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::kafka::headers;
@@ -13,7 +14,7 @@ use crate::record::{Arrival, Partition, Position, Record};
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     pub max_records: usize,
-    /// Keys and values. The record that reaches it is the window's last.
+    /// Keys, values and headers. The record that reaches it is the window's last.
     pub max_bytes: usize,
     /// Counted from the arrival of the window's oldest record.
     pub max_wait: Duration,
@@ -51,6 +52,8 @@ pub struct Span {
     pub lease: Lease,
     pub first: i64,
     pub last: i64,
+    /// What the group keeps beside an offset after these records; see [`crate::kafka::metadata`].
+    pub metadata: Arc<str>,
 }
 
 /// The unit of progress: published in input order, committed as one.
@@ -109,11 +112,13 @@ pub struct Gatherer {
     spans: Vec<Span>,
     records: Vec<Record>,
     memory: Vec<u8>,
+    /// Bytes of headers.
+    headers: usize,
 }
 
 impl Gatherer {
     pub fn new(limits: Limits) -> Self {
-        Self { limits, next_id: 0, spans: Vec::new(), records: Vec::new(), memory: Vec::new() }
+        Self { limits, next_id: 0, spans: Vec::new(), records: Vec::new(), memory: Vec::new(), headers: 0 }
     }
 
     /// Adds a record; returns the window that it completes.
@@ -127,6 +132,7 @@ impl Gatherer {
         let span = self.span(partition, lease, arrival.offset);
         let key = arrival.key.map(|bytes| self.keep(bytes));
         let value = arrival.value.map(|bytes| self.keep(bytes));
+        self.headers += headers::memory(arrival.headers.as_ref());
         self.records.push(Record {
             span,
             offset: arrival.offset,
@@ -141,7 +147,7 @@ impl Gatherer {
         });
         if self.records.len() >= self.limits.max_records {
             self.close(ClosedBy::Records)
-        } else if self.memory.len() >= self.limits.max_bytes {
+        } else if self.memory.len() + self.headers >= self.limits.max_bytes {
             self.close(ClosedBy::Bytes)
         } else {
             None
@@ -167,6 +173,7 @@ impl Gatherer {
         self.next_id += 1;
         let records = std::mem::take(&mut self.records);
         let memory = std::mem::take(&mut self.memory);
+        self.headers = 0;
         if closed_by == ClosedBy::Records || closed_by == ClosedBy::Bytes {
             // The next one will be much like it.
             self.records.reserve(records.len());
@@ -190,6 +197,7 @@ impl Gatherer {
             kept += u32::from(keep);
         }
         self.records.retain(|record| keep[record.span as usize]);
+        self.headers = self.records.iter().map(|record| headers::memory(record.headers.as_ref())).sum();
         for record in &mut self.records {
             record.span = index[record.span as usize];
         }
@@ -203,7 +211,7 @@ impl Gatherer {
 
     /// Bytes of memory the window that gathers now holds.
     pub fn bytes(&self) -> usize {
-        self.memory.capacity() + self.records.capacity() * size_of::<Record>()
+        self.memory.capacity() + self.headers + self.records.capacity() * size_of::<Record>()
     }
 
     fn span(&mut self, partition: &Partition, lease: &Lease, offset: i64) -> u32 {
@@ -221,6 +229,7 @@ impl Gatherer {
                     lease: lease.clone(),
                     first: offset,
                     last: offset,
+                    metadata: Arc::default(),
                 });
                 (self.spans.len() - 1) as u32
             }

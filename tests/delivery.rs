@@ -202,14 +202,14 @@ fn a_static_member_that_is_back_in_time_disturbs_nobody() {
     first.wait_log(" assigned partitions=");
     let mut second = Daemon::start(&noop(&place, &[EXACTLY_ONCE, ("input", &b)]));
     second.wait_log(" assigned partitions=");
-    let before = first.log().matches("partitions go").count();
+    let before = first.log().matches("partitions revoked").count();
     // Rolled: killed, and another with its name.
     second.kill();
     let mut again = Daemon::start(&noop(&place, &[EXACTLY_ONCE, ("input", &b)]));
     again.wait_log(" assigned partitions=");
     place.produce(numbered(2, 0, 1000));
     settle(&place, &[500, 500], true);
-    assert_eq!(first.log().matches("partitions go").count(), before, "{}", first.log());
+    assert_eq!(first.log().matches("partitions revoked").count(), before, "{}", first.log());
     first.stop();
     again.stop();
 }
@@ -295,7 +295,8 @@ fn what_retention_deleted_is_counted_and_said() {
     let line = second.wait_log("data skipped");
     assert!(line.contains("from=100") && line.contains("to=250"), "{line}");
     let (_, metrics) = second.get("/metrics");
-    let counted = format!("kandle_skipped_records_total{{topic=\"{}\"}} 150", place.input);
+    let counted =
+        format!("kandle_skipped_records_total{{cause=\"retention\",topic=\"{}\"}} 150", place.input);
     assert!(metrics.contains(&counted), "{metrics}");
     second.stop();
 }

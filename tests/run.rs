@@ -58,7 +58,7 @@ fn a_member_that_joins_midway_takes_over_without_a_gap_or_a_double() {
     let mut second = Daemon::start(&config);
     // Some went over, and the first one finished what it had of them.
     second.wait_log(&format!(" assigned partitions={}", place.input));
-    assert!(first.log().contains("partitions go"), "{}", first.log());
+    assert!(first.log().contains("partitions revoked"), "{}", first.log());
     let got = place.predictions(total);
     first.stop();
     second.stop();
@@ -276,7 +276,7 @@ fn a_full_pipeline_pauses_and_stays_in_the_group() {
     assert_order(&got);
     assert_eq!(got.len(), total);
     assert!(log.contains("paused: the pipeline is full"), "it was never full:\n{log}");
-    assert!(!log.contains("partitions go"), "the member was put out:\n{log}");
+    assert!(!log.contains("partitions revoked"), "the member was put out:\n{log}");
 }
 
 #[test]

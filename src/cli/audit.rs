@@ -10,10 +10,13 @@ use rdkafka::consumer::BaseConsumer;
 use rdkafka::message::Message;
 use serde::Serialize;
 
+use crate::cli::output::outln;
+use crate::kafka::consumer;
 use crate::kafka::headers;
+use crate::kafka::range::{self, Point, Range, Read};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
-use crate::source::{self, Point, Range, Read};
+use crate::source;
 use crate::telemetry::logging;
 
 #[derive(Args)]
@@ -81,9 +84,9 @@ struct Model {
 pub fn audit(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
-    let consumer = source::reader(&settings)?;
+    let consumer = consumer::reader(&settings)?;
     let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
-    let input = source::resolve(&consumer, &topics, options.from, options.to, true)?;
+    let input = range::resolve(&consumer, &topics, options.from, options.to, true)?;
     let mut tallies: BTreeMap<Partition, Tally> =
         input.keys().map(|partition| (partition.clone(), Tally::default())).collect();
     let output = options.topic.as_deref().unwrap_or(&settings.output.topic);
@@ -98,7 +101,7 @@ pub fn audit(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         all.push(judge(&consumer, &settings, partition, range, at, tally)?);
     }
     if options.json {
-        println!("{}", super::pretty(&serde_json::to_value(&all)?));
+        outln!("{}", super::pretty(&serde_json::to_value(&all)?));
     } else {
         all.iter().for_each(show);
     }
@@ -128,8 +131,8 @@ fn read_back(
 ) -> anyhow::Result<()> {
     // Predictions have their records' timestamps; offsets are others.
     let from = from.filter(|from| matches!(from, Point::Time(_)));
-    let parts = match source::resolve(consumer, &[topic], from, None, true) {
-        Err(source::RangeError::Empty(_)) => return Ok(()),
+    let parts = match range::resolve(consumer, &[topic], from, None, true) {
+        Err(range::RangeError::Empty(_)) => return Ok(()),
         parts => parts?,
     };
     for (partition, range) in parts {
@@ -168,7 +171,7 @@ fn read(
     if from >= to {
         return Ok(());
     }
-    let seen = source::read(consumer, partition, from, PATIENCE, |message| {
+    let seen = range::read(consumer, partition, from, PATIENCE, |message| {
         if message.offset() < to {
             take(message);
         }
@@ -220,19 +223,19 @@ fn judge(
 
 fn show(found: &Found) {
     let Found { topic, partition, from, to, covered, missing, doubled, pending, .. } = found;
-    println!("{topic}/{partition}: offsets {from} to {to}, {covered} with an outcome, {pending} to come");
+    outln!("{topic}/{partition}: offsets {from} to {to}, {covered} with an outcome, {pending} to come");
     for Model { digest, model, predictions, dead_letters, offsets } in &found.models {
         let name = model.as_deref().unwrap_or("?");
-        println!(
+        outln!(
             "  {digest} {name}: {predictions} predictions, {dead_letters} dead letters; {}",
             ranges(offsets)
         );
     }
     if *missing > 0 {
-        println!("  missing {missing}: {}", ranges(&found.missing_offsets));
+        outln!("  missing {missing}: {}", ranges(&found.missing_offsets));
     }
     if *doubled > 0 {
-        println!("  doubled {doubled}: {}", ranges(&found.doubled_offsets));
+        outln!("  doubled {doubled}: {}", ranges(&found.doubled_offsets));
     }
 }
 

@@ -9,8 +9,9 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
-use super::AlreadySaid;
-use crate::cluster::{Cluster, committed};
+use super::{AlreadySaid, drain};
+use crate::cli::output::outln;
+use crate::kafka::cluster::{Cluster, committed};
 use crate::settings::{Guarantee, Loaded, Settings};
 use crate::task::Task;
 use crate::telemetry::Metrics;
@@ -26,16 +27,21 @@ struct Lines {
 impl Lines {
     fn say(&mut self, what: &str, result: Result<String, String>) {
         match result {
-            Ok(found) => println!("ok    {what}: {found}"),
+            Ok(found) => outln!("ok    {what}: {found}"),
             Err(reason) => {
                 self.failed = true;
-                println!("FAIL  {what}: {reason}");
+                outln!("FAIL  {what}: {reason}");
             }
         }
     }
 
+    /// Not a failure.
+    fn warn(&self, what: &str, why: &str) {
+        outln!("warn  {what}: {why}");
+    }
+
     fn skip(&self, what: &str, why: &str) {
-        println!("skip  {what}: {why}");
+        outln!("skip  {what}: {why}");
     }
 }
 
@@ -63,7 +69,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     let what = format!("brokers {} ({transport})", settings.kafka.brokers);
     lines.say(&what, reached.map(|count| format!("{count} in the cluster")).map_err(|e| e.to_string()));
     if away {
-        for what in ["topics", "group", "producer", "transaction", "largest message"] {
+        for what in ["topics", "group", "producer", "transaction", "largest message", "retention"] {
             lines.skip(what, "the brokers cannot be reached");
         }
         return;
@@ -94,6 +100,20 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     lines.say("producer", producer(settings));
     transaction(&cluster, settings, lines);
     largest(&cluster, settings, lines);
+    retention(&cluster, settings, lines);
+}
+
+/// Predictions have their records' timestamps, by which the topics written may delete them at once.
+fn retention(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
+    let what = "retention";
+    let Ok(topics) = cluster.topics() else { return lines.skip(what, "not all topics are there") };
+    match drain::retention_warnings(settings, &topics, None) {
+        Err(error) => lines.skip(what, &error.to_string()),
+        Ok(warnings) if warnings.is_empty() => {
+            lines.say(what, Ok("what is published is kept".to_owned()));
+        }
+        Ok(warnings) => warnings.iter().for_each(|warning| lines.warn(what, warning)),
+    }
 }
 
 /// Reads the group's offsets, which needs the right to read the group.
@@ -103,6 +123,7 @@ fn group(settings: &Settings) -> Result<String, String> {
     for (name, value) in &settings.input.properties {
         config.set(name, &value.0);
     }
+    config.set("allow.auto.create.topics", "false");
     let consumer: BaseConsumer = config.create().map_err(|e| e.to_string())?;
     let mut list = TopicPartitionList::new();
     for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
@@ -126,6 +147,7 @@ fn producer(settings: &Settings) -> Result<String, String> {
     for (name, value) in &settings.output.properties {
         config.set(name, &value.0);
     }
+    config.set("allow.auto.create.topics", "false");
     let producer: BaseProducer = config.create().map_err(|e| e.to_string())?;
     producer.client().fetch_metadata(Some(&settings.output.topic), ATTEMPT).map_err(|e| e.to_string())?;
     // The id is asked for in the background; a refusal is fatal to the client.

@@ -15,7 +15,8 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use crate::cluster::{Topics, Written};
+use crate::cli::output::{out, outln};
+use crate::kafka::cluster::{Topics, Written};
 use crate::kafka::topic_rules::TopicRules;
 use crate::pipeline::{self, Shared};
 use crate::settings::{self, Settings, Sources};
@@ -62,19 +63,19 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
 
     let started = Instant::now();
     let task = Arc::new(Task::load(&settings, &shared.metrics)?);
-    println!(
+    outln!(
         "kandle demo: support tickets from a Kafka topic, routed to a team by a small BERT, back to Kafka"
     );
-    println!(
+    outln!(
         "  model    {} (digest {}), loaded in {} ms on {}",
         task.model_name,
         task.digest,
         started.elapsed().as_millis(),
         task.device
     );
-    println!("  kafka    {} (embedded, gone when this ends)", settings.kafka.brokers);
-    println!("  topics   {INPUT} -> {OUTPUT}, {DEAD}");
-    println!("  metrics  http://{address}/metrics\n");
+    outln!("  kafka    {} (embedded, gone when this ends)", settings.kafka.brokers);
+    outln!("  topics   {INPUT} -> {OUTPUT}, {DEAD}");
+    outln!("  metrics  http://{address}/metrics\n");
 
     // The embedded broker has no configuration to ask for.
     let topics = Topics {
@@ -93,12 +94,12 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     shared.stop.store(true, Ordering::Relaxed);
     running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))?.map_err(anyhow::Error::msg)?;
     shown?;
-    println!("\nOn your own Kafka:");
-    println!(
+    outln!("\nOn your own Kafka:");
+    outln!(
         "  kandle config show --set kafka.brokers=HOST:9092 --set input.topics=IN --set input.group=kandle --set input.field=/text --set task.kind=text-classification --set model.source=bundled --set output.topic=OUT --set dead_letters.topic=DEAD > kandle.yaml"
     );
-    println!("  kandle check -c kandle.yaml");
-    println!("  kandle run -c kandle.yaml");
+    outln!("  kandle check -c kandle.yaml");
+    outln!("  kandle run -c kandle.yaml");
     Ok(())
 }
 
@@ -194,9 +195,11 @@ fn show(
     }
     line.clear();
     let seconds = started.elapsed().as_secs_f64();
-    println!(
+    outln!(
         "\n{} tickets in {seconds:.0} s: {} predictions, {} dead letters, nothing lost",
-        seen.produced, seen.predicted, seen.dead
+        seen.produced,
+        seen.predicted,
+        seen.dead
     );
     anyhow::ensure!(
         seen.predicted + seen.dead == seen.produced,
@@ -228,7 +231,7 @@ fn prediction(message: &impl Message) {
     let text = value["text"].as_str().unwrap_or_default();
     let short: String = text.chars().take(72).collect();
     let more = if text.chars().count() > 72 { "…" } else { "" };
-    println!(
+    outln!(
         "  {:9} {:4.0} %  {short}{more}",
         value["label"].as_str().unwrap_or_default(),
         value["score"].as_f64().unwrap_or_default() * 100.0
@@ -242,8 +245,8 @@ fn dead_letter(message: &impl Message) {
         Some(String::from_utf8_lossy(found.value?).into_owned())
     };
     let value = String::from_utf8_lossy(message.payload().unwrap_or_default()).into_owned();
-    println!("  dead letter from {}: {value}", header("kandle-source").unwrap_or_default());
-    println!(
+    outln!("  dead letter from {}: {value}", header("kandle-source").unwrap_or_default());
+    outln!(
         "    why: {}: {}",
         header("kandle-error").unwrap_or_default(),
         header("kandle-error-message").unwrap_or_default()
@@ -283,17 +286,17 @@ impl Line {
             seen.dead
         );
         if self.terminal {
-            print!("\r{text:width$}", width = self.width);
+            out!("\r{text:width$}", width = self.width);
             let _ = std::io::stdout().flush();
         } else {
-            println!("{text}");
+            outln!("{text}");
         }
         self.width = text.len();
     }
 
     fn clear(&mut self) {
         if self.terminal {
-            print!("\r{:width$}\r", "", width = self.width);
+            out!("\r{:width$}\r", "", width = self.width);
         }
     }
 }

@@ -15,12 +15,15 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use super::run;
-use crate::cluster::{self, Cluster, Missing};
+use crate::kafka::cluster::{self, Cluster, Missing, Topics};
+use crate::kafka::consumer::{self, Role};
+use crate::kafka::range::{self, Range, RangeError};
+use crate::kafka::retention;
 use crate::model::hex;
 use crate::pipeline::{self, Shared};
 use crate::record::Partition;
-use crate::settings::{Loaded, Settings};
-use crate::source::{Bound, Drain, Origins, Role};
+use crate::settings::{Loaded, Settings, Start};
+use crate::source::{self, Bound, Drain, Origins};
 use crate::task::Task;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Metrics, logging};
@@ -80,6 +83,7 @@ fn work(
     let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop, Missing::Fail)?;
     let Some(topics) = topics else { bail!("stopped before anything was read") };
     run::refuse_other_models(settings, &task)?;
+    warn_of_retention(settings, &topics, drain.ranges());
     let (model, model_digest) = (task.model_name.clone(), task.digest.full().to_owned());
     let device = task.device.clone();
     let started = Instant::now();
@@ -142,6 +146,47 @@ fn refuse_others(settings: &Settings, force: bool) -> anyhow::Result<()> {
         "group {group} has live members that are no drains ({names}): they would take a part of the \
          partitions, and read on past the ends; stop them, use another group, or go on with --force"
     )
+}
+
+/// Predictions of old records may be deleted as soon as they are published; `ranges`: of a replay.
+pub(super) fn warn_of_retention(
+    settings: &Settings,
+    topics: &Topics,
+    ranges: Option<&BTreeMap<Partition, Range>>,
+) {
+    match retention_warnings(settings, topics, ranges) {
+        Ok(warnings) => {
+            for warning in warnings {
+                tracing::warn!(warning, "predictions would soon be deleted");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "how old the records are cannot be seen"),
+    }
+}
+
+/// See [`retention::warnings`].
+pub(super) fn retention_warnings(
+    settings: &Settings,
+    topics: &Topics,
+    ranges: Option<&BTreeMap<Partition, Range>>,
+) -> Result<Vec<String>, RangeError> {
+    let consumer = consumer::reader(settings)?;
+    let resolved;
+    let resolved_here = ranges.is_none();
+    let ranges = match ranges {
+        Some(ranges) => ranges,
+        None => {
+            let names: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
+            resolved = range::resolve(&consumer, &names, None, None, true)?;
+            &resolved
+        }
+    };
+    let standing = source::standing(settings, ranges.keys())?;
+    // A group without offsets begins at the ends.
+    if standing.is_empty() && settings.input.start == Start::Latest && resolved_here {
+        return Ok(Vec::new());
+    }
+    Ok(retention::warnings(settings, topics, &consumer, ranges, &standing)?)
 }
 
 /// SHA-256 over the effective settings, secrets hidden, as 64 hex digits.

@@ -7,6 +7,7 @@ mod check;
 mod demo;
 mod drain;
 mod model;
+mod output;
 mod predict;
 mod replay;
 mod run;
@@ -16,8 +17,9 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::cli::output::outln;
+use crate::kafka::range::RangeError;
 use crate::settings::{self, Loaded, Sources};
-use crate::source::RangeError;
 
 const FAILED: u8 = 1;
 const WRONG: u8 = 2;
@@ -78,8 +80,8 @@ enum Command {
     Predict {
         #[command(flatten)]
         configuration: Configuration,
-        /// Files of records, one a line; standard input where none is given
-        inputs: Vec<PathBuf>,
+        #[command(flatten)]
+        options: predict::Options,
     },
     /// The model alone
     #[command(subcommand)]
@@ -124,14 +126,14 @@ pub fn main() -> ExitCode {
             with(&configuration, |loaded| audit::audit(loaded, &options))
         }
         Command::Check(configuration) => with(&configuration, check::check),
-        Command::Predict { configuration, inputs } => {
-            with(&configuration, |loaded| predict::predict(loaded, &inputs))
+        Command::Predict { configuration, options } => {
+            with(&configuration, |loaded| predict::predict(loaded, &options))
         }
         Command::Model(ModelCommand::Pull(configuration)) => with(&configuration, model::pull),
         Command::Model(ModelCommand::Show(configuration)) => with(&configuration, model::show),
         Command::Config(ConfigCommand::Show(configuration)) => with(&configuration, show_config),
         Command::Config(ConfigCommand::Schema) => {
-            println!("{}", pretty(&settings::schema()));
+            outln!("{}", pretty(&settings::schema()));
             Ok(())
         }
         Command::Bench(command) => bench::bench(command),
@@ -144,15 +146,20 @@ pub fn main() -> ExitCode {
                 return ExitCode::from(WRONG);
             }
             if error.downcast_ref::<AlreadySaid>().is_none() {
-                eprintln!("kandle: {error:#}");
+                output::errorln(format_args!("kandle: {error:#}"));
             }
-            ExitCode::from(if error.is::<drain::DeadLetters>() || error.is::<audit::Findings>() {
-                FOUND
-            } else if error.is::<RangeError>() {
-                WRONG
-            } else {
-                FAILED
-            })
+            ExitCode::from(
+                if error.is::<drain::DeadLetters>()
+                    || error.is::<audit::Findings>()
+                    || error.is::<predict::FailedLines>()
+                {
+                    FOUND
+                } else if error.is::<RangeError>() {
+                    WRONG
+                } else {
+                    FAILED
+                },
+            )
         }
     }
 }
@@ -181,13 +188,10 @@ fn with(
     match settings::load(&sources) {
         Ok(loaded) => command(loaded),
         Err(faults) => {
-            eprintln!(
-                "kandle: {} fault{} in the configuration:",
-                faults.len(),
-                if faults.len() == 1 { "" } else { "s" }
-            );
+            let plural = if faults.len() == 1 { "" } else { "s" };
+            output::errorln(format_args!("kandle: {} fault{plural} in the configuration:", faults.len()));
             for fault in faults {
-                eprintln!("  {fault}");
+                output::errorln(format_args!("  {fault}"));
             }
             Err(Misconfigured.into())
         }
@@ -205,7 +209,7 @@ fn show_config(loaded: Loaded) -> anyhow::Result<()> {
     let width = lines.iter().map(|(line, _)| line.len()).max().unwrap_or(0).min(56);
     for (line, key) in lines {
         let Some(key) = key else {
-            println!("{line}");
+            outln!("{line}");
             continue;
         };
         // A list has the origin of its items.
@@ -213,7 +217,7 @@ fn show_config(loaded: Loaded) -> anyhow::Result<()> {
         let origin = loaded.origins.get(&key).or_else(|| {
             loaded.origins.iter().find(|(known, _)| known.starts_with(&inside)).map(|(_, origin)| origin)
         });
-        println!("{line:width$}  # {}", origin.map_or("default", String::as_str));
+        outln!("{line:width$}  # {}", origin.map_or("default", String::as_str));
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, bail};
 
+use crate::cli::output::outln;
 use crate::model::{Digest, Files, Model, Output, Placement};
 use crate::settings::{Loaded, TaskKind};
 
@@ -16,9 +17,9 @@ fn files(loaded: &Loaded) -> anyhow::Result<Files> {
 pub fn pull(loaded: Loaded) -> anyhow::Result<()> {
     crate::telemetry::logging::start(&loaded.settings.log);
     let files = files(&loaded)?;
-    println!("{}", files.name());
+    outln!("{}", files.name());
     for name in files.names()? {
-        println!("  {name}");
+        outln!("  {name}");
     }
     Ok(())
 }
@@ -57,7 +58,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
         }
     }
     for (name, value) in rows {
-        println!("{name:14}{value}");
+        outln!("{name:14}{value}");
     }
     Ok(())
 }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use clap::Args;
 
+use super::output::Output;
 use crate::codec::decoder;
 use crate::engine::Request;
 use crate::flow::{Encoded, Inferred, Outcome, State};
@@ -18,14 +20,29 @@ use crate::task::Task;
 use crate::telemetry::logging;
 use crate::window::{ClosedBy, Gatherer, Limits, Window};
 
-pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
+#[derive(Args)]
+#[group(id = "predict")]
+pub struct Options {
+    /// Files of records, one a line; standard input where none is given
+    inputs: Vec<PathBuf>,
+    /// Exit with 3 where a line got no prediction
+    #[arg(long)]
+    strict: bool,
+}
+
+/// Lines got no prediction, and `--strict`.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} lines got no prediction, and --strict")]
+pub struct FailedLines(u64);
+
+pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
     let shared = Shared::new(&settings);
     let task = Arc::new(Task::load(&settings, &shared.metrics)?);
     let decoder = decoder(&settings)?;
     let worker = Worker { task, shared };
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let mut out = std::io::BufWriter::new(Output);
 
     let mut gatherer = Gatherer::new(Limits {
         max_records: settings.window.max_records,
@@ -34,7 +51,7 @@ pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
         max_wait: Duration::from_secs(3600),
     });
     let (partition, lease) = (Partition::new("line", 0), Lease::new(0));
-    let mut number = 0;
+    let (mut number, mut failed) = (0, 0);
     let mut feed = |reader: &mut dyn BufRead| -> anyhow::Result<()> {
         let mut line = Vec::new();
         while reader.read_until(b'\n', &mut line)? > 0 {
@@ -43,33 +60,37 @@ pub fn predict(loaded: Loaded, inputs: &[PathBuf]) -> anyhow::Result<()> {
             let arrival = Arrival { offset: number, value: Some(value), ..Arrival::default() };
             number += 1;
             if let Some(window) = gatherer.push(&partition, &lease, arrival, Instant::now()) {
-                answer(&worker, &*decoder, window, &mut out)?;
+                failed += answer(&worker, &*decoder, window, &mut out)?;
             }
             line.clear();
         }
         Ok(())
     };
-    if inputs.is_empty() {
+    if options.inputs.is_empty() {
         feed(&mut std::io::stdin().lock())?;
     }
-    for path in inputs {
+    for path in &options.inputs {
         let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
         feed(&mut std::io::BufReader::new(file)).with_context(|| path.display().to_string())?;
     }
     if let Some(window) = gatherer.close(ClosedBy::Stop) {
-        answer(&worker, &*decoder, window, &mut out)?;
+        failed += answer(&worker, &*decoder, window, &mut out)?;
     }
     out.flush()?;
-    Ok(())
+    match failed {
+        1.. if options.strict => Err(FailedLines(failed).into()),
+        _ => Ok(()),
+    }
 }
 
-/// One line a record: its prediction, or `{"error":…,"message":…}`.
+/// One line a record: its prediction, or `{"error":…,"message":…}`. Returns how many of the latter there are.
 fn answer(
     worker: &Worker,
     decoder: &dyn crate::codec::Decoder,
     window: Window,
     out: &mut impl Write,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<u64> {
+    let mut failed = 0;
     let encoded = predicted(worker, decoder, window)?;
     for (record, outcome) in encoded.window.records.iter().zip(&encoded.outcomes) {
         match outcome {
@@ -79,13 +100,14 @@ fn answer(
             Outcome::Unchanged => out.write_all(encoded.window.value(record).unwrap_or_default())?,
             Outcome::Tombstone => out.write_all(b"null")?,
             Outcome::Dead(error) => {
+                failed += 1;
                 let line = serde_json::json!({ "error": error.fault.name(), "message": error.message });
                 out.write_all(line.to_string().as_bytes())?;
             }
         }
         out.write_all(b"\n")?;
     }
-    Ok(())
+    Ok(failed)
 }
 
 /// A window through decode, prepare, infer and encode.

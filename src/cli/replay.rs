@@ -12,16 +12,20 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use super::{drain, predict};
+use crate::cli::output::outln;
 use crate::codec::decoder;
+use crate::kafka::cluster::Cluster;
+use crate::kafka::consumer;
+use crate::kafka::range::{self, Point, Range};
+use crate::kafka::topics::TopicFilter;
 use crate::lease::Lease;
 use crate::model::hex;
 use crate::pipeline::{Shared, Worker};
 use crate::record::{Arrival, Partition};
 use crate::settings::{Loaded, Settings};
-use crate::source::{self, Drain, Origins, Point, Range};
+use crate::source::{self, Drain, Origins};
 use crate::task::Task;
 use crate::telemetry::logging;
-use crate::topics::TopicFilter;
 use crate::window::{ClosedBy, Gatherer, Limits};
 
 #[derive(Args)]
@@ -66,9 +70,9 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     settings.input.properties.remove("group.instance.id");
     settings.kafka.properties.remove("group.instance.id");
 
-    let consumer = source::reader(&settings)?;
+    let consumer = consumer::reader(&settings)?;
     let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
-    let ranges = source::resolve(&consumer, &topics, options.from, options.to, options.drain.force)?;
+    let ranges = range::resolve(&consumer, &topics, options.from, options.to, options.drain.force)?;
     let records: i64 = ranges.values().map(|range| range.to - range.from).sum();
     tracing::info!(
         id,
@@ -79,6 +83,10 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         "replay"
     );
     if options.dry_run {
+        match Cluster::connect(&settings)?.topics() {
+            Ok(topics) => drain::warn_of_retention(&settings, &topics, Some(&ranges)),
+            Err(troubles) => troubles.iter().for_each(|trouble| tracing::warn!(%trouble, "the topics")),
+        }
         return dry_run(&settings, &consumer, &ranges, revive.as_ref());
     }
     refuse_another_range(&settings, &ranges, &id)?;
@@ -196,7 +204,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
         cost,
         cost_per_million_records: cost.map(|cost| cost / records as f64 * 1e6),
     };
-    println!("{}", super::pretty(&serde_json::to_value(&estimate)?));
+    outln!("{}", super::pretty(&serde_json::to_value(&estimate)?));
     Ok(())
 }
 
@@ -213,7 +221,7 @@ fn sample<C: rdkafka::consumer::ConsumerContext>(
     let lease = Lease::new(0);
     let deadline = Instant::now() + READ;
     let (mut next, mut taken) = (from, 0);
-    let read = source::read(consumer, partition, from, READ, |message| {
+    let read = range::read(consumer, partition, from, READ, |message| {
         if message.offset() >= to {
             return ControlFlow::Break(());
         }

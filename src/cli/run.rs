@@ -7,11 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use crate::clock;
-use crate::cluster::{self, Cluster, Missing};
+use crate::kafka::cluster::{self, Cluster, Missing};
+use crate::kafka::consumer::Role;
 use crate::pipeline::{self, Shared};
 use crate::schedule::Phase;
 use crate::settings::{Loaded, OnChange, Outside, Settings};
-use crate::source::Role;
 use crate::task::Task;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{logging, server};

@@ -1,5 +1,12 @@
-//! What source and sink share of Kafka.
+//! What the stages and the commands share of Kafka.
 
+pub mod cluster;
+pub mod consumer;
 pub mod headers;
+pub mod metadata;
+pub mod native;
+pub mod range;
 pub mod record_size;
+pub mod retention;
 pub mod topic_rules;
+pub mod topics;

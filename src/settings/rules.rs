@@ -3,8 +3,8 @@
 use rdkafka::ClientConfig;
 
 use super::{Fields, Format, Guarantee, Properties, Settings, TaskKind};
+use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
-use crate::topics::TopicFilter;
 
 /// Properties of librdkafka that kandle owns, and why.
 const OWNED: &[(&str, &str)] = &[

@@ -26,13 +26,13 @@ use super::isolation::Meaning;
 use super::producer::{NotTaken, ProducerLimits, RecordProducer, compresses, config};
 use super::transactions::Transactions;
 use super::window::UnderWay;
-use crate::cluster::{Cluster, Topics, Written};
 use crate::failpoint;
 use crate::flow::{CommitSoon, Encoded, Outcome, Published, Queued, Report};
+use crate::kafka::cluster::{Cluster, Topics, Written};
+use crate::kafka::consumer::Group;
 use crate::kafka::topic_rules::{Refusal, TopicRules};
 use crate::record::{Fault, Record, RecordError};
 use crate::settings::{Guarantee, Settings};
-use crate::source::Group;
 use crate::telemetry::health::Stage;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
@@ -65,7 +65,7 @@ pub struct Context {
 /// How windows are delivered.
 pub(super) enum Delivery {
     AtLeastOnce,
-    ExactlyOnce(Transactions),
+    ExactlyOnce(Box<Transactions>),
 }
 
 /// A place in the windows under way: the number of a window, and a record in it.
@@ -141,7 +141,7 @@ impl Publisher {
             }
             Guarantee::ExactlyOnce => {
                 let (producer, transactions) = Transactions::new(settings, config, &context.health)?;
-                (producer, Delivery::ExactlyOnce(transactions))
+                (producer, Delivery::ExactlyOnce(Box::new(transactions)))
             }
         };
         let stamp = Stamp { model: context.model.clone(), digest: context.digest.clone() };

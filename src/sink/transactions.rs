@@ -26,9 +26,9 @@ use super::publisher::{Cursor, Delivery, Publisher};
 use super::transaction_thread::{Broken, Call, TransactionThread};
 use super::transactional_id::TransactionalId;
 use crate::failpoint;
+use crate::kafka::metadata::add_offset;
 use crate::record::Partition;
 use crate::settings::Settings;
-use crate::source::Metadata;
 use crate::telemetry::Health;
 use crate::telemetry::health::Stage;
 
@@ -251,7 +251,7 @@ impl Publisher {
 
     /// The offset after the last of these records, by partition.
     fn offsets(&self, tickets: &[Ticket]) -> Result<TopicPartitionList, String> {
-        let mut offsets: BTreeMap<&Partition, i64> = BTreeMap::new();
+        let mut offsets: BTreeMap<&Partition, (i64, &str)> = BTreeMap::new();
         let mut tickets = tickets;
         while let Some(first) = tickets.first() {
             // Of one window at a time.
@@ -261,11 +261,9 @@ impl Publisher {
             let (Some(index), Some(last)) = (self.index(first.window()), of_window.last()) else { continue };
             offsets.extend(self.windows[index].offsets(first.place(), last.place() + 1));
         }
-        let metadata = Metadata::new(&self.context.model, &self.context.digest, &Default::default());
         let mut list = TopicPartitionList::with_capacity(offsets.len());
-        for (partition, offset) in offsets {
-            metadata
-                .add_to(&mut list, partition, offset)
+        for (partition, (offset, metadata)) in offsets {
+            add_offset(&mut list, partition, offset, metadata)
                 .map_err(|e| format!("{partition}: offset {offset}: {e}"))?;
         }
         Ok(list)

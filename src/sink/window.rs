@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::acks::Ticket;
 use crate::flow::Encoded;
-use crate::record::{Partition, Position};
+use crate::record::{Partition, Position, Record};
 
 /// How a dead letter differs from its record, where its topic refuses the record as it is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -131,15 +131,20 @@ impl UnderWay {
         (from..to).filter(|&place| !self.is_settled(place)).map(|place| self.ticket(place))
     }
 
-    /// The offset after the last record of each live partition before `to`, of those from `from` on.
-    pub fn offsets(&self, from: usize, to: usize) -> BTreeMap<&Partition, i64> {
+    /// The offset after the last record of each live partition before `to`, of those from `from` on, with what is kept
+    /// beside it.
+    pub fn offsets(&self, from: usize, to: usize) -> BTreeMap<&Partition, (i64, &str)> {
         let window = &self.content.window;
         if to == self.len() {
             // The last of a span stands behind `from`, or was committed already.
             let spans = self.live_spans().map(|span| &window.spans[span]);
-            return spans.map(|span| (&span.partition, span.last + 1)).collect();
+            return spans.map(|span| (&span.partition, (span.last + 1, &*span.metadata))).collect();
         }
         let live = window.records[from..to].iter().filter(|record| self.is_live(record.span));
-        live.map(|record| (&window.spans[record.span as usize].partition, record.offset + 1)).collect()
+        let offset = |record: &Record| {
+            let span = &window.spans[record.span as usize];
+            (&span.partition, (record.offset + 1, &*span.metadata))
+        };
+        live.map(offset).collect()
     }
 }

@@ -1,76 +1,128 @@
 //! The assignment: partitions taken up, with the model compared that made their offsets, and given
 //! up again once what is in flight of them is published and committed.
+//!
+//! ```text
+//! assigned ─▶ where to begin? (lookup) ─▶ models compared ─▶ taken up
+//! revoked  ─▶ paused ─▶ windows in flight end ─▶ committed ─▶ given up      lost: given up at once
+//! ```
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::Consumer;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::ledger::Ledger;
-use super::live::{Source, SourceError};
-use super::metadata::Metadata;
-use super::range;
-use super::rebalance::{give_up, take_up};
-use crate::cluster::committed;
+use super::callbacks::{give_up, take_up};
+use super::ledger::Owned;
+use super::lookup::{Question, Started};
+use super::serve::{Source, SourceError};
+use super::start::Begin;
+use crate::kafka::metadata::Metadata;
 use crate::record::Partition;
 use crate::settings::OnChange;
 
+/// Where the member stands in a rebalance.
+pub(super) struct Assignment {
+    revoke_timeout: Duration,
+    /// Tells questions about assignments apart.
+    last_id: u64,
+    /// Partitions that are ours once it is known where to begin.
+    pending: Option<(u64, TopicPartitionList)>,
+    revoking: Option<Revocation>,
+    /// The models of the whole group have been compared.
+    compared: bool,
+}
+
 /// Partitions asked back, whose windows in flight may still finish.
-pub(super) struct Revoking {
-    pub list: TopicPartitionList,
+struct Revocation {
+    list: TopicPartitionList,
     partitions: Vec<Partition>,
     deadline: Instant,
 }
 
+/// What a revocation has to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Windows are in flight.
+    Wait,
+    /// All is published: commit it.
+    Commit,
+    GiveUp,
+    /// Time is up, or the partitions are lost: what is in flight is not committed.
+    GiveUpLate,
+}
+
+impl Revocation {
+    /// `lost`: another member may have them already; `in_flight`: windows of them; `uncommitted`: some are published
+    /// and not committed.
+    fn next(&self, now: Instant, lost: bool, in_flight: bool, uncommitted: bool) -> Next {
+        if lost || now >= self.deadline {
+            return Next::GiveUpLate;
+        }
+        match (in_flight, uncommitted) {
+            (true, _) => Next::Wait,
+            (false, true) => Next::Commit,
+            (false, false) => Next::GiveUp,
+        }
+    }
+}
+
+impl Assignment {
+    pub fn new(revoke_timeout: Duration) -> Self {
+        Self { revoke_timeout, last_id: 0, pending: None, revoking: None, compared: false }
+    }
+
+    pub fn is_revoking(&self) -> bool {
+        self.revoking.is_some()
+    }
+
+    /// No partition comes or goes.
+    pub fn is_steady(&self) -> bool {
+        self.pending.is_none() && self.revoking.is_none()
+    }
+}
+
 impl Source {
-    pub(super) fn assign(&mut self, list: &TopicPartitionList) -> Result<(), SourceError> {
-        let partitions = partitions(list);
-        // What the group has, to compare models and to show lag before the first window.
-        let known = match committed(&self.consumer, list, Duration::from_secs(10)) {
-            Ok(known) => known,
-            Err(error) if self.on_change == OnChange::Refuse => {
-                let _ = take_up(&self.consumer, list);
-                return Err(SourceError::Fatal(format!(
-                    "the group's offsets cannot be read ({error}), and model.on_change is refuse"
-                )));
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the group's offsets cannot be read now: the model that made them is not compared");
-                list.clone()
-            }
+    pub(super) fn on_assigned(&mut self, list: TopicPartitionList) {
+        self.assignment.last_id += 1;
+        let id = self.assignment.last_id;
+        let compare_all = self.context.on_change == OnChange::Refuse && !self.assignment.compared;
+        self.lookup.ask(Question::Start { id, partitions: list.clone(), compare_all });
+        self.assignment.pending = Some((id, list));
+    }
+
+    /// It is known where to begin.
+    pub(super) fn on_start(&mut self, started: Started) -> Result<(), SourceError> {
+        let Started { id, list, partitions: starts, all } = started;
+        if self.assignment.pending.take_if(|(pending, _)| *pending == id).is_none() {
+            return Ok(());
+        }
+        // Under `refuse`, what the group has of all partitions counts, ours or another member's: once, when we come.
+        let compared = match &all {
+            Some(all) if !std::mem::replace(&mut self.assignment.compared, true) => self.compare_models(all),
+            _ => Ok(()),
         };
-        let compared = self.compare_all_models().and_then(|()| self.compare_models(&known));
-        if let Err(changed) = compared {
+        if let Err(changed) = compared.and_then(|()| self.compare_models(&list)) {
             // The client waits for an answer, also when it is about to leave.
-            let _ = take_up(&self.consumer, list);
+            let _ = take_up(&self.consumer, &list);
             return Err(changed);
         }
-        let taken = list.clone();
-        for partition in &partitions {
-            let element = known.find_partition(&partition.topic, partition.number);
-            let mut start = element.as_ref().and_then(|element| match element.offset() {
-                Offset::Offset(offset) => Some(offset),
-                _ => None,
-            });
-            let begin = self.wiring.drain.as_ref().and_then(|drain| drain.begin(partition));
-            if let Some(begin) = begin {
+        let mut partitions = Vec::new();
+        for start in starts {
+            let partition = start.partition.clone();
+            let mut offset = start.committed();
+            if let Some(begin) = self.bounds.drain.as_ref().and_then(|drain| drain.begin(&partition)) {
                 // Not before the bounds, whatever the group has.
-                let begin = start.map_or(begin, |start| start.max(begin));
-                start = Some(begin);
-                let element = taken.find_partition(&partition.topic, partition.number);
-                if let Some(mut element) = element {
+                let begin = offset.map_or(begin, |offset| offset.max(begin));
+                offset = Some(begin);
+                if let Some(mut element) = list.find_partition(&partition.topic, partition.number) {
                     element.set_offset(Offset::Offset(begin)).map_err(SourceError::Client)?;
                 }
             }
-            self.ledger.assign(partition.clone(), start);
-            if let Some(drain) = &self.wiring.drain {
-                drain.taken_up(partition, start);
-            }
-            // A rate wants a first point.
-            self.wiring.metrics.skipped.with_label_values(&[&*partition.topic]);
-            let kept = element.and_then(|element| Metadata::read(element.metadata()));
-            if let (Some(owned), Some(kept)) = (self.ledger.get_mut(partition), kept) {
-                owned.suspects = kept.suspects();
+            self.ledger.assign(partition.clone(), offset);
+            if let Some(owned) = self.ledger.get_mut(&partition) {
+                owned.topic_id = start.topic_id.clone();
+                owned.suspects = start.suspects();
                 if let Some(first) = owned.suspects.first() {
                     tracing::warn!(
                         %partition,
@@ -80,18 +132,30 @@ impl Source {
                     );
                 }
             }
+            if let Begin::Recreated { offset, before, now } = &start.begin {
+                self.count_recreated(&partition, Some(*offset), &before.to_string(), Some(&now.to_string()));
+            }
+            if let Some(drain) = &self.bounds.drain {
+                drain.taken_up(&partition, offset);
+            }
+            // A rate wants a first point.
+            for cause in ["retention", "damaged"] {
+                self.context.metrics.skipped.with_label_values(&[&*partition.topic, cause]);
+            }
+            self.context.metrics.topic_recreated.with_label_values(&[&*partition.topic]);
+            partitions.push(partition);
         }
-        if let Err(error) = take_up(&self.consumer, &taken) {
+        if let Err(error) = take_up(&self.consumer, &list) {
             return Err(SourceError::Fatal(format!("partitions cannot be taken up: {error}")));
         }
-        if self.paused {
+        if self.intake.paused {
             self.pause();
         } else if !list.elements().is_empty() {
             // A partition that was paused while it was taken away, and comes back, is still paused for
             // librdkafka.
-            self.consumer.resume(list).map_err(SourceError::Client)?;
+            self.consumer.resume(&list).map_err(SourceError::Client)?;
         }
-        if let Some(drain) = &self.wiring.drain {
+        if let Some(drain) = &self.bounds.drain {
             let mut done = TopicPartitionList::new();
             for partition in partitions.iter().filter(|partition| drain.is_done(partition)) {
                 done.add_partition(&partition.topic, partition.number);
@@ -100,8 +164,8 @@ impl Source {
                 self.consumer.pause(&done).map_err(SourceError::Client)?;
             }
         }
-        self.wiring.metrics.rebalances.with_label_values(&["assigned"]).inc();
-        self.wiring.health.set_ready();
+        self.context.metrics.rebalances.with_label_values(&["assigned"]).inc();
+        self.context.health.set_ready();
         // A new member of a cooperative group is first given nothing.
         match partitions.is_empty() {
             true => tracing::info!("in the group, standing by"),
@@ -110,30 +174,9 @@ impl Source {
         Ok(())
     }
 
-    /// Under `refuse`, what the group has of all partitions counts, ours or another member's: once, when we
-    /// come.
-    fn compare_all_models(&mut self) -> Result<(), SourceError> {
-        if self.on_change != OnChange::Refuse || std::mem::replace(&mut self.compared, true) {
-            return Ok(());
-        }
-        let unreadable = |error: String| {
-            SourceError::Fatal(format!(
-                "the group's offsets cannot be read ({error}), and model.on_change is refuse"
-            ))
-        };
-        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
-        let all = range::partitions(&self.consumer, &topics).map_err(|e| unreadable(e.to_string()))?;
-        let mut list = TopicPartitionList::new();
-        for partition in &all {
-            list.add_partition(&partition.topic, partition.number);
-        }
-        let known = committed(&self.consumer, &list, Duration::from_secs(10));
-        self.compare_models(&known.map_err(|e| unreadable(e.to_string()))?)
-    }
-
     /// `model.on_change`: the digest in the committed offsets' metadata against ours.
     fn compare_models(&self, known: &TopicPartitionList) -> Result<(), SourceError> {
-        if self.on_change == OnChange::Allow {
+        if self.context.on_change == OnChange::Allow {
             return Ok(());
         }
         for element in known.elements() {
@@ -141,7 +184,7 @@ impl Source {
             else {
                 continue;
             };
-            if kept.digest == self.wiring.digest {
+            if kept.digest == self.context.digest {
                 continue;
             }
             let message = format!(
@@ -150,10 +193,10 @@ impl Source {
                 element.partition(),
                 kept.model,
                 kept.digest,
-                self.wiring.model,
-                self.wiring.digest,
+                self.context.model,
+                self.context.digest,
             );
-            if self.on_change == OnChange::Refuse {
+            if self.context.on_change == OnChange::Refuse {
                 return Err(SourceError::ModelChanged(format!(
                     "{message}: model.on_change is refuse; set it to warn or allow, or use another group"
                 )));
@@ -163,72 +206,76 @@ impl Source {
         Ok(())
     }
 
-    pub(super) fn revoke(&mut self, list: TopicPartitionList) {
+    pub(super) fn on_revoked(&mut self, list: TopicPartitionList) {
         let partitions = partitions(&list);
+        // What was not taken up yet is given up all the same.
+        self.assignment.pending = None;
         // Records that only wait go to the next owner.
-        self.gatherer.forget(|p| partitions.contains(p));
+        self.intake.gatherer.forget(|p| partitions.contains(p));
         for partition in &partitions {
             if let Some(owned) = self.ledger.get_mut(partition) {
-                owned.forget_gathering();
+                owned.revoke();
             }
         }
         let lost = self.consumer.assignment_lost();
         let cause = if lost { "lost" } else { "revoked" };
-        self.wiring.metrics.rebalances.with_label_values(&[cause]).inc();
-        tracing::info!(partitions = %names(&partitions), cause, "partitions go");
+        self.context.metrics.rebalances.with_label_values(&[cause]).inc();
+        tracing::info!(partitions = %names(&partitions), cause, "partitions revoked");
         if !lost && let Err(error) = self.consumer.pause(&list) {
             tracing::debug!(%error, "pausing what is revoked");
         }
-        self.revoking = Some(Revoking { list, partitions, deadline: Instant::now() + self.revoke_timeout });
-    }
-
-    pub(super) fn is_revoking(&self, partition: &Partition) -> bool {
-        self.revoking.as_ref().is_some_and(|revoking| revoking.partitions.contains(partition))
+        let deadline = Instant::now() + self.assignment.revoke_timeout;
+        self.assignment.revoking = Some(Revocation { list, partitions, deadline });
     }
 
     /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
     /// or time is up.
-    pub(super) fn finish_revoking(&mut self) {
-        let Some(revoking) = self.revoking.take() else { return };
+    pub(super) fn advance_revocation(&mut self) {
+        let Some(revoking) = self.assignment.revoking.take() else { return };
         let lost = self.consumer.assignment_lost();
+        let owned = || revoking.partitions.iter().filter_map(|partition| self.ledger.get(partition));
         if lost {
             // The session expired, before or meanwhile: it is too late to finish in good order.
-            for owned in revoking.partitions.iter().filter_map(|partition| self.ledger.get(partition)) {
-                owned.lease.end();
+            owned().for_each(|owned| owned.lease.end());
+        }
+        let in_flight = owned().any(|owned| owned.windows_in_flight() > 0);
+        let uncommitted = owned().any(Owned::is_uncommitted);
+        match revoking.next(Instant::now(), lost, in_flight, uncommitted) {
+            Next::Wait => self.assignment.revoking = Some(revoking),
+            Next::Commit => {
+                self.commit(Some(&revoking.partitions));
+                self.assignment.revoking = Some(revoking);
+            }
+            Next::GiveUp => self.give_up(&revoking),
+            Next::GiveUpLate => {
+                if in_flight {
+                    tracing::warn!(
+                        partitions = %names(&revoking.partitions),
+                        "windows in flight did not finish in time: dropped, not committed"
+                    );
+                }
+                self.give_up(&revoking);
             }
         }
-        let late = lost || Instant::now() >= revoking.deadline;
-        let in_flight = |ledger: &Ledger| {
-            revoking
-                .partitions
-                .iter()
-                .any(|p| ledger.get(p).is_some_and(|owned| owned.windows_in_flight() > 0))
-        };
-        if !late && in_flight(&self.ledger) {
-            self.revoking = Some(revoking);
-            return;
-        }
-        if !late {
-            self.commit(Some(&revoking.partitions));
-        }
-        let open = revoking.partitions.iter().any(|p| {
-            self.ledger
-                .get(p)
-                .is_some_and(|owned| owned.published.is_some() && owned.published != owned.committed)
-        });
-        if !late && open {
-            self.revoking = Some(revoking);
-            return;
-        }
-        if late && in_flight(&self.ledger) {
-            tracing::warn!(partitions = %names(&revoking.partitions), "windows in flight did not finish: dropped, not committed");
-        }
+    }
+
+    fn give_up(&mut self, revoking: &Revocation) {
         for partition in &revoking.partitions {
             self.ledger.remove(partition);
-            self.lag.forget(partition, &self.wiring.metrics);
+            self.lag.forget(partition, &self.context.metrics);
         }
         if let Err(error) = give_up(&self.consumer, &revoking.list) {
             tracing::warn!(%error, "partitions could not be given up");
+        }
+    }
+
+    /// Answers whatever the client waits for, because it is about to leave the group.
+    pub(super) fn abandon_assignment(&mut self) {
+        if let Some((_, list)) = self.assignment.pending.take() {
+            let _ = take_up(&self.consumer, &list);
+        }
+        if let Some(revoking) = self.assignment.revoking.take() {
+            let _ = give_up(&self.consumer, &revoking.list);
         }
     }
 }
@@ -237,6 +284,40 @@ fn partitions(list: &TopicPartitionList) -> Vec<Partition> {
     list.elements().iter().map(|e| Partition::new(e.topic(), e.partition())).collect()
 }
 
+/// `topic[0,1,2] …`
 fn names(partitions: &[Partition]) -> String {
-    partitions.iter().map(Partition::to_string).collect::<Vec<_>>().join(" ")
+    let mut by_topic: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
+    for partition in partitions {
+        by_topic.entry(&partition.topic).or_default().push(partition.number);
+    }
+    let one = |(topic, mut numbers): (&str, Vec<i32>)| {
+        numbers.sort_unstable();
+        let numbers: Vec<String> = numbers.iter().map(i32::to_string).collect();
+        format!("{topic}[{}]", numbers.join(","))
+    };
+    by_topic.into_iter().map(one).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revocation_waits_for_windows_in_flight_and_commits_them() {
+        let start = Instant::now();
+        let deadline = start + Duration::from_secs(5);
+        let revoking = Revocation { list: TopicPartitionList::new(), partitions: Vec::new(), deadline };
+        assert_eq!(revoking.next(start, false, true, true), Next::Wait);
+        assert_eq!(revoking.next(start, false, true, false), Next::Wait);
+        assert_eq!(revoking.next(start, false, false, true), Next::Commit);
+        assert_eq!(revoking.next(start, false, false, false), Next::GiveUp);
+        assert_eq!(revoking.next(start, true, true, true), Next::GiveUpLate, "lost");
+        assert_eq!(revoking.next(deadline, false, true, true), Next::GiveUpLate, "time is up");
+    }
+
+    #[test]
+    fn partitions_are_named_by_topic() {
+        let p = Partition::new;
+        assert_eq!(names(&[p("b", 1), p("a", 2), p("b", 0)]), "a[2] b[0,1]");
+    }
 }

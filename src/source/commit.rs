@@ -5,32 +5,46 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Sender, unbounded};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
-use super::rebalance::{Note, Notes};
+use super::callbacks::{Callbacks, Event};
 
 pub(super) struct Committer {
     /// `None` once closed.
-    offsets: Option<Sender<TopicPartitionList>>,
+    jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     /// Since when a commit is under way.
     since: Option<Instant>,
 }
 
+enum Job {
+    Commit(TopicPartitionList),
+    /// The channel is sent to once the offsets are committed, and closed where they cannot be.
+    CommitAndTell(TopicPartitionList, Sender<()>),
+}
+
 impl Committer {
-    /// Outcomes come as [`Note::Committed`].
-    pub fn start(consumer: &Arc<BaseConsumer<Notes>>) -> std::io::Result<Self> {
-        let (offsets, lists) = bounded::<TopicPartitionList>(1);
+    /// Outcomes come as [`Event::Committed`].
+    pub fn start(consumer: &Arc<BaseConsumer<Callbacks>>) -> std::io::Result<Self> {
+        let (jobs, todo) = unbounded();
         let consumer = Arc::clone(consumer);
         let thread = std::thread::Builder::new().name("kandle-commit".to_owned()).spawn(move || {
-            for list in lists {
-                let result = consumer.commit(&list, CommitMode::Sync);
-                consumer.context().leave(Note::Committed(result, list));
+            for job in todo {
+                match job {
+                    Job::Commit(list) => {
+                        let result = consumer.commit(&list, CommitMode::Sync);
+                        consumer.context().queue(Event::Committed(result, list));
+                    }
+                    Job::CommitAndTell(list, done) => match consumer.commit(&list, CommitMode::Sync) {
+                        Ok(()) => drop(done.send(())),
+                        Err(error) => tracing::error!(%error, "the suspects could not be committed"),
+                    },
+                }
             }
         })?;
-        Ok(Self { offsets: Some(offsets), thread: Some(thread), since: None })
+        Ok(Self { jobs: Some(jobs), thread: Some(thread), since: None })
     }
 
     /// One commit at a time.
@@ -41,9 +55,18 @@ impl Committer {
     /// Only when not busy.
     pub fn commit(&mut self, list: TopicPartitionList) {
         self.since = Some(Instant::now());
-        if let Some(offsets) = &self.offsets {
-            // The thread takes one at a time and lives as long as this end.
-            let _ = offsets.send(list);
+        self.send(Job::Commit(list));
+    }
+
+    /// `done` is told once the offsets are committed.
+    pub fn commit_and_tell(&self, list: TopicPartitionList, done: Sender<()>) {
+        self.send(Job::CommitAndTell(list, done));
+    }
+
+    fn send(&self, job: Job) {
+        if let Some(jobs) = &self.jobs {
+            // The thread lives as long as this end.
+            let _ = jobs.send(job);
         }
     }
 
@@ -55,7 +78,7 @@ impl Committer {
 
 impl Drop for Committer {
     fn drop(&mut self) {
-        self.offsets = None;
+        self.jobs = None;
         // A commit that hangs, because the coordinator is away, is not waited for.
         if !self.is_busy()
             && let Some(thread) = self.thread.take()

@@ -4,8 +4,8 @@
 use rdkafka::message::{BorrowedMessage, Message};
 
 use crate::kafka::headers;
+use crate::kafka::topics::TopicFilter;
 use crate::record::Position;
-use crate::topics::TopicFilter;
 
 /// Which dead letters are a job's own: those whose records came from its topics.
 #[derive(Debug)]

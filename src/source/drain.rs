@@ -1,8 +1,7 @@
 //! The bounds of a drain: where each partition ends, frozen at the start, and how far it has come.
 //! Shared by the source, which moves it, and by whoever shows it.
 
-use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,15 +9,17 @@ use std::time::{Duration, Instant};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::KafkaError;
-use rdkafka::message::Message;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 
-use super::client;
-use super::range::{self, ASK, Range, RangeError, Read};
-use crate::cluster;
+use super::start::{Begin, begins};
+use crate::kafka::cluster;
+use crate::kafka::consumer;
+use crate::kafka::metadata::Metadata;
+use crate::kafka::native::{self, Identity};
+use crate::kafka::range::{self, ASK, Range, RangeError};
 use crate::record::Partition;
-use crate::settings::Settings;
+use crate::settings::{Settings, Start};
 use crate::window::Span;
 
 /// Between two looks at how far the group's other members are.
@@ -42,6 +43,12 @@ pub struct Bound {
     /// Nothing before `to` is left to be read by this process.
     #[serde(skip)]
     done: bool,
+    /// The drain is over only once the group has an offset at or after `to`.
+    #[serde(skip)]
+    open: bool,
+    /// The log's first offset.
+    #[serde(skip)]
+    low: i64,
 }
 
 impl Bound {
@@ -58,10 +65,8 @@ pub struct Drain {
     ranges: Option<BTreeMap<Partition, Range>>,
     bounds: Mutex<BTreeMap<Partition, Bound>>,
     complete: AtomicBool,
-    /// When the other members were last looked at.
+    /// When it was last asked how far the group is.
     looked: Mutex<Option<Instant>>,
-    /// By what.
-    bystander: Mutex<Option<BaseConsumer>>,
 }
 
 impl Drain {
@@ -70,17 +75,33 @@ impl Drain {
         Self { ranges: Some(ranges), ..Self::default() }
     }
 
-    /// Freezes the ends of all partitions of `topics` (names, or one pattern), and where the group stands.
-    pub(super) fn freeze(&self, config: &ClientConfig, topics: &[&str]) -> Result<(), RangeError> {
+    /// The ranges of a replay.
+    pub fn ranges(&self) -> Option<&BTreeMap<Partition, Range>> {
+        self.ranges.as_ref()
+    }
+
+    /// Freezes the ends of all partitions of `topics` (names, or one pattern), and where the group stands; returns the
+    /// topics' names.
+    pub(super) fn freeze(
+        &self,
+        config: &ClientConfig,
+        topics: &[&str],
+        start: Start,
+    ) -> Result<Vec<String>, RangeError> {
         let ranges = match &self.ranges {
             Some(ranges) => ranges.clone(),
-            None => range::resolve(&client::observer(config)?, topics, None, None, true)?,
+            None => range::resolve(&consumer::observer(config)?, topics, None, None, true)?,
         };
-        let bystander = client::bystander(config)?;
-        let known = committed(&bystander, ranges.keys())?;
-        *self.bystander.lock().unwrap_or_else(|e| e.into_inner()) = Some(bystander);
+        let known = standing_of(&consumer::bystander(config)?, ranges.keys())?;
+        // A group without any offset begins at the ends.
+        let at_ends = start == Start::Latest && known.is_empty() && self.ranges.is_none();
         let bound = |(partition, range): (Partition, Range)| {
-            let from = known.get(&partition).copied().unwrap_or(range.from).clamp(range.from, range.to);
+            let from = match known.get(&partition) {
+                Some(&offset) => offset,
+                None if at_ends => range.to,
+                None => range.from,
+            };
+            let from = from.clamp(range.from, range.to);
             let bound = Bound {
                 from,
                 to: range.to,
@@ -90,11 +111,16 @@ impl Drain {
                 tombstones: 0,
                 passed_over: 0,
                 done: from >= range.to,
+                open: from < range.to || at_ends,
+                low: range.from,
             };
             (partition, bound)
         };
-        *self.lock() = ranges.into_iter().map(bound).collect();
-        Ok(())
+        let bounds: BTreeMap<Partition, Bound> = ranges.into_iter().map(bound).collect();
+        let mut names: Vec<String> = bounds.keys().map(|partition| partition.topic.to_string()).collect();
+        names.dedup();
+        *self.lock() = bounds;
+        Ok(names)
     }
 
     /// Where to begin in a partition for which the group has no offset; `None` leaves it to `input.start`.
@@ -120,14 +146,14 @@ impl Drain {
         self.lock().values().map(|bound| (bound.to - bound.position()).max(0)).sum()
     }
 
-    /// The offset at which a partition ends; one that is not part of the drain has nothing to give.
-    pub(super) fn end(&self, partition: &Partition) -> i64 {
-        self.lock().get(partition).map_or(i64::MIN, |bound| bound.to)
+    /// The offset at which a partition ends; `None` for one that is not part of the drain.
+    pub(super) fn bound(&self, partition: &Partition) -> Option<i64> {
+        self.lock().get(partition).map(|bound| bound.to)
     }
 
-    /// Where the group stood at the start.
-    pub(super) fn start(&self, partition: &Partition) -> i64 {
-        self.lock().get(partition).map_or(0, |bound| bound.from)
+    /// The same; a partition that is not part of the drain has nothing to give.
+    pub(super) fn end(&self, partition: &Partition) -> i64 {
+        self.bound(partition).unwrap_or(i64::MIN)
     }
 
     /// Nothing of the partition is left to be read.
@@ -147,10 +173,10 @@ impl Drain {
         }
     }
 
-    /// The partition comes to this process, which reads on from `start`.
+    /// The partition comes to this process, which reads on from `start`, or from the log's first offset.
     pub(super) fn taken_up(&self, partition: &Partition, start: Option<i64>) {
         if let Some(bound) = self.lock().get_mut(partition) {
-            bound.done = start.unwrap_or(bound.from) >= bound.to;
+            bound.done = start.unwrap_or(bound.low) >= bound.to;
             // Another member may have come further.
             bound.reached = bound.reached.max(start.filter(|&start| start > bound.from));
         }
@@ -169,34 +195,23 @@ impl Drain {
         }
     }
 
-    /// Asks, now and then, how far the whole group is; true once all partitions are at their ends.
-    pub(super) fn look(&self) -> bool {
-        {
-            let mut looked = self.looked.lock().unwrap_or_else(|e| e.into_inner());
-            if looked.is_some_and(|at| at.elapsed() < LOOK) {
-                return false;
-            }
-            *looked = Some(Instant::now());
+    /// The partitions of which it is time to ask how far the group is.
+    pub(super) fn to_look_at(&self) -> Option<Vec<Partition>> {
+        let mut looked = self.looked.lock().unwrap_or_else(|e| e.into_inner());
+        if looked.is_some_and(|at| at.elapsed() < LOOK) {
+            return None;
         }
-        let open: Vec<Partition> = {
-            let bounds = self.lock();
-            let open = bounds.iter().filter(|(_, bound)| bound.from < bound.to);
-            open.map(|(partition, _)| partition.clone()).collect()
-        };
-        let bystander = self.bystander.lock().unwrap_or_else(|e| e.into_inner());
-        let known = match bystander.as_ref().map(|bystander| committed(bystander, open.iter())) {
-            // Nothing is frozen yet.
-            None => return false,
-            Some(Ok(known)) => known,
-            Some(Err(error)) => {
-                tracing::warn!(%error, "how far the group is cannot be read now; asking again");
-                return false;
-            }
-        };
+        *looked = Some(Instant::now());
+        let bounds = self.lock();
+        let open = bounds.iter().filter(|(_, bound)| bound.open);
+        Some(open.map(|(partition, _)| partition.clone()).collect())
+    }
+
+    /// The group's offsets of the partitions that were asked for.
+    pub(super) fn progress(&self, known: &HashMap<Partition, i64>) {
         let mut bounds = self.lock();
         let mut all = true;
-        for partition in &open {
-            let Some(bound) = bounds.get_mut(partition) else { continue };
+        for (partition, bound) in bounds.iter_mut().filter(|(_, bound)| bound.open) {
             let known = known.get(partition).copied();
             bound.reached = bound.reached.max(known.filter(|&offset| offset > bound.from));
             all &= known.is_some_and(|offset| offset >= bound.to);
@@ -204,20 +219,6 @@ impl Drain {
         if all {
             self.complete.store(true, Ordering::Relaxed);
         }
-        all
-    }
-}
-
-/// Whether a partition has no record from `from` up to `to`: nothing but the markers of transactions,
-/// or what was compacted away. A consumer of its own looks, whose end of the partition cannot be
-/// mistaken for another's. `None` where there is no answer in time.
-pub(super) fn is_bare(config: &ClientConfig, partition: &Partition, from: i64, to: i64) -> Option<bool> {
-    let consumer = client::observer(config).ok()?;
-    let first = range::read(&consumer, partition, from, ASK, |message| ControlFlow::Break(message.offset()));
-    match first {
-        Ok(Read::Stopped(offset)) => Some(offset >= to),
-        Ok(Read::End) => Some(true),
-        Ok(Read::Silence) | Err(_) => None,
     }
 }
 
@@ -225,27 +226,104 @@ pub(super) fn is_bare(config: &ClientConfig, partition: &Partition, from: i64, t
 pub fn standing<'a>(
     settings: &Settings,
     partitions: impl Iterator<Item = &'a Partition>,
-) -> Result<BTreeMap<Partition, i64>, KafkaError> {
-    committed(&client::bystander(&client::config(settings, client::Role::Drain, "", 1))?, partitions)
+) -> Result<HashMap<Partition, i64>, KafkaError> {
+    let config = consumer::config(settings, consumer::Role::Drain, "", 1);
+    standing_of(&consumer::bystander(&config)?, partitions)
 }
 
-/// The offsets of a client's group.
-fn committed<'a>(
+/// The offsets of a client's group, less those of earlier topics of the same names.
+pub(super) fn standing_of<'a>(
     consumer: &BaseConsumer,
     partitions: impl Iterator<Item = &'a Partition>,
-) -> Result<BTreeMap<Partition, i64>, KafkaError> {
+) -> Result<HashMap<Partition, i64>, KafkaError> {
     let mut list = TopicPartitionList::new();
+    let mut names = Vec::new();
     for partition in partitions {
         list.add_partition(&partition.topic, partition.number);
+        if names.last().is_none_or(|last| *last != *partition.topic) {
+            names.push(partition.topic.to_string());
+        }
     }
     if list.count() == 0 {
-        return Ok(BTreeMap::new());
+        return Ok(HashMap::new());
     }
     let known = range::again(|| cluster::committed(consumer, &list, ASK))?;
-    let offset = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match element.offset()
-    {
-        Offset::Offset(offset) => Some((Partition::new(element.topic(), element.partition()), offset)),
-        _ => None,
+    let identities = range::again(|| native::identities(consumer, &names, ASK))?;
+    let start = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
+        let offset = match element.offset() {
+            Offset::Offset(offset) => Some(offset),
+            _ => None,
+        };
+        let partition = Partition::new(element.topic(), element.partition());
+        let identity = identities.get(element.topic()).cloned().unwrap_or(Identity::Unknown);
+        let start = begins(partition, offset, Metadata::read(element.metadata()), identity);
+        match start.begin {
+            Begin::At(offset) => Some((start.partition, offset)),
+            Begin::LogStart | Begin::Recreated { .. } => None,
+        }
     };
-    Ok(known.elements().iter().filter_map(offset).collect())
+    Ok(known.elements().iter().filter_map(start).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drain(bounds: &[(i32, i64, i64, bool)]) -> Drain {
+        let drain = Drain::default();
+        let bound = |&(number, from, to, open): &(i32, i64, i64, bool)| {
+            let done = from >= to;
+            let bound = Bound {
+                from,
+                to,
+                reached: None,
+                predicted: 0,
+                dead_lettered: 0,
+                tombstones: 0,
+                passed_over: 0,
+                done,
+                open,
+                low: 0,
+            };
+            (Partition::new("t", number), bound)
+        };
+        *drain.lock() = bounds.iter().map(bound).collect();
+        drain
+    }
+
+    #[test]
+    fn is_over_once_the_group_is_at_all_ends() {
+        let p = |number| Partition::new("t", number);
+        let drain = drain(&[(0, 0, 10, true), (1, 5, 5, false), (2, 3, 9, true)]);
+        assert_eq!(drain.to_look_at(), Some(vec![p(0), p(2)]));
+        assert_eq!(drain.to_look_at(), None, "not at once again");
+        drain.progress(&[(p(0), 10)].into());
+        assert!(!drain.is_complete());
+        drain.progress(&[(p(0), 10), (p(2), 8)].into());
+        assert!(!drain.is_complete());
+        assert_eq!(drain.left(), 1);
+        drain.progress(&[(p(0), 10), (p(2), 9)].into());
+        assert!(drain.is_complete());
+    }
+
+    #[test]
+    fn a_group_that_begins_at_the_ends_has_to_have_offsets() {
+        let p = Partition::new("t", 0);
+        let drain = drain(&[(0, 7, 7, true)]);
+        drain.progress(&HashMap::new());
+        assert!(!drain.is_complete(), "the next drain would not know where this one was");
+        drain.progress(&[(p, 8)].into());
+        assert!(drain.is_complete());
+    }
+
+    #[test]
+    fn what_is_taken_up_at_its_end_is_done() {
+        let p = Partition::new("t", 0);
+        let drain = drain(&[(0, 2, 9, true)]);
+        drain.taken_up(&p, Some(9));
+        assert!(drain.is_done(&p));
+        drain.taken_up(&p, None);
+        assert!(!drain.is_done(&p), "from the log's start");
+        assert!(drain.is_done(&Partition::new("t", 1)), "no part of the drain");
+    }
 }

@@ -8,8 +8,8 @@ use rdkafka::statistics::{Partition as PartitionStatistics, Statistics};
 use serde_json::{Value, json};
 
 use super::drain::Drain;
-use super::ends::Known;
 use super::ledger::{Ledger, Owned};
+use super::lookup::Offsets;
 use crate::record::Partition;
 use crate::telemetry::Metrics;
 
@@ -40,7 +40,7 @@ impl Lag {
         statistics: &Statistics,
         ledger: &Ledger,
         drain: Option<&Drain>,
-        ends: &Known,
+        ends: &Offsets,
         metrics: &Metrics,
     ) -> (Value, f64) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
@@ -169,7 +169,13 @@ mod tests {
             (0, 0.0),
             "unknown"
         );
-        let span = crate::window::Span { partition: p.clone(), lease, first: 4, last: 9 };
+        let span = crate::window::Span {
+            partition: p.clone(),
+            lease,
+            first: 4,
+            last: 9,
+            metadata: Default::default(),
+        };
         for offset in 4..=9 {
             ledger.get_mut(&p).unwrap().read(offset, Some(90_000));
         }

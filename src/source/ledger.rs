@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
+use crate::kafka::native::TopicId;
 use crate::lease::Lease;
 use crate::record::Partition;
 use crate::window::Span;
@@ -14,6 +15,12 @@ use crate::window::Span;
 pub(super) struct Owned {
     pub partition: Partition,
     pub lease: Lease,
+    /// Which topic stands behind the name, where the broker gives ids.
+    pub topic_id: Option<TopicId>,
+    /// Why it is not read now.
+    pub hold: Option<Hold>,
+    /// The end of its log when it was last seen.
+    pub end: Option<i64>,
     /// Where reading started: the committed offset, where there was one.
     pub start: Option<i64>,
     /// The offset after the last one read.
@@ -31,6 +38,16 @@ pub(super) struct Owned {
     gaps: Vec<(i64, i64)>,
     /// Records whose batch did not come to an end the last time.
     pub suspects: BTreeSet<i64>,
+}
+
+/// Why a partition is not read for the time being.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// Its topic does not exist: deleted, and perhaps recreated soon.
+    TopicAbsent,
+    /// It has a batch that can neither be read nor passed.
+    Unreadable,
+    Revoked,
 }
 
 /// Records read and not published.
@@ -56,6 +73,9 @@ impl Owned {
         Self {
             partition,
             lease,
+            topic_id: None,
+            hold: None,
+            end: None,
             start,
             next: start,
             published: None,
@@ -80,6 +100,11 @@ impl Owned {
     /// All that was read is published.
     pub fn is_idle(&self) -> bool {
         self.in_flight.is_empty() && self.gathering.is_none()
+    }
+
+    /// The offset that is read next; `None`: the first one that is there.
+    pub fn next(&self) -> Option<i64> {
+        self.next
     }
 
     /// The first offset that is not published: where whoever owns it next has to begin. `None` where
@@ -110,17 +135,30 @@ impl Owned {
         Read::InOrder
     }
 
-    /// All up to `end` counts as published, records or not: only where nothing is under way.
-    pub fn pass(&mut self, end: i64) {
+    /// What lies before `end` is passed: it holds no records, or none that can be read.
+    pub fn skip_to(&mut self, end: i64) {
+        self.next = self.next.max(Some(end));
+    }
+
+    /// Some is published, and not known to be committed.
+    pub fn is_uncommitted(&self) -> bool {
+        self.published.is_some() && self.published != self.committed
+    }
+
+    /// Once nothing is under way, all that was read or passed counts as published.
+    pub fn settle(&mut self) {
         let at = self.published.or(self.committed);
-        if at.is_none_or(|at| at < end) {
-            self.published = Some(end);
+        if self.is_idle() && at < self.next {
+            self.published = self.next;
         }
     }
 
-    /// What the window that gathers held of it goes to the next owner.
-    pub fn forget_gathering(&mut self) {
-        self.gathering = None;
+    /// It is revoked: what the window that gathers held of it goes to the next owner, and nothing more is read.
+    pub fn revoke(&mut self) {
+        self.hold = Some(Hold::Revoked);
+        if let Some(pending) = self.gathering.take() {
+            self.next = Some(pending.first);
+        }
     }
 
     /// Offsets that retention had deleted before their turn came, `low` being the log's first offset
@@ -135,9 +173,15 @@ impl Owned {
 pub(super) struct Ledger {
     owned: HashMap<Partition, Owned>,
     generation: u64,
+    /// Windows are committed by transactions.
+    transactional: bool,
 }
 
 impl Ledger {
+    pub fn new(transactional: bool) -> Self {
+        Self { transactional, ..Self::default() }
+    }
+
     /// A partition is assigned.
     pub fn assign(&mut self, partition: Partition, start: Option<i64>) -> Lease {
         self.generation += 1;
@@ -150,12 +194,15 @@ impl Ledger {
         lease
     }
 
-    /// A partition starts again at `offset` without having been away: what is in flight of it may
-    /// still be published, and no longer counts for its offsets.
-    pub fn renew(&mut self, partition: Partition, offset: i64) -> &mut Owned {
+    /// A partition starts again, at `offset` or at the first record that is there, without having been away: what is
+    /// in flight of it may still be published, and no longer counts for its offsets.
+    pub fn renew(&mut self, partition: Partition, offset: Option<i64>) -> &mut Owned {
         self.generation += 1;
-        let renewed = Owned::new(partition.clone(), Lease::new(self.generation), Some(offset));
-        self.owned.entry(partition).insert_entry(renewed).into_mut()
+        let renewed = Owned::new(partition.clone(), Lease::new(self.generation), offset);
+        let topic_id = self.owned.remove(&partition).and_then(|owned| owned.topic_id);
+        let owned = self.owned.entry(partition).insert_entry(renewed).into_mut();
+        owned.topic_id = topic_id;
+        owned
     }
 
     /// A partition is gone.
@@ -206,11 +253,16 @@ impl Ledger {
         }
     }
 
-    /// What is published and not yet sent to be committed; it now counts as sent.
+    /// What is published and not yet sent to be committed; it now counts as sent. Beside transactions that is what was
+    /// passed, and only while none is under way: the commit could come after the transaction's and step back.
     pub fn take_commits(&mut self, only: Option<&[Partition]>) -> Vec<(Partition, i64)> {
         let mut offsets = Vec::new();
         for owned in self.owned.values_mut() {
             if only.is_some_and(|only| !only.contains(&owned.partition)) {
+                continue;
+            }
+            owned.settle();
+            if self.transactional && !owned.is_idle() {
                 continue;
             }
             if let Some(published) = owned.published.filter(|&offset| owned.sent != Some(offset)) {
@@ -234,8 +286,11 @@ impl Ledger {
     }
 
     /// Whether a commit is under way or still to be made.
-    pub fn commits_open(&self) -> bool {
-        self.owned.values().any(|owned| owned.published.is_some() && owned.published != owned.committed)
+    pub fn commits_open(&mut self) -> bool {
+        self.owned.values_mut().any(|owned| {
+            owned.settle();
+            owned.is_uncommitted()
+        })
     }
 
     fn current(&mut self, span: &Span) -> Option<&mut Owned> {
@@ -250,7 +305,13 @@ mod tests {
     use super::*;
 
     fn span(number: i32, lease: &Lease, first: i64, last: i64) -> Span {
-        Span { partition: Partition::new("t", number), lease: lease.clone(), first, last }
+        Span {
+            partition: Partition::new("t", number),
+            lease: lease.clone(),
+            first,
+            last,
+            metadata: Default::default(),
+        }
     }
 
     fn read(ledger: &mut Ledger, partition: &Partition, offsets: std::ops::RangeInclusive<i64>) {
@@ -272,7 +333,7 @@ mod tests {
         assert!(ledger.take_commits(None).is_empty());
         assert!(ledger.commits_open());
         ledger.committed(&p, 10, false);
-        assert_eq!(ledger.take_commits(None), [(p.clone(), 10)], "a refused commit is made again");
+        assert_eq!(ledger.take_commits(None), [(p.clone(), 10)], "a refused commit is recreated");
         ledger.committed(&p, 10, true);
         assert!(!ledger.commits_open());
         assert_eq!(ledger.get(&p).unwrap().committed, Some(10));
@@ -317,7 +378,7 @@ mod tests {
         assert_eq!(owned.take_skipped(50), [(10, 50)]);
         assert!(owned.take_skipped(50).is_empty());
         assert_eq!(owned.read(20, None), Read::Backwards { expected: 54 });
-        assert_eq!(ledger.renew(p, 20).read(20, None), Read::InOrder);
+        assert_eq!(ledger.renew(p, Some(20)).read(20, None), Read::InOrder);
     }
 
     #[test]
@@ -337,6 +398,10 @@ mod tests {
         Reassign { partition: usize, lost: bool, elsewhere: i64 },
         /// Records come in, and their window closes.
         Gather { partition: usize, records: i64 },
+        /// Offsets without records are passed.
+        Pass { partition: usize, offsets: i64 },
+        /// Records come in, and the partition is revoked before their window closes; it comes back at once.
+        Revoke { partition: usize, records: i64 },
         /// The oldest window in flight is acknowledged.
         Acknowledge,
         /// Offsets are committed; the broker takes them or not.
@@ -348,6 +413,8 @@ mod tests {
             1 => (0..2usize, any::<bool>(), 0..3i64)
                 .prop_map(|(partition, lost, elsewhere)| Step::Reassign { partition, lost, elsewhere }),
             4 => (0..2usize, 1..5i64).prop_map(|(partition, records)| Step::Gather { partition, records }),
+            1 => (0..2usize, 1..3i64).prop_map(|(partition, offsets)| Step::Pass { partition, offsets }),
+            1 => (0..2usize, 1..3i64).prop_map(|(partition, records)| Step::Revoke { partition, records }),
             3 => Just(Step::Acknowledge),
             3 => any::<bool>().prop_map(|taken| Step::Commit { taken }),
         ];
@@ -359,7 +426,7 @@ mod tests {
         /// the first record that is not published, never steps back, and at the end nothing is missing.
         #[test]
         fn commits_are_contiguous(steps in steps(), transactions in any::<bool>()) {
-            let mut ledger = Ledger::default();
+            let mut ledger = Ledger::new(transactions);
             let partitions = [Partition::new("t", 0), Partition::new("t", 1)];
             // What the group has; which records were published at all; where reading stands.
             let mut group = [0i64; 2];
@@ -394,6 +461,27 @@ mod tests {
                         ledger.gathered(std::slice::from_ref(&span));
                         flying.push_back(span);
                     }
+                    Step::Pass { partition: i, offsets } => {
+                        // Nobody will ever publish them.
+                        published[i].extend(at[i]..at[i] + offsets);
+                        at[i] += offsets;
+                        ledger.get_mut(&partitions[i]).unwrap().skip_to(at[i]);
+                    }
+                    Step::Revoke { partition: i, records } => {
+                        let owned = ledger.get_mut(&partitions[i]).unwrap();
+                        for offset in at[i]..at[i] + records {
+                            prop_assert_eq!(owned.read(offset, None), Read::InOrder);
+                        }
+                        owned.revoke();
+                        for (partition, offset) in ledger.take_commits(Some(&partitions[i..=i])) {
+                            prop_assert!((0..offset).all(|o| published[i].contains(&o)), "{offset}");
+                            group[i] = offset;
+                            ledger.committed(&partition, offset, true);
+                        }
+                        ledger.remove(&partitions[i]);
+                        ledger.assign(partitions[i].clone(), Some(group[i]));
+                        at[i] = group[i];
+                    }
                     Step::Acknowledge => {
                         // The sink sends, and commits, only what is still held.
                         if let Some(span) = flying.pop_front() {
@@ -401,7 +489,9 @@ mod tests {
                             if span.lease.is_held() {
                                 published[i].extend(span.first..=span.last);
                                 if transactions {
-                                    prop_assert!(span.first == group[i], "a gap before {}", span.first);
+                                    let gap = group[i]..span.first;
+                                    prop_assert!(group[i] <= span.first && gap.clone().all(|o| published[i].contains(&o)),
+                                        "a gap {gap:?}");
                                     group[i] = span.last + 1;
                                 }
                             }
@@ -411,7 +501,8 @@ mod tests {
                     Step::Commit { taken } => {
                         for (partition, offset) in ledger.take_commits(None) {
                             let i = partition.number as usize;
-                            prop_assert!(!transactions, "the transaction has committed it");
+                            let idle = ledger.get(&partition).unwrap().is_idle();
+                            prop_assert!(!transactions || idle, "the transaction commits it");
                             prop_assert!((0..offset).all(|o| published[i].contains(&o)), "{offset}");
                             if taken {
                                 prop_assert!(offset >= group[i], "stepped back");

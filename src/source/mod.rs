@@ -1,26 +1,42 @@
-//! Reading: one thread owns the consumer, the window that gathers, the assignment and the commits.
-//! It never waits for anything without polling the consumer, so the group never loses the member,
-//! however long the model takes. Nothing here knows models.
+//! Reading: one thread owns the consumer, the window that gathers, the assignment and the commits. It never waits for
+//! anything without polling the consumer, so the group never loses the member, however long the model takes. Nothing
+//! here knows models.
+//!
+//! ```text
+//! serve          the loop: events, reports, windows, polls
+//!   callbacks      the client's events
+//!   assignment     partitions come and go                    (start: where to begin in one, pure)
+//!   subscription   which topics
+//!   intake         records in, windows out, pauses
+//!   ledger         how far each partition is, pure
+//!   offsets        commits                                    (commit: the thread that makes them)
+//!   bounds         the end of a drain                         (drain: its bounds; period: the schedule)
+//!   doubt          is the topic still the same, can its batches be read?     (damage: where a bad batch ends)
+//!   idle           the end behind the last record
+//!   lookup         the thread that asks the cluster
+//!   lag, joining   what is shown meanwhile
+//! ```
 
 mod assignment;
-mod client;
+mod bounds;
+mod callbacks;
 mod commit;
+mod damage;
 mod dead_letters;
+mod doubt;
 mod drain;
-mod ends;
-mod gather;
+mod idle;
+mod intake;
+mod joining;
 mod lag;
 mod ledger;
-mod live;
-mod metadata;
+mod lookup;
 mod offsets;
 mod period;
-mod range;
-mod rebalance;
+mod serve;
+mod start;
+mod subscription;
 
-pub use client::{FETCH_BACKOFF_MS, Role, reader};
 pub use dead_letters::Origins;
 pub use drain::{Bound, Drain, standing};
-pub use live::{Group, Source, SourceError, Wiring};
-pub use metadata::Metadata;
-pub use range::{Point, Range, RangeError, Read, read, resolve};
+pub use serve::{Source, SourceError, Wiring};

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::live::Source;
+use super::serve::Source;
 use crate::clock;
 use crate::schedule::{Phase, Schedule};
 use crate::settings::Outside;
@@ -44,36 +44,34 @@ impl Period {
 
 impl Source {
     /// Follows the schedule; true once the group is to be left.
-    pub(super) fn over_for_now(&mut self) -> bool {
+    pub(super) fn is_period_over(&mut self) -> bool {
         // A drain begins when it is started.
-        if self.wiring.drain.is_some() || !self.wiring.schedule.has_periods() {
+        if self.bounds.drain.is_some() || !self.context.schedule.has_periods() {
             return false;
         }
-        if self.period.looked.is_some_and(|at| at.elapsed() < LOOK) {
+        if self.bounds.period.looked.is_some_and(|at| at.elapsed() < LOOK) {
             return false;
         }
-        self.period.looked = Some(Instant::now());
-        match self.wiring.schedule.at(clock::now()) {
+        self.bounds.period.looked = Some(Instant::now());
+        match self.context.schedule.at(clock::now()) {
             Phase::Open { until } => {
-                if std::mem::take(&mut self.period.resting) {
-                    self.period.since = Instant::now();
+                if std::mem::take(&mut self.bounds.period.resting) {
+                    self.bounds.period.since = Instant::now();
                     tracing::info!(until = until.map(|t| t.to_string()), "a period of the schedule begins");
-                    self.wiring.metrics.schedule_open.set(1.0);
-                    if self.full_since.is_none() {
-                        self.resume();
-                    }
+                    self.context.metrics.schedule_open.set(1.0);
+                    self.resume_if_possible();
                 }
                 false
             }
-            Phase::Closed { until } if self.wiring.schedule.outside == Outside::Leave => {
+            Phase::Closed { until } if self.context.schedule.outside == Outside::Leave => {
                 tracing::info!(%until, "the period is over: leaving the group");
                 true
             }
             Phase::Closed { until } => {
-                if !std::mem::replace(&mut self.period.resting, true) {
+                if !std::mem::replace(&mut self.bounds.period.resting, true) {
                     tracing::info!(%until, "outside of the schedule: partitions rest");
-                    self.wiring.metrics.schedule_open.set(0.0);
-                    self.wiring.metrics.deadline.set(f64::INFINITY);
+                    self.context.metrics.schedule_open.set(0.0);
+                    self.context.metrics.deadline.set(f64::INFINITY);
                     self.pause();
                 }
                 false
@@ -85,27 +83,28 @@ impl Source {
     /// seconds, at the present rate.
     pub(super) fn reckon(&mut self, remaining: f64) {
         let now = clock::now();
-        let Some(deadline) = self.period.deadline.or_else(|| self.wiring.schedule.deadline(now)) else {
+        let Some(deadline) = self.bounds.period.deadline.or_else(|| self.context.schedule.deadline(now))
+        else {
             return;
         };
-        if self.period.resting {
+        if self.bounds.period.resting {
             return;
         }
         let left = deadline.duration_since(now).as_secs_f64();
-        self.wiring.metrics.deadline.set(left);
-        let early = self.period.since.elapsed() < WATCH && left > 0.0;
-        let again = self.period.warned.is_some_and(|at| at.elapsed() < REPEAT);
+        self.context.metrics.deadline.set(left);
+        let early = self.bounds.period.since.elapsed() < WATCH && left > 0.0;
+        let again = self.bounds.period.warned.is_some_and(|at| at.elapsed() < REPEAT);
         if remaining <= left.max(0.0) || early || again {
             return;
         }
-        self.period.warned = Some(Instant::now());
+        self.bounds.period.warned = Some(Instant::now());
         let whole = |seconds: f64| seconds.ceil();
         let message = format!(
             "the backlog will not be done by {deadline}: it takes {} s more at the present rate, and {} s are left",
             whole(remaining),
             whole(left),
         );
-        self.wiring.health.error(&message);
+        self.context.health.error(&message);
         tracing::warn!("{message}");
     }
 }

@@ -44,7 +44,8 @@ pub const TABLE: &[Row] = &[
     ("kandle_tokens_total", C, &[], "Tokens of the records that went to the model."),
     ("kandle_reused_predictions_total", C, &["from"], "Records not computed: their input was another one's of the window, or in task.cache."),
     ("kandle_truncated_records_total", C, &[], "Records cut to the model's limit."),
-    ("kandle_skipped_records_total", C, &["topic"], "Offsets that retention had deleted before kandle read them."),
+    ("kandle_skipped_records_total", C, &["topic", "cause"], "Offsets that could not be read: retention had deleted them, or the broker's batch fails its checksum (damaged)."),
+    ("kandle_topic_recreated_total", C, &["topic"], "Partitions read from their start again because their topic was deleted and recreated."),
     ("kandle_device_busy_seconds_total", C, &["device"], "Time the device computed; a CPU's is the mean over its lanes."),
     ("kandle_lag_records", G, &["topic", "partition"], "Records after the last one published."),
     ("kandle_lag_seconds", G, &["topic", "partition"], "Age of the oldest record not yet published, 0 where there is none."),
@@ -79,6 +80,7 @@ pub struct Metrics {
     pub reused: IntCounterVec,
     pub truncated: IntCounter,
     pub skipped: IntCounterVec,
+    pub topic_recreated: IntCounterVec,
     pub device_busy: CounterVec,
     pub lag_records: IntGaugeVec,
     pub lag_seconds: GaugeVec,
@@ -146,6 +148,7 @@ impl Metrics {
             reused: counters("kandle_reused_predictions_total"),
             truncated: counter("kandle_truncated_records_total"),
             skipped: counters("kandle_skipped_records_total"),
+            topic_recreated: counters("kandle_topic_recreated_total"),
             device_busy: register(r, "kandle_device_busy_seconds_total", |o, _, l| CounterVec::new(o, l)),
             lag_records: gauges("kandle_lag_records"),
             lag_seconds: register(r, "kandle_lag_seconds", |o, _, l| GaugeVec::new(o, l)),
@@ -221,7 +224,8 @@ mod tests {
         let metrics = Metrics::new();
         // Vectors without a known label value show nothing until they have one.
         metrics.records.with_label_values(&["t", "predicted"]);
-        metrics.skipped.with_label_values(&["t"]);
+        metrics.skipped.with_label_values(&["t", "retention"]);
+        metrics.topic_recreated.with_label_values(&["t"]);
         metrics.stage.with_label_values(&["decode"]);
         metrics.device_busy.with_label_values(&["cpu"]);
         metrics.lag_records.with_label_values(&["t", "0"]);

@@ -80,6 +80,18 @@ impl Kafka {
         self.directory.path().join((node + 1).to_string())
     }
 
+    /// The file of a partition's first segment.
+    pub fn segment(&self, node: usize, topic: &str, partition: i32) -> PathBuf {
+        let name = format!("{topic}-{partition}");
+        let find = |directory: PathBuf| {
+            let file = directory.join(&name).join("00000000000000000000.log");
+            file.exists().then_some(file)
+        };
+        let data = self.data(node);
+        let below = std::fs::read_dir(&data).expect("the broker's files").flatten().map(|entry| entry.path());
+        std::iter::once(data.clone()).chain(below).find_map(find).expect("the partition's file")
+    }
+
     /// Starts a broker that does not run.
     pub fn restart(&mut self, node: usize) {
         self.run(node, None);

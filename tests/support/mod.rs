@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
@@ -261,6 +261,20 @@ impl Place {
         self.read(&self.dead, &format!("{count} dead letters"), |got| got.len() >= count)
     }
 
+    /// Commits an offset for the group, which has no members.
+    pub fn commit(&self, partition: i32, offset: i64, metadata: &str) {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &self.brokers)
+            .set("group.id", &self.group)
+            .create()
+            .expect("a consumer");
+        let mut list = TopicPartitionList::new();
+        let mut element = list.add_partition(&self.input, partition);
+        element.set_offset(Offset::Offset(offset)).expect("an offset");
+        element.set_metadata(metadata);
+        consumer.commit(&list, CommitMode::Sync).expect("committed");
+    }
+
     /// The offset that the group has in a partition, with its metadata.
     pub fn committed(&self, partition: i32) -> Option<(i64, String)> {
         let consumer: BaseConsumer = ClientConfig::new()
@@ -438,7 +452,17 @@ pub fn finish(command: &mut Command, input: &[u8]) -> (i32, String, String) {
     let input = input.to_vec();
     // A full pipe must not stop either side.
     let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let pid = child.id().to_string();
+    let (done, over) = std::sync::mpsc::channel::<()>();
+    // What does not end is killed, and its output is part of the failure that follows.
+    let watch = std::thread::spawn(move || {
+        if over.recv_timeout(3 * PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            let _ = Command::new("kill").args(["-9", &pid]).status();
+        }
+    });
     let output = child.wait_with_output().expect("kandle ends");
+    drop(done);
+    let _ = watch.join();
     let _ = writer.join();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 
+use crate::cli::output::outln;
 use crate::engine::Calibrations;
 use crate::settings::Loaded;
 use crate::task::Task;
@@ -15,13 +16,13 @@ pub fn bench(loaded: Loaded) -> anyhow::Result<()> {
     let text = task.text.as_ref().context("task.kind noop has no model to calibrate")?;
     let (rates, chosen) = text.engine.calibrate().map_err(anyhow::Error::msg)?;
     for (budget, rate) in &rates {
-        println!("{budget:>6} tokens a batch: {rate:>9.0} tokens/s on one lane");
+        outln!("{budget:>6} tokens a batch: {rate:>9.0} tokens/s on one lane");
     }
     let chosen = chosen.context("no batch fits the device")?;
     let calibrations = Calibrations::here().context("neither XDG_CACHE_HOME nor HOME is set")?;
     calibrations
         .set(task.digest.short(), &task.device, chosen)
         .with_context(|| calibrations.path().display().to_string())?;
-    println!("{chosen} tokens from now on, for digest {} on {}", task.digest, task.device);
+    outln!("{chosen} tokens from now on, for digest {} on {}", task.digest, task.device);
     Ok(())
 }

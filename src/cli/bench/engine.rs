@@ -13,6 +13,7 @@ use crossbeam_channel::bounded;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::cli::output::outln;
 use crate::engine::Request;
 use crate::model::{Placement, Tokens};
 use crate::task::{Task, TextTask};
@@ -156,9 +157,9 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         peak_share: peak.map(|peak| operations as f64 / seconds / peak),
     };
     if options.json {
-        println!("{}", super::super::pretty(&serde_json::to_value(&report)?));
+        outln!("{}", super::super::pretty(&serde_json::to_value(&report)?));
     } else {
-        println!(
+        outln!(
             "{} records, {} tokens in {:.2} s: {:.0} records/s, {:.0} tokens/s ({} on {}, {} lanes, {} MiB at most)",
             report.records,
             report.tokens,

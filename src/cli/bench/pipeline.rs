@@ -18,7 +18,8 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use serde::Serialize;
 
-use crate::cluster::{self, Missing};
+use crate::cli::output::outln;
+use crate::kafka::cluster::{self, Missing};
 use crate::pipeline::{self, Shared};
 use crate::settings::Settings;
 use crate::task::Task;
@@ -93,14 +94,14 @@ pub fn bench(options: Options) -> anyhow::Result<()> {
     }
     let Some(report) = result? else { return Ok(()) };
     if options.json {
-        println!("{}", super::super::pretty(&serde_json::to_value(&report)?));
+        outln!("{}", super::super::pretty(&serde_json::to_value(&report)?));
     } else {
         for Round { bare, bare_with_headers, at_least_once, exactly_once } in &report.rounds {
-            println!(
+            outln!(
                 "bare {bare:>9.0}/s   with headers {bare_with_headers:>9.0}/s   at_least_once {at_least_once:>9.0}/s   exactly_once {exactly_once:>9.0}/s"
             );
         }
-        println!(
+        outln!(
             "{} records of {} bytes; medians: at_least_once is {:.2} of the bare loop, {:.2} of one with the same headers; exactly_once is {:.2} of at_least_once",
             report.records,
             report.value_bytes,
@@ -123,7 +124,7 @@ fn measure(options: &Options, [input, output, dead]: &[String; 3]) -> anyhow::Re
     fill(options, input)?;
     let topics = [input, output, dead];
     if options.profile {
-        println!("{:.0} records/s", kandle(options, topics, "at_least_once", 0)?);
+        outln!("{:.0} records/s", kandle(options, topics, "at_least_once", 0)?);
         return Ok(None);
     }
     let mut rounds = Vec::new();
@@ -209,7 +210,7 @@ fn bare(
         .set("auto.offset.reset", "earliest")
         .set("partition.assignment.strategy", "cooperative-sticky")
         // As kandle sets it, so that what is compared is the work.
-        .set("fetch.queue.backoff.ms", crate::source::FETCH_BACKOFF_MS)
+        .set("fetch.queue.backoff.ms", crate::kafka::consumer::FETCH_BACKOFF_MS)
         .create()?;
     let producer: BaseProducer = client(options)
         .set("enable.idempotence", "true")

@@ -61,7 +61,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
 }
 
 fn rope(config: &Config<'_>, width: usize) -> Result<Rope, ConfigError> {
-    if let Some(theta) = config.rope_parameters(&config.get("rope_parameters"), "rope_parameters")? {
+    if let Some(theta) = config.rope_parameters(config.get("rope_parameters"), "rope_parameters")? {
         return Ok(Rope { theta, stretch: 1.0 });
     }
     let theta = config.number_or("rope_theta", 160_000.0);

@@ -30,7 +30,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
     let hidden = config.size(key("hidden_size", "n_embd"))?;
     let theta = match old {
         true => config.number_or("rotary_emb_base", 10_000.0),
-        false => config.rope_parameters(&config.get("rope_parameters"), "rope_parameters")?.unwrap_or(1000.0),
+        false => config.rope_parameters(config.get("rope_parameters"), "rope_parameters")?.unwrap_or(1000.0),
     };
     // Past the length it was trained with, its code stretches positions by the sequence at hand: not here.
     let mut count = config.size(key("max_position_embeddings", "n_positions"))?;

@@ -1,5 +1,5 @@
-//! What the group keeps beside each offset: which model covered the records before it, and which
-//! records after it are under suspicion.
+//! What the group keeps beside each offset: the topic that it is an offset of, the model that covered the records before
+//! it, and the records after it that are under suspicion.
 
 use std::collections::BTreeSet;
 
@@ -7,6 +7,7 @@ use rdkafka::error::KafkaResult;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::{Deserialize, Serialize};
 
+use super::native::TopicId;
 use crate::record::Partition;
 
 /// Kafka takes 4,096 bytes (`offset.metadata.max.bytes`).
@@ -18,14 +19,17 @@ pub struct Metadata {
     pub model: String,
     /// 16 hex digits.
     pub digest: String,
+    /// Where the broker gives ids.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topic_id: Option<TopicId>,
     /// Offsets of records whose batch did not come to an end, as `first-last,…`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     suspects: String,
 }
 
 impl Metadata {
-    pub fn new(model: &str, digest: &str, suspects: &BTreeSet<i64>) -> Self {
-        Self { model: model.to_owned(), digest: digest.to_owned(), suspects: ranges(suspects) }
+    pub fn new(model: &str, digest: &str, topic_id: Option<TopicId>, suspects: &BTreeSet<i64>) -> Self {
+        Self { model: model.to_owned(), digest: digest.to_owned(), topic_id, suspects: ranges(suspects) }
     }
 
     /// `None` where the offset was committed by something else.
@@ -33,20 +37,8 @@ impl Metadata {
         serde_json::from_str(text).ok()
     }
 
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         serde_json::to_string(self).expect("strings have a JSON form")
-    }
-
-    /// Adds an offset to be committed, with this beside it.
-    pub fn add_to(
-        &self,
-        list: &mut TopicPartitionList,
-        partition: &Partition,
-        offset: i64,
-    ) -> KafkaResult<()> {
-        let mut element = list.add_partition(&partition.topic, partition.number);
-        element.set_metadata(self.text());
-        element.set_offset(Offset::Offset(offset))
     }
 
     pub fn suspects(&self) -> BTreeSet<i64> {
@@ -56,6 +48,18 @@ impl Metadata {
         };
         self.suspects.split(',').filter_map(range).flatten().collect()
     }
+}
+
+/// Adds an offset to be committed, with the text of [`Metadata`] beside it.
+pub fn add_offset(
+    list: &mut TopicPartitionList,
+    partition: &Partition,
+    offset: i64,
+    metadata: &str,
+) -> KafkaResult<()> {
+    let mut element = list.add_partition(&partition.topic, partition.number);
+    element.set_metadata(metadata);
+    element.set_offset(Offset::Offset(offset))
 }
 
 fn ranges(offsets: &BTreeSet<i64>) -> String {
@@ -89,10 +93,13 @@ mod tests {
 
     #[test]
     fn written_and_read() {
-        let kept = Metadata::new("m@1", "d", &[4, 5, 6, 9].into());
-        assert_eq!(kept.text(), r#"{"model":"m@1","digest":"d","suspects":"4-6,9"}"#);
-        assert_eq!(Metadata::read(&kept.text()).unwrap().suspects(), [4, 5, 6, 9].into());
-        assert_eq!(Metadata::new("m", "d", &BTreeSet::new()).text(), r#"{"model":"m","digest":"d"}"#);
+        let id = TopicId::new("Zs2Zkx3UTyy2mHZVj5Pk9A");
+        let kept = Metadata::new("m@1", "d", Some(id.clone()), &[4, 5, 6, 9].into());
+        let text = r#"{"model":"m@1","digest":"d","topic_id":"Zs2Zkx3UTyy2mHZVj5Pk9A","suspects":"4-6,9"}"#;
+        assert_eq!(kept.text(), text);
+        let read = Metadata::read(text).unwrap();
+        assert_eq!((read.suspects(), &read.topic_id), ([4, 5, 6, 9].into(), &Some(id)));
+        assert_eq!(Metadata::new("m", "d", None, &BTreeSet::new()).text(), r#"{"model":"m","digest":"d"}"#);
         assert_eq!(Metadata::read(""), None);
         assert_eq!(Metadata::read("{\"other\":1}"), None);
     }
@@ -100,7 +107,7 @@ mod tests {
     proptest! {
         #[test]
         fn suspects_come_back_as_far_as_there_is_room(offsets in proptest::collection::btree_set(0i64..100_000, 0..1500)) {
-            let kept = Metadata::new("m", "d", &offsets);
+            let kept = Metadata::new("m", "d", None, &offsets);
             prop_assert!(kept.text().len() < 4096);
             let back = Metadata::read(&kept.text()).unwrap().suspects();
             prop_assert!(back.iter().eq(offsets.iter().take(back.len())));

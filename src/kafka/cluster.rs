@@ -13,10 +13,10 @@ use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaErrorCode;
 
-use crate::kafka::topic_rules::TopicRules;
+use super::topic_rules::TopicRules;
+use super::topics::TopicFilter;
 use crate::settings::Settings;
 use crate::telemetry::{Health, Metrics};
-use crate::topics::TopicFilter;
 
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
@@ -85,23 +85,39 @@ impl Complaints {
 /// A client that asks and consumes nothing.
 pub struct Cluster<'a> {
     settings: &'a Settings,
+    /// Looks, and changes nothing.
     client: BaseConsumer<Complaints>,
+    /// Brokers that create topics on demand do so when it asks for one.
+    creator: Option<BaseConsumer<Complaints>>,
     admin: AdminClient<Complaints>,
 }
 
 impl<'a> Cluster<'a> {
+    /// Asking changes nothing on the cluster.
     pub fn connect(settings: &'a Settings) -> Result<Self, KafkaError> {
+        let mut config = Self::config(settings);
+        let admin = config.create_with_context(Complaints::default())?;
+        config.set("allow.auto.create.topics", "false");
+        let client = config.create_with_context(Complaints::default())?;
+        Ok(Self { settings, client, creator: None, admin })
+    }
+
+    /// The same, but a broker that creates topics on demand creates the topics to write, when they are asked for. An
+    /// input topic is never created: a mistyped name would be waited for without a word.
+    fn connect_and_create(settings: &'a Settings) -> Result<Self, KafkaError> {
+        let mut config = Self::config(settings);
+        config.set("allow.auto.create.topics", "true");
+        let creator = Some(config.create_with_context(Complaints::default())?);
+        Ok(Self { creator, ..Self::connect(settings)? })
+    }
+
+    fn config(settings: &Settings) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", &settings.kafka.brokers).set("client.id", "kandle");
-        // Brokers that create topics on demand shall do so for those we write; see `topics`.
-        config.set("allow.auto.create.topics", "true");
         for (name, value) in &settings.kafka.properties {
             config.set(name, &value.0);
         }
-        let client = config.create_with_context(Complaints::default())?;
-        config.remove("allow.auto.create.topics");
-        let admin = config.create_with_context(Complaints::default())?;
-        Ok(Self { settings, client, admin })
+        config
     }
 
     pub fn client(&self) -> &BaseConsumer<Complaints> {
@@ -127,7 +143,16 @@ impl<'a> Cluster<'a> {
 
     /// Partitions of a topic.
     pub fn partitions(&self, key: &'static str, topic: &str) -> Result<i32, Trouble> {
-        let metadata = self.client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| self.unreachable(&e))?;
+        self.partitions_by(&self.client, key, topic)
+    }
+
+    fn partitions_by(
+        &self,
+        client: &BaseConsumer<Complaints>,
+        key: &'static str,
+        topic: &str,
+    ) -> Result<i32, Trouble> {
+        let metadata = client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| self.unreachable(&e))?;
         let found = metadata.topics().iter().find(|t| t.name() == topic);
         let error = found.and_then(|t| t.error()).map(RDKafkaErrorCode::from);
         match (found, error) {
@@ -197,7 +222,9 @@ impl<'a> Cluster<'a> {
             }
         }
         let mut written = |key, topic: &str| {
-            let partitions = self.partitions(key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
+            let client = self.creator.as_ref().unwrap_or(&self.client);
+            let partitions =
+                self.partitions_by(client, key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
             let rules = self.rules(topic).unwrap_or_else(|reason| {
                 tracing::info!(
                     topic,
@@ -286,7 +313,7 @@ pub fn wait(
     stop: &AtomicBool,
     missing: Missing,
 ) -> Result<Option<Topics>, WaitError> {
-    let cluster = Cluster::connect(settings)?;
+    let cluster = Cluster::connect_and_create(settings)?;
     let mut backoff = BACKOFF.0;
     loop {
         let troubles = match cluster.reach() {

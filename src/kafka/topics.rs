@@ -1,4 +1,5 @@
-//! Which topics are meant: by their names, or by a pattern.
+//! Which topics `input.topics` means: by their names, or by a pattern. One engine matches patterns everywhere: kandle
+//! subscribes to the names that it has found to match, never to the pattern.
 
 use regex::Regex;
 
@@ -31,8 +32,14 @@ impl TopicFilter {
     }
 
     pub fn holds(&self, topic: &str) -> bool {
-        self.names.iter().any(|name| name == topic) || self.patterns.iter().any(|p| p.is_match(topic))
+        self.names.iter().any(|name| name == topic) || self.patterns.iter().any(|p| matches(p, topic))
     }
+}
+
+/// Kafka's own topics, such as `__consumer_offsets`, are meant only by a pattern that begins with their `__`.
+fn matches(pattern: &Regex, topic: &str) -> bool {
+    let internal = topic.starts_with("__") && !pattern.as_str().starts_with("^__");
+    !internal && pattern.is_match(topic)
 }
 
 #[cfg(test)]
@@ -48,5 +55,14 @@ mod tests {
         assert!(pattern.holds("tickets.de") && !pattern.holds("tickets"));
         assert_eq!(pattern.names(), None);
         assert!(TopicFilter::new(&["^("]).is_err());
+        let digits = TopicFilter::new(&["^(?i)t-\\d+$"]).unwrap();
+        assert!(digits.holds("T-12") && !digits.holds("t-x"));
+    }
+
+    #[test]
+    fn kafkas_own_topics_are_meant_only_where_they_are_named() {
+        assert!(!TopicFilter::new(&["^.*"]).unwrap().holds("__consumer_offsets"));
+        assert!(TopicFilter::new(&["^__mine.*"]).unwrap().holds("__mine-1"));
+        assert!(TopicFilter::new(&["^_.*"]).unwrap().holds("_schemas"));
     }
 }

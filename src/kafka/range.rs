@@ -12,11 +12,11 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
+use super::topics::TopicFilter;
 use crate::record::Partition;
-use crate::topics::TopicFilter;
 
 /// How long one question to the cluster may take, and how often it is asked.
-pub(super) const ASK: Duration = Duration::from_secs(5);
+pub const ASK: Duration = Duration::from_secs(5);
 const TRIES: usize = 6;
 
 /// A point in a partition: `2026-11-25T22:00:00+01:00` (RFC 3339) or `offset:1200`.
@@ -85,7 +85,7 @@ pub enum RangeError {
 }
 
 /// All partitions of `topics` (names, or one pattern).
-pub(super) fn partitions<C: ConsumerContext>(
+pub fn partitions<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     topics: &[&str],
 ) -> Result<Vec<Partition>, RangeError> {
@@ -109,7 +109,7 @@ pub(super) fn partitions<C: ConsumerContext>(
 }
 
 /// First offset and end of a partition's log.
-pub(super) fn watermarks<C: ConsumerContext>(
+pub fn watermarks<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     partition: &Partition,
 ) -> Result<(i64, i64), KafkaError> {
@@ -274,7 +274,7 @@ pub fn read<C: ConsumerContext, B>(
 }
 
 /// The timestamp of the first record at or after an offset; `None` where none comes in time.
-fn timestamp_at<C: ConsumerContext>(
+pub fn timestamp_at<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     partition: &Partition,
     offset: i64,
@@ -308,7 +308,7 @@ fn there_is<C: ConsumerContext>(consumer: &BaseConsumer<C>, ranges: &BTreeMap<Pa
 }
 
 /// Asks until there is an answer, some times: brokers come and go.
-pub(super) fn again<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
+pub fn again<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
     let mut tries = 1;
     loop {
         match ask() {

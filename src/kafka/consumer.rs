@@ -1,11 +1,12 @@
-//! The consumer as kandle sets it: what is the user's to say, what is kandle's, and how much it may
-//! hold.
+//! The properties of consumers: the user's, kandle's own, and how much a consumer may hold.
+
+use std::sync::Arc;
 
 use rdkafka::ClientConfig;
-use rdkafka::consumer::BaseConsumer;
+use rdkafka::consumer::{BaseConsumer, ConsumerGroupMetadata};
 use rdkafka::error::KafkaResult;
 
-use crate::settings::{Guarantee, Settings, Start};
+use crate::settings::{Guarantee, Settings};
 
 /// How long a partition's fetcher rests once enough is prefetched. librdkafka's own second leaves a
 /// fast pipeline without records most of the time: 131,000 records/s with it, 511,000 with this
@@ -21,7 +22,7 @@ const SMALLEST_GROWTH: u64 = MESSAGE_OVERHEAD / 20;
 
 /// How much librdkafka may hold of what was fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Prefetch {
+struct Prefetch {
     /// Bytes of messages in all.
     pub kib: u64,
     /// Messages a partition.
@@ -48,6 +49,9 @@ impl Prefetch {
         }
     }
 }
+
+/// The group as a transaction names it; `None` while the consumer is in none.
+pub type Group = Arc<dyn Fn() -> Option<ConsumerGroupMetadata> + Send + Sync>;
 
 /// What a member of a group does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,45 +82,57 @@ impl Role {
     }
 }
 
-/// A consumer that looks around and commits nothing: it is in no group, and sees what the settings' group
-/// would see.
+/// A consumer that reads and commits nothing, and sees what the settings' group would see. It joins no group.
 pub fn reader(settings: &Settings) -> KafkaResult<BaseConsumer> {
     observer(&config(settings, Role::Drain, "", 1))
 }
 
-/// The same, of a member's configuration.
-pub(super) fn observer(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
-    let mut config = config.clone();
-    // Assigned by hand it is no member; a static one's name stays that one's.
-    config.remove("group.instance.id");
-    config.set("client.id", "kandle").set("statistics.interval.ms", "0");
-    config.set("enable.partition.eof", "true");
+/// The same, by a member's properties.
+pub fn observer(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
+    observing(config).create()
+}
+
+/// A consumer that stops where it would otherwise jump: at offsets that are not there, and at batches that cannot be
+/// read.
+pub fn prober(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
+    let mut config = observing(config);
+    config.set("auto.offset.reset", "error").set("check.crcs", "true");
+    // It looks at one place, and is told soon where nothing is there.
+    config.set("fetch.wait.max.ms", "20");
     config.create()
 }
 
-/// A client that says where the group stands at once: it waits neither for the group's rebalance, as a
-/// member's requests do, which stand in line behind its own joining, nor for transactions that are open.
-pub(super) fn bystander(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
-    let mut config = config.clone();
+/// A client that is told at once where the group stands: it waits neither for the group's rebalance, as a member's
+/// requests do, nor for open transactions.
+pub fn bystander(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
+    let mut config = observing(config);
     config.set("isolation.level", "read_uncommitted");
-    observer(&config)
+    config.create()
 }
 
-/// `partitions`: of all input topics.
-pub(super) fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) -> ClientConfig {
+fn observing(config: &ClientConfig) -> ClientConfig {
+    let mut config = config.clone();
+    // A static member's name stays that member's.
+    config.remove("group.instance.id");
+    config.set("client.id", "kandle").set("statistics.interval.ms", "0");
+    config.set("enable.partition.eof", "true");
+    // It changes nothing.
+    config.set("allow.auto.create.topics", "false");
+    config
+}
+
+/// The properties of a member of the group; `partitions`: of all input topics.
+pub fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) -> ClientConfig {
     let mut config = ClientConfig::new();
     let prefetch = Prefetch::within(settings.memory.limit.0 / 4, partitions);
     config
         .set("bootstrap.servers", &settings.kafka.brokers)
         .set("client.id", role.client_id(digest))
         .set("group.id", &settings.input.group)
-        .set(
-            "auto.offset.reset",
-            match settings.input.start {
-                Start::Earliest => "earliest",
-                Start::Latest => "latest",
-            },
-        )
+        // Where reading begins is resolved before. This is for offsets that retention deletes meanwhile: what is left
+        // is read, whatever `input.start` says.
+        .set("auto.offset.reset", "earliest")
+        .set("check.crcs", "true")
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
         .set("statistics.interval.ms", "1000")

@@ -1,0 +1,80 @@
+//! The bounds of a job that ends: which partitions of a drain have given all that is wanted, and whether all is over.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use rdkafka::consumer::Consumer;
+use rdkafka::topic_partition_list::TopicPartitionList;
+
+use super::drain::Drain;
+use super::lookup::{Offsets, Question};
+use super::period::Period;
+use super::serve::Source;
+use crate::record::Partition;
+use crate::window::ClosedBy;
+
+pub(super) struct Bounds {
+    pub drain: Option<Arc<Drain>>,
+    pub period: Period,
+}
+
+impl Source {
+    /// These partitions have given all that is wanted of them.
+    pub(super) fn end(&mut self, ended: &BTreeSet<Partition>) {
+        let Some(drain) = &self.bounds.drain else { return };
+        let mut list = TopicPartitionList::new();
+        for partition in ended.iter().filter(|partition| !drain.is_done(partition)) {
+            drain.set_done(partition);
+            list.add_partition(&partition.topic, partition.number);
+        }
+        if list.count() > 0
+            && let Err(error) = self.consumer.pause(&list)
+        {
+            tracing::debug!(%error, "pausing partitions at their ends");
+        }
+        if self.ledger.iter().all(|owned| drain.is_done(&owned.partition))
+            && let Some(window) = self.intake.gatherer.close(ClosedBy::End)
+        {
+            // Nothing is to come that it could wait for.
+            self.hold(window);
+        }
+    }
+
+    /// Whether the drain is over: our partitions are at their ends and committed, and so are the
+    /// others'.
+    pub(super) fn is_drained(&mut self) -> bool {
+        let Some(drain) = self.bounds.drain.clone() else { return false };
+        if drain.is_complete() {
+            return true;
+        }
+        let mut open = !self.intake.held.is_empty() || !self.assignment.is_steady();
+        for owned in self.ledger.iter_mut() {
+            if !drain.is_done(&owned.partition) || !owned.is_idle() {
+                open = true;
+                continue;
+            }
+            // The group stands at the end itself, also where no record is right before it.
+            if let Some(end) = drain.bound(&owned.partition) {
+                owned.skip_to(end);
+                owned.settle();
+            }
+        }
+        if open {
+            return false;
+        }
+        if self.ledger.commits_open() {
+            self.commit(None);
+            return false;
+        }
+        if let Some(partitions) = drain.to_look_at() {
+            self.lookup.ask(Question::Progress(partitions));
+        }
+        false
+    }
+
+    pub(super) fn on_progress(&self, known: &Offsets) {
+        if let Some(drain) = &self.bounds.drain {
+            drain.progress(known);
+        }
+    }
+}

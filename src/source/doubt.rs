@@ -1,0 +1,389 @@
+//! Doubt: whether what the client delivers is still what we think it is.
+//!
+//! librdkafka keeps no promise in two cases. After a topic was deleted and recreated it reads on at the old offset in
+//! the new topic, so that the records before it are never read. And a batch that is damaged in the broker's file it
+//! fetches again and again, or jumps to an arbitrary offset. In both cases partitions are paused, what is delivered
+//! meanwhile is dropped, the cluster is asked, and the client seeks to where the ledger stands before it goes on.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use super::damage::Damage;
+use super::ledger::Hold;
+use super::lookup::{Question, Topics};
+use super::serve::{Source, SourceError};
+use crate::kafka::native::Identity;
+use crate::record::Partition;
+
+/// The loop turns more often, unless the process is stopped or starved. A topic can be deleted and recreated in less
+/// than half a second.
+const STALE: Duration = Duration::from_millis(250);
+/// Between two looks at the topics, while nothing gives cause; `topic.metadata.refresh.interval.ms` where that is less.
+const LOOK: Duration = Duration::from_secs(5);
+/// Between two looks at what is held.
+const LOOK_AT_HELD: Duration = Duration::from_secs(1);
+
+/// Between two attempts at partitions that cannot be read.
+const LOOK_AT_UNREADABLE: Duration = Duration::from_secs(10);
+
+/// What is doubted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// Whether the topics are the ones that they were.
+    Topics,
+    /// Whether the next batch of each partition can be read.
+    Damage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    None,
+    Asking {
+        topics: bool,
+        damage: bool,
+    },
+    /// The client is told where to read on.
+    Seeking,
+}
+
+#[derive(Debug)]
+pub(super) struct Doubt {
+    stage: Stage,
+    /// Tells seeks apart.
+    seeks: u64,
+    /// When the loop last turned.
+    turned: Instant,
+    /// When topics were last asked for; an answer is awaited.
+    asked: Instant,
+    waiting: bool,
+    settled: bool,
+    every: Duration,
+    /// When partitions were last tried that could not be read.
+    tried: Instant,
+}
+
+impl Doubt {
+    /// `refresh`: how often the client looks for topics, where that is set.
+    pub fn new(now: Instant, refresh: Option<Duration>) -> Self {
+        let every = refresh.map_or(LOOK, |refresh| refresh.min(LOOK));
+        Self {
+            stage: Stage::None,
+            seeks: 0,
+            turned: now,
+            asked: now,
+            waiting: false,
+            settled: false,
+            every,
+            tried: now,
+        }
+    }
+
+    /// Nothing that is delivered now counts.
+    pub fn is_open(&self) -> bool {
+        self.stage != Stage::None
+    }
+
+    /// The loop turns. True where it has not for so long (the process was stopped, or starved) that topics may have
+    /// been recreated.
+    pub fn turns(&mut self, now: Instant) -> bool {
+        now.saturating_duration_since(std::mem::replace(&mut self.turned, now)) >= STALE
+    }
+
+    /// The cluster has just been asked: reading may go on.
+    pub fn is_settled(&self) -> bool {
+        self.settled
+    }
+
+    /// Whether it is time to look at the topics again; `held`: some partition waits for it.
+    fn is_due(&self, held: bool, now: Instant) -> bool {
+        let every = if held { LOOK_AT_HELD } else { self.every };
+        !self.waiting && now.saturating_duration_since(self.asked) >= every
+    }
+
+    /// Adds a cause; true where it is new.
+    fn add(&mut self, cause: Cause) -> bool {
+        let (topics, damage) = match self.stage {
+            Stage::Asking { topics, damage } => (topics, damage),
+            Stage::None | Stage::Seeking => (false, false),
+        };
+        let next = Stage::Asking {
+            topics: topics || cause == Cause::Topics,
+            damage: damage || cause == Cause::Damage,
+        };
+        std::mem::replace(&mut self.stage, next) != next
+    }
+
+    /// A cause is answered; true where it was the last one.
+    fn answered(&mut self, cause: Cause) -> bool {
+        let Stage::Asking { topics, damage } = &mut self.stage else { return false };
+        match cause {
+            Cause::Topics => *topics = false,
+            Cause::Damage => *damage = false,
+        }
+        !*topics && !*damage
+    }
+}
+
+impl Source {
+    /// From now on nothing that the client delivers counts, until the cluster has been asked.
+    pub(super) fn doubt(&mut self, cause: Cause) {
+        if !self.doubt.add(cause) {
+            return;
+        }
+        tracing::debug!(?cause, "paused: asking the cluster before reading on");
+        self.pause();
+        match cause {
+            Cause::Topics => self.ask_for_topics(),
+            Cause::Damage => {
+                let next = |owned: &super::ledger::Owned| (owned.partition.clone(), owned.next());
+                self.lookup.ask(Question::Damage(self.ledger.iter().map(next).collect()));
+            }
+        }
+    }
+
+    /// Looks at the topics now and then, and at what could not be read.
+    pub(super) fn look_around(&mut self) {
+        self.look_at_unreadable();
+        let held = self.ledger.iter().any(|owned| matches!(owned.hold, Some(Hold::TopicAbsent)));
+        if self.doubt.is_due(held || self.subscription.is_empty(), Instant::now()) {
+            self.ask_for_topics();
+        }
+    }
+
+    pub(super) fn ask_for_topics(&mut self) {
+        (self.doubt.asked, self.doubt.waiting) = (Instant::now(), true);
+        let mut owned: Vec<String> =
+            self.ledger.iter().map(|owned| owned.partition.topic.to_string()).collect();
+        owned.sort();
+        owned.dedup();
+        self.lookup.ask(Question::Topics(owned));
+    }
+
+    pub(super) fn on_topics(&mut self, topics: Option<Topics>) -> Result<(), SourceError> {
+        self.doubt.waiting = false;
+        let Some(topics) = topics else {
+            // What is in doubt stays so until there is an answer.
+            if matches!(self.doubt.stage, Stage::Asking { topics: true, .. }) {
+                self.ask_for_topics();
+            }
+            return Ok(());
+        };
+        if let Some(matching) = topics.matching {
+            self.subscribe_to(matching)?;
+        }
+        let (mut again, mut back) = (Vec::new(), false);
+        for owned in self.ledger.iter_mut() {
+            let held = owned.hold == Some(Hold::TopicAbsent);
+            match topics.identities.get(&*owned.partition.topic) {
+                Some(Identity::Absent) if owned.hold.is_none() => {
+                    owned.hold = Some(Hold::TopicAbsent);
+                    tracing::warn!(
+                        topic = &*owned.partition.topic,
+                        partition = owned.partition.number,
+                        "the topic does not exist any more: not read until it is recreated"
+                    );
+                }
+                Some(Identity::Id(id)) => {
+                    match owned.topic_id.replace(id.clone()) {
+                        Some(before) if before != *id => again.push((owned.partition.clone(), before)),
+                        _ => {}
+                    }
+                    if held {
+                        owned.hold = None;
+                        back = true;
+                    }
+                }
+                _ => {}
+            }
+        }
+        let changed = !again.is_empty();
+        for (partition, before) in again {
+            self.recreated(partition, &before.to_string())?;
+        }
+        // Seeks, and resumes, also what was found by the way.
+        if (changed || back) && !self.doubt.is_open() {
+            self.doubt.stage = Stage::Asking { topics: true, damage: false };
+            self.pause();
+        }
+        if self.doubt.answered(Cause::Topics) {
+            self.seek();
+        }
+        Ok(())
+    }
+
+    /// The topic was deleted and recreated: its offsets begin anew.
+    fn recreated(&mut self, partition: Partition, before: &str) -> Result<(), SourceError> {
+        let at = self.ledger.get(&partition).and_then(super::ledger::Owned::next);
+        let owned = self.ledger.renew(partition.clone(), None);
+        let now = owned.topic_id.as_ref().map(ToString::to_string);
+        self.count_recreated(&partition, at, before, now.as_deref());
+        match &self.bounds.drain {
+            Some(_) => Err(SourceError::Recreated(partition.topic.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    /// Counts, then logs.
+    pub(super) fn count_recreated(
+        &self,
+        partition: &Partition,
+        at: Option<i64>,
+        before: &str,
+        now: Option<&str>,
+    ) {
+        self.context.metrics.topic_recreated.with_label_values(&[&*partition.topic]).inc();
+        tracing::warn!(
+            topic = &*partition.topic,
+            partition = partition.number,
+            offset = at,
+            topic_id_before = before,
+            topic_id = now,
+            "the topic was deleted and recreated: reading from its start"
+        );
+    }
+
+    pub(super) fn on_damage(&mut self, found: Vec<(Partition, i64, Damage)>) {
+        let (mut back, mut ended) = (false, BTreeSet::new());
+        for (partition, from, damage) in found {
+            let Some(owned) = self.ledger.get_mut(&partition) else { continue };
+            if damage != Damage::Unknown && owned.hold == Some(Hold::Unreadable) {
+                owned.hold = None;
+                back = true;
+            }
+            match damage {
+                Damage::None => {}
+                Damage::UpTo(to) => {
+                    owned.skip_to(to);
+                    let bound = self.bounds.drain.as_ref().and_then(|drain| drain.bound(&partition));
+                    if bound.is_some_and(|bound| to >= bound) {
+                        ended.insert(partition.clone());
+                    }
+                    self.count_lost(&partition, from, to);
+                }
+                Damage::Unknown if owned.hold.is_none() => {
+                    owned.hold = Some(Hold::Unreadable);
+                    tracing::error!(
+                        topic = &*partition.topic,
+                        partition = partition.number,
+                        offset = from,
+                        "the partition cannot be read at this offset: trying again"
+                    );
+                    self.context.health.error(&format!("{partition}: cannot be read at offset {from}"));
+                }
+                Damage::Unknown => {}
+            }
+        }
+        self.end(&ended);
+        if back && !self.doubt.is_open() {
+            self.doubt.stage = Stage::Asking { topics: false, damage: true };
+            self.pause();
+        }
+        if self.doubt.answered(Cause::Damage) {
+            self.seek();
+        }
+    }
+
+    /// Tries partitions again that could not be read.
+    fn look_at_unreadable(&mut self) {
+        if self.doubt.tried.elapsed() < LOOK_AT_UNREADABLE {
+            return;
+        }
+        self.doubt.tried = Instant::now();
+        let held = self.ledger.iter().filter(|owned| owned.hold == Some(Hold::Unreadable));
+        let places: Vec<_> = held.map(|owned| (owned.partition.clone(), owned.next())).collect();
+        if !places.is_empty() {
+            self.lookup.ask(Question::Damage(places));
+        }
+    }
+
+    fn count_lost(&self, partition: &Partition, from: i64, to: i64) {
+        self.context
+            .metrics
+            .skipped
+            .with_label_values(&[&*partition.topic, "damaged"])
+            .inc_by((to - from) as u64);
+        self.context
+            .health
+            .error(&format!("{partition}: offsets {from} to {} are damaged on the broker", to - 1));
+        tracing::error!(
+            topic = &*partition.topic,
+            partition = partition.number,
+            from,
+            to,
+            "data lost: the broker's batches of these offsets fail their checksum and are skipped"
+        );
+    }
+
+    /// Has the client read on where the ledger stands.
+    fn seek(&mut self) {
+        let wanted = self.ledger.iter().filter(|owned| owned.hold.is_none());
+        let to: Vec<(Partition, Option<i64>)> =
+            wanted.map(|owned| (owned.partition.clone(), owned.next())).collect();
+        self.doubt.seeks += 1;
+        if to.is_empty() {
+            return self.settle_doubt();
+        }
+        self.doubt.stage = Stage::Seeking;
+        self.lookup.ask(Question::Seek { id: self.doubt.seeks, to });
+    }
+
+    pub(super) fn on_sought(&mut self, id: u64, failed: &[Partition]) {
+        if self.doubt.stage != Stage::Seeking || id != self.doubt.seeks {
+            return;
+        }
+        // A partition that is no longer ours need not.
+        if failed.iter().any(|partition| self.ledger.get(partition).is_some_and(|owned| owned.hold.is_none()))
+        {
+            return self.seek();
+        }
+        self.settle_doubt();
+    }
+
+    fn settle_doubt(&mut self) {
+        self.doubt.stage = Stage::None;
+        self.doubt.settled = true;
+        self.resume_if_possible();
+        self.doubt.settled = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stopped_process_doubts() {
+        let start = Instant::now();
+        let mut doubt = Doubt::new(start, None);
+        assert!(!doubt.turns(start + Duration::from_millis(200)));
+        assert!(!doubt.turns(start + Duration::from_millis(400)), "counted from the last turn");
+        assert!(doubt.turns(start + Duration::from_millis(700)));
+    }
+
+    #[test]
+    fn is_over_once_all_causes_are_answered() {
+        let mut doubt = Doubt::new(Instant::now(), None);
+        assert!(doubt.add(Cause::Topics) && doubt.is_open());
+        assert!(!doubt.add(Cause::Topics), "asked already");
+        assert!(doubt.add(Cause::Damage));
+        assert!(!doubt.answered(Cause::Topics));
+        assert!(doubt.answered(Cause::Damage));
+        doubt.stage = Stage::Seeking;
+        assert!(!doubt.answered(Cause::Topics), "a late answer");
+        assert!(doubt.add(Cause::Topics), "doubted again while seeking");
+        assert_eq!(doubt.stage, Stage::Asking { topics: true, damage: false });
+    }
+
+    #[test]
+    fn topics_are_looked_at_now_and_then() {
+        let start = Instant::now();
+        let mut doubt = Doubt::new(start, None);
+        assert!(!doubt.is_due(false, start + Duration::from_secs(4)));
+        assert!(doubt.is_due(false, start + Duration::from_secs(5)));
+        assert!(doubt.is_due(true, start + Duration::from_secs(1)), "a partition waits");
+        let often = Doubt::new(start, Some(Duration::from_secs(2)));
+        assert!(often.is_due(false, start + Duration::from_secs(2)));
+        doubt.waiting = true;
+        assert!(!doubt.is_due(true, start + Duration::from_secs(60)), "asked already");
+    }
+}

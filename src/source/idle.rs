@@ -1,0 +1,109 @@
+//! Partitions of which all is read although their end is further on: what lies between are the markers of transactions,
+//! or what was compacted away. The group's offset is moved past it, so that its lag is zero.
+
+use std::collections::BTreeSet;
+
+use rdkafka::statistics::{Partition as PartitionStatistics, Statistics};
+
+use super::doubt::Cause;
+use super::ledger::Owned;
+use super::lookup::{Content, Question, Stretch};
+use super::serve::Source;
+
+/// A question is under way.
+#[derive(Debug, Default)]
+pub(super) struct Idle {
+    asked: bool,
+}
+
+/// What lies between the last record read and the end; `None` where records may come. `bound`: where a drain ends.
+///
+/// What statistics say of a position is not enough: after a pause they count what was fetched and thrown away again.
+fn beyond(owned: &Owned, known: &PartitionStatistics, bound: Option<i64>) -> Option<Stretch> {
+    let from = owned.next().unwrap_or(known.lo_offset);
+    // What of an open transaction lies beyond the last stable offset may still become records.
+    let to = bound.unwrap_or(known.ls_offset);
+    let read = owned.is_idle() && owned.hold.is_none() && known.fetchq_cnt == 0 && known.next_offset >= to;
+    (read && (0..to).contains(&from)).then(|| Stretch { partition: owned.partition.clone(), from, to })
+}
+
+impl Source {
+    /// Asks what lies beyond the last records of partitions that seem to be at their ends.
+    pub(super) fn look_at_idle(&mut self, statistics: &Statistics) {
+        if self.idle.asked || self.intake.paused {
+            return;
+        }
+        let mut stretches = Vec::new();
+        for owned in self.ledger.iter() {
+            let bound = match &self.bounds.drain {
+                Some(drain) if drain.is_done(&owned.partition) => continue,
+                Some(drain) => drain.bound(&owned.partition),
+                None => None,
+            };
+            let topic = statistics.topics.get(&*owned.partition.topic);
+            let known = topic.and_then(|topic| topic.partitions.get(&owned.partition.number));
+            stretches.extend(known.and_then(|known| beyond(owned, known, bound)));
+        }
+        if !stretches.is_empty() {
+            self.idle.asked = true;
+            self.lookup.ask(Question::Content(stretches));
+        }
+    }
+
+    pub(super) fn on_content(&mut self, found: Vec<(Stretch, Content)>) {
+        self.idle.asked = false;
+        let (mut ended, mut damaged) = (BTreeSet::new(), false);
+        for (Stretch { partition, from, to }, content) in found {
+            damaged |= content == Content::Damaged;
+            let Some(owned) = self.ledger.get_mut(&partition) else { continue };
+            // Meanwhile records may have come after all.
+            let same = owned.is_idle() && owned.next().is_none_or(|next| next == from);
+            if content != Content::Nothing || !same {
+                continue;
+            }
+            owned.skip_to(to);
+            if self.bounds.drain.as_ref().and_then(|drain| drain.bound(&partition)) == Some(to) {
+                ended.insert(partition);
+            }
+        }
+        if damaged {
+            self.doubt(Cause::Damage);
+        }
+        self.end(&ended);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Partition;
+    use crate::source::ledger::Ledger;
+
+    #[test]
+    fn lies_between_what_is_read_and_what_is_stable() {
+        let p = Partition::new("t", 0);
+        let mut ledger = Ledger::default();
+        ledger.assign(p.clone(), Some(4));
+        let known = |next_offset, ls_offset, fetchq_cnt| PartitionStatistics {
+            next_offset,
+            ls_offset,
+            hi_offset: 20,
+            lo_offset: 2,
+            fetchq_cnt,
+            ..Default::default()
+        };
+        let beyond = |ledger: &Ledger, known: &PartitionStatistics, bound| {
+            super::beyond(ledger.get(&p).unwrap(), known, bound).map(|stretch| (stretch.from, stretch.to))
+        };
+        assert_eq!(beyond(&ledger, &known(9, 9, 0), None), Some((4, 9)));
+        assert_eq!(beyond(&ledger, &known(9, 9, 1), None), None, "records wait");
+        assert_eq!(beyond(&ledger, &known(8, 9, 0), None), None, "not read to the end");
+        assert_eq!(beyond(&ledger, &known(4, 4, 0), None), None, "nothing is between");
+        assert_eq!(beyond(&ledger, &known(9, 9, 0), Some(7)), Some((4, 7)), "a drain's end");
+        assert_eq!(beyond(&ledger, &known(-1001, -1001, 0), None), None, "unknown");
+        ledger.get_mut(&p).unwrap().read(4, None);
+        assert_eq!(beyond(&ledger, &known(9, 9, 0), None), None, "a record is on its way");
+        ledger.assign(p.clone(), None);
+        assert_eq!(beyond(&ledger, &known(9, 9, 0), None), Some((2, 9)), "from the log's start");
+    }
+}

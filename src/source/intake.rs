@@ -1,0 +1,365 @@
+//! Taking records in: messages into the window, closed windows to the next stage, and the pause while that is full.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{SendTimeoutError, Sender};
+use rdkafka::consumer::Consumer;
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::topic_partition_list::TopicPartitionList;
+
+use super::doubt::Cause;
+use super::ledger::{Owned, Read};
+use super::serve::{POLL, Source, SourceError};
+use crate::flow::Queued;
+use crate::kafka::headers;
+use crate::record::{Arrival, Partition, TraceParent};
+use crate::window::{Gatherer, Window};
+
+/// Messages taken from the client between two looks at everything else.
+pub(super) const BURST: usize = 1024;
+/// Messages taken between two looks at the clock.
+const BETWEEN_LOOKS: usize = 64;
+/// How long a full pipeline may hold up polling before partitions are paused. Pausing throws away
+/// what the client has prefetched, so it is for pipelines that stay full.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How long the source waits for the reports that make room.
+const ROOM: Duration = Duration::from_millis(5);
+
+/// Windows on their way in, and what they occupy.
+pub(super) struct Intake {
+    pub gatherer: Gatherer,
+    /// Closed and not yet passed on.
+    pub held: VecDeque<Queued<Window>>,
+    /// Bytes of windows passed on and not yet published.
+    pub in_flight: usize,
+    /// Bytes that windows may hold in all.
+    limit: usize,
+    full_since: Option<Instant>,
+    /// The limit on memory holds windows up.
+    pub out_of_room: bool,
+    /// Partitions are paused.
+    pub paused: bool,
+}
+
+impl Intake {
+    pub fn new(gatherer: Gatherer, limit: usize) -> Self {
+        Self {
+            gatherer,
+            held: VecDeque::new(),
+            in_flight: 0,
+            limit,
+            full_since: None,
+            out_of_room: false,
+            paused: false,
+        }
+    }
+
+    /// Bytes of windows that are not passed on yet.
+    fn waiting(&self) -> usize {
+        let held: usize = self.held.iter().map(|window| window.get().reserved()).sum();
+        held + 2 * self.gatherer.bytes()
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.in_flight + self.waiting()
+    }
+
+    /// Nothing at all is under way.
+    fn is_idle(&self) -> bool {
+        self.in_flight == 0 && self.held.is_empty() && self.gatherer.deadline().is_none()
+    }
+
+    /// The stages behind take nothing more at present.
+    pub fn is_full(&self) -> bool {
+        self.full_since.is_some()
+    }
+
+    /// Whether a window of so many bytes, not among those that wait, has to wait for others to be published.
+    fn lacks_room(&self, bytes: usize) -> bool {
+        self.in_flight > 0 && self.in_flight + bytes + self.waiting() > self.limit
+    }
+
+    /// The next stage takes nothing; true where it has not for so long, or so much waits, that partitions are to be
+    /// paused.
+    fn is_full_for_long(&mut self, now: Instant) -> bool {
+        let since = *self.full_since.get_or_insert(now);
+        // Some messages still come until partitions are paused: of large ones, few may.
+        let large = self.waiting() > self.limit / 4;
+        !self.paused && (large || now.saturating_duration_since(since) >= PATIENCE)
+    }
+}
+
+impl Source {
+    pub(super) fn show_memory(&self) {
+        self.context.metrics.memory.with_label_values(&["windows"]).set(self.intake.bytes() as i64);
+    }
+
+    /// Takes messages until none is there, a window is full, or the burst is over.
+    pub(super) fn poll(&mut self) -> Result<(), SourceError> {
+        let wait = match self.intake.gatherer.deadline() {
+            Some(deadline) => deadline.saturating_duration_since(Instant::now()).min(POLL),
+            None => POLL,
+        };
+        self.take(BURST, wait)
+    }
+
+    /// Serves the client without taking messages, as far as it lets us: one that comes all the same
+    /// is gathered.
+    pub(super) fn poll_events(&mut self, wait: Duration) -> Result<(), SourceError> {
+        self.take(1, wait)
+    }
+
+    /// Takes at most `limit` messages, or as many as fill a window; waits for the first one alone.
+    fn take(&mut self, limit: usize, mut wait: Duration) -> Result<(), SourceError> {
+        let consumer = Arc::clone(&self.consumer);
+        let mut now = Instant::now();
+        let (mut full, mut failed, mut doubtful) = (None, None, false);
+        // Partitions of which a drain has all.
+        let mut ended = BTreeSet::new();
+        // Messages come in runs of one partition.
+        let mut run: Option<&mut Owned> = None;
+        // Where a drain ends in it.
+        let mut end = None;
+        for i in 0..limit {
+            let waits = (i == 0 && self.intake.is_idle()).then(Instant::now);
+            let polled = consumer.poll(wait);
+            if let Some(since) = waits {
+                self.context.metrics.input_wait.inc_by(since.elapsed().as_secs_f64());
+            }
+            wait = Duration::ZERO;
+            if i % BETWEEN_LOOKS == 0 {
+                now = Instant::now();
+                doubtful = self.doubt.turns(now);
+            }
+            let mut message = match polled {
+                None => break,
+                Some(Ok(message)) => message,
+                Some(Err(error)) => {
+                    failed = Some(error);
+                    break;
+                }
+            };
+            if doubtful {
+                break;
+            }
+            if self.doubt.is_open() {
+                continue;
+            }
+            let same = |p: &Partition| p.number == message.partition() && *p.topic == *message.topic();
+            if !run.as_ref().is_some_and(|owned| same(&owned.partition)) {
+                run = self.ledger.get_mut(&Partition::new(message.topic(), message.partition()));
+                let drain = self.bounds.drain.as_ref();
+                end = run.as_ref().and_then(|owned| Some(drain?.end(&owned.partition)));
+            }
+            // Not ours, or not now: left in the queue from before.
+            let Some(mut owned) = run.take_if(|owned| owned.hold.is_none()) else { continue };
+            if end.is_some_and(|end| message.offset() >= end) {
+                ended.insert(owned.partition.clone());
+                run = Some(owned);
+                continue;
+            }
+            let mut origin = None;
+            if let Some(origins) = &self.context.revive {
+                origin = origins.revive(&mut message).map(Box::new);
+                if origin.is_none() {
+                    owned.pass_over(message.offset());
+                    if let Some(drain) = &self.bounds.drain {
+                        drain.passed_over(&owned.partition);
+                    }
+                    if end == Some(message.offset() + 1) {
+                        ended.insert(owned.partition.clone());
+                    }
+                    run = Some(owned);
+                    continue;
+                }
+            }
+            if let Read::Backwards { expected } = owned.read(message.offset(), timestamp(&message)) {
+                let partition = owned.partition.clone();
+                tracing::warn!(
+                    %partition,
+                    expected,
+                    offset = message.offset(),
+                    "the partition starts again: its topic was recreated or its log was cut"
+                );
+                owned = self.ledger.renew(partition, Some(message.offset()));
+                owned.read(message.offset(), timestamp(&message));
+            }
+            let suspect = owned.suspects.contains(&message.offset());
+            let parent = || TraceParent::read(headers::last(&message, headers::TRACEPARENT)?);
+            let trace = if self.context.traced { parent().map(Box::new) } else { None };
+            let arrival = Arrival { origin, trace, ..arrival(&message, suspect) };
+            full = self.intake.gatherer.push(&owned.partition, &owned.lease, arrival, now);
+            if end == Some(message.offset() + 1) {
+                ended.insert(owned.partition.clone());
+            }
+            if full.is_some() {
+                break;
+            }
+            run = Some(owned);
+        }
+        if let Some(window) = full {
+            self.hold(window);
+        }
+        self.end(&ended);
+        if doubtful {
+            self.doubt(Cause::Topics);
+        }
+        failed.map_or(Ok(()), |error| self.on_error(error, ""))
+    }
+
+    /// A window is closed, and waits to be passed on.
+    pub(super) fn hold(&mut self, mut window: Window) {
+        self.ledger.gathered(&window.spans);
+        for span in &mut window.spans {
+            if let Some(owned) = self.ledger.get(&span.partition).filter(|owned| owned.lease == span.lease) {
+                span.metadata = self.context.metadata(owned, span.first);
+            }
+        }
+        window.reserve(self.context.bytes_per_record);
+        let metrics = &self.context.metrics;
+        metrics.windows.with_label_values(&[window.closed_by.name()]).inc();
+        metrics.window_records.observe(window.records.len() as f64);
+        self.intake.held.push_back(Queued::new(window));
+        self.show_memory();
+    }
+
+    /// Hands held windows on; while the next stage is full, waits for it, but not for long.
+    pub(super) fn pass_on(&mut self, windows: &Sender<Queued<Window>>) {
+        while let Some(window) = self.intake.held.pop_front() {
+            let bytes = window.get().reserved();
+            self.intake.out_of_room = self.intake.lacks_room(bytes);
+            // A transaction must not be overtaken by a commit beside it.
+            let wait = self.intake.out_of_room || (self.context.transactional && self.offsets.is_busy());
+            if wait {
+                self.intake.held.push_front(window);
+                // Nothing tells when room is there but the reports, read by the caller.
+                std::thread::park_timeout(ROOM);
+                return self.full();
+            }
+            match windows.send_timeout(window, POLL) {
+                Ok(()) => self.intake.in_flight += bytes,
+                Err(SendTimeoutError::Timeout(window)) => {
+                    self.intake.held.push_front(window);
+                    return self.full();
+                }
+                Err(SendTimeoutError::Disconnected(_)) => {
+                    // The stage behind has failed and says so itself.
+                    self.context.stop.store(true, Ordering::Relaxed);
+                    return;
+                }
+            }
+        }
+        self.intake.full_since = None;
+        self.resume_if_possible();
+    }
+
+    fn full(&mut self) {
+        if self.intake.is_full_for_long(Instant::now()) {
+            tracing::debug!("paused: the pipeline is full");
+            self.pause();
+        }
+    }
+
+    pub(super) fn pause(&mut self) {
+        self.intake.paused = true;
+        if let Err(error) = self.consumer.assignment().and_then(|all| self.consumer.pause(&all)) {
+            tracing::debug!(%error, "pausing");
+        }
+    }
+
+    /// Resumes what is paused, where nothing is left that it was paused for.
+    pub(super) fn resume_if_possible(&mut self) {
+        let stopping = self.context.stop.load(Ordering::Relaxed);
+        if !self.intake.paused
+            || stopping
+            || self.intake.is_full()
+            || self.bounds.period.resting
+            || self.doubt.is_open()
+        {
+            return;
+        }
+        // While nothing was fetched, a topic may have been deleted and recreated.
+        if !self.doubt.is_settled() {
+            return self.doubt(Cause::Topics);
+        }
+        tracing::debug!("resumed");
+        self.intake.paused = false;
+        let resumed = self.consumer.assignment().and_then(|all| {
+            let mut wanted = TopicPartitionList::new();
+            for e in all.elements() {
+                let partition = Partition::new(e.topic(), e.partition());
+                let done = self.bounds.drain.as_ref().is_some_and(|drain| drain.is_done(&partition));
+                let held = self.ledger.get(&partition).is_none_or(|owned| owned.hold.is_some());
+                if !done && !held {
+                    wanted.add_partition(e.topic(), e.partition());
+                }
+            }
+            self.consumer.resume(&wanted)
+        });
+        if let Err(error) = resumed {
+            tracing::debug!(%error, "resuming");
+        }
+    }
+}
+
+fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool) -> Arrival<'a> {
+    Arrival {
+        offset: message.offset(),
+        timestamp: timestamp(message),
+        key: message.key(),
+        value: message.payload(),
+        headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
+        suspect,
+        origin: None,
+        trace: None,
+    }
+}
+
+fn timestamp(message: &BorrowedMessage<'_>) -> Option<i64> {
+    message.timestamp().to_millis().filter(|&t| t >= 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::window::Limits;
+
+    fn intake(limit: usize) -> Intake {
+        let limits = Limits { max_records: 10, max_bytes: 1000, max_wait: Duration::from_secs(1) };
+        Intake::new(Gatherer::new(limits), limit)
+    }
+
+    #[test]
+    fn the_first_window_always_has_room() {
+        let mut intake = intake(1000);
+        assert!(!intake.lacks_room(5000), "it is alone");
+        intake.in_flight = 600;
+        assert!(!intake.lacks_room(400));
+        assert!(intake.lacks_room(401));
+    }
+
+    #[test]
+    fn partitions_are_paused_once_it_is_full_for_long() {
+        let mut intake = intake(1 << 20);
+        let start = Instant::now();
+        assert!(!intake.is_full());
+        assert!(!intake.is_full_for_long(start));
+        assert!(intake.is_full() && !intake.is_full_for_long(start + PATIENCE / 2));
+        assert!(intake.is_full_for_long(start + PATIENCE));
+        intake.paused = true;
+        assert!(!intake.is_full_for_long(start + 2 * PATIENCE), "they are paused");
+    }
+
+    #[test]
+    fn partitions_are_paused_at_once_where_much_waits() {
+        let mut intake = intake(1000);
+        let value = [0; 900];
+        let arrival = Arrival { value: Some(&value), ..Arrival::default() };
+        let lease = crate::lease::Lease::new(1);
+        intake.gatherer.push(&Partition::new("t", 0), &lease, arrival, Instant::now());
+        assert!(intake.is_full_for_long(Instant::now()));
+    }
+}

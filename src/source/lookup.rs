@@ -1,0 +1,463 @@
+//! Questions to the cluster. A thread with clients of its own asks them, because the thread that polls must not wait:
+//! a group would lose a member that does. Answers come as events.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use super::callbacks::{Callbacks, Event};
+use super::damage::{self, Damage};
+use super::drain::standing_of;
+use super::start::{Begin, StartOf, begins};
+use crate::kafka::cluster::committed;
+use crate::kafka::consumer;
+use crate::kafka::metadata::{Metadata, add_offset};
+use crate::kafka::native::{self, First, Identity};
+use crate::kafka::range::{self, ASK, RangeError};
+use crate::kafka::topics::TopicFilter;
+use crate::record::Partition;
+use crate::settings::Start;
+
+/// Between two attempts at the same question.
+const RETRY: Duration = Duration::from_millis(200);
+/// Repeated failures are logged at most this often.
+const REPEAT: Duration = Duration::from_secs(10);
+
+/// A part of a partition: from an offset up to another one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stretch {
+    pub partition: Partition,
+    pub from: i64,
+    pub to: i64,
+}
+
+/// What a part of a partition holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    Records,
+    /// The markers of transactions, and what was compacted away.
+    Nothing,
+    Damaged,
+    /// No answer in time.
+    Unknown,
+}
+
+/// Offsets by partition.
+pub(super) type Offsets = HashMap<Partition, i64>;
+
+#[derive(Debug)]
+pub(super) enum Question {
+    /// Where to begin in the partitions of an assignment, which `id` tells from others.
+    Start { id: u64, partitions: TopicPartitionList, compare_all: bool },
+    /// The ends of the logs.
+    Ends(Vec<Partition>),
+    /// How far the group is.
+    Progress(Vec<Partition>),
+    /// What the parts hold.
+    Content(Vec<Stretch>),
+    /// Which topics `input.topics` means now, and which topics stand behind these names.
+    Topics(Vec<String>),
+    /// Whether the batches at these offsets, or at the starts of the logs, can be read.
+    Damage(Vec<(Partition, Option<i64>)>),
+    /// The member reads on at these offsets, or at the starts of the logs; `id` tells the question from others.
+    Seek { id: u64, to: Vec<(Partition, Option<i64>)> },
+}
+
+#[derive(Debug)]
+pub(super) enum Answer {
+    Start(Box<Started>),
+    Ends(Offsets),
+    Progress(Offsets),
+    Content(Vec<(Stretch, Content)>),
+    /// `None`: the cluster did not answer.
+    Topics(Option<Topics>),
+    /// From where, and what was found.
+    Damage(Vec<(Partition, i64, Damage)>),
+    /// The partitions that did not seek.
+    Sought {
+        id: u64,
+        failed: Vec<Partition>,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Started {
+    pub id: u64,
+    /// The partitions of the assignment, with the offsets to read from.
+    pub list: TopicPartitionList,
+    pub partitions: Vec<StartOf>,
+    /// The group's offsets of all partitions, where they were wanted.
+    pub all: Option<TopicPartitionList>,
+}
+
+#[derive(Debug)]
+pub(super) struct Topics {
+    /// The names that a pattern matches now; `None` where there is no pattern.
+    pub matching: Option<Vec<String>>,
+    pub identities: BTreeMap<String, Identity>,
+}
+
+/// Asks. The thread ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Lookup {
+    questions: Sender<Question>,
+    /// The assignment that is to be answered; questions about earlier ones are void.
+    assignment: Arc<AtomicU64>,
+    closed: Arc<AtomicBool>,
+}
+
+/// What the thread needs to know.
+pub(super) struct Setup {
+    pub config: ClientConfig,
+    /// As `input.topics` has them.
+    pub topics: Vec<String>,
+    pub start: Start,
+    pub model: String,
+    pub digest: String,
+}
+
+impl Lookup {
+    pub fn start(member: &Arc<BaseConsumer<Callbacks>>, setup: Setup) -> std::io::Result<Self> {
+        let (questions, asked) = unbounded();
+        let (assignment, closed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let thread = Thread {
+            member: Arc::downgrade(member),
+            setup,
+            assignment: Arc::clone(&assignment),
+            closed: Arc::clone(&closed),
+            prober: None,
+            bystander: None,
+            said: None,
+        };
+        std::thread::Builder::new().name("kandle-lookup".to_owned()).spawn(move || thread.serve(&asked))?;
+        Ok(Self { questions, assignment, closed })
+    }
+
+    pub fn ask(&self, question: Question) {
+        if let Question::Start { id, .. } = &question {
+            self.assignment.store(*id, Ordering::Relaxed);
+        }
+        // The thread lives for as long as this does.
+        let _ = self.questions.send(question);
+    }
+}
+
+impl Drop for Lookup {
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+}
+
+struct Thread {
+    member: Weak<BaseConsumer<Callbacks>>,
+    setup: Setup,
+    assignment: Arc<AtomicU64>,
+    closed: Arc<AtomicBool>,
+    prober: Option<BaseConsumer>,
+    bystander: Option<BaseConsumer>,
+    /// The last failure that was logged.
+    said: Option<(String, Instant)>,
+}
+
+impl Thread {
+    fn serve(mut self, questions: &Receiver<Question>) {
+        for question in questions {
+            if self.closed.load(Ordering::Relaxed) {
+                return;
+            }
+            let Some(answer) = self.answer(question) else { continue };
+            let Some(member) = self.member.upgrade() else { return };
+            member.context().queue(Event::Answer(answer));
+        }
+    }
+
+    fn answer(&mut self, question: Question) -> Option<Answer> {
+        Some(match question {
+            Question::Start { id, partitions, compare_all } => {
+                Answer::Start(Box::new(self.begin(id, &partitions, compare_all)?))
+            }
+            Question::Ends(partitions) => Answer::Ends(self.ends(partitions)),
+            Question::Progress(partitions) => match self.progress(&partitions) {
+                Ok(offsets) => Answer::Progress(offsets),
+                Err(error) => {
+                    self.say("the group's offsets", &error);
+                    Answer::Progress(Offsets::new())
+                }
+            },
+            Question::Content(stretches) => {
+                let content = |stretch: Stretch| {
+                    let content = self.content(&stretch);
+                    (stretch, content)
+                };
+                Answer::Content(stretches.into_iter().map(content).collect())
+            }
+            Question::Topics(owned) => match self.topics(&owned) {
+                Ok(topics) => Answer::Topics(Some(topics)),
+                Err(error) => {
+                    self.say("topics", &error);
+                    Answer::Topics(None)
+                }
+            },
+            Question::Damage(places) => {
+                let find = |(partition, at): (Partition, Option<i64>)| self.damage(partition, at);
+                Answer::Damage(places.into_iter().map(find).collect())
+            }
+            Question::Seek { id, to } => Answer::Sought { id, failed: self.seek(to) },
+        })
+    }
+
+    fn say(&mut self, what: &str, error: &dyn std::fmt::Display) {
+        let message = format!("{what}: {error}");
+        let again = self.said.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
+        if !again {
+            tracing::warn!(what, %error, "the cluster gives no answer: asking again");
+            self.said = Some((message, Instant::now()));
+        }
+    }
+
+    fn prober(&mut self) -> Result<&BaseConsumer, KafkaError> {
+        match &mut self.prober {
+            Some(prober) => Ok(prober),
+            none => Ok(none.insert(consumer::prober(&self.setup.config)?)),
+        }
+    }
+
+    fn bystander(&mut self) -> Result<&BaseConsumer, KafkaError> {
+        match &mut self.bystander {
+            Some(bystander) => Ok(bystander),
+            none => Ok(none.insert(consumer::bystander(&self.setup.config)?)),
+        }
+    }
+
+    /// `None` where the assignment is no longer to be answered.
+    fn begin(&mut self, id: u64, partitions: &TopicPartitionList, compare_all: bool) -> Option<Started> {
+        loop {
+            match self.try_begin(id, partitions, compare_all) {
+                Ok(Some(started)) => return Some(started),
+                Ok(None) => {}
+                Err(error) => self.say("where to begin", &error),
+            }
+            let void = self.assignment.load(Ordering::Relaxed) != id || self.closed.load(Ordering::Relaxed);
+            if void || self.member.strong_count() == 0 {
+                return None;
+            }
+            std::thread::park_timeout(RETRY);
+        }
+    }
+
+    /// `None` where another member has yet to say where the group begins.
+    fn try_begin(
+        &mut self,
+        id: u64,
+        partitions: &TopicPartitionList,
+        compare_all: bool,
+    ) -> Result<Option<Started>, RangeError> {
+        let list = committed(self.prober()?, partitions, ASK)?;
+        let mut names: Vec<String> = list.elements().iter().map(|e| e.topic().to_owned()).collect();
+        names.sort();
+        names.dedup();
+        let identities = native::identities(self.prober()?, &names, ASK)?;
+        let lacks = list.elements().iter().any(|element| !matches!(element.offset(), Offset::Offset(_)));
+        let latest = lacks && self.setup.start == Start::Latest;
+        let mut all = None;
+        let mut first_start = None;
+        if compare_all || latest {
+            let found = self.partitions()?;
+            let known = committed(self.prober()?, &list_of(&found), ASK)?;
+            if latest {
+                let none = !known.elements().iter().any(|e| matches!(e.offset(), Offset::Offset(_)));
+                // One member says for all where the group begins, so that nobody skips what another one is to read:
+                // the owner of the first partition.
+                let ours = found
+                    .first()
+                    .is_some_and(|first| list.find_partition(&first.topic, first.number).is_some());
+                match (none, ours) {
+                    (true, true) => first_start = Some(self.commit_ends(&found)?),
+                    (true, false) => return Ok(None),
+                    (false, _) => {}
+                }
+            }
+            all = Some(known);
+        }
+        let partitions: Vec<StartOf> = list
+            .elements()
+            .iter()
+            .map(|element| {
+                let partition = Partition::new(element.topic(), element.partition());
+                let since = || all.as_ref()?.find_partition(element.topic(), element.partition());
+                let offset = match element.offset() {
+                    Offset::Offset(offset) => Some(offset),
+                    _ => match (&first_start, since().map(|element| element.offset())) {
+                        (Some(ends), _) => ends.get(&partition).copied(),
+                        // Another member has committed it since `list` was read.
+                        (None, Some(Offset::Offset(offset))) => Some(offset),
+                        (None, _) => None,
+                    },
+                };
+                let metadata = Metadata::read(element.metadata());
+                let identity = identities.get(element.topic()).cloned().unwrap_or(Identity::Unknown);
+                begins(partition, offset, metadata, identity)
+            })
+            .collect();
+        for start in &partitions {
+            let element = list.find_partition(&start.partition.topic, start.partition.number);
+            if let Some(mut element) = element {
+                element.set_offset(match start.begin {
+                    Begin::At(offset) => Offset::Offset(offset),
+                    Begin::LogStart | Begin::Recreated { .. } => Offset::Beginning,
+                })?;
+            }
+        }
+        Ok(Some(Started { id, list, partitions, all }))
+    }
+
+    /// Commits the ends of all partitions, as the offsets at which the group begins.
+    fn commit_ends(&mut self, partitions: &[Partition]) -> Result<Offsets, RangeError> {
+        let names: Vec<String> = {
+            let mut names: Vec<String> = partitions.iter().map(|p| p.topic.to_string()).collect();
+            names.dedup();
+            names
+        };
+        let identities = native::identities(self.prober()?, &names, ASK)?;
+        let mut ends = Offsets::new();
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for partition in partitions {
+            let (_, end) = range::watermarks(self.prober()?, partition)?;
+            let id = match identities.get(&*partition.topic) {
+                Some(Identity::Id(id)) => Some(id.clone()),
+                _ => None,
+            };
+            let metadata = Metadata::new(&self.setup.model, &self.setup.digest, id, &Default::default());
+            add_offset(&mut list, partition, end, &metadata.text())?;
+            ends.insert(partition.clone(), end);
+        }
+        if let Some(member) = self.member.upgrade() {
+            member.commit(&list, CommitMode::Sync)?;
+            tracing::info!(
+                partitions = partitions.len(),
+                "the group has no offsets: it begins at the present ends of all partitions (input.start: latest)"
+            );
+        }
+        Ok(ends)
+    }
+
+    /// All partitions of the input topics.
+    fn partitions(&mut self) -> Result<Vec<Partition>, RangeError> {
+        let topics = self.setup.topics.clone();
+        let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+        range::partitions(self.prober()?, &topics)
+    }
+
+    fn ends(&mut self, partitions: Vec<Partition>) -> Offsets {
+        let mut ends = Offsets::new();
+        for partition in partitions {
+            let found = self
+                .prober()
+                .and_then(|prober| prober.fetch_watermarks(&partition.topic, partition.number, ASK));
+            match found {
+                Ok((_, end)) => drop(ends.insert(partition, end)),
+                Err(error) => self.say("the ends of partitions", &error),
+            }
+        }
+        ends
+    }
+
+    fn progress(&mut self, partitions: &[Partition]) -> Result<Offsets, KafkaError> {
+        standing_of(self.bystander()?, partitions.iter())
+    }
+
+    /// What comes first from an offset on.
+    fn first(&mut self, partition: &Partition, from: i64) -> First {
+        let mut list = TopicPartitionList::new();
+        let first = self.prober().and_then(|prober| {
+            list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from))?;
+            prober.assign(&list)?;
+            let first = native::first(prober, ASK);
+            prober.unassign()?;
+            Ok(first)
+        });
+        first.unwrap_or_else(|error| {
+            self.say("what a partition holds", &error);
+            First::Silence
+        })
+    }
+
+    fn content(&mut self, stretch: &Stretch) -> Content {
+        match self.first(&stretch.partition, stretch.from) {
+            First::Record(offset) if offset < stretch.to => Content::Records,
+            First::Record(_) | First::End => Content::Nothing,
+            First::Damaged(_) => Content::Damaged,
+            First::Silence | First::Error(_) => Content::Unknown,
+        }
+    }
+
+    fn topics(&mut self, owned: &[String]) -> Result<Topics, RangeError> {
+        let filter = TopicFilter::new(&self.setup.topics)?;
+        let matching = match filter.names() {
+            Some(_) => None,
+            None => {
+                let metadata = self.prober()?.fetch_metadata(None, ASK)?;
+                let found = metadata.topics().iter().filter(|topic| filter.holds(topic.name()));
+                let mut names: Vec<String> = found.map(|topic| topic.name().to_owned()).collect();
+                names.sort();
+                Some(names)
+            }
+        };
+        let identities = native::identities(self.prober()?, owned, ASK)?;
+        Ok(Topics { matching, identities })
+    }
+
+    fn damage(&mut self, partition: Partition, at: Option<i64>) -> (Partition, i64, Damage) {
+        let watermarks =
+            self.prober().and_then(|prober| prober.fetch_watermarks(&partition.topic, partition.number, ASK));
+        match watermarks {
+            Ok((low, end)) => {
+                let from = at.unwrap_or(low).max(low);
+                let damage = damage::extent(from, end, |offset| self.first(&partition, offset));
+                (partition, from, damage)
+            }
+            Err(error) => {
+                self.say("the ends of partitions", &error);
+                (partition, at.unwrap_or(0), Damage::Unknown)
+            }
+        }
+    }
+
+    fn seek(&mut self, to: Vec<(Partition, Option<i64>)>) -> Vec<Partition> {
+        let all = || to.iter().map(|(partition, _)| partition.clone()).collect();
+        let mut list = TopicPartitionList::with_capacity(to.len());
+        for (partition, offset) in &to {
+            let offset = offset.map_or(Offset::Beginning, Offset::Offset);
+            if list.add_partition_offset(&partition.topic, partition.number, offset).is_err() {
+                return all();
+            }
+        }
+        let Some(member) = self.member.upgrade() else { return Vec::new() };
+        match member.seek_partitions(list, ASK) {
+            Ok(list) => {
+                let failed = list.elements().into_iter().filter(|element| element.error().is_err());
+                failed.map(|element| Partition::new(element.topic(), element.partition())).collect()
+            }
+            Err(error) => {
+                drop(member);
+                self.say("seeking", &error);
+                all()
+            }
+        }
+    }
+}
+
+fn list_of(partitions: &[Partition]) -> TopicPartitionList {
+    let mut list = TopicPartitionList::with_capacity(partitions.len());
+    for partition in partitions {
+        list.add_partition(&partition.topic, partition.number);
+    }
+    list
+}

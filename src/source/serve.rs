@@ -1,0 +1,473 @@
+//! The source's loop: consumes for ever, or up to a drain's bounds.
+//!
+//! It handles the events of the client and the reports of the stages, passes on closed windows, polls, and commits.
+//! What cannot be passed on because the stages behind are full is held, the partitions are paused, and polling goes on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::statistics::Statistics;
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::assignment::Assignment;
+use super::bounds::Bounds;
+use super::callbacks::{Callbacks, Event};
+use super::commit::Committer;
+use super::dead_letters::Origins;
+use super::doubt::{Cause, Doubt};
+use super::drain::Drain;
+use super::idle::Idle;
+use super::intake::Intake;
+use super::joining::Joining;
+use super::lag::Lag;
+use super::ledger::Ledger;
+use super::lookup::{Answer, Lookup, Offsets as Ends, Question, Setup};
+use super::offsets::Offsets;
+use super::period::Period;
+use super::subscription::Subscription;
+use crate::flow::{CommitSoon, Published, Queued, Report};
+use crate::kafka::consumer::{self, Group};
+use crate::schedule::Schedule;
+use crate::settings::{Guarantee, OnChange, Settings};
+use crate::telemetry::health::Stage;
+use crate::telemetry::{Health, Metrics};
+use crate::window::{ClosedBy, Gatherer, Limits, Window};
+
+/// The longest wait for a message; rebalances and acknowledgements are seen within it.
+pub(super) const POLL: Duration = Duration::from_millis(50);
+/// How long the last commit and the group's coordinator may take at the end.
+const FAREWELL: Duration = Duration::from_secs(10);
+/// Errors of the client are logged at most this often while they repeat.
+const REPEAT: Duration = Duration::from_secs(10);
+/// Between two questions for the ends of partitions that are paused.
+const ENDS: Duration = Duration::from_secs(2);
+
+/// What ends the source, and with it the process.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("the consumer cannot be made: {0}")]
+    Client(KafkaError),
+    #[error("the consumer failed for good: {0}")]
+    Fatal(String),
+    #[error("{0}")]
+    ModelChanged(String),
+    #[error(
+        "topic {0} was deleted and recreated during the drain, so its end is gone: start the drain again"
+    )]
+    Recreated(String),
+    #[error("another stage has failed")]
+    OtherStage,
+}
+
+/// What the source is given.
+pub struct Wiring {
+    pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
+    pub commit_soon: Arc<CommitSoon>,
+    /// 16 hex digits, and `source@revision`: kept with the committed offsets.
+    pub digest: String,
+    pub model: String,
+    /// Set when the process is asked to stop.
+    pub stop: Arc<AtomicBool>,
+    /// Set when another stage has failed: the group is left at once.
+    pub failed: Arc<AtomicBool>,
+    pub drain: Option<Arc<Drain>>,
+    pub schedule: Arc<Schedule>,
+    /// Spans are sent: records are asked where they come from.
+    pub traced: bool,
+    /// The input are dead letters, of records of these topics.
+    pub revive: Option<Arc<Origins>>,
+    /// Partitions of the input topics.
+    pub partitions: u64,
+    /// What a record may take on its way through the stages, beside its own bytes.
+    pub bytes_per_record: usize,
+}
+
+/// What all parts of the source share, and never changes.
+pub(super) struct Context {
+    pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
+    pub commit_soon: Arc<CommitSoon>,
+    pub digest: String,
+    pub model: String,
+    pub on_change: OnChange,
+    pub stop: Arc<AtomicBool>,
+    failed: Arc<AtomicBool>,
+    pub schedule: Arc<Schedule>,
+    pub traced: bool,
+    pub revive: Option<Arc<Origins>>,
+    pub bytes_per_record: usize,
+    /// Offsets are committed in transactions.
+    pub transactional: bool,
+}
+
+pub struct Source {
+    /// Dropped before the consumer, which it shares.
+    pub(super) offsets: Offsets,
+    pub(super) consumer: Arc<BaseConsumer<Callbacks>>,
+    pub(super) lookup: Lookup,
+    pub(super) context: Context,
+    pub(super) subscription: Subscription,
+    pub(super) assignment: Assignment,
+    pub(super) ledger: Ledger,
+    pub(super) intake: Intake,
+    pub(super) doubt: Doubt,
+    pub(super) bounds: Bounds,
+    pub(super) idle: Idle,
+    pub(super) lag: Lag,
+    joining: Joining,
+    /// The ends of paused partitions, of which the client is told nothing, and when they were last asked for.
+    ends: Ends,
+    ends_asked: Option<Instant>,
+    last_error: Option<(String, Instant)>,
+}
+
+impl Drop for Source {
+    /// Dropping the consumer leaves the group, which ends in a revocation that nobody else answers.
+    fn drop(&mut self) {
+        self.consumer.context().close();
+        self.abandon_assignment();
+    }
+}
+
+impl Source {
+    pub fn new(settings: &Settings, wiring: Wiring) -> Result<Self, SourceError> {
+        let role = if wiring.drain.is_some() { consumer::Role::Drain } else { consumer::Role::Run };
+        let config = consumer::config(settings, role, &wiring.digest, wiring.partitions);
+        let consumer: BaseConsumer<Callbacks> =
+            config.create_with_context(Callbacks::default()).map_err(SourceError::Client)?;
+        let consumer = Arc::new(consumer);
+        let fatal = |error: &dyn std::fmt::Display| SourceError::Fatal(error.to_string());
+        let committer = Committer::start(&consumer).map_err(|e| fatal(&e))?;
+        let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
+        let subscription = match &wiring.drain {
+            Some(drain) => {
+                let frozen = drain.freeze(&config, &topics, settings.input.start).map_err(|e| fatal(&e))?;
+                Subscription::fixed(frozen)
+            }
+            None => Subscription::new(&settings.input.topics),
+        };
+        let setup = Setup {
+            config,
+            topics: settings.input.topics.clone(),
+            start: settings.input.start,
+            model: wiring.model.clone(),
+            digest: wiring.digest.clone(),
+        };
+        let lookup = Lookup::start(&consumer, setup).map_err(|e| fatal(&e))?;
+        wiring.metrics.memory_limit.set(settings.memory.limit.0 as f64);
+        let refresh = settings.property("topic.metadata.refresh.interval.ms");
+        // -1 turns the client's own looks off.
+        let refresh = refresh.and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
+        let limits = Limits {
+            max_records: settings.window.max_records,
+            max_bytes: settings.window.max_bytes.0 as usize,
+            max_wait: settings.window.max_wait.0,
+        };
+        let source = Self {
+            offsets: Offsets::new(committer, settings.delivery.commit_interval.0),
+            consumer,
+            lookup,
+            subscription,
+            assignment: Assignment::new(settings.delivery.revoke_timeout.0),
+            ledger: Ledger::new(settings.delivery.guarantee == Guarantee::ExactlyOnce),
+            intake: Intake::new(Gatherer::new(limits), (settings.memory.limit.0 / 2) as usize),
+            doubt: Doubt::new(Instant::now(), refresh),
+            bounds: Bounds {
+                period: Period::new(&wiring.schedule, wiring.drain.is_some()),
+                drain: wiring.drain,
+            },
+            idle: Idle::default(),
+            lag: Lag::new(),
+            joining: Joining::new(settings),
+            ends: Ends::new(),
+            ends_asked: None,
+            last_error: None,
+            context: Context {
+                metrics: wiring.metrics,
+                health: wiring.health,
+                commit_soon: wiring.commit_soon,
+                digest: wiring.digest,
+                model: wiring.model,
+                on_change: settings.model.on_change,
+                stop: wiring.stop,
+                failed: wiring.failed,
+                schedule: wiring.schedule,
+                traced: wiring.traced,
+                revive: wiring.revive,
+                bytes_per_record: wiring.bytes_per_record,
+                transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
+            },
+        };
+        source.subscribe()
+    }
+
+    /// What the sink commits under, where it commits.
+    pub fn group(&self) -> Group {
+        let consumer = Arc::clone(&self.consumer);
+        Arc::new(move || consumer.group_metadata())
+    }
+
+    /// Consumes until it is asked to stop, or its bounds are reached, and everything in flight is committed.
+    pub fn serve(
+        mut self,
+        windows: Sender<Queued<Window>>,
+        reports: &Receiver<Report>,
+    ) -> Result<(), SourceError> {
+        let result = self.consume(windows, reports);
+        if result.is_err() {
+            self.leave();
+        }
+        result
+    }
+
+    /// Leaves the group, which need not wait for our session to end then. The consumer itself is shared.
+    fn leave(&mut self) {
+        self.consumer.context().close();
+        self.abandon_assignment();
+        if self.consumer.close_queue().is_err() {
+            return;
+        }
+        let deadline = Instant::now() + FAREWELL;
+        while !self.consumer.closed() && Instant::now() < deadline {
+            self.consumer.poll(POLL);
+        }
+    }
+
+    fn consume(
+        &mut self,
+        windows: Sender<Queued<Window>>,
+        reports: &Receiver<Report>,
+    ) -> Result<(), SourceError> {
+        while !self.context.stop.load(Ordering::Relaxed) {
+            self.context.health.busy(Stage::Source);
+            self.check_other_stages()?;
+            self.take_reports(reports);
+            self.handle_events()?;
+            self.pass_on(&windows);
+            self.context.commit_soon.set(self.intake.out_of_room || self.assignment.is_revoking());
+            if self.intake.is_full() {
+                // Events alone; the wait was in passing on.
+                self.poll_events(Duration::ZERO)?;
+            } else {
+                self.poll()?;
+            }
+            if let Some(window) = self.intake.gatherer.due(Instant::now()) {
+                self.hold(window);
+            }
+            if self.offsets.is_due() {
+                self.commit(None);
+            }
+            if self.is_drained() || self.is_period_over() {
+                break;
+            }
+        }
+        self.finish(windows, reports)
+    }
+
+    /// SIGTERM, or the end of a drain or a period: the window that gathers goes too, all in flight is
+    /// published and committed, and the member leaves the group.
+    fn finish(
+        &mut self,
+        windows: Sender<Queued<Window>>,
+        reports: &Receiver<Report>,
+    ) -> Result<(), SourceError> {
+        let closed_by = match &self.bounds.drain {
+            Some(drain) if drain.is_complete() => {
+                tracing::info!("drained: all partitions are at their ends");
+                ClosedBy::End
+            }
+            _ if self.context.stop.load(Ordering::Relaxed) => {
+                tracing::info!("stopping: finishing what is in flight");
+                ClosedBy::Stop
+            }
+            // The period.
+            _ => ClosedBy::End,
+        };
+        self.context.commit_soon.set(true);
+        self.pause();
+        if let Some(window) = self.intake.gatherer.close(closed_by) {
+            self.hold(window);
+        }
+        while !self.intake.held.is_empty() {
+            self.context.health.busy(Stage::Source);
+            self.check_other_stages()?;
+            self.take_reports(reports);
+            self.handle_events()?;
+            self.pass_on(&windows);
+            self.poll_events(Duration::ZERO)?;
+        }
+        // The stages end one after the other, and the last of them closes `reports`.
+        drop(windows);
+        loop {
+            self.context.health.busy(Stage::Source);
+            self.check_other_stages()?;
+            self.handle_events()?;
+            match reports.try_recv() {
+                Ok(report) => self.take_report(report),
+                Err(TryRecvError::Empty) => self.poll_events(Duration::from_millis(10))?,
+                Err(TryRecvError::Disconnected) => break,
+            }
+            if self.offsets.is_due() {
+                self.commit(None);
+            }
+        }
+        let deadline = Instant::now() + FAREWELL;
+        while self.ledger.commits_open() && Instant::now() < deadline {
+            self.commit(None);
+            self.poll_events(Duration::from_millis(10))?;
+            self.handle_events()?;
+        }
+        if self.ledger.commits_open() {
+            tracing::warn!("the last offsets could not be committed: their records will be predicted again");
+        }
+        // From here on the new owners report the lag of these partitions.
+        for owned in self.ledger.iter() {
+            self.lag.forget(&owned.partition, &self.context.metrics);
+        }
+        self.context.metrics.drain_remaining.set(0.0);
+        self.context.health.idle(Stage::Source);
+        Ok(())
+    }
+
+    /// # Errors
+    /// Another stage has failed: nothing more will be published.
+    fn check_other_stages(&self) -> Result<(), SourceError> {
+        match self.context.failed.load(Ordering::Relaxed) {
+            true => Err(SourceError::OtherStage),
+            false => Ok(()),
+        }
+    }
+
+    fn take_reports(&mut self, reports: &Receiver<Report>) {
+        while let Ok(report) = reports.try_recv() {
+            self.take_report(report);
+        }
+    }
+
+    fn take_report(&mut self, report: Report) {
+        match report {
+            Report::Published(Published { spans, counts, records, bytes, committed }) => {
+                self.ledger.published(&spans, committed);
+                if let Some(drain) = &self.bounds.drain {
+                    drain.published(&spans, &counts);
+                }
+                self.lag.published += records as u64;
+                self.intake.in_flight -= bytes;
+            }
+            Report::Dropped { bytes } => self.intake.in_flight -= bytes,
+            Report::Suspects { positions, kept } => self.suspect(&positions, kept),
+        }
+        self.show_memory();
+    }
+
+    fn handle_events(&mut self) -> Result<(), SourceError> {
+        for event in self.consumer.context().take() {
+            match event {
+                Event::Assigned(list) => self.on_assigned(list),
+                Event::Revoked(list) => self.on_revoked(list),
+                Event::Committed(result, offsets) => self.on_committed(result, &offsets),
+                Event::Statistics(statistics) => self.on_statistics(&statistics),
+                Event::Answer(answer) => self.on_answer(answer)?,
+                Event::Error(error, reason) => self.on_error(error, &reason)?,
+            }
+        }
+        self.advance_revocation();
+        Ok(())
+    }
+
+    fn on_answer(&mut self, answer: Answer) -> Result<(), SourceError> {
+        match answer {
+            Answer::Start(started) => self.on_start(*started)?,
+            Answer::Ends(ends) => self.ends = ends,
+            Answer::Progress(known) => self.on_progress(&known),
+            Answer::Content(found) => self.on_content(found),
+            Answer::Topics(topics) => self.on_topics(topics)?,
+            Answer::Damage(found) => self.on_damage(found),
+            Answer::Sought { id, failed } => self.on_sought(id, &failed),
+        }
+        Ok(())
+    }
+
+    /// Once a second.
+    fn on_statistics(&mut self, statistics: &Statistics) {
+        self.look_at_ends(statistics);
+        self.look_at_idle(statistics);
+        let drain = self.bounds.drain.as_deref();
+        let (status, remaining) =
+            self.lag.update(statistics, &self.ledger, drain, &self.ends, &self.context.metrics);
+        self.reckon(remaining);
+        self.show_skipped(|p| {
+            let known = statistics.topics.get(&*p.topic)?.partitions.get(&p.number)?;
+            Some(known.lo_offset).filter(|&low| low >= 0)
+        });
+        self.context.health.set_source(status);
+        self.look_around();
+        let state = statistics.cgrp.as_ref().map_or("", |group| &group.join_state);
+        // A member without partitions stands by.
+        if state == "steady" {
+            self.context.health.set_ready();
+        }
+        self.joining.look(state, &self.context);
+    }
+
+    /// The ends of the logs: one that steps back belongs to another topic, and paused partitions are asked for.
+    fn look_at_ends(&mut self, statistics: &Statistics) {
+        let mut back = false;
+        for owned in self.ledger.iter_mut() {
+            let topic = statistics.topics.get(&*owned.partition.topic);
+            let end = topic.and_then(|topic| topic.partitions.get(&owned.partition.number));
+            let end = end.map(|partition| partition.hi_offset).filter(|&end| end >= 0);
+            back |= end.is_some_and(|end| owned.end.is_some_and(|before| end < before));
+            owned.end = end.or(owned.end);
+        }
+        if back {
+            self.doubt(Cause::Topics);
+        }
+        if self.intake.paused && self.ends_asked.is_none_or(|at| at.elapsed() >= ENDS) {
+            self.ends_asked = Some(Instant::now());
+            let partitions = self.ledger.iter().map(|owned| owned.partition.clone()).collect();
+            self.lookup.ask(Question::Ends(partitions));
+        }
+    }
+
+    /// Errors of the client: most pass, and librdkafka tries again by itself.
+    pub(super) fn on_error(&mut self, error: KafkaError, reason: &str) -> Result<(), SourceError> {
+        if let KafkaError::MessageConsumptionFatal(code) = error {
+            return Err(SourceError::Fatal(code.to_string()));
+        }
+        if let Some((code, reason)) = self.consumer.client().fatal_error() {
+            return Err(SourceError::Fatal(format!("{code}: {reason}")));
+        }
+        let code = error.rdkafka_error_code();
+        match code {
+            Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => {
+                self.doubt(Cause::Topics);
+            }
+            // librdkafka reports a failed checksum so, or goes astray after one.
+            Some(RDKafkaErrorCode::BadMessage | RDKafkaErrorCode::NotImplemented) => {
+                self.doubt(Cause::Damage);
+            }
+            _ => {}
+        }
+        let hint = match code {
+            Some(RDKafkaErrorCode::UnknownTopicOrPartition) => " (an input topic does not exist)",
+            Some(RDKafkaErrorCode::TopicAuthorizationFailed) => " (this user may not read an input topic)",
+            Some(RDKafkaErrorCode::GroupAuthorizationFailed) => " (this user may not use the group)",
+            _ => "",
+        };
+        let message = format!("{error}{hint} {reason}").trim_end().to_owned();
+        let again =
+            self.last_error.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
+        if !again {
+            tracing::warn!("Kafka: {message}; trying again");
+            self.context.health.error(&message);
+            self.last_error = Some((message, Instant::now()));
+        }
+        Ok(())
+    }
+}

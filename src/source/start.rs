@@ -1,0 +1,93 @@
+//! Where reading begins in a partition that is assigned. Pure.
+
+use std::collections::BTreeSet;
+
+use crate::kafka::metadata::Metadata;
+use crate::kafka::native::{Identity, TopicId};
+use crate::record::Partition;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Begin {
+    At(i64),
+    /// The group has no offset of it: at the first record that is there.
+    LogStart,
+    /// The group's offset is one of an earlier topic of this name, so it means nothing: at the first record.
+    Recreated {
+        offset: i64,
+        before: TopicId,
+        now: TopicId,
+    },
+}
+
+/// What is known of a partition when it is assigned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct StartOf {
+    pub partition: Partition,
+    pub begin: Begin,
+    pub topic_id: Option<TopicId>,
+    /// What the group has beside the offset, where a kandle has committed it.
+    pub metadata: Option<Metadata>,
+}
+
+impl StartOf {
+    /// The offset that the group has, where it still means something.
+    pub fn committed(&self) -> Option<i64> {
+        match self.begin {
+            Begin::At(offset) => Some(offset),
+            Begin::LogStart | Begin::Recreated { .. } => None,
+        }
+    }
+
+    /// Records of which a batch did not come to an end.
+    pub fn suspects(&self) -> BTreeSet<i64> {
+        match (&self.begin, &self.metadata) {
+            (Begin::At(_), Some(metadata)) => metadata.suspects(),
+            _ => BTreeSet::new(),
+        }
+    }
+}
+
+/// `offset`: what the group has; `metadata`: beside it; `identity`: the topic of that name now.
+pub(super) fn begins(
+    partition: Partition,
+    offset: Option<i64>,
+    metadata: Option<Metadata>,
+    identity: Identity,
+) -> StartOf {
+    let topic_id = match identity {
+        Identity::Id(id) => Some(id),
+        Identity::Absent | Identity::Unknown => None,
+    };
+    let before = metadata.as_ref().and_then(|metadata| metadata.topic_id.clone());
+    let begin = match (offset, before, &topic_id) {
+        (None, ..) => Begin::LogStart,
+        (Some(offset), Some(before), Some(now)) if before != *now => {
+            Begin::Recreated { offset, before, now: now.clone() }
+        }
+        (Some(offset), ..) => Begin::At(offset),
+    };
+    StartOf { partition, begin, topic_id, metadata }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_offset_counts_for_the_topic_that_it_was_committed_for() {
+        let id = TopicId::new;
+        let of = |topic_id: Option<&str>| Some(Metadata::new("m", "d", topic_id.map(id), &[7].into()));
+        let begin = |offset, metadata, identity| begins(Partition::new("t", 0), offset, metadata, identity);
+        let now = || Identity::Id(id("now"));
+        assert_eq!(begin(None, None, now()).begin, Begin::LogStart);
+        assert_eq!(begin(Some(5), None, now()).begin, Begin::At(5), "committed by something else");
+        assert_eq!(begin(Some(5), of(None), now()).begin, Begin::At(5));
+        assert_eq!(begin(Some(5), of(Some("then")), Identity::Unknown).begin, Begin::At(5));
+        let same = begin(Some(5), of(Some("now")), now());
+        assert_eq!((same.committed(), same.suspects()), (Some(5), [7].into()));
+        let other = begin(Some(5), of(Some("then")), now());
+        assert_eq!(other.begin, Begin::Recreated { offset: 5, before: id("then"), now: id("now") });
+        assert_eq!((other.committed(), other.suspects()), (None, [].into()));
+        assert_eq!(other.topic_id, Some(id("now")));
+    }
+}
