@@ -2,6 +2,7 @@
 //! the checks are made. How files, environment and flags become it is in [`load`].
 
 mod faults;
+mod file;
 pub mod load;
 mod rules;
 mod units;
@@ -14,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use faults::Fault;
-pub use load::{Loaded, Sources, load};
+pub use load::{Loaded, Sources, escape, load};
 pub use units::{ByteSize, Scalar, Wait};
 
 /// The settings of one kandle job.

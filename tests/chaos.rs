@@ -1,6 +1,8 @@
-//! Faults by a seeded schedule, on a real three-broker Kafka: members killed, stopped, frozen, added
-//! and slowed down, brokers killed under load. A ledger of every input position says what was lost,
-//! what came twice and what came out of order.
+//! Faults by a seeded schedule, on a real three-broker Kafka: members killed, stopped, frozen, added and slowed down,
+//! brokers killed under load, topics that refuse what they took before, a producer that is throttled, an input topic
+//! that is deleted and recreated. Among the records are some that are broken, some with large headers, some whose text
+//! has no space, some with timestamps of long ago and of the far future. A ledger of every input position says what was
+//! lost, what came twice and what came out of order.
 //!
 //! `make test` runs a short schedule of each guarantee, `make chaos` long ones. CHAOS_SEED repeats a
 //! schedule, CHAOS_FAULTS says how long it is.
@@ -13,12 +15,13 @@ use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
+use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 
-use support::kafka::Kafka;
+use support::kafka::{self, Kafka};
 use support::ledger::Ledger;
-use support::{Daemon, PATIENCE, Place};
+use support::{Daemon, PATIENCE, Place, Sent, until};
 
 const PARTITIONS: i32 = 6;
 /// Members that the schedule keeps.
@@ -27,6 +30,17 @@ const MEMBERS: usize = 3;
 const RATE: u64 = 400;
 /// Every so many records one that becomes a dead letter.
 const BROKEN: u64 = 97;
+/// … one with a header of 20 KB,
+const LARGE_HEADER: u64 = 101;
+/// … one whose text of 30 KB has no space,
+const NO_SPACE: u64 = 151;
+/// … one whose timestamp is in microseconds: the output topic refuses it,
+const MICROSECONDS: u64 = 211;
+/// … and one from 2020.
+const OLD: u64 = 223;
+const YEAR_2020: i64 = 1_577_836_800_000;
+/// Partitions of the topic that is recreated.
+const OTHER_PARTITIONS: i32 = 2;
 
 /// splitmix64: a schedule has to be the same in every version of every library.
 struct Random(u64);
@@ -63,6 +77,22 @@ enum Fault {
     Broker(Which, Duration),
     /// A member is replaced by one whose device takes long pauses.
     Slow(usize),
+    /// For a while a topic takes smaller batches alone, then again what it took before.
+    Limit(Written, u64, Duration),
+    /// For a while a topic compacts, and refuses records without a key.
+    Compact(Written, Duration),
+    /// For a while a topic refuses timestamps older than a day.
+    Young(Written, Duration),
+    /// For a while members may publish so many bytes a second to each broker.
+    Quota(u64, Duration),
+    /// The other input topic is deleted and recreated while all members are frozen.
+    Recreate(u64),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Written {
+    Output,
+    DeadLetters,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -77,13 +107,19 @@ enum Which {
 impl Fault {
     fn draw(random: &mut Random, brokers: usize) -> Self {
         let member = random.below(MEMBERS as u64) as usize;
-        match random.below(14) {
+        let written = if random.below(3) == 0 { Written::DeadLetters } else { Written::Output };
+        match random.below(22) {
             0..=3 => Fault::Kill(member),
             4..=5 => Fault::Stop(member),
             6..=7 => Fault::Freeze(member, random.millis(200, 3000)),
             8 => Fault::Freeze(member, random.millis(7000, 10_000)),
             9 => Fault::Join,
             10 => Fault::Slow(member),
+            14..=15 => Fault::Limit(written, 4000 + random.below(60_000), random.millis(500, 4000)),
+            16..=17 => Fault::Compact(written, random.millis(500, 4000)),
+            18 => Fault::Young(written, random.millis(500, 4000)),
+            19 => Fault::Quota(30_000 + random.below(100_000), random.millis(1000, 5000)),
+            20..=21 => Fault::Recreate(20 + random.below(300)),
             n => {
                 let which = match n {
                     11 => Which::Any(random.below(brokers as u64) as usize),
@@ -108,17 +144,32 @@ fn produce(place: &Place, stop: Arc<AtomicBool>, made: Arc<AtomicU64>) -> std::t
             .set("log_level", "0")
             .create()
             .expect("a producer");
+        let (header, no_space) = ("h".repeat(20_000), "x".repeat(30_000));
         let (started, mut next) = (Instant::now(), 0u64);
         while !stop.load(Ordering::Relaxed) {
             let due = (started.elapsed().as_millis() as u64 * RATE / 1000).max(next);
             while next < due {
+                let every = |n: u64| next % n == n / 2;
+                let text = if every(NO_SPACE) { &no_space } else { "where is my order" };
                 let value = match next % BROKEN {
                     0 => format!("{{broken {next}"),
-                    _ => serde_json::json!({ "id": next, "text": "where is my order" }).to_string(),
+                    _ => serde_json::json!({ "id": next, "text": text }).to_string(),
                 };
-                let record = BaseRecord::<[u8], [u8]>::to(&topic)
-                    .partition((next % PARTITIONS as u64) as i32)
-                    .payload(value.as_bytes());
+                let key = format!("customer {}", next % 50);
+                let record = BaseRecord::<[u8], [u8]> {
+                    topic: &topic,
+                    partition: Some((next % PARTITIONS as u64) as i32),
+                    payload: Some(value.as_bytes()),
+                    key: (!next.is_multiple_of(4)).then_some(key.as_bytes()),
+                    timestamp: match () {
+                        () if every(MICROSECONDS) => Some(now_ms() * 1000),
+                        () if every(OLD) => Some(YEAR_2020),
+                        () => None,
+                    },
+                    headers: every(LARGE_HEADER)
+                        .then(|| OwnedHeaders::new().insert(Header { key: "trace", value: Some(&header) })),
+                    delivery_opaque: (),
+                };
                 match producer.send(record) {
                     Ok(()) => next += 1,
                     Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => break,
@@ -132,6 +183,10 @@ fn produce(place: &Place, stop: Arc<AtomicBool>, made: Arc<AtomicU64>) -> std::t
         producer.flush(PATIENCE).expect("all acknowledged");
         next
     })
+}
+
+fn now_ms() -> i64 {
+    std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_millis() as i64
 }
 
 /// SIGTERM, and the end, with whatever exit code: Kafka may be away. The ledger reads meanwhile.
@@ -150,6 +205,9 @@ struct Chaos {
     config: String,
     members: Vec<Daemon>,
     ledger: Ledger,
+    /// The topic that is recreated, and how many records it has had in all.
+    other: Place,
+    others: u64,
     /// Members that ended by themselves, by exit code 1: fenced, or out of the group for good.
     gave_up: usize,
 }
@@ -207,6 +265,20 @@ impl Chaos {
                 self.members[i].kill();
                 self.members[i] = self.member(true);
             }
+            Fault::Limit(written, bytes, time) => {
+                self.change(written, "max.message.bytes", &bytes.to_string(), time);
+            }
+            Fault::Compact(written, time) => self.change(written, "cleanup.policy", "compact", time),
+            Fault::Young(written, time) => {
+                self.change(written, "message.timestamp.before.max.ms", "86400000", time);
+            }
+            Fault::Quota(bytes, time) => {
+                let rate = format!("producer_byte_rate={bytes}");
+                self.quota(&["--add-config", &rate]);
+                self.pass(time);
+                self.quota(&["--delete-config", "producer_byte_rate"]);
+            }
+            Fault::Recreate(records) => self.recreate(records),
             Fault::Broker(which, time) => {
                 let found = match which {
                     Which::Any(i) => Some(i),
@@ -225,6 +297,62 @@ impl Chaos {
     }
 }
 
+impl Chaos {
+    /// Gives a topic another configuration for a while.
+    fn change(&mut self, written: Written, name: &str, value: &str, time: Duration) {
+        let topic = match written {
+            Written::Output => self.place.output.clone(),
+            Written::DeadLetters => self.place.dead.clone(),
+        };
+        self.place.configure(&topic, name, value);
+        self.pass(time);
+        self.place.configure_anew(&topic);
+    }
+
+    /// What members may publish, by their client.id.
+    fn quota(&self, change: &[&str]) {
+        let common = ["--bootstrap-server", &self.place.brokers, "--alter"];
+        let entity = ["--entity-type", "clients", "--entity-name", "kandle"];
+        kafka::tool("kafka.admin.ConfigCommand", &[&common[..], change, &entity[..]].concat());
+    }
+
+    /// Waits for the outcome of all records that the other topic has had.
+    fn finish_others(&mut self) {
+        let started = Instant::now();
+        loop {
+            let missing = self.ledger.missing_others(0..self.others);
+            if missing.is_empty() {
+                return;
+            }
+            assert!(started.elapsed() < 2 * PATIENCE, "no outcome: {missing:?}\n{}", self.logs());
+            self.pass(Duration::from_millis(200));
+        }
+    }
+
+    /// Deletes the other topic and makes it again, with so many records.
+    fn recreate(&mut self, records: u64) {
+        self.finish_others();
+        self.members.iter().for_each(|member| member.signal("STOP"));
+        self.other.delete(&self.other.input);
+        until("the topic to be deleted", || {
+            self.other.try_create(&self.other.input, OTHER_PARTITIONS, &[]).then_some(())
+        });
+        self.produce_others(records);
+        self.members.iter().for_each(|member| member.signal("CONT"));
+    }
+
+    fn produce_others(&mut self, records: u64) {
+        let ids = self.others..self.others + records;
+        self.others = ids.end;
+        let partition = |id: u64| (id % OTHER_PARTITIONS as u64) as i32;
+        self.other.produce(ids.map(|id| Sent::ticket(partition(id), id as usize, "where is my order")));
+    }
+
+    fn logs(&self) -> String {
+        self.members.iter().map(Daemon::log).collect::<Vec<_>>().join("\n---\n")
+    }
+}
+
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
 }
@@ -239,6 +367,9 @@ fn chaos(guarantee: &str, faults: u64) {
     let mut random = Random(seed);
     let kafka = Kafka::start(3);
     let place = Place::on(&kafka.brokers, "chaos", PARTITIONS);
+    // Takes timestamps of the far future; those written do not.
+    place.configure(&place.input, "message.timestamp.after.max.ms", &i64::MAX.to_string());
+    let other = Place::on(&kafka.brokers, "chaos-other", OTHER_PARTITIONS);
     let protocol = if random.below(2) == 0 { "classic" } else { "consumer" };
     let session =
         if protocol == "classic" { ", session.timeout.ms: 6000, heartbeat.interval.ms: 1000" } else { "" };
@@ -246,7 +377,7 @@ fn chaos(guarantee: &str, faults: u64) {
         ("kafka", "{ brokers: $BROKERS, properties: { reconnect.backoff.max.ms: 1000 } }"),
         (
             "input",
-            &format!("{{ topics: [$INPUT], group: $GROUP, field: /text, properties: {{ group.protocol: {protocol}{session} }} }}"),
+            &format!("{{ topics: [$INPUT, {}], group: $GROUP, field: /text, properties: {{ group.protocol: {protocol}{session} }} }}", other.input),
         ),
         ("output", "{ topic: $OUTPUT, partition: source, properties: { transaction.timeout.ms: 10000 } }"),
         ("delivery", &format!("{{ guarantee: {guarantee}, commit_interval: 300ms, revoke_timeout: 5s }}")),
@@ -256,7 +387,8 @@ fn chaos(guarantee: &str, faults: u64) {
     let ledger = Ledger::of(&place);
     let (stop, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let producer = produce(&place, Arc::clone(&stop), Arc::clone(&made));
-    let mut chaos = Chaos { kafka, place, config, members: Vec::new(), ledger, gave_up: 0 };
+    let mut chaos = Chaos { kafka, place, config, members: Vec::new(), ledger, other, others: 0, gave_up: 0 };
+    chaos.produce_others(50);
     chaos.members = (0..MEMBERS).map(|_| chaos.member(false)).collect();
     let started = Instant::now();
     for i in 0..faults {
@@ -278,29 +410,31 @@ fn chaos(guarantee: &str, faults: u64) {
     let end = Instant::now();
     while !chaos.ledger.missing(&ends).is_empty() {
         let missing = chaos.ledger.missing(&ends);
-        let logs: String = chaos.members.iter().map(Daemon::log).collect::<Vec<_>>().join("\n---\n");
         assert!(
             end.elapsed() < 2 * PATIENCE,
-            "{} positions have no outcome, the first {:?}; CHAOS_SEED={seed}\n{logs}",
+            "{} positions have no outcome, the first {:?}; CHAOS_SEED={seed}\n{}",
             missing.len(),
-            &missing[..missing.len().min(10)]
+            &missing[..missing.len().min(10)],
+            chaos.logs()
         );
         chaos.pass(Duration::from_millis(500));
     }
+    chaos.finish_others();
     for member in &mut chaos.members {
         member.stop();
     }
     chaos.ledger.read(Duration::from_secs(2));
     println!(
-        "chaos: {guarantee}, {protocol} protocol, seed {seed}: {faults} faults, {total} records, {} duplicates, {} out of order, {} members gave up and were started again, {:.0} s",
+        "chaos: {guarantee}, {protocol} protocol, seed {seed}: {faults} faults, {total} records and {} of a topic that is recreated, {} duplicates, {} out of order, {} members gave up and were started again, {:.0} s",
+        chaos.others,
         chaos.ledger.duplicates(),
         chaos.ledger.out_of_order.len(),
         chaos.gave_up,
         started.elapsed().as_secs_f64()
     );
+    assert_eq!(chaos.ledger.out_of_order, Vec::<String>::new(), "CHAOS_SEED={seed}");
     if guarantee == "exactly_once" {
         assert_eq!(chaos.ledger.duplicates(), 0, "CHAOS_SEED={seed}");
-        assert_eq!(chaos.ledger.out_of_order, Vec::<String>::new(), "CHAOS_SEED={seed}");
     }
 }
 

@@ -182,6 +182,12 @@ fn secrets_are_named_and_never_in_a_config_map() {
     let with = |value: &str| json!({ "config": { "kafka": { "properties": { "sasl.password": value } } } });
     refused(with("hunter2"), "would stand in a ConfigMap");
     refused(json!({ "config": { "model": { "source": "o/n", "token": "hf_x" } } }), "config.model.token");
+    for name in ["sasl.jaas.config", "ssl.key.pem", "sasl.oauthbearer.config", "ssl.keystore.password"] {
+        refused(
+            json!({ "config": { "output": { "properties": { name: "hunter2" } } } }),
+            "would stand in a ConfigMap",
+        );
+    }
     let mut named = with("${env:SASL_PASSWORD}");
     merge(
         &mut named,
@@ -243,6 +249,142 @@ fn scaling_stays_within_partitions_and_one_hand() {
         json!({ "keda": { "enabled": true }, "config": { "input": { "topics": ["^t.*"] } } }),
         "a pattern",
     );
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn whole_numbers_stay_whole() {
+    let all = rendered(json!({
+        "config": { "window": { "max_records": 1000000 }, "batch": { "max_tokens": 2000000 } },
+        "podSecurityContext": { "runAsUser": 1000680000, "supplementalGroups": [3000000] },
+        "tolerations": [{ "key": "k", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 4000000 }],
+        "probes": { "startup": { "failureThreshold": 5000000 } },
+        "terminationGracePeriodSeconds": 6000000,
+        "run": { "revisionHistoryLimit": 0, "maxSurge": "50%" },
+        "keda": { "enabled": true, "lagThreshold": 7000000, "cooldownPeriod": 8000000, "maxReplicas": 9000000 },
+        "prometheusRule": { "enabled": true, "lagSeconds": 1000000 },
+    }));
+    let config = one(&all, "ConfigMap")["data"]["kandle.yaml"].as_str().expect("a file");
+    assert!(config.contains("max_records: 1000000") && config.contains("max_tokens: 2000000"), "{config}");
+    let deployment = &one(&all, "Deployment")["spec"];
+    let pod = &deployment["template"]["spec"];
+    assert_eq!(pod["securityContext"]["runAsUser"], json!(1000680000));
+    assert_eq!(pod["securityContext"]["supplementalGroups"], json!([3000000]));
+    assert_eq!(pod["tolerations"][0]["tolerationSeconds"], json!(4000000));
+    assert_eq!(pod["containers"][0]["startupProbe"]["failureThreshold"], json!(5000000));
+    assert_eq!(pod["terminationGracePeriodSeconds"], json!(6000000));
+    assert_eq!(deployment["revisionHistoryLimit"], json!(0));
+    assert_eq!(deployment["strategy"]["rollingUpdate"], json!({ "maxUnavailable": 1, "maxSurge": "50%" }));
+    let scaled = &one(&all, "ScaledObject")["spec"];
+    assert_eq!(scaled["triggers"][0]["metadata"]["lagThreshold"], "7000000");
+    assert_eq!((&scaled["cooldownPeriod"], &scaled["maxReplicaCount"]), (&json!(8000000), &json!(9000000)));
+    let rules = &one(&all, "PrometheusRule")["spec"]["groups"][0]["rules"];
+    assert!(rules[0]["expr"].as_str().is_some_and(|expr| expr.ends_with("> 1000000")), "{rules}");
+    let slow = json!({ "trigger": "prometheus", "prometheusAddress": "p", "remainingSeconds": 1000000 });
+    let mut time = json!({ "keda": { "enabled": true } });
+    merge(&mut time["keda"], slow);
+    let time = rendered(time);
+    assert_eq!(one(&time, "ScaledObject")["spec"]["triggers"][0]["metadata"]["threshold"], "1000000");
+    let drain = rendered(json!({ "mode": "drain", "drain": { "activeDeadlineSeconds": 1000000 } }));
+    assert_eq!(
+        one(&drain, "CronJob")["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"],
+        json!(1000000)
+    );
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn keda_gets_values_that_it_can_read() {
+    let with = |brokers: &str, topic: &str| {
+        json!({ "keda": { "enabled": true }, "config": {
+            "kafka": { "brokers": brokers }, "input": { "topics": [topic], "group": "a$$b" },
+        } })
+    };
+    let all = rendered(with("${env:BROKERS}", "${env:TOPIC}"));
+    let spec = &one(&all, "ScaledObject")["spec"];
+    assert_eq!(spec["scaleTargetRef"]["envSourceContainerName"], "kandle");
+    let metadata = &spec["triggers"][0]["metadata"];
+    assert_eq!(
+        (&metadata["bootstrapServersFromEnv"], &metadata["bootstrapServers"]),
+        (&json!("BROKERS"), &Value::Null)
+    );
+    assert_eq!((&metadata["topicFromEnv"], &metadata["consumerGroup"]), (&json!("TOPIC"), &json!("a$b")));
+    refused(with("${file:/run/brokers}", "t"), "cannot read config.kafka.brokers");
+    refused(with("${env:HOST}:9092", "t"), "cannot read config.kafka.brokers");
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn the_network_policy_lets_through_what_the_configuration_names() {
+    let ports = |more: Value| -> Vec<i64> {
+        let mut values = json!({ "networkPolicy": { "enabled": true, "hub": false } });
+        merge(&mut values, more);
+        let all = rendered(values);
+        let egress = one(&all, "NetworkPolicy")["spec"]["egress"].as_array().expect("rules").clone();
+        let ports = egress.iter().flat_map(|rule| rule["ports"].as_array().expect("ports").clone());
+        ports.map(|port| port["port"].as_i64().expect("a number")).filter(|port| *port != 53).collect()
+    };
+    let brokers = |brokers: &str| json!({ "config": { "kafka": { "brokers": brokers } } });
+    assert_eq!(ports(brokers("a:19092, b:29092,c")), [19092, 29092, 9092]);
+    assert_eq!(ports(brokers("SASL_SSL://[::1]:9198")), [9198]);
+    let mut advertised = brokers("a:9092");
+    merge(&mut advertised, json!({ "networkPolicy": { "kafkaPorts": [31000, 9092] } }));
+    assert_eq!(ports(advertised), [31000, 9092]);
+    for (endpoint, port) in [
+        ("http://otel:4318", 4318),
+        ("https://otel/x", 443),
+        ("http://otel", 80),
+        ("http://[::1]:43/a:1", 43),
+    ] {
+        assert_eq!(ports(json!({ "config": { "otel": { "endpoint": endpoint } } })), [9092, port]);
+    }
+    let mut unknown = brokers("${env:BROKERS}");
+    merge(&mut unknown, json!({ "networkPolicy": { "enabled": true } }));
+    refused(unknown.clone(), "networkPolicy.kafkaPorts");
+    merge(&mut unknown, json!({ "networkPolicy": { "kafkaPorts": [9096] } }));
+    assert_eq!(ports(unknown), [9096]);
+    refused(
+        json!({ "networkPolicy": { "enabled": true }, "config": { "otel": { "endpoint": "${env:OTEL}" } } }),
+        "networkPolicy.extraEgress",
+    );
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn what_others_add_to_pods_is_there() {
+    let beside = |name: &str| json!([{ "name": name, "image": "busybox" }]);
+    let values = json!({
+        "initContainers": beside("first"), "sidecars": beside("proxy"), "checkBeforeStart": true,
+        "lifecycle": { "postStart": { "exec": { "command": ["true"] } } },
+        "dnsPolicy": "None", "dnsConfig": { "nameservers": ["10.0.0.10"] },
+        "hostAliases": [{ "ip": "10.0.0.1", "hostnames": ["kafka"] }],
+        "workloadAnnotations": { "reloader.stakater.com/auto": "true" },
+    });
+    let run = rendered(values.clone());
+    let deployment = one(&run, "Deployment");
+    assert_eq!(deployment["metadata"]["annotations"]["reloader.stakater.com/auto"], "true");
+    let pod = &deployment["spec"]["template"]["spec"];
+    let names = |list: &Value| -> Vec<String> {
+        let list = list.as_array().expect("a list").iter();
+        list.map(|item| item["name"].as_str().expect("a name").to_owned()).collect()
+    };
+    assert_eq!(names(&pod["initContainers"]), ["first", "check"]);
+    assert_eq!(names(&pod["containers"]), ["kandle", "proxy"]);
+    assert_eq!(pod["containers"][0]["lifecycle"]["postStart"]["exec"]["command"], json!(["true"]));
+    assert_eq!(
+        (&pod["dnsPolicy"], &pod["dnsConfig"]["nameservers"]),
+        (&json!("None"), &json!(["10.0.0.10"]))
+    );
+    assert_eq!(pod["hostAliases"][0]["hostnames"], json!(["kafka"]));
+    let mut drain = values;
+    merge(&mut drain, json!({ "mode": "drain" }));
+    refused(drain.clone(), "sidecars");
+    drain["sidecars"] = json!([]);
+    let drain = rendered(drain);
+    let cron = one(&drain, "CronJob");
+    assert_eq!(cron["metadata"]["annotations"]["reloader.stakater.com/auto"], "true");
+    let pod = &cron["spec"]["jobTemplate"]["spec"]["template"]["spec"];
+    assert_eq!(names(&pod["initContainers"]), ["first", "check"]);
 }
 
 #[test]

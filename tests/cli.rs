@@ -2,14 +2,19 @@
 
 mod support;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::Value;
-use support::{Place, file, finish, kandle, root};
+use support::kafka::Kafka;
+use support::{Daemon, Place, Sent, file, finish, kandle, root, until};
 
 fn bundled() -> support::File {
     file(
@@ -39,6 +44,14 @@ fn predict_answers_line_by_line() {
     assert_eq!(lines[2]["label"], "billing");
     assert_eq!(lines[3]["error"], "decode", "an empty line is an empty record");
     assert_eq!(lines[4]["label"], "technical");
+    // Under --strict that is said by the exit code.
+    let (code, again, err) =
+        finish(kandle().args(["predict", "--strict", "-c"]).arg(&config.path), input.as_bytes());
+    assert_eq!((code, &again), (3, &out));
+    assert!(err.contains("2 lines got no prediction"), "{err}");
+    let (code, ..) =
+        finish(kandle().args(["predict", "--strict", "-c"]).arg(&config.path), b"{\"text\": \"hello\"}");
+    assert_eq!(code, 0);
     // The same from a file.
     let records = file("records.jsonl", input);
     let (code, again, _) = finish(kandle().args(["predict", "-c"]).arg(&config.path).arg(&records.path), b"");
@@ -180,6 +193,118 @@ fn check_tries_everything_and_says_all_that_fails() {
     assert_eq!(code, 1);
     assert_eq!(out.matches("FAIL").count(), 3, "{out}");
     assert!(out.contains("topic no-such-topic does not exist; create it"), "{out}");
+}
+
+#[test]
+fn nothing_that_only_looks_creates_a_topic() {
+    let kafka = Kafka::start_creating_topics();
+    let place = Place::on(&kafka.brokers, "looks", 1);
+    let consumer: BaseConsumer =
+        ClientConfig::new().set("bootstrap.servers", &kafka.brokers).create().expect("a client");
+    let topics = || -> BTreeSet<String> {
+        let metadata = consumer.fetch_metadata(None, Duration::from_secs(10)).expect("an answer");
+        let names = metadata.topics().iter().map(|topic| topic.name().to_owned());
+        // Kafka's own are not ours to answer for.
+        names.filter(|name| !name.starts_with("__")).collect()
+    };
+    let before = topics();
+    let config = file(
+        "kandle.yaml",
+        &place.config(&[
+            ("input", "{ topics: [mistyped-in], group: $GROUP, field: /text }"),
+            ("output", "{ topic: mistyped-out }"),
+            ("dead_letters", "{ topic: mistyped-dead }"),
+        ]),
+    );
+    let run = |arguments: &[&str]| {
+        finish(kandle().args(arguments).arg("-c").arg(&config.path), b"{\"text\": \"hello\"}\n")
+    };
+    for _ in 0..2 {
+        let (code, out, _) = run(&["check"]);
+        assert_eq!(code, 1);
+        assert!(out.contains("mistyped-in does not exist") && out.contains("mistyped-out"), "{out}");
+    }
+    for command in [
+        &["audit"][..],
+        &["replay", "--from", "offset:0", "--to", "offset:1", "--dry-run"],
+        &["predict"],
+        &["model", "show"],
+        &["config", "show"],
+    ] {
+        run(command);
+    }
+    assert_eq!(topics().difference(&before).collect::<Vec<_>>(), Vec::<&String>::new());
+    // A daemon waits for its input, whose name may be a mistake, and has the broker create only what it writes.
+    let mut daemon = Daemon::start(&std::fs::read_to_string(&config.path).expect("read"));
+    daemon.wait_log("mistyped-in");
+    until("the topics that are written", || topics().contains("mistyped-dead").then_some(()));
+    daemon.stop();
+    assert!(!topics().contains("mistyped-in"), "{:?}", topics());
+}
+
+#[test]
+fn predictions_that_would_be_deleted_at_once_are_warned_of() {
+    let place = Place::new("old", 2);
+    place.configure(&place.output, "retention.ms", "604800000");
+    let month_ago = std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_millis() as i64 - 30 * 86_400_000;
+    place.produce(
+        (0..10).map(|i| Sent { timestamp: Some(month_ago + i), ..Sent::ticket(0, i as usize, "hello") }),
+    );
+    let config = file("kandle.yaml", &place.config(&[]));
+    let run = |arguments: &[&str]| {
+        let (code, out, err) = finish(kandle().args(arguments).arg("-c").arg(&config.path), b"");
+        assert_eq!(code, 0, "{out}{err}");
+        out + &err
+    };
+    let warning = format!("topic {} keeps records for 7days", place.output);
+    let dry = &["replay", "--from", "offset:0", "--to", "offset:10", "--dry-run"][..];
+    for command in [&["check"][..], dry, &["drain"]] {
+        let said = run(command);
+        assert!(said.contains(&warning) && said.contains("output.timestamp: now"), "{command:?}: {said}");
+    }
+    // What is through is no matter, and what is dated anew neither.
+    assert!(!run(&["check"]).contains(&warning));
+    let (_, out, err) =
+        finish(kandle().args(dry).arg("-c").arg(&config.path).args(["--set", "output.timestamp=now"]), b"");
+    assert!(!(out + &err).contains(&warning));
+}
+
+#[test]
+fn a_closed_pipe_ends_every_command_quietly() {
+    let place = Place::new("pipe", 1);
+    place.produce((0..10).map(|i| Sent::ticket(0, i, "hello")));
+    let config = file("kandle.yaml", &place.config(&[]));
+    let (code, out, err) = finish(kandle().args(["drain", "-c"]).arg(&config.path), b"");
+    assert_eq!(code, 0, "{out}{err}");
+    let with_config: &[&[&str]] = &[
+        &["check"],
+        &["predict", "demo/tickets.jsonl"],
+        &["audit"],
+        &["replay", "--from", "offset:0", "--to", "offset:10", "--dry-run"],
+        &["model", "show"],
+        &["config", "show"],
+    ];
+    let plain: &[&[&str]] = &[
+        &["bench", "engine", "--model", "bundled", "--input", "demo/tickets.jsonl"],
+        &["config", "schema"],
+        &["--help"],
+        &["--version"],
+        &["run", "--help"],
+    ];
+    let all = with_config.iter().map(|words| (*words, true)).chain(plain.iter().map(|words| (*words, false)));
+    for (words, configured) in all {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = kandle();
+        command.args(words).current_dir(root()).stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
+        if configured {
+            command.arg("-c").arg(&config.path);
+        }
+        let output = command.spawn().expect("kandle starts").wait_with_output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{words:?}: {said}");
+        assert!(!said.contains("panicked") && !said.contains("roken pipe"), "{words:?}: {said}");
+    }
 }
 
 #[test]

@@ -156,6 +156,11 @@ fn later_layers_win_and_origins_are_known() {
     assert_eq!(loaded.origins["window.max_wait"], "--set window.max_wait");
     assert_eq!(loaded.origins["server.listen"], "environment variable KANDLE__SERVER__LISTEN");
     assert!(!loaded.origins.contains_key("batch.max_tokens"));
+    let lists = load(std::slice::from_ref(&first.path), &["input.topics=[\"a\", \"b\"]"], &[]);
+    assert_eq!(lists.expect("a configuration").settings.input.topics, ["a", "b"]);
+    let faults = load(std::slice::from_ref(&first.path), &["input.topics=[x]"], &[]).expect_err("a fault");
+    let fault = faults[0].to_string();
+    assert!(faults.len() == 1 && fault.contains("write a,b or [\"a\",\"b\"]"), "{faults:#?}");
 }
 
 #[test]
@@ -216,6 +221,7 @@ fn rules_between_keys() {
     one_fault("input: { format: text }", &["input.field", "means nothing with input.format: text"]);
     one_fault("input: { topics: [out] }", &["output.topic", "would read what it wrote"]);
     one_fault("input: { topics: [] }", &["input.topics"]);
+    one_fault("input: { topics: [a, b, a] }", &["input.topics", "a is named twice"]);
     one_fault("input: { topics: ['^o.*'] }", &["output.topic", "would read what it wrote"]);
     one_fault("input: { topics: ['^(a'] }", &["input.topics", "no pattern"]);
     one_fault("input: { topics: ['a b'] }", &["input.topics", "not a topic's name"]);
@@ -290,6 +296,78 @@ fn secrets_come_from_elsewhere_and_are_not_shown() {
         !out.contains("hunter2") && !out.contains("plain") && out.matches("<hidden>").count() >= 3,
         "{out}"
     );
+}
+
+#[test]
+fn properties_keep_their_text_and_secrets_of_any_type_are_hidden() {
+    let config = file(
+        "kandle.yaml",
+        &MINIMAL.replace(
+            "kafka: { brokers: 'localhost:9092' }",
+            "kafka: { brokers: 'localhost:9092', properties: { sasl.password: 0123456, ssl.key.password: 1e5,
+               sasl.oauthbearer.config: 12, client.rack: 1.10 } }",
+        ),
+    );
+    let more = file("more.toml", "output.properties.\"ssl.keystore.password\" = 0x10\n");
+    let loaded = load(&[config.path.clone(), more.path.clone()], &[], &[]).expect("a configuration");
+    let kafka = &loaded.settings.kafka.properties;
+    assert_eq!((kafka["sasl.password"].0.as_str(), kafka["client.rack"].0.as_str()), ("0123456", "1.10"));
+    assert_eq!(loaded.settings.output.properties["ssl.keystore.password"].0, "0x10");
+    let shown = loaded.shown.to_string();
+    for secret in ["123456", "1e5", "100000", ":12", "\"12\"", "0x10", "16}"] {
+        assert!(!shown.contains(secret), "{secret} is in {shown}");
+    }
+    assert!(shown.contains("1.10") && shown.matches("<hidden>").count() == 4, "{shown}");
+    // Nor does a fault name them.
+    let faults =
+        faults("kafka: { properties: { sasl: { password: hunter2 } } }\nmodel: { token: [hunter2] }\n");
+    assert!(faults.len() == 2 && !faults.join("").contains("hunter2"), "{faults:#?}");
+}
+
+#[test]
+fn a_dollar_can_be_written() {
+    let dollars = "
+input: { field: null, template: '{{ t }} costs ${{ price }} of $100' }
+kafka: { properties: { sasl.username: 'a${b}c', client.rack: '$${env:HOME} $$ ${env:RACK}', client.id: '$$$$' } }
+";
+    let (base, over) = (file("base.yaml", MINIMAL), file("over.yaml", dollars));
+    let files = [base.path.clone(), over.path.clone()];
+    let loaded = load(&files, &["input.group=$$x"], &[("RACK", "$$1")]).expect("a configuration");
+    let kafka = &loaded.settings.kafka.properties;
+    assert_eq!(loaded.settings.input.template.as_deref(), Some("{{ t }} costs ${{ price }} of $100"));
+    assert_eq!(kafka["sasl.username"].0, "a${b}c");
+    assert_eq!(kafka["client.rack"].0, "${env:HOME} $ $$1");
+    assert_eq!((kafka["client.id"].0.as_str(), loaded.settings.input.group.as_str()), ("$$", "$x"));
+    // What `config show` prints is read back as the same.
+    let (code, out, _) = finish(
+        kandle().args(["config", "show", "-c"]).args([&files[0]]).arg("-c").arg(&files[1]).env("RACK", "r"),
+        b"",
+    );
+    assert_eq!(code, 0);
+    let shown = file("shown.yaml", &out);
+    let again = load(std::slice::from_ref(&shown.path), &[], &[]).expect("what is shown is a configuration");
+    assert_eq!(again.settings.kafka.properties["client.id"].0, "$$");
+    assert_eq!(again.settings.input.template, loaded.settings.input.template);
+    // One fault is reported once.
+    one_fault("window: { max_records: '${env:NOT_SET}' }", &["window.max_records", "NOT_SET is not set"]);
+    one_fault("input: { group: '${env:OPEN' }", &["input.group", "has no }"]);
+}
+
+#[test]
+fn what_the_build_lacks_is_refused() {
+    let sasl = |more: &str| format!("kafka: {{ properties: {{ security.protocol: sasl_ssl{more} }} }}");
+    // librdkafka's default mechanism.
+    one_fault(&sasl(""), &["kafka.properties.security.protocol", "GSSAPI"]);
+    one_fault(&sasl(", sasl.mechanism: GSSAPI"), &["kafka.properties.sasl.mechanism", "GSSAPI"]);
+    one_fault(&sasl(", sasl.mechanisms: PLAIN"), &["kafka.properties.sasl.mechanisms", "sasl.username"]);
+    one_fault(
+        &sasl(", sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.method: oidc"),
+        &["kafka.properties.sasl.oauthbearer.method", "oidc"],
+    );
+    let scram = ", sasl.mechanism: SCRAM-SHA-512, sasl.username: u, sasl.password: p";
+    assert!(faults(&sasl(scram)).is_empty(), "{:?}", faults(&sasl(scram)));
+    let other = format!("{}\noutput: {{ properties: {{ sasl.mechanism: GSSAPI }} }}", sasl(scram));
+    one_fault(&other, &["output.properties.sasl.mechanism", "GSSAPI"]);
 }
 
 #[test]

@@ -96,6 +96,89 @@ fn large_records(count: usize) {
     assert_within(&format!("{count} records of 1 MB"), base, most);
 }
 
+/// Small values with large headers, which count as much as values do.
+fn large_headers(count: usize, bytes: usize) {
+    let place = Place::new("headers", 4);
+    let header = "h".repeat(bytes);
+    place.produce((0..count).map(|i| Sent {
+        headers: vec![("trace".to_owned(), header.clone())],
+        ..Sent::new((i % 4) as i32, format!("ticket {i}"))
+    }));
+    let config = settings(&place, &[("task", "{ kind: noop }"), ("model", "")]);
+    let base = base(&place, &config);
+    let mut daemon = Daemon::start(&config);
+    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
+    daemon.stop();
+    assert_within(&format!("{count} records with headers of {bytes} bytes"), base, most);
+}
+
+/// Texts of a megabyte in which nothing separates words, and how long all of them take.
+fn without_spaces(what: &str, count: usize, text: &str) -> Duration {
+    let place = Place::new("without-spaces", 4);
+    place.produce((0..count).map(|i| Sent::new((i % 4) as i32, text)));
+    let config = settings(&place, &[]);
+    let base = base(&place, &config);
+    let mut daemon = Daemon::start(&config);
+    let started = Instant::now();
+    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
+    let took = started.elapsed();
+    daemon.stop();
+    assert_within(&format!("{count} texts of {} KB, {what}", text.len() / 1000), base, most);
+    println!("memory: {what}: {:.1} s", took.as_secs_f64());
+    took
+}
+
+/// Dots, Chinese, base64 and words, each of a million bytes.
+fn texts_of_a_megabyte() -> [(&'static str, String); 4] {
+    let base64: String = (0u64..)
+        .flat_map(|i| i.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes())
+        .map(|byte| {
+            char::from(
+                b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"[usize::from(byte % 64)],
+            )
+        })
+        .take(1_000_000)
+        .collect();
+    let chinese: String =
+        (0u32..).filter_map(|i| char::from_u32(0x4e00 + i * 7919 % 20_000)).take(333_333).collect();
+    [
+        ("dots", ".".repeat(1_000_000)),
+        ("Chinese", chinese),
+        ("base64", base64),
+        ("words", "where is my order ".repeat(1_000_000 / 18)),
+    ]
+}
+
+#[test]
+fn records_with_headers_of_twenty_kilobytes() {
+    large_headers(15_000, 20_000);
+}
+
+#[test]
+#[ignore = "make chaos"]
+fn many_records_with_large_headers() {
+    large_headers(60_000, 20_000);
+    large_headers(100_000, 10_000);
+}
+
+#[test]
+fn texts_of_a_megabyte_without_spaces() {
+    for (what, text) in &texts_of_a_megabyte()[..3] {
+        without_spaces(what, 40, text);
+    }
+}
+
+#[test]
+#[ignore = "make chaos"]
+fn hundreds_of_texts_of_a_megabyte_without_spaces() {
+    let took = texts_of_a_megabyte().map(|(what, text)| (what, without_spaces(what, 400, &text)));
+    let words = took[3].1;
+    for (what, took) in took {
+        // Tokenizing is linear in the text's length, whatever the script.
+        assert!(took < 4 * words, "{what}: {took:?}, and words {words:?}");
+    }
+}
+
 #[test]
 fn a_backlog_of_small_records() {
     small_records(300_000);
@@ -122,9 +205,20 @@ fn two_thousand_records_of_a_megabyte() {
 fn a_broker_that_does_not_acknowledge_and_kafka_away_is_no_stall() {
     // Of its own: it is going to be frozen.
     let kafka = Kafka::start(1);
-    let place = Place::on(&kafka.brokers, "frozen", 4);
     let count = 400_000i32;
-    place.produce((0..count).map(|i| Sent::new(i % 4, "where is my order now ".repeat(8))));
+    let records = (0..count).map(|i| Sent::new(i % 4, "where is my order now ".repeat(8)));
+    frozen(&kafka, "a broker that does not acknowledge", records);
+    let count = 15_000i32;
+    let headers = vec![("trace".to_owned(), "h".repeat(20_000))];
+    let records =
+        (0..count).map(|i| Sent { headers: headers.clone(), ..Sent::new(i % 4, "where is my order") });
+    frozen(&kafka, "a broker that does not acknowledge large headers", records);
+}
+
+fn frozen(kafka: &Kafka, what: &str, records: impl ExactSizeIterator<Item = Sent>) {
+    let place = Place::on(&kafka.brokers, "frozen", 4);
+    let count = records.len() as u64;
+    place.produce(records);
     let config = settings(
         &place,
         &[
@@ -146,7 +240,7 @@ fn a_broker_that_does_not_acknowledge_and_kafka_away_is_no_stall() {
         frozen.elapsed() > Duration::from_secs(8)
     });
     kafka.thaw(0);
-    let most = most.max(highest(&mut daemon, |d| published(d, &place.input) >= count as u64));
+    let most = most.max(highest(&mut daemon, |d| published(d, &place.input) >= count));
     daemon.stop();
-    assert_within("a broker that does not acknowledge", base, most);
+    assert_within(what, base, most);
 }

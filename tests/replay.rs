@@ -67,6 +67,8 @@ fn by_time_over_segments_and_holes() {
         .set("transactional.id", support::unique("replay-hole"))
         .create()
         .expect("a producer");
+    let reader: BaseConsumer =
+        ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
     producer.init_transactions(support::PATIENCE).expect("a transactional producer");
     producer.begin_transaction().expect("begun");
     for i in 1500..1600 {
@@ -77,6 +79,11 @@ fn by_time_over_segments_and_holes() {
     }
     producer.flush(support::PATIENCE).expect("acknowledged");
     producer.abort_transaction(support::PATIENCE).expect("aborted");
+    // The broker answers before the marker is written.
+    until("the transaction's marker", || {
+        let (_, end) = reader.fetch_watermarks(&place.input, 0, support::PATIENCE).ok()?;
+        (end == 1601).then_some(())
+    });
     let after = Timestamp::now().as_millisecond() - 1600;
     place.produce((1600..3400).map(|i| sent(i, after + i)));
     until("the last record's time", || (Timestamp::now().as_millisecond() > after + 3400).then_some(()));

@@ -6,12 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use rdkafka::consumer::BaseConsumer;
 use rdkafka::message::Message;
 use serde::Serialize;
 
 use crate::cli::output::outln;
-use crate::kafka::consumer;
+use crate::kafka::consumer::{self, Observer};
 use crate::kafka::headers;
 use crate::kafka::range::{self, Point, Range, Read};
 use crate::record::Partition;
@@ -122,7 +121,7 @@ struct Tally {
 }
 
 fn read_back(
-    consumer: &BaseConsumer,
+    consumer: &Observer,
     topic: &str,
     from: Option<Point>,
     dead: bool,
@@ -162,7 +161,7 @@ fn read_back(
 
 /// Reads a part of a partition.
 fn read(
-    consumer: &BaseConsumer,
+    consumer: &Observer,
     partition: &Partition,
     from: i64,
     to: i64,
@@ -185,7 +184,7 @@ fn read(
 
 /// `stands`: the group's offset; where it has none, all of the input should be there.
 fn judge(
-    consumer: &BaseConsumer,
+    consumer: &Observer,
     settings: &Settings,
     partition: &Partition,
     range: &Range,

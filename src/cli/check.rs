@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::Consumer;
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::{AlreadySaid, drain};
 use crate::cli::output::outln;
 use crate::kafka::cluster::{Cluster, committed};
+use crate::kafka::consumer;
 use crate::settings::{Guarantee, Loaded, Settings};
 use crate::task::Task;
 use crate::telemetry::Metrics;
@@ -124,7 +125,7 @@ fn group(settings: &Settings) -> Result<String, String> {
         config.set(name, &value.0);
     }
     config.set("allow.auto.create.topics", "false");
-    let consumer: BaseConsumer = config.create().map_err(|e| e.to_string())?;
+    let consumer = consumer::observer(&config).map_err(|e| e.to_string())?;
     let mut list = TopicPartitionList::new();
     for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
         let metadata = consumer.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| e.to_string())?;

@@ -232,7 +232,9 @@ fn yaml(value: &serde_json::Value, key: &str, depth: usize, lines: &mut Vec<(Str
                 lines.push((format!("{indent}{name}:"), None));
                 yaml(child, &key, depth + 1, lines);
             }
-            leaf => lines.push((format!("{indent}{name}: {leaf}"), Some(key))),
+            leaf => {
+                lines.push((format!("{indent}{name}: {}", settings::escape(&leaf.to_string())), Some(key)))
+            }
         }
     }
 }

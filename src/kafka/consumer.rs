@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, ConsumerGroupMetadata};
-use rdkafka::error::KafkaResult;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, ConsumerContext, ConsumerGroupMetadata};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::{ClientConfig, Statistics};
 
+use crate::kafka::log;
 use crate::settings::{Guarantee, Settings};
 
 /// How long a partition's fetcher rests once enough is prefetched. librdkafka's own second leaves a
@@ -82,32 +85,52 @@ impl Role {
     }
 }
 
+/// A client that asks and joins no group.
+pub type Observer = BaseConsumer<Observing>;
+
+/// What fails of an observer is the answer to a question, and the one who asks reports it.
+pub struct Observing;
+
+impl ClientContext for Observing {
+    fn stats(&self, _: Statistics) {}
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "an observer's error");
+    }
+
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log::librdkafka(level, facility, text);
+    }
+}
+
+impl ConsumerContext for Observing {}
+
 /// A consumer that reads and commits nothing, and sees what the settings' group would see. It joins no group.
-pub fn reader(settings: &Settings) -> KafkaResult<BaseConsumer> {
+pub fn reader(settings: &Settings) -> KafkaResult<Observer> {
     observer(&config(settings, Role::Drain, "", 1))
 }
 
 /// The same, by a member's properties.
-pub fn observer(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
-    observing(config).create()
+pub fn observer(config: &ClientConfig) -> KafkaResult<Observer> {
+    observing(config).create_with_context(Observing)
 }
 
 /// A consumer that stops where it would otherwise jump: at offsets that are not there, and at batches that cannot be
 /// read.
-pub fn prober(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
+pub fn prober(config: &ClientConfig) -> KafkaResult<Observer> {
     let mut config = observing(config);
     config.set("auto.offset.reset", "error").set("check.crcs", "true");
     // It looks at one place, and is told soon where nothing is there.
     config.set("fetch.wait.max.ms", "20");
-    config.create()
+    config.create_with_context(Observing)
 }
 
 /// A client that is told at once where the group stands: it waits neither for the group's rebalance, as a member's
 /// requests do, nor for open transactions.
-pub fn bystander(config: &ClientConfig) -> KafkaResult<BaseConsumer> {
+pub fn bystander(config: &ClientConfig) -> KafkaResult<Observer> {
     let mut config = observing(config);
     config.set("isolation.level", "read_uncommitted");
-    config.create()
+    config.create_with_context(Observing)
 }
 
 fn observing(config: &ClientConfig) -> ClientConfig {

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod consumer;
 pub mod headers;
+pub mod log;
 pub mod metadata;
 pub mod native;
 pub mod range;

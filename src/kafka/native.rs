@@ -7,8 +7,9 @@ use std::ptr;
 use std::time::Duration;
 
 use rdkafka::bindings::{
-    rd_kafka_AdminOptions_destroy, rd_kafka_AdminOptions_new, rd_kafka_AdminOptions_set_request_timeout,
-    rd_kafka_DescribeTopics, rd_kafka_DescribeTopics_result_topics, rd_kafka_TopicCollection_destroy,
+    rd_kafka_AdminOptions_destroy, rd_kafka_AdminOptions_new, rd_kafka_AdminOptions_set_broker,
+    rd_kafka_AdminOptions_set_request_timeout, rd_kafka_DescribeTopics,
+    rd_kafka_DescribeTopics_result_topics, rd_kafka_TopicCollection_destroy,
     rd_kafka_TopicCollection_of_topic_names, rd_kafka_TopicDescription_error, rd_kafka_TopicDescription_name,
     rd_kafka_TopicDescription_topic_id, rd_kafka_Uuid_base64str, rd_kafka_Uuid_least_significant_bits,
     rd_kafka_Uuid_most_significant_bits, rd_kafka_consumer_poll, rd_kafka_error_code,
@@ -60,6 +61,11 @@ pub fn identities<C: ConsumerContext>(
     if names.is_empty() {
         return Ok(BTreeMap::new());
     }
+    // Any broker knows the topics. Without one by number, librdkafka would wait for the controller, which can be away
+    // while all topics can be read.
+    let metadata = client.fetch_metadata(topics.first().map(String::as_str), timeout)?;
+    let numbers = || metadata.brokers().iter().map(|broker| broker.id());
+    let broker = numbers().find(|&id| id == metadata.orig_broker_id()).or_else(|| numbers().next());
     let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
     let rk = client.client().native_ptr();
     let ms = timeout.as_millis().min(i32::MAX as u128) as i32;
@@ -68,6 +74,9 @@ pub fn identities<C: ConsumerContext>(
     unsafe {
         let options = rd_kafka_AdminOptions_new(rk, RDKafkaAdminOp::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS);
         rd_kafka_AdminOptions_set_request_timeout(options, ms, ptr::null_mut(), 0);
+        if let Some(broker) = broker {
+            rd_kafka_AdminOptions_set_broker(options, broker, ptr::null_mut(), 0);
+        }
         let collection = rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
         let queue = rd_kafka_queue_new(rk);
         rd_kafka_DescribeTopics(rk, collection, options, queue);

@@ -46,17 +46,23 @@ const PLANNED: &[(&str, &str)] = &[
     ("task.kind", "tensor"),
 ];
 
+/// What of a tree is not as the schema wants it. The values of `secrets` are not named.
 pub(super) fn check(
     value: &Value,
     schema: &Value,
     origins: &BTreeMap<String, String>,
-    faults: &mut Vec<Fault>,
-) {
+    secrets: &[String],
+) -> Vec<Fault> {
+    let mut faults = Vec::new();
     let validator = jsonschema::validator_for(schema).expect("the schema made from the struct is a schema");
     for error in validator.iter_errors(value) {
         let key =
             error.instance_path().to_string().trim_start_matches('/').replace("~1", "/").replace('/', ".");
         let at = schema_at(schema, &key);
+        let hidden = secrets.iter().any(|secret| {
+            *secret == key || secret.strip_prefix(&key).is_some_and(|rest| rest.starts_with('.'))
+        });
+        let instance = if hidden { "<hidden>".to_owned() } else { error.instance().to_string() };
         let mut report = |key: String, message: String| {
             faults.push(Fault { origin: origin_of(origins, &key), key, message });
         };
@@ -79,8 +85,8 @@ pub(super) fn check(
                 let planned = PLANNED.contains(&(key.as_str(), given.as_str()));
                 let options: Vec<&str> =
                     options.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-                let mut message = format!("{} is not allowed", error.instance());
-                if planned {
+                let mut message = format!("{instance} is not allowed");
+                if planned && !hidden {
                     message = format!("{given} is planned, but not in this version");
                 } else if let Some(near) = nearest(&given, options.iter().copied()) {
                     message.push_str(&format!("; did you mean {near}?"));
@@ -97,11 +103,13 @@ pub(super) fn check(
                         .collect();
                     wanted.push_str(&format!(" such as {}", examples.join(", ")));
                 }
-                report(key, format!("{} is not {wanted}", error.instance()));
+                report(key, format!("{instance} is not {wanted}"));
             }
+            _ if hidden => report(key, error.masked().to_string()),
             _ => report(key, error.to_string()),
         }
     }
+    faults
 }
 
 pub(super) fn schema_at<'a>(schema: &'a Value, key: &str) -> &'a Value {

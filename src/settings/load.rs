@@ -5,12 +5,13 @@
 //! merged tree is checked against the schema, then against the rules between keys (`rules`).
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use config::{Map, Source, Value as Layered, ValueKind};
 use serde_json::Value;
 
 use super::faults::{Fault, check, schema_at};
+use super::file::File;
 use super::{Settings, rules, schema};
 
 /// Where settings come from.
@@ -39,7 +40,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
     let mut faults = Vec::new();
     let mut builder = config::Config::builder();
     for path in &sources.files {
-        match read(path) {
+        match File::read(path) {
             Ok(file) => builder = builder.add_source(file),
             Err(message) => faults.push(Fault { key: String::new(), message, origin: None }),
         }
@@ -62,12 +63,17 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
         secrets: Vec::new(),
         faults: Vec::new(),
         environment: &sources.environment,
-        files: &sources.files,
     };
     let mut value = tree.value(&merged.cache, &schema, "");
     let Tree { origins, secrets, mut faults, .. } = tree;
     fill_defaults(&mut value, &schema);
-    check(&value, &schema, &origins, &mut faults);
+    let unread: Vec<String> = faults.iter().map(|fault| fault.key.clone()).collect();
+    for fault in check(&value, &schema, &origins, &secrets) {
+        // A key whose text could not be read is not wrong twice.
+        if !unread.iter().any(|key| covers(key, &fault.key)) {
+            faults.push(fault);
+        }
+    }
     mend(&mut value, &schema, &faults);
     match serde_json::from_value::<Settings>(value.clone()) {
         Ok(settings) => {
@@ -100,30 +106,6 @@ fn covers(faulty: &str, key: &str) -> bool {
 
 pub(super) fn origin_of(origins: &BTreeMap<String, String>, key: &str) -> Option<String> {
     origins.get(key).or_else(|| origins.iter().find(|(k, _)| covers(key, k)).map(|(_, v)| v)).cloned()
-}
-
-fn read(path: &Path) -> Result<config::File<config::FileSourceFile, config::FileFormat>, String> {
-    let format = match path.extension().and_then(|e| e.to_str()) {
-        Some("yaml" | "yml") => config::FileFormat::Yaml,
-        Some("toml") => config::FileFormat::Toml,
-        Some("json") => config::FileFormat::Json,
-        _ => {
-            return Err(format!(
-                "{}: a configuration file ends in .yaml, .yml, .toml or .json",
-                path.display()
-            ));
-        }
-    };
-    if !path.is_file() {
-        return Err(format!("{}: no such file", path.display()));
-    }
-    let file = config::File::from(path).format(format);
-    // Built once by itself: the message of a file that does not parse is its own fault.
-    config::Config::builder()
-        .add_source(file.clone())
-        .build()
-        .map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(file)
 }
 
 /// Single assignments, from the environment or from flags.
@@ -204,14 +186,15 @@ struct Tree<'a> {
     secrets: Vec<String>,
     faults: Vec<Fault>,
     environment: &'a [(String, String)],
-    /// As they were given.
-    files: &'a [PathBuf],
 }
 
 impl Tree<'_> {
     fn value(&mut self, layered: &Layered, schema: &Value, key: &str) -> Value {
         if let Some(origin) = layered.origin() {
-            self.origins.insert(key.to_owned(), self.named(origin));
+            self.origins.insert(key.to_owned(), origin.to_owned());
+        }
+        if is_secret(key) {
+            self.secrets.push(key.to_owned());
         }
         match &layered.kind {
             ValueKind::Nil => Value::Null,
@@ -241,27 +224,16 @@ impl Tree<'_> {
         }
     }
 
-    /// The config crate names files by their way from the working directory.
-    fn named(&self, origin: &str) -> String {
-        let same = |path: &&PathBuf| path.canonicalize().ok() == Path::new(origin).canonicalize().ok();
-        match Path::new(origin).exists().then(|| self.files.iter().find(same)).flatten() {
-            Some(path) => path.display().to_string(),
-            None => origin.to_owned(),
-        }
-    }
-
     fn text(&mut self, text: &str, origin: Option<&str>, schema: &Value, key: &str) -> Value {
-        let last = key.rsplit('.').next().unwrap_or(key);
-        if ["password", "secret", "token", "jaas"].iter().any(|word| last.contains(word))
-            || key.ends_with("key.pem")
-        {
-            self.secrets.push(key.to_owned());
-        }
+        let given = |text: &str| Fault {
+            key: key.to_owned(),
+            message: text.to_owned(),
+            origin: origin.map(str::to_owned),
+        };
         let (text, replaced) = match interpolate(text, self.environment) {
             Ok(done) => done,
             Err(message) => {
-                let origin = origin.map(|origin| self.named(origin));
-                self.faults.push(Fault { key: key.to_owned(), message, origin });
+                self.faults.push(given(&message));
                 return text.into();
             }
         };
@@ -270,7 +242,31 @@ impl Tree<'_> {
         }
         let typed =
             replaced || origin.is_some_and(|o| o.starts_with("environment ") || o.starts_with("--set "));
-        if typed { coerce(&text, schema) } else { text.into() }
+        if !typed {
+            return text.into();
+        }
+        coerce(&text, schema).unwrap_or_else(|message| {
+            self.faults.push(given(&message));
+            text.into()
+        })
+    }
+}
+
+/// Whether the value of this key is not to be shown, whatever it is.
+fn is_secret(key: &str) -> bool {
+    const WORDS: [&str; 8] = [
+        "password",
+        "passphrase",
+        "secret",
+        "token",
+        "credential",
+        "jaas",
+        "key.pem",
+        "sasl.oauthbearer.config",
+    ];
+    match key.split_once(".properties.") {
+        Some((_, property)) => WORDS.iter().any(|word| property.contains(word)),
+        None => ["password", "token", "secret"].contains(&key.rsplit('.').next().unwrap_or(key)),
     }
 }
 
@@ -283,30 +279,59 @@ pub(super) fn property<'a>(schema: &'a Value, name: &str) -> &'a Value {
     if named.is_null() { &schema["additionalProperties"] } else { named }
 }
 
-/// Replaces `${env:NAME}` and `${file:/path}`; says whether there was any.
+/// Replaces `${env:NAME}` and `${file:/path}`, and `$$` by `$`. Any other `$` stands for itself. Says whether a
+/// placeholder was replaced.
+///
+/// # Errors
+/// The variable or the file is not there, or a placeholder has no end.
 fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, bool), String> {
-    let mut out = String::new();
+    let mut out = String::with_capacity(text.len());
     let mut rest = text;
     let mut replaced = false;
-    while let Some(start) = rest.find("${") {
-        let Some(length) = rest[start..].find('}') else { break };
-        let name = &rest[start + 2..start + length];
-        out.push_str(&rest[..start]);
-        if let Some(variable) = name.strip_prefix("env:") {
-            let found = environment.iter().find(|(k, _)| k == variable);
-            let (_, value) = found.ok_or_else(|| format!("environment variable {variable} is not set"))?;
-            out.push_str(value);
-        } else if let Some(path) = name.strip_prefix("file:") {
-            let value = std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
-            out.push_str(value.trim_end_matches(['\n', '\r']));
+    while let Some(at) = rest.find('$') {
+        out.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix('$') {
+            out.push('$');
+            rest = after;
+        } else if rest.starts_with("{env:") || rest.starts_with("{file:") {
+            let (placeholder, after) = rest[1..]
+                .split_once('}')
+                .ok_or_else(|| format!("${rest}: the placeholder has no }} (write $$ for a $ of its own)"))?;
+            match placeholder.split_once(':') {
+                Some(("env", name)) => {
+                    let found = environment.iter().find(|(k, _)| k == name);
+                    let (_, value) =
+                        found.ok_or_else(|| format!("environment variable {name} is not set"))?;
+                    out.push_str(value);
+                }
+                _ => {
+                    let path = placeholder.trim_start_matches("file:");
+                    let value = std::fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
+                    out.push_str(value.trim_end_matches(['\n', '\r']));
+                }
+            }
+            replaced = true;
+            rest = after;
         } else {
-            return Err(format!("${{{name}}}: only ${{env:NAME}} and ${{file:/path}} are known"));
+            out.push('$');
         }
-        replaced = true;
-        rest = &rest[start + length + 1..];
     }
     out.push_str(rest);
     Ok((out, replaced))
+}
+
+/// The text that `interpolate` reads as this one.
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for (at, c) in text.char_indices() {
+        let after = &text[at + c.len_utf8()..];
+        if c == '$' && ["$", "{env:", "{file:"].iter().any(|next| after.starts_with(next)) {
+            out.push('$');
+        }
+        out.push(c);
+    }
+    out
 }
 
 pub(super) fn types(schema: &Value) -> Vec<&str> {
@@ -317,26 +342,28 @@ pub(super) fn types(schema: &Value) -> Vec<&str> {
     }
 }
 
-fn coerce(text: &str, schema: &Value) -> Value {
+/// The text of a variable or flag as the type that the schema asks for.
+///
+/// # Errors
+/// It begins as a list and is none.
+fn coerce(text: &str, schema: &Value) -> Result<Value, String> {
     let types = types(schema);
     if text == "null" && types.contains(&"null") {
-        return Value::Null;
+        return Ok(Value::Null);
     }
     let parsed = || serde_json::from_str::<Value>(text).ok();
     if types.contains(&"array") {
-        if text.trim_start().starts_with('[')
-            && let Some(list) = parsed()
-        {
-            return list;
+        if text.trim_start().starts_with('[') {
+            return parsed().ok_or_else(|| format!("{text} is no list: write a,b or [\"a\",\"b\"]"));
         }
         if !types.contains(&"string") {
-            return text.split(',').map(|item| Value::from(item.trim())).collect();
+            return Ok(text.split(',').map(|item| Value::from(item.trim())).collect());
         }
     }
     if types.contains(&"string") || types.is_empty() {
-        return text.into();
+        return Ok(text.into());
     }
-    parsed().unwrap_or_else(|| text.into())
+    Ok(parsed().unwrap_or_else(|| text.into()))
 }
 
 fn fill_defaults(value: &mut Value, schema: &Value) {

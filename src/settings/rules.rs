@@ -1,8 +1,11 @@
 //! What the schema cannot say: rules between keys, and what kandle itself sets in librdkafka.
 
 use rdkafka::ClientConfig;
+use rdkafka::consumer::BaseConsumer;
+use rdkafka::error::{KafkaError, KafkaResult};
 
 use super::{Fields, Format, Guarantee, Properties, Settings, TaskKind};
+use crate::kafka::consumer::Observing;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
 
@@ -26,6 +29,7 @@ const OWNED: &[(&str, &str)] = &[
     ("retries", "a prediction is sent until the broker has it"),
     ("message.send.max.retries", "a prediction is sent until the broker has it"),
     ("transactional.id", "delivery.guarantee decides about transactions"),
+    ("check.crcs", "what a damaged batch holds would be taken for records"),
     ("partitioner", "set output.partition"),
     ("statistics.interval.ms", "the lag metrics are made from it"),
     ("queued.max.messages.kbytes", "set memory.limit"),
@@ -53,12 +57,19 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             fault(&key, message);
         }
     }
+    for (key, message) in check_login(settings) {
+        fault(&key, message);
+    }
     if settings.kafka.brokers.trim().is_empty() {
         fault("kafka.brokers", "names no broker".to_owned());
     }
     let input = &settings.input;
     if input.topics.iter().any(|topic| TopicFilter::is_pattern(topic)) && input.topics.len() > 1 {
         fault("input.topics", "holds names or one pattern that starts with ^, not both".to_owned());
+    }
+    let twice = input.topics.iter().enumerate().find(|(i, topic)| input.topics[..*i].contains(topic));
+    if let Some((_, topic)) = twice {
+        fault("input.topics", format!("{topic} is named twice"));
     }
     for (key, topic) in
         [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)]
@@ -259,6 +270,49 @@ fn check_properties(section: &str, properties: &Properties) -> Vec<(String, Stri
         }
         if let Err(e) = ClientConfig::new().set(name, &value.0).create_native_config() {
             faults.push((key, e.to_string()));
+        }
+    }
+    faults
+}
+
+/// What librdkafka says of the login when it makes a client: which mechanisms there are depends on the build, and some
+/// need other properties. A client without brokers connects to nothing.
+fn check_login(settings: &Settings) -> Vec<(String, String)> {
+    let mut faults: Vec<(String, String)> = Vec::new();
+    for (section, own) in
+        [("input.properties", &settings.input.properties), ("output.properties", &settings.output.properties)]
+    {
+        let all = || {
+            let common = settings.kafka.properties.iter().map(|pair| ("kafka.properties", pair));
+            common.chain(own.iter().map(|pair| (section, pair)))
+        };
+        let last = |name: &str| all().rfind(|(_, (key, _))| *key == name);
+        let Some((protocol_in, (_, protocol))) = last("security.protocol") else { continue };
+        if !protocol.0.to_ascii_uppercase().starts_with("SASL_") {
+            continue;
+        }
+        let mut config = ClientConfig::new();
+        config.set("security.protocol", "SASL_PLAINTEXT").set("log_level", "0");
+        for (_, (name, value)) in all().filter(|(_, (name, _))| name.contains("sasl.")) {
+            // A property that does not exist is a fault of its own.
+            if ClientConfig::new().set(name, &value.0).create_native_config().is_ok() {
+                config.set(name, &value.0);
+            }
+        }
+        let made: KafkaResult<BaseConsumer<Observing>> = config.create_with_context(Observing);
+        if let Err(error) = made {
+            let (section, name) = ["sasl.mechanism", "sasl.mechanisms"]
+                .iter()
+                .find_map(|name| last(name).map(|(section, _)| (section, *name)))
+                .unwrap_or((protocol_in, "security.protocol"));
+            let reason = match error {
+                KafkaError::ClientCreation(reason) => reason,
+                error => error.to_string(),
+            };
+            let fault = (format!("{section}.{name}"), reason);
+            if !faults.contains(&fault) {
+                faults.push(fault);
+            }
         }
     }
     faults

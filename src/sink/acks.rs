@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex};
 
 use rdkafka::bindings::rd_kafka_message_produce_errstr;
 use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{DeliveryResult, ProducerContext};
 use rdkafka::types::RDKafkaErrorCode;
 
+use crate::kafka::log;
 use crate::telemetry::Health;
 
 /// Identifies a record with a message under way: window number and place in the window, in the one
@@ -77,6 +79,10 @@ impl ClientContext for Reports {
         }
         tracing::warn!(%error, reason, "producer error");
         self.health.error(&format!("producer: {reason}"));
+    }
+
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log::librdkafka(level, facility, text);
     }
 }
 

@@ -7,14 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
-use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 
 use super::start::{Begin, begins};
 use crate::kafka::cluster;
-use crate::kafka::consumer;
+use crate::kafka::consumer::{self, Observer};
 use crate::kafka::metadata::Metadata;
 use crate::kafka::native::{self, Identity};
 use crate::kafka::range::{self, ASK, Range, RangeError};
@@ -233,7 +232,7 @@ pub fn standing<'a>(
 
 /// The offsets of a client's group, less those of earlier topics of the same names.
 pub(super) fn standing_of<'a>(
-    consumer: &BaseConsumer,
+    consumer: &Observer,
     partitions: impl Iterator<Item = &'a Partition>,
 ) -> Result<HashMap<Partition, i64>, KafkaError> {
     let mut list = TopicPartitionList::new();

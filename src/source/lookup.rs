@@ -17,7 +17,7 @@ use super::damage::{self, Damage};
 use super::drain::standing_of;
 use super::start::{Begin, StartOf, begins};
 use crate::kafka::cluster::committed;
-use crate::kafka::consumer;
+use crate::kafka::consumer::{self, Observer};
 use crate::kafka::metadata::{Metadata, add_offset};
 use crate::kafka::native::{self, First, Identity};
 use crate::kafka::range::{self, ASK, RangeError};
@@ -160,8 +160,8 @@ struct Thread {
     setup: Setup,
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
-    prober: Option<BaseConsumer>,
-    bystander: Option<BaseConsumer>,
+    prober: Option<Observer>,
+    bystander: Option<Observer>,
     /// The last failure that was logged.
     said: Option<(String, Instant)>,
 }
@@ -222,14 +222,14 @@ impl Thread {
         }
     }
 
-    fn prober(&mut self) -> Result<&BaseConsumer, KafkaError> {
+    fn prober(&mut self) -> Result<&Observer, KafkaError> {
         match &mut self.prober {
             Some(prober) => Ok(prober),
             none => Ok(none.insert(consumer::prober(&self.setup.config)?)),
         }
     }
 
-    fn bystander(&mut self) -> Result<&BaseConsumer, KafkaError> {
+    fn bystander(&mut self) -> Result<&Observer, KafkaError> {
         match &mut self.bystander {
             Some(bystander) => Ok(bystander),
             none => Ok(none.insert(consumer::bystander(&self.setup.config)?)),

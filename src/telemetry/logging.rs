@@ -14,8 +14,10 @@ pub fn start(log: &Log) {
         LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
     };
+    // Of libraries no more than their warnings, unless RUST_LOG asks for it.
+    let others = if log.level == LogLevel::Error { "error" } else { "warn" };
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new(format!("warn,kandle={level},librdkafka=warn,rdkafka=error")));
+        .unwrap_or_else(|_| EnvFilter::new(format!("{others},kandle={level},rdkafka=error")));
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second start, as in tests, keeps the first.
     let _ = match log.format {

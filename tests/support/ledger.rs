@@ -12,8 +12,11 @@ use super::{Got, Place, from_the_beginning, unique};
 /// Reads both output topics as they grow.
 pub struct Ledger {
     consumer: BaseConsumer,
+    input: String,
     /// By input position: how many predictions, tombstones and dead letters.
     seen: HashMap<(i32, i64), u32>,
+    /// The same of other input topics, by the value's `id`: their positions come again when they are recreated.
+    others: HashMap<u64, u32>,
     /// By input partition, the last position whose first outcome was read from its output partition.
     last: HashMap<(i32, String, i32), i64>,
     /// First outcomes that came after a later position's.
@@ -34,7 +37,14 @@ impl Ledger {
             .create()
             .expect("a consumer");
         from_the_beginning(&consumer, &[&place.output, &place.dead]);
-        Self { consumer, seen: HashMap::new(), last: HashMap::new(), out_of_order: Vec::new() }
+        Self {
+            consumer,
+            input: place.input.clone(),
+            seen: HashMap::new(),
+            others: HashMap::new(),
+            last: HashMap::new(),
+            out_of_order: Vec::new(),
+        }
     }
 
     /// How many positions have an outcome now.
@@ -51,6 +61,11 @@ impl Ledger {
             match self.consumer.poll(until.saturating_duration_since(Instant::now())) {
                 Some(Ok(message)) => {
                     let got = Got::from(&message);
+                    if got.source_topic() != self.input {
+                        let id = got.json()["id"].as_u64().expect("a record of another topic has an id");
+                        *self.others.entry(id).or_default() += 1;
+                        continue;
+                    }
                     let (partition, offset) = got.source();
                     let count = self.seen.entry((partition, offset)).or_default();
                     *count += 1;
@@ -78,7 +93,12 @@ impl Ledger {
 
     /// Outcomes beyond the first of a position.
     pub fn duplicates(&self) -> u64 {
-        self.seen.values().map(|&count| u64::from(count) - 1).sum()
+        self.seen.values().chain(self.others.values()).map(|&count| u64::from(count) - 1).sum()
+    }
+
+    /// Of the records of other topics with these ids, those that have no outcome.
+    pub fn missing_others(&self, ids: std::ops::Range<u64>) -> Vec<u64> {
+        ids.filter(|id| !self.others.contains_key(id)).collect()
     }
 
     /// Positions below `ends` (by partition) that have no outcome.

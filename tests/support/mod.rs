@@ -22,6 +22,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::message::{Header, Headers, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::RDKafkaErrorCode;
 
 use kafka::Kafka;
 
@@ -140,6 +141,11 @@ impl Place {
     }
 
     pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
+        assert!(self.try_create(topic, partitions, config), "{topic} is there already");
+    }
+
+    /// False where the topic is there, perhaps still being deleted.
+    pub fn try_create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) -> bool {
         let mut topic_ = NewTopic::new(topic, partitions, TopicReplication::Fixed(-1));
         for (key, value) in config {
             topic_ = topic_.set(key, value);
@@ -147,14 +153,26 @@ impl Place {
         let made = self.administer(async |admin, options| {
             admin.create_topics([&topic_], options).await.expect("an answer")
         });
-        made.into_iter().for_each(|result| drop(result.expect("a topic")));
+        made.into_iter().all(|result| match result {
+            Ok(_) => true,
+            Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => false,
+            Err(error) => panic!("{error:?}"),
+        })
     }
 
-    /// Changes a topic's configuration.
+    /// Gives a topic its broker's defaults again.
+    pub fn configure_anew(&self, topic: &str) {
+        self.alter(&AlterConfig::new(ResourceSpecifier::Topic(topic)));
+    }
+
+    /// Gives a topic this, and its broker's defaults else.
     pub fn configure(&self, topic: &str, name: &str, value: &str) {
-        let changes = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(name, value);
+        self.alter(&AlterConfig::new(ResourceSpecifier::Topic(topic)).set(name, value));
+    }
+
+    fn alter(&self, changes: &AlterConfig<'_>) {
         let changed = self.administer(async |admin, options| {
-            admin.alter_configs([&changes], options).await.expect("an answer")
+            admin.alter_configs([changes], options).await.expect("an answer")
         });
         changed.into_iter().for_each(|result| drop(result.expect("changed")));
     }
@@ -385,6 +403,11 @@ impl Got {
     /// The last one, as Kafka's lastHeader does it.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Topic of `kandle-source`.
+    pub fn source_topic(&self) -> &str {
+        self.header("kandle-source").and_then(|source| source.split('/').next()).expect("kandle-source")
     }
 
     /// Partition and offset of `kandle-source`.

@@ -24,7 +24,7 @@ app.kubernetes.io/component: {{ .Values.mode }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 }}
 {{- with .Values.commonLabels }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- end }}
 
@@ -44,13 +44,45 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
+{{/* YAML of a dict or list. Helm reads whole numbers as floats, and writes 1000000 as 1e+06. */}}
+{{- define "kandle.toYaml" -}}
+{{- $holder := dict "value" . | deepCopy }}
+{{- include "kandle.whole" $holder }}
+{{- toYaml $holder.value }}
+{{- end }}
+
+{{/* Makes whole numbers of a dict whole, in place. */}}
+{{- define "kandle.whole" -}}
+{{- $dict := . }}
+{{- range $name, $value := $dict }}
+{{- if kindIs "map" $value }}
+{{- include "kandle.whole" $value }}
+{{- else if kindIs "slice" $value }}
+{{- $items := list }}
+{{- range $value }}
+{{- $item := dict "value" . }}
+{{- include "kandle.whole" $item }}
+{{- $items = append $items $item.value }}
+{{- end }}
+{{- $_ := set $dict $name $items }}
+{{- else if and (kindIs "float64" $value) (lt $value 9e15) (eq (floor $value) $value) }}
+{{- $_ := set $dict $name (int64 $value) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* A number or a percentage. */}}
+{{- define "kandle.intOrString" -}}
+{{- if kindIs "string" . }}{{ . }}{{ else }}{{ int64 . }}{{ end }}
+{{- end }}
+
 {{/* The configuration file. What looks like a secret and is none of ${env:…} and ${file:…} is refused. */}}
 {{- define "kandle.config" -}}
 {{- $config := .Values.config }}
 {{- range list "kafka" "input" "output" }}
 {{- $section := . }}
 {{- range $name, $value := (get $config $section | default dict).properties | default dict }}
-{{- if and (regexMatch "(?i)(password|secret|token|\\.pem$|key\\.pem)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value))) }}
+{{- if and (regexMatch "(?i)(password|passphrase|secret|token|credential|jaas|key\\.pem|sasl\\.oauthbearer\\.config)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value))) }}
 {{- fail (printf "config.%s.properties.%s would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" $section $name) }}
 {{- end }}
 {{- end }}
@@ -60,7 +92,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- fail "config.model.token would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" }}
 {{- end }}
 {{- end }}
-{{- toYaml $config }}
+{{- include "kandle.toYaml" $config }}
 {{- end }}
 
 {{/* The port of server.listen. */}}
@@ -71,6 +103,59 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- fail "config.server.listen: probes and scrapes want a port that is known: not 0" }}
 {{- end }}
 {{- $port }}
+{{- end }}
+
+{{/* The ports of the brokers: config.kafka.brokers', and networkPolicy.kafkaPorts. */}}
+{{- define "kandle.kafkaPorts" -}}
+{{- $ports := list }}
+{{- range .Values.networkPolicy.kafkaPorts }}
+{{- $ports = append $ports (int64 .) }}
+{{- end }}
+{{- $brokers := .Values.config.kafka.brokers }}
+{{- if regexMatch "\\$\\{(env|file):" $brokers }}
+{{- if not $ports }}
+{{- fail "config.kafka.brokers is only known when kandle starts: networkPolicy.kafkaPorts has to name the brokers' ports" }}
+{{- end }}
+{{- else }}
+{{- range splitList "," $brokers }}
+{{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" (trim .)) | default "9092" | int64) }}
+{{- end }}
+{{- end }}
+{{- range uniq $ports }}
+- { port: {{ . }}, protocol: TCP }
+{{- end }}
+{{- end }}
+
+{{/* The port of otel.endpoint; nothing without one. */}}
+{{- define "kandle.otelPort" -}}
+{{- with (.Values.config.otel | default dict).endpoint }}
+{{- if regexMatch "\\$\\{(env|file):" . }}
+{{- if not $.Values.networkPolicy.extraEgress }}
+{{- fail "config.otel.endpoint is only known when kandle starts: networkPolicy.extraEgress has to allow it" }}
+{{- end }}
+{{- else }}
+{{- $url := urlParse . }}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (eq $url.scheme "https" | ternary "443" "80") }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* A field of a KEDA trigger. KEDA can read one that is an environment variable of the pods. */}}
+{{- define "kandle.kedaField" -}}
+{{- if regexMatch "^\\$\\{env:[^}]+\\}$" .value -}}
+{{ .name }}FromEnv: {{ .value | trimPrefix "${env:" | trimSuffix "}" | quote }}
+{{- else if regexMatch "\\$\\{(env|file):" .value }}
+{{- fail (printf "keda.trigger kafka cannot read config.%s: %s. It takes a plain value or one ${env:NAME}; keda.trigger prometheus needs neither" .key .value) }}
+{{- else -}}
+{{ .name }}: {{ .value | replace "$$" "$" | quote }}
+{{- end }}
+{{- end }}
+
+{{/* Annotations of the workload itself. */}}
+{{- define "kandle.workloadAnnotations" -}}
+{{- with .Values.workloadAnnotations }}
+annotations: {{- include "kandle.toYaml" . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{/* Whole seconds of a duration such as 1m 30s, at least 1. */}}
@@ -127,7 +212,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 - --config=/etc/kandle/kandle.yaml
 {{- with .Values.extraArgs }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- end }}
 
@@ -146,7 +231,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
   valueFrom: { secretKeyRef: { name: {{ .secret }}, key: {{ .key }} } }
 {{- end }}
 {{- with .Values.extraEnv }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- end }}
 
@@ -173,7 +258,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
   secret: { secretName: {{ $file.secret }} }
 {{- end }}
 {{- with .Values.extraVolumes }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- end }}
 
@@ -185,7 +270,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 - { name: secret-{{ $i }}, mountPath: {{ $file.mountPath }}, readOnly: true }
 {{- end }}
 {{- with .Values.extraVolumeMounts }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- end }}
 
@@ -193,10 +278,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- define "kandle.container" -}}
 image: {{ include "kandle.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
-securityContext: {{- toYaml .Values.securityContext | nindent 2 }}
+securityContext: {{- include "kandle.toYaml" .Values.securityContext | nindent 2 }}
 volumeMounts: {{- include "kandle.mounts" . | nindent 2 }}
 {{- with .Values.extraEnvFrom }}
-envFrom: {{- toYaml . | nindent 2 }}
+envFrom: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 {{- end }}
 
@@ -206,13 +291,13 @@ envFrom: {{- toYaml . | nindent 2 }}
 {{- $limits := merge (dict .Values.gpu.resource .Values.gpu.count) ($resources.limits | default dict) }}
 {{- $_ := set $resources "limits" $limits }}
 {{- end }}
-{{- toYaml $resources }}
+{{- include "kandle.toYaml" $resources }}
 {{- end }}
 
 {{- define "kandle.podAnnotations" -}}
 checksum/config: {{ include "kandle.config" . | sha256sum }}
 {{- with .Values.podAnnotations }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- end }}
 
@@ -221,22 +306,34 @@ checksum/config: {{ include "kandle.config" . | sha256sum }}
 {{ include "kandle.selectorLabels" . }}
 app.kubernetes.io/component: {{ .Values.mode }}
 {{- with .Values.commonLabels }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- with .Values.podLabels }}
-{{ toYaml . }}
+{{ include "kandle.toYaml" . }}
 {{- end }}
 {{- end }}
 
 {{/* The pod's spec, but for restartPolicy. */}}
 {{- define "kandle.pod" -}}
+{{- if and .Values.sidecars (ne .Values.mode "run") }}
+{{- fail "sidecars: a Job would not end before they do; initContainers with restartPolicy: Always do not hold it up" }}
+{{- end }}
 serviceAccountName: {{ include "kandle.serviceAccountName" . }}
 automountServiceAccountToken: false
 enableServiceLinks: false
-securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
+securityContext: {{- include "kandle.toYaml" .Values.podSecurityContext | nindent 2 }}
 terminationGracePeriodSeconds: {{ include "kandle.grace" . }}
 {{- with .Values.imagePullSecrets }}
-imagePullSecrets: {{- toYaml . | nindent 2 }}
+imagePullSecrets: {{- include "kandle.toYaml" . | nindent 2 }}
+{{- end }}
+{{- with .Values.hostAliases }}
+hostAliases: {{- include "kandle.toYaml" . | nindent 2 }}
+{{- end }}
+{{- with .Values.dnsPolicy }}
+dnsPolicy: {{ . }}
+{{- end }}
+{{- with .Values.dnsConfig }}
+dnsConfig: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 {{- with .Values.runtimeClassName }}
 runtimeClassName: {{ . }}
@@ -245,17 +342,17 @@ runtimeClassName: {{ . }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- with .Values.nodeSelector }}
-nodeSelector: {{- toYaml . | nindent 2 }}
+nodeSelector: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 {{- with .Values.tolerations }}
-tolerations: {{- toYaml . | nindent 2 }}
+tolerations: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 {{- with .Values.affinity }}
-affinity: {{- toYaml . | nindent 2 }}
+affinity: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 topologySpreadConstraints:
 {{- with .Values.topologySpreadConstraints }}
-{{- toYaml . | nindent 2 }}
+{{- include "kandle.toYaml" . | nindent 2 }}
 {{- else }}
   - maxSkew: 1
     topologyKey: kubernetes.io/hostname
@@ -263,8 +360,13 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels: {{- include "kandle.selectorLabels" . | nindent 8 }}
 {{- end }}
-{{- if .Values.checkBeforeStart }}
+{{- if or .Values.initContainers .Values.checkBeforeStart }}
 initContainers:
+{{- with .Values.initContainers }}
+{{- include "kandle.toYaml" . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- if .Values.checkBeforeStart }}
   - name: check
     args: [check, --config=/etc/kandle/kandle.yaml]
     {{- include "kandle.container" . | nindent 4 }}
@@ -282,17 +384,23 @@ containers:
     ports:
       - { name: metrics, containerPort: {{ include "kandle.port" . }} }
     resources: {{- include "kandle.resources" . | nindent 6 }}
+    {{- with .Values.lifecycle }}
+    lifecycle: {{- include "kandle.toYaml" . | nindent 6 }}
+    {{- end }}
     # SIGTERM finishes what is in flight, commits and leaves the group: no preStop hook is needed.
     startupProbe:
       httpGet: { path: /livez, port: metrics }
-      {{- toYaml .Values.probes.startup | nindent 6 }}
+      {{- include "kandle.toYaml" .Values.probes.startup | nindent 6 }}
     livenessProbe:
       httpGet: { path: /livez, port: metrics }
-      {{- toYaml .Values.probes.liveness | nindent 6 }}
+      {{- include "kandle.toYaml" .Values.probes.liveness | nindent 6 }}
 {{- if eq .Values.mode "run" }}
     readinessProbe:
       httpGet: { path: /readyz, port: metrics }
-      {{- toYaml .Values.probes.readiness | nindent 6 }}
+      {{- include "kandle.toYaml" .Values.probes.readiness | nindent 6 }}
+{{- end }}
+{{- with .Values.sidecars }}
+{{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 volumes: {{- include "kandle.volumes" . | nindent 2 }}
 {{- end }}
