@@ -20,6 +20,10 @@ pub const FETCH_BACKOFF_MS: &str = "5";
 /// measured by the resident memory of a consumer that is not polled (about 550 bytes, rounded up).
 const MESSAGE_OVERHEAD: u64 = 640;
 
+/// What a message may hold that librdkafka does not count: it weighs a queue by the bytes of values, and headers are not
+/// among them. Only the number of messages bounds those.
+const UNCOUNTED: u64 = 20 << 10;
+
 /// By how much an answer grows that is full of messages of about 20 bytes.
 const SMALLEST_GROWTH: u64 = MESSAGE_OVERHEAD / 20;
 
@@ -40,13 +44,13 @@ impl Prefetch {
     /// member may be given them all.
     pub fn within(share: u64, partitions: u64) -> Self {
         let partitions = partitions.max(1);
-        // A quarter for bytes, a quarter for what small messages take beside them, and a quarter for the
-        // answer that comes when both are nearly full.
+        // A quarter for the bytes of values, a quarter for headers and what messages take beside them, and a quarter for
+        // the answer that comes when both are nearly full.
         let quarter = share / 4;
         let partition = (quarter / SMALLEST_GROWTH / partitions).clamp(16 << 10, 1 << 20);
         Self {
             kib: (quarter / 1024).clamp(1, 2_097_151),
-            messages: (quarter / MESSAGE_OVERHEAD / partitions).clamp(16, 100_000),
+            messages: (quarter / UNCOUNTED / partitions).clamp(16, 100_000),
             answer: (quarter / 4).clamp(partition, 50 << 20),
             partition,
         }
@@ -192,10 +196,12 @@ mod tests {
         for share in [4 << 20, 64 << 20, 256 << 20, 4u64 << 30] {
             for partitions in [1, 4, 64] {
                 let p = Prefetch::within(share, partitions);
-                assert!(p.kib * 1024 + p.messages * partitions * MESSAGE_OVERHEAD <= share, "{p:?}");
+                // Once a partition has its least number of messages.
+                let uncounted = p.messages.max(17) - 17;
+                assert!(p.kib * 1024 + uncounted * partitions * UNCOUNTED <= share, "{p:?}");
                 assert!(p.answer <= 50 << 20 && p.partition <= p.answer, "{p:?}");
             }
         }
-        assert_eq!(Prefetch::within(1 << 30, 1).messages, 100_000, "no more than librdkafka's own");
+        assert_eq!(Prefetch::within(1 << 40, 1).messages, 100_000, "no more than librdkafka's own");
     }
 }
