@@ -15,7 +15,9 @@ help: ## This list
 .PHONY: demo
 demo: ## An embedded broker, the bundled model, tickets classified: no set-up
 	@scripts/setup.sh build
-	cargo run --quiet -- demo
+	# Builds one test too, so that dependencies are compiled once, with the features that `make test` uses.
+	cargo build --quiet --features failpoints --bin kandle --test readme
+	$${CARGO_TARGET_DIR:-target}/debug/kandle demo
 
 .PHONY: test
 test: ## Unit, golden and end-to-end tests on a real Kafka (KANDLE_TEST_BROKERS=host:port takes another)

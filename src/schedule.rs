@@ -90,7 +90,7 @@ impl Schedule {
         }
         if settings.periods.is_empty() && (settings.unload_model || settings.outside == Outside::Leave) {
             let key = if settings.unload_model { "unload_model" } else { "outside" };
-            fault(key, "means nothing without schedule.periods".to_owned());
+            fault(key, "has no effect without schedule.periods".to_owned());
         }
         if !faults.is_empty() {
             return Err(faults);

@@ -5,7 +5,7 @@
 //! lost, what came twice and what came out of order.
 //!
 //! `make test` runs a short schedule of each guarantee, `make chaos` long ones. CHAOS_SEED repeats a
-//! schedule, CHAOS_FAULTS says how long it is.
+//! schedule, CHAOS_FAULTS says how long it is, CHAOS_ONLY=Recreate,Kill draws only these.
 
 mod support;
 
@@ -21,7 +21,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use support::kafka::{self, Kafka};
 use support::ledger::Ledger;
-use support::{Daemon, PATIENCE, Place, Sent, until};
+use support::{Daemon, Got, PATIENCE, Place, Sent, until};
 
 const PARTITIONS: i32 = 6;
 /// Members that the schedule keeps.
@@ -185,6 +185,15 @@ fn produce(place: &Place, stop: Arc<AtomicBool>, made: Arc<AtomicU64>) -> std::t
     })
 }
 
+/// Whether a record is published or a dead letter by what the topics take at the time. After a crash it may become the
+/// other, behind records that were published before.
+fn depends_on_configuration(got: &Got) -> bool {
+    got.key.is_none()
+        || got.timestamp == Some(YEAR_2020)
+        || got.header("trace").is_some()
+        || got.header("kandle-error").is_some_and(|error| ["refused", "too_large"].contains(&error))
+}
+
 fn now_ms() -> i64 {
     std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_millis() as i64
 }
@@ -273,10 +282,10 @@ impl Chaos {
                 self.change(written, "message.timestamp.before.max.ms", "86400000", time);
             }
             Fault::Quota(bytes, time) => {
-                let rate = format!("producer_byte_rate={bytes}");
-                self.quota(&["--add-config", &rate]);
+                self.quota(bytes);
                 self.pass(time);
-                self.quota(&["--delete-config", "producer_byte_rate"]);
+                // Not deleted: a broker that has not heard of it yet would refuse that.
+                self.quota(1 << 40);
             }
             Fault::Recreate(records) => self.recreate(records),
             Fault::Broker(which, time) => {
@@ -310,10 +319,11 @@ impl Chaos {
     }
 
     /// What members may publish, by their client.id.
-    fn quota(&self, change: &[&str]) {
-        let common = ["--bootstrap-server", &self.place.brokers, "--alter"];
+    fn quota(&self, bytes_per_second: u64) {
+        let rate = format!("producer_byte_rate={bytes_per_second}");
         let entity = ["--entity-type", "clients", "--entity-name", "kandle"];
-        kafka::tool("kafka.admin.ConfigCommand", &[&common[..], change, &entity[..]].concat());
+        let change = ["--bootstrap-server", &self.place.brokers, "--alter", "--add-config", &rate];
+        kafka::tool("kafka.admin.ConfigCommand", &[&change[..], &entity[..]].concat());
     }
 
     /// Waits for the outcome of all records that the other topic has had.
@@ -363,6 +373,8 @@ fn chaos(guarantee: &str, faults: u64) {
     let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
     let seed = number("CHAOS_SEED", std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_nanos() as u64);
     let faults = number("CHAOS_FAULTS", faults);
+    let only = std::env::var("CHAOS_ONLY").unwrap_or_default();
+    let only: Vec<&str> = only.split(',').filter(|name| !name.is_empty()).collect();
     println!("chaos: {guarantee}, {faults} faults; again with CHAOS_SEED={seed}");
     let mut random = Random(seed);
     let kafka = Kafka::start(3);
@@ -379,12 +391,15 @@ fn chaos(guarantee: &str, faults: u64) {
             "input",
             &format!("{{ topics: [$INPUT, {}], group: $GROUP, field: /text, properties: {{ group.protocol: {protocol}{session} }} }}", other.input),
         ),
-        ("output", "{ topic: $OUTPUT, partition: source, properties: { transaction.timeout.ms: 10000 } }"),
+        ("output", "{ topic: $OUTPUT, include: [/id], partition: source, properties: { transaction.timeout.ms: 10000 } }"),
         ("delivery", &format!("{{ guarantee: {guarantee}, commit_interval: 300ms, revoke_timeout: 5s }}")),
         ("window", "{ max_wait: 50ms, max_records: 100, max_bytes: 1MiB }"),
     ]);
     let config = config.replace("$BROKERS", &format!("\"{}\"", kafka.brokers));
-    let ledger = Ledger::of(&place);
+    let mut ledger = Ledger::of(&place);
+    if guarantee == "at_least_once" {
+        ledger = ledger.with_unordered(depends_on_configuration);
+    }
     let (stop, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let producer = produce(&place, Arc::clone(&stop), Arc::clone(&made));
     let mut chaos = Chaos { kafka, place, config, members: Vec::new(), ledger, other, others: 0, gave_up: 0 };
@@ -392,7 +407,12 @@ fn chaos(guarantee: &str, faults: u64) {
     chaos.members = (0..MEMBERS).map(|_| chaos.member(false)).collect();
     let started = Instant::now();
     for i in 0..faults {
-        let fault = Fault::draw(&mut random, chaos.kafka.count());
+        let fault = loop {
+            let fault = Fault::draw(&mut random, chaos.kafka.count());
+            if only.is_empty() || only.iter().any(|name| format!("{fault:?}").starts_with(name)) {
+                break fault;
+            }
+        };
         println!(
             "{:6.1} s  fault {i}: {fault:?}; {} of {} records have their outcome",
             started.elapsed().as_secs_f64(),
@@ -434,7 +454,7 @@ fn chaos(guarantee: &str, faults: u64) {
     );
     assert_eq!(chaos.ledger.out_of_order, Vec::<String>::new(), "CHAOS_SEED={seed}");
     if guarantee == "exactly_once" {
-        assert_eq!(chaos.ledger.duplicates(), 0, "CHAOS_SEED={seed}");
+        assert_eq!(chaos.ledger.doubled(), Vec::<String>::new(), "CHAOS_SEED={seed}");
     }
 }
 

@@ -183,7 +183,7 @@ batch: { max_token: 5 }
     let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
     for (key, parts) in [
         ("kafka.brokers", &["is required"][..]),
-        ("kafka.properties.enable.auto.commit", &["kandle's to set"]),
+        ("kafka.properties.enable.auto.commit", &["managed by kandle"]),
         ("kafka.properties.nonsense", &["nonsense", "base.yaml"]),
         ("input.gruop", &["did you mean input.group?", "base.yaml"]),
         ("input.group", &["is required"]),
@@ -216,29 +216,29 @@ fn rules_between_keys() {
     assert!(faults("").is_empty());
     one_fault("input: { field: null }", &["input.field", "needs a field or a template"]);
     one_fault("input: { template: '{{ x }}' }", &["input.template", "instead of input.field"]);
-    one_fault("input: { field: null, template: '{{ x' }", &["input.template", "no template"]);
+    one_fault("input: { field: null, template: '{{ x' }", &["input.template", "not a valid template"]);
     one_fault("input: { field: text }", &["input.field", "JSON Pointer: /text?"]);
-    one_fault("input: { format: text }", &["input.field", "means nothing with input.format: text"]);
+    one_fault("input: { format: text }", &["input.field", "has no effect with input.format: text"]);
     one_fault("input: { topics: [out] }", &["output.topic", "would read what it wrote"]);
     one_fault("input: { topics: [] }", &["input.topics"]);
     one_fault("input: { topics: [a, b, a] }", &["input.topics", "a is named twice"]);
     one_fault("input: { topics: ['^o.*'] }", &["output.topic", "would read what it wrote"]);
-    one_fault("input: { topics: ['^(a'] }", &["input.topics", "no pattern"]);
+    one_fault("input: { topics: ['^(a'] }", &["input.topics", "not a valid pattern"]);
     one_fault("input: { topics: ['a b'] }", &["input.topics", "not a topic's name"]);
     one_fault("input: { topics: ['^a.*', b] }", &["input.topics", "not both"]);
     one_fault("dead_letters: { topic: out }", &["dead_letters.topic", "the same as output.topic"]);
     one_fault("output: { include: [/a/label] }", &["output.include", "already has a field \"label\""]);
     one_fault("output: { include: [/a/id, /b/id] }", &["output.include", "already has a field \"id\""]);
     one_fault("task: { kind: similarity }", &["task.candidates", "needs a file"]);
-    one_fault("task: { candidates: x }", &["task.candidates", "means nothing"]);
-    one_fault("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "means nothing"]);
+    one_fault("task: { candidates: x }", &["task.candidates", "has no effect"]);
+    one_fault("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "has no effect"]);
     one_fault("task: { kind: noop }", &["model.source", "noop runs no model"]);
     one_fault("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
     one_fault("server: { listen: here }", &["server.listen", "address:port"]);
     one_fault("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
     one_fault("max_records: 5", &["max_records", "did you mean window.max_records?"]);
     one_fault("batch: { timeout: 10m }", &["batch.timeout", "not less than server.stall_after 5m"]);
-    one_fault("delivery: { transactional_id: x }", &["delivery.transactional_id", "means nothing"]);
+    one_fault("delivery: { transactional_id: x }", &["delivery.transactional_id", "has no effect"]);
     let exactly_once = "delivery: { guarantee: exactly_once }\n";
     assert!(faults(exactly_once).is_empty());
     one_fault(
@@ -319,9 +319,55 @@ fn properties_keep_their_text_and_secrets_of_any_type_are_hidden() {
     }
     assert!(shown.contains("1.10") && shown.matches("<hidden>").count() == 4, "{shown}");
     // Nor does a fault name them.
-    let faults =
-        faults("kafka: { properties: { sasl: { password: hunter2 } } }\nmodel: { token: [hunter2] }\n");
-    assert!(faults.len() == 2 && !faults.join("").contains("hunter2"), "{faults:#?}");
+    for more in [
+        "kafka: { properties: { sasl: { password: hunter2 } } }\nmodel: { token: [hunter2] }\n",
+        "kafka: { properties: 'sasl.password=hunter2' }\ninput: { start: 7 }\n",
+        "kafka: { properties: { sasl.jaas.config: 'password=hunter2', ssl.truststore.password: hunter2 } }\n",
+        "kafka: { properties: { sasl.pasword: hunter2, Ssl.Password: hunter2 } }\n",
+        "kafka: { properties: { sasl.password: '${env:OPEN hunter2', ssl.key.password: '${env:A hunter2} b' } }\n",
+    ] {
+        let faults = faults(more);
+        assert!(faults.len() == 2 && !faults.join("").contains("hunter2"), "{faults:#?}");
+    }
+    let refused = |set: &[&str], environment: &[(&str, &str)]| {
+        let faults = load(std::slice::from_ref(&config.path), set, environment).expect_err("faults");
+        let text = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        assert!(!text.contains("hunter2"), "{text}");
+        text
+    };
+    let object = r#"{"sasl.password":"hunter2"}"#;
+    assert!(refused(&[], &[("KANDLE__KAFKA__PROPERTIES", object)]).contains("is a section"));
+    assert!(refused(&[&format!("kafka.properties={object}")], &[]).contains("is a section"));
+    assert!(refused(&["kafka.properties.sasl.password:hunter2"], &[]).contains("expected section.key=value"));
+    refused(&["input.topics=${env:T}"], &[("T", "[hunter2")]);
+    let toml = file("broken.toml", "[kafka.properties]\n\"sasl.password\" = hunter2\n");
+    let faults = load(std::slice::from_ref(&toml.path), &[], &[]).expect_err("a fault");
+    let fault = faults[0].to_string();
+    assert!(fault.contains("broken.toml: line 2: ") && !fault.contains("hunter2"), "{fault}");
+    // A variable brings a secret as it is.
+    let variable = [("KANDLE__KAFKA__PROPERTIES__SASL_PASSWORD", "pa$$word")];
+    let loaded = load(std::slice::from_ref(&config.path), &[], &variable).expect("a configuration");
+    assert_eq!(loaded.settings.kafka.properties["sasl.password"].0, "pa$$word");
+}
+
+#[test]
+fn a_fault_of_a_property_hides_no_other() {
+    let faults = faults(
+        "kafka: { properties: { sasl.password: '${env:NOT_SET}' } }\ninput: { topics: [out] }\nwindow: { max_records: 0 }\n",
+    );
+    assert_eq!(faults.len(), 3, "{faults:#?}");
+    one_fault("kafka.properties: { client.id: 0123 }", &["kafka.properties is not a section"]);
+    one_fault(
+        "kafka: { properties: { sasl.mechanism: PLAIN } }\noutput: { properties: { sasl.mechanisms: PLAIN } }",
+        &[
+            "output.properties.sasl.mechanisms",
+            "same property as sasl.mechanism, which kafka.properties sets",
+        ],
+    );
+    one_fault(
+        "output: { properties: { delivery.report.only.error: true } }",
+        &["output.properties.delivery.report.only.error", "managed by kandle"],
+    );
 }
 
 #[test]
@@ -362,7 +408,7 @@ fn what_the_build_lacks_is_refused() {
     one_fault(&sasl(", sasl.mechanisms: PLAIN"), &["kafka.properties.sasl.mechanisms", "sasl.username"]);
     one_fault(
         &sasl(", sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.method: oidc"),
-        &["kafka.properties.sasl.oauthbearer.method", "oidc"],
+        &["kafka.properties.sasl.oauthbearer.method", "not supported in this build"],
     );
     let scram = ", sasl.mechanism: SCRAM-SHA-512, sasl.username: u, sasl.password: p";
     assert!(faults(&sasl(scram)).is_empty(), "{:?}", faults(&sasl(scram)));

@@ -201,6 +201,28 @@ fn a_topic_that_becomes_compacted_refuses_one_record_of_many() {
     }
 }
 
+/// Nothing is known of the topic: the broker's refusals are all there is to go by, again and again.
+#[test]
+fn a_topic_whose_configuration_cannot_be_read_refuses_some_records() {
+    for delivery in DELIVERIES {
+        let case = Case::new("unknown", &[("cleanup.policy", "compact")], &[]);
+        let acl = |rule: &[&str]| {
+            let common =
+                ["--bootstrap-server", &case.place.brokers, "--add", "--force", "--topic", &case.output];
+            kafka::tool("org.apache.kafka.tools.AclCommand", &[&common[..], rule].concat());
+        };
+        acl(&["--allow-principal", "User:*", "--operation", "All"]);
+        acl(&["--deny-principal", "User:*", "--operation", "DescribeConfigs"]);
+        let keyless = |i: usize| i % 100 == 50 || i == 51;
+        case.place.produce((0..300).map(|i| if keyless(i) { Sent::new(0, "no key") } else { keyed(i) }));
+        let daemon = case.start(delivery);
+        assert_eq!(offsets(&case.dead_letters(4)), [50, 51, 150, 250], "{}", daemon.log());
+        let want: Vec<i64> = (0..300).filter(|&i| !keyless(i as usize)).collect();
+        assert_eq!(offsets(&case.predictions(296)), want, "{}", daemon.log());
+        case.finish(daemon, 300);
+    }
+}
+
 #[test]
 fn a_timestamp_that_the_topic_refuses() {
     for delivery in DELIVERIES {

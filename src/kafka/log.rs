@@ -2,8 +2,10 @@
 
 use rdkafka::config::RDKafkaLogLevel;
 
-/// What librdkafka says of settings that kandle chose itself. Users can neither change them nor act on it.
-const OWN_CHOICES: [&str; 1] = ["enable.gapless.guarantee is experimental"];
+/// What librdkafka says of a setting that kandle chose itself: users cannot change it, and a batch that is refused is
+/// recovered from (`sink::recovery`, which says so).
+const OWN_CHOICES: [&str; 2] =
+    ["enable.gapless.guarantee is experimental", "Gap-less ordering would not be guaranteed"];
 
 /// Logs a line of librdkafka. `facility` is its short name for the kind of event, such as `FAIL`.
 pub fn librdkafka(level: RDKafkaLogLevel, facility: &str, text: &str) {

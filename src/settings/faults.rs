@@ -59,9 +59,11 @@ pub(super) fn check(
         let key =
             error.instance_path().to_string().trim_start_matches('/').replace("~1", "/").replace('/', ".");
         let at = schema_at(schema, &key);
-        let hidden = secrets.iter().any(|secret| {
-            *secret == key || secret.strip_prefix(&key).is_some_and(|rest| rest.starts_with('.'))
-        });
+        let inside =
+            |outer: &str, inner: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'));
+        // What stands for a section may hold anything.
+        let hidden = types(at) == ["object"]
+            || secrets.iter().any(|secret| *secret == key || inside(&key, secret) || inside(secret, &key));
         let instance = if hidden { "<hidden>".to_owned() } else { error.instance().to_string() };
         let mut report = |key: String, message: String| {
             faults.push(Fault { origin: origin_of(origins, &key), key, message });

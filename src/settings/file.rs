@@ -38,7 +38,18 @@ impl File {
         format: FileFormat,
         text: &str,
     ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        if format == FileFormat::Toml {
+            // The error of the config crate quotes the line, which may hold a secret.
+            DeTable::parse(text).map_err(|error| {
+                let line = 1 + text[..error.span().map_or(0, |span| span.start)].matches('\n').count();
+                format!("line {line}: {}", error.message())
+            })?;
+        }
         let mut root = format.parse(Some(&name.to_owned()), text)?;
+        // The config crate takes such a name for a path, and what is below it would lose its text.
+        if let Some(name) = root.keys().find(|name| name.contains(['.', '['])) {
+            return Err(format!("{name} is not a section: put its keys below their section").into());
+        }
         let written = match format {
             FileFormat::Yaml => Written::of_yaml(text)?,
             FileFormat::Toml => Written::of_toml(text)?,

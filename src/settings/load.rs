@@ -134,7 +134,7 @@ impl Assignments {
         let mut list = Vec::new();
         for assignment in set {
             let Some((key, value)) = assignment.split_once('=') else {
-                let message = format!("--set {assignment}: expected section.key=value");
+                let message = "--set: expected section.key=value".to_owned();
                 return Err(Fault { key: String::new(), message, origin: None });
             };
             let mut path: Vec<String> = key.split('.').map(str::to_owned).collect();
@@ -230,6 +230,14 @@ impl Tree<'_> {
             message: text.to_owned(),
             origin: origin.map(str::to_owned),
         };
+        // A Secret that is a variable has whatever characters it has.
+        let verbatim = is_secret(key)
+            && origin.is_some_and(|origin| origin.starts_with("environment "))
+            && !text.contains("${env:")
+            && !text.contains("${file:");
+        if verbatim {
+            return text.into();
+        }
         let (text, replaced) = match interpolate(text, self.environment) {
             Ok(done) => done,
             Err(message) => {
@@ -265,7 +273,10 @@ fn is_secret(key: &str) -> bool {
         "sasl.oauthbearer.config",
     ];
     match key.split_once(".properties.") {
-        Some((_, property)) => WORDS.iter().any(|word| property.contains(word)),
+        Some((_, property)) => {
+            let property = property.to_ascii_lowercase();
+            WORDS.iter().any(|word| property.contains(word))
+        }
         None => ["password", "token", "secret"].contains(&key.rsplit('.').next().unwrap_or(key)),
     }
 }
@@ -295,11 +306,14 @@ fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, 
             out.push('$');
             rest = after;
         } else if rest.starts_with("{env:") || rest.starts_with("{file:") {
-            let (placeholder, after) = rest[1..]
-                .split_once('}')
-                .ok_or_else(|| format!("${rest}: the placeholder has no }} (write $$ for a $ of its own)"))?;
+            let (placeholder, after) =
+                rest[1..].split_once('}').ok_or("a placeholder has no } (write $$ for a literal $)")?;
             match placeholder.split_once(':') {
                 Some(("env", name)) => {
+                    // Not quoted: what comes after a missing } may be a secret.
+                    if !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+                        return Err("${env:…} does not hold the name of a variable".to_owned());
+                    }
                     let found = environment.iter().find(|(k, _)| k == name);
                     let (_, value) =
                         found.ok_or_else(|| format!("environment variable {name} is not set"))?;
@@ -345,16 +359,21 @@ pub(super) fn types(schema: &Value) -> Vec<&str> {
 /// The text of a variable or flag as the type that the schema asks for.
 ///
 /// # Errors
-/// It begins as a list and is none.
+/// It starts with `[` and is not a JSON list, or it sets a whole section.
 fn coerce(text: &str, schema: &Value) -> Result<Value, String> {
     let types = types(schema);
     if text == "null" && types.contains(&"null") {
         return Ok(Value::Null);
     }
+    if types == ["object"] {
+        let message =
+            "is a section: set its keys one by one, KANDLE__SECTION__KEY or --set section.key=value";
+        return Err(message.to_owned());
+    }
     let parsed = || serde_json::from_str::<Value>(text).ok();
     if types.contains(&"array") {
         if text.trim_start().starts_with('[') {
-            return parsed().ok_or_else(|| format!("{text} is no list: write a,b or [\"a\",\"b\"]"));
+            return parsed().ok_or_else(|| "is not a JSON list: write a,b or [\"a\",\"b\"]".to_owned());
         }
         if !types.contains(&"string") {
             return Ok(text.split(',').map(|item| Value::from(item.trim())).collect());
@@ -389,10 +408,12 @@ fn fill_defaults(value: &mut Value, schema: &Value) {
 /// Puts something readable where a key is at fault, so that the other rules can still be checked.
 fn mend(value: &mut Value, schema: &Value, faults: &[Fault]) {
     for fault in faults {
-        let (section, name) = fault.key.rsplit_once('.').unwrap_or(("", &fault.key));
-        let stand_in = exemplar(schema_at(schema, &fault.key));
+        let parts = parts(&fault.key);
+        let Some((name, section)) = parts.split_last() else { continue };
+        let property = fault.key.contains(".properties.").then(|| "-".into());
+        let stand_in = exemplar(schema_at(schema, &fault.key)).or(property);
         let mut at = &mut *value;
-        for part in section.split('.').filter(|part| !part.is_empty()) {
+        for &part in section {
             if let Value::Array(items) = at {
                 // An item of a list: the list itself stands for it.
                 items.clear();
@@ -404,8 +425,8 @@ fn mend(value: &mut Value, schema: &Value, faults: &[Fault]) {
             at = &mut at[part];
         }
         match (at, stand_in) {
-            (Value::Object(object), Some(stand_in)) => drop(object.insert(name.to_owned(), stand_in)),
-            (Value::Object(object), None) => drop(object.remove(name)),
+            (Value::Object(object), Some(stand_in)) => drop(object.insert((*name).to_owned(), stand_in)),
+            (Value::Object(object), None) => drop(object.remove(*name)),
             (Value::Array(items), _) => items.clear(),
             _ => {}
         }
@@ -417,15 +438,18 @@ fn exemplar(schema: &Value) -> Option<Value> {
     schema.get("default").cloned().or_else(|| schema["examples"].get(0).cloned())
 }
 
+/// The names that a key consists of. The name of a property holds dots itself.
+fn parts(key: &str) -> Vec<&str> {
+    match key.split_once(".properties.") {
+        Some((section, name)) => vec![section, "properties", name],
+        None => key.split('.').filter(|part| !part.is_empty()).collect(),
+    }
+}
+
 fn hide(value: &mut Value, secrets: &[String]) {
     for key in secrets {
-        // Properties hold dots themselves: the section is two names, the rest is the property.
-        let parts: Vec<&str> = match key.split_once(".properties.") {
-            Some((section, name)) => vec![section, "properties", name],
-            None => key.split('.').collect(),
-        };
         let pointer: String =
-            parts.iter().map(|p| format!("/{}", p.replace('~', "~0").replace('/', "~1"))).collect();
+            parts(key).iter().map(|p| format!("/{}", p.replace('~', "~0").replace('/', "~1"))).collect();
         if let Some(found) = value.pointer_mut(&pointer).filter(|v| !v.is_null()) {
             *found = "<hidden>".into();
         }

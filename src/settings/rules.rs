@@ -24,6 +24,8 @@ const OWNED: &[(&str, &str)] = &[
     ("request.required.acks", "the idempotent producer needs all of them"),
     ("max.in.flight.requests.per.connection", "order per partition rests on it"),
     ("max.in.flight", "order per partition rests on it"),
+    ("enable.gapless.guarantee", "order after a refused batch rests on it"),
+    ("delivery.report.only.error", "kandle waits for every acknowledgement"),
     ("message.timeout.ms", "a prediction is sent until the broker has it"),
     ("delivery.timeout.ms", "a prediction is sent until the broker has it"),
     ("retries", "a prediction is sent until the broker has it"),
@@ -57,6 +59,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             fault(&key, message);
         }
     }
+    for (key, message) in check_aliases(settings) {
+        fault(&key, message);
+    }
     for (key, message) in check_login(settings) {
         fault(&key, message);
     }
@@ -83,7 +88,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for topic in &input.topics {
         if TopicFilter::is_pattern(topic) {
             if let Err(e) = TopicFilter::new(&[topic]) {
-                fault("input.topics", format!("{topic} is no pattern: {e}"));
+                fault("input.topics", format!("{topic} is not a valid pattern: {e}"));
             }
         } else if let Err(message) = check_topic(topic) {
             fault("input.topics", message);
@@ -118,17 +123,17 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             }
             (_, Some(template)) => {
                 if let Err(e) = crate::codec::json::Template::new(template) {
-                    fault("input.template", format!("is no template: {e}"));
+                    fault("input.template", format!("is not a valid template: {e}"));
                 }
             }
         },
         Format::Text | Format::Bytes => {
             let format = format!("{:?}", input.format).to_lowercase();
             if !input.field.0.is_empty() {
-                fault("input.field", format!("means nothing with input.format: {format}"));
+                fault("input.field", format!("has no effect with input.format: {format}"));
             }
             if input.template.is_some() {
-                fault("input.template", format!("means nothing with input.format: {format}"));
+                fault("input.template", format!("has no effect with input.format: {format}"));
             }
             if !settings.output.include.is_empty() {
                 fault("output.include", format!("needs input.format: json, not {format}"));
@@ -175,10 +180,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             );
         }
         (TaskKind::Similarity, Some(_)) | (_, None) => {}
-        (kind, Some(_)) => fault("task.candidates", format!("means nothing with task.kind: {}", kind.name())),
+        (kind, Some(_)) => fault("task.candidates", format!("has no effect with task.kind: {}", kind.name())),
     }
     if task.top_k.is_some() && !matches!(task.kind, TaskKind::TextClassification | TaskKind::Similarity) {
-        fault("task.top_k", format!("means nothing with task.kind: {}", task.kind.name()));
+        fault("task.top_k", format!("has no effect with task.kind: {}", task.kind.name()));
     }
     if settings.window.max_wait.0.is_zero() {
         fault("window.max_wait", "is zero".to_owned());
@@ -236,7 +241,7 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
         if settings.delivery.transactional_id.is_some() {
             faults.push((
                 "delivery.transactional_id",
-                "means nothing without guarantee: exactly_once".to_owned(),
+                "has no effect without guarantee: exactly_once".to_owned(),
             ));
         }
         return faults;
@@ -265,18 +270,58 @@ fn check_properties(section: &str, properties: &Properties) -> Vec<(String, Stri
     for (name, value) in properties {
         let key = format!("{section}.{name}");
         if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| owned == name) {
-            faults.push((key, format!("is kandle's to set: {reason}")));
+            faults.push((key, format!("is managed by kandle: {reason}")));
             continue;
         }
         if let Err(e) = ClientConfig::new().set(name, &value.0).create_native_config() {
-            faults.push((key, e.to_string()));
+            faults.push((key, reason(e)));
         }
     }
     faults
 }
 
-/// What librdkafka says of the login when it makes a client: which mechanisms there are depends on the build, and some
-/// need other properties. A client without brokers connects to nothing.
+/// Names of librdkafka for one property.
+const ALIASES: &[(&str, &str)] = &[
+    ("sasl.mechanism", "sasl.mechanisms"),
+    ("linger.ms", "queue.buffering.max.ms"),
+    ("compression.type", "compression.codec"),
+];
+
+/// Two names of one property, of which one client would take either.
+fn check_aliases(settings: &Settings) -> Vec<(String, String)> {
+    let common = ("kafka.properties", &settings.kafka.properties);
+    let mut faults = Vec::new();
+    for own in
+        [("input.properties", &settings.input.properties), ("output.properties", &settings.output.properties)]
+    {
+        let section = |name: &str| {
+            [common, own].iter().find(|(_, set)| set.contains_key(name)).map(|(section, _)| *section)
+        };
+        for (one, other) in ALIASES {
+            if let (Some(first), Some(second)) = (section(one), section(other)) {
+                let fault = (
+                    format!("{second}.{other}"),
+                    format!("is the same property as {one}, which {first} sets: write one name"),
+                );
+                if !faults.contains(&fault) {
+                    faults.push(fault);
+                }
+            }
+        }
+    }
+    faults
+}
+
+/// What librdkafka says, without the value, which may be a secret.
+fn reason(error: KafkaError) -> String {
+    match error {
+        KafkaError::ClientConfig(_, reason, ..) | KafkaError::ClientCreation(reason) => reason,
+        error => error.to_string(),
+    }
+}
+
+/// Creates a client to let librdkafka check the SASL settings: the mechanisms depend on the build, and some need more
+/// properties. Without brokers it connects to nothing.
 fn check_login(settings: &Settings) -> Vec<(String, String)> {
     let mut faults: Vec<(String, String)> = Vec::new();
     for (section, own) in
@@ -305,11 +350,7 @@ fn check_login(settings: &Settings) -> Vec<(String, String)> {
                 .iter()
                 .find_map(|name| last(name).map(|(section, _)| (section, *name)))
                 .unwrap_or((protocol_in, "security.protocol"));
-            let reason = match error {
-                KafkaError::ClientCreation(reason) => reason,
-                error => error.to_string(),
-            };
-            let fault = (format!("{section}.{name}"), reason);
+            let fault = (format!("{section}.{name}"), reason(error));
             if !faults.contains(&fault) {
                 faults.push(fault);
             }

@@ -13,6 +13,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use rdkafka::types::RDKafkaErrorCode;
+
 use super::acks::{Failure, Ticket};
 use super::isolation::{Meaning, Verdict, judge};
 use super::producer::{ProducerLimits, RecordProducer, config};
@@ -25,6 +27,13 @@ const WIND_UP: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// The topics' configuration is read again, however new what is known is.
 const NOW: Duration = Duration::ZERO;
+
+/// What became of a group of records.
+enum Sent {
+    Published,
+    /// What was reported of those that were refused; may be empty.
+    Refused(Vec<Failure>),
+}
 
 impl Publisher {
     /// Deals with the refused batch: returns when everything that had been sent is published.
@@ -56,13 +65,15 @@ impl Publisher {
             if group.is_empty() {
                 continue;
             }
-            let failures = self.publish_group(&group)?;
-            if failures.is_empty() {
-                continue;
-            }
+            let Sent::Refused(mut failures) = self.publish_group(&group)? else { continue };
             self.context.metrics.retries.with_label_values(&["refused"]).inc();
             self.stop_after_refusal()?;
             let left: Vec<Ticket> = group.into_iter().filter(|ticket| !self.is_settled(*ticket)).collect();
+            if let ([alone], []) = (&left[..], &failures[..]) {
+                // Nothing was reported of it, and nothing else can be to blame.
+                let reason = "its batch was refused".to_owned();
+                failures.push(Failure { ticket: *alone, code: RDKafkaErrorCode::Unknown, reason });
+            }
             groups.push_front(left.clone());
             self.apply(judge(&left, &failures), &left, &mut groups)?;
         }
@@ -114,15 +125,7 @@ impl Publisher {
     fn stop_after_refusal(&mut self) -> Result<(), String> {
         match self.delivery {
             Delivery::AtLeastOnce => {
-                let mut arrived = Vec::new();
-                let health = std::sync::Arc::clone(&self.context.health);
-                self.producer.wind_up(WIND_UP, |_, reports| {
-                    health.busy(Stage::Publish);
-                    arrived.push(reports);
-                });
-                for reports in arrived {
-                    self.book(reports)?;
-                }
+                self.wind_up()?;
                 // They fail because of the first one, which is being dealt with.
                 self.take_refused();
                 self.start_producer(true)
@@ -133,6 +136,17 @@ impl Publisher {
                 self.start_producer(true)
             }
         }
+    }
+
+    /// Waits until all that the producer has sent is answered, and books that.
+    fn wind_up(&mut self) -> Result<(), String> {
+        let mut arrived = Vec::new();
+        let health = std::sync::Arc::clone(&self.context.health);
+        self.producer.wind_up(WIND_UP, |_, reports| {
+            health.busy(Stage::Publish);
+            arrived.push(reports);
+        });
+        arrived.into_iter().try_for_each(|reports| self.book(reports))
     }
 
     fn start_producer(&mut self, careful: bool) -> Result<(), String> {
@@ -158,7 +172,7 @@ impl Publisher {
     }
 
     /// Sends these records and waits until all of them are published; or for what is refused of them.
-    fn publish_group(&mut self, group: &[Ticket]) -> Result<Vec<Failure>, String> {
+    fn publish_group(&mut self, group: &[Ticket]) -> Result<Sent, String> {
         loop {
             if let Delivery::ExactlyOnce(_) = self.delivery {
                 self.cursor = Cursor { window: group[0].window(), place: group[0].place() };
@@ -177,11 +191,15 @@ impl Publisher {
             while self.producer.unacknowledged > 0 && self.goes_on() {
                 self.wait_for_reports()?;
             }
+            if self.stopped {
+                // The client stops before it reports the messages that made it stop.
+                self.wind_up()?;
+            }
             if self.stopped || !self.refused.is_empty() {
-                return Ok(self.take_refused());
+                return Ok(Sent::Refused(self.take_refused()));
             }
             if matches!(self.delivery, Delivery::AtLeastOnce) {
-                return Ok(Vec::new());
+                return Ok(Sent::Published);
             }
             if let Some(reason) = self.broken.take() {
                 self.abort(&reason)?;
@@ -190,7 +208,7 @@ impl Publisher {
             let open: Vec<Ticket> =
                 group.iter().copied().filter(|ticket| !self.is_settled(*ticket)).collect();
             if self.commit(&open)? {
-                return Ok(Vec::new());
+                return Ok(Sent::Published);
             }
         }
     }

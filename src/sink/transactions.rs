@@ -226,10 +226,15 @@ impl Publisher {
             return Ok(false);
         };
         let offsets = self.offsets(tickets)?;
-        let result = self.call(Call::SendOffsets(offsets, group)).and_then(|()| {
+        let mut result = self.call(Call::SendOffsets(offsets, group));
+        if result.is_ok() {
             failpoint::pass("offsets");
-            self.call(Call::Commit)
-        });
+            result = self.call(Call::Commit);
+            if let Err(Broken::Again(message) | Broken::Lost(message)) = result {
+                // The coordinator may have taken it: only the group's offsets say so, where the next start reads on.
+                return Err(format!("transaction: {message}: whether it is committed is unknown"));
+            }
+        }
         match result {
             Ok(()) => {
                 failpoint::pass("txn-committed");

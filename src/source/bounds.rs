@@ -7,6 +7,7 @@ use rdkafka::consumer::Consumer;
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::drain::Drain;
+use super::ledger::Hold;
 use super::lookup::{Offsets, Question};
 use super::period::Period;
 use super::serve::Source;
@@ -49,7 +50,8 @@ impl Source {
         }
         let mut open = !self.intake.held.is_empty() || !self.assignment.is_steady();
         for owned in self.ledger.iter_mut() {
-            if !drain.is_done(&owned.partition) || !owned.is_idle() {
+            let revoked = owned.hold == Some(Hold::Revoked);
+            if revoked || !drain.is_done(&owned.partition) || !owned.is_idle() {
                 open = true;
                 continue;
             }

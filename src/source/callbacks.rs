@@ -76,8 +76,11 @@ impl ConsumerContext for Callbacks {
     ) {
         let assigned = kind == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
         if self.closing.load(Ordering::Relaxed) {
-            if !assigned && let Err(error) = give_up(consumer, partitions) {
-                tracing::warn!(%error, "partitions could not be given up while closing");
+            // An assignment too is waited for: the client gives it up again by itself.
+            let answered =
+                if assigned { take_up(consumer, partitions) } else { give_up(consumer, partitions) };
+            if let Err(error) = answered {
+                tracing::warn!(%error, assigned, "a rebalance could not be answered while closing");
             }
             return;
         }

@@ -58,8 +58,9 @@ pub(super) struct Doubt {
     waiting: bool,
     settled: bool,
     every: Duration,
-    /// When partitions were last tried that could not be read.
+    /// When partitions were last tried that could not be read; an answer is awaited.
     tried: Instant,
+    trying: bool,
 }
 
 impl Doubt {
@@ -75,6 +76,7 @@ impl Doubt {
             settled: false,
             every,
             tried: now,
+            trying: false,
         }
     }
 
@@ -201,7 +203,8 @@ impl Source {
             self.recreated(partition, &before.to_string())?;
         }
         // Seeks, and resumes, also what was found by the way.
-        if (changed || back) && !self.doubt.is_open() {
+        // Also while it seeks: to the offsets of before.
+        if (changed || back) && matches!(self.doubt.stage, Stage::None | Stage::Seeking) {
             self.doubt.stage = Stage::Asking { topics: true, damage: false };
             self.pause();
         }
@@ -243,6 +246,7 @@ impl Source {
     }
 
     pub(super) fn on_damage(&mut self, found: Vec<(Partition, i64, Damage)>) {
+        self.doubt.trying = false;
         let (mut back, mut ended) = (false, BTreeSet::new());
         for (partition, from, damage) in found {
             let Some(owned) = self.ledger.get_mut(&partition) else { continue };
@@ -252,6 +256,9 @@ impl Source {
             }
             match damage {
                 Damage::None => {}
+                // Asked before it was revoked, or renewed.
+                Damage::UpTo(_) if owned.next().is_some_and(|next| next != from) => {}
+                Damage::UpTo(_) if owned.hold == Some(Hold::Revoked) => {}
                 Damage::UpTo(to) => {
                     owned.skip_to(to);
                     let bound = self.bounds.drain.as_ref().and_then(|drain| drain.bound(&partition));
@@ -285,13 +292,14 @@ impl Source {
 
     /// Tries partitions again that could not be read.
     fn look_at_unreadable(&mut self) {
-        if self.doubt.tried.elapsed() < LOOK_AT_UNREADABLE {
+        if self.doubt.trying || self.doubt.tried.elapsed() < LOOK_AT_UNREADABLE {
             return;
         }
         self.doubt.tried = Instant::now();
         let held = self.ledger.iter().filter(|owned| owned.hold == Some(Hold::Unreadable));
         let places: Vec<_> = held.map(|owned| (owned.partition.clone(), owned.next())).collect();
         if !places.is_empty() {
+            self.doubt.trying = true;
             self.lookup.ask(Question::Damage(places));
         }
     }

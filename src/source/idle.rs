@@ -61,7 +61,7 @@ impl Source {
             if content != Content::Nothing || !same {
                 continue;
             }
-            owned.skip_to(to);
+            owned.pass_to(to);
             if self.bounds.drain.as_ref().and_then(|drain| drain.bound(&partition)) == Some(to) {
                 ended.insert(partition);
             }

@@ -137,7 +137,19 @@ impl Owned {
 
     /// What lies before `end` is passed: it holds no records, or none that can be read.
     pub fn skip_to(&mut self, end: i64) {
+        // What the window that gathered held of it is still to be read, by the next owner.
+        if self.hold == Some(Hold::Revoked) {
+            return;
+        }
         self.next = self.next.max(Some(end));
+    }
+
+    /// The same, of what the log does not hold: retention may have deleted it.
+    pub fn pass_to(&mut self, end: i64) {
+        if let Some(next) = self.next.filter(|&next| next < end && self.hold != Some(Hold::Revoked)) {
+            self.gaps.push((next, end));
+        }
+        self.skip_to(end);
     }
 
     /// Some is published, and not known to be committed.
@@ -148,7 +160,7 @@ impl Owned {
     /// Once nothing is under way, all that was read or passed counts as published.
     pub fn settle(&mut self) {
         let at = self.published.or(self.committed);
-        if self.is_idle() && at < self.next {
+        if self.hold != Some(Hold::Revoked) && self.is_idle() && at < self.next {
             self.published = self.next;
         }
     }
@@ -198,11 +210,16 @@ impl Ledger {
     /// in flight of it may still be published, and no longer counts for its offsets.
     pub fn renew(&mut self, partition: Partition, offset: Option<i64>) -> &mut Owned {
         self.generation += 1;
-        let renewed = Owned::new(partition.clone(), Lease::new(self.generation), offset);
-        let topic_id = self.owned.remove(&partition).and_then(|owned| owned.topic_id);
-        let owned = self.owned.entry(partition).insert_entry(renewed).into_mut();
-        owned.topic_id = topic_id;
-        owned
+        let mut renewed = Owned::new(partition.clone(), Lease::new(self.generation), offset);
+        if let Some(before) = self.owned.remove(&partition) {
+            renewed.topic_id = before.topic_id;
+            renewed.hold = before.hold.filter(|hold| *hold == Hold::Revoked);
+            if self.transactional {
+                // A transaction would commit its offsets, which are those of the log of before.
+                before.lease.end();
+            }
+        }
+        self.owned.entry(partition).insert_entry(renewed).into_mut()
     }
 
     /// A partition is gone.
@@ -318,6 +335,52 @@ mod tests {
         for offset in offsets {
             assert_eq!(ledger.get_mut(partition).unwrap().read(offset, Some(offset)), Read::InOrder);
         }
+    }
+
+    #[test]
+    fn what_a_revocation_takes_from_the_open_window_is_not_passed() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        let lease = ledger.assign(p.clone(), Some(0));
+        read(&mut ledger, &p, 0..=9);
+        ledger.gathered(&[span(0, &lease, 0, 9)]);
+        // In the window that gathers.
+        read(&mut ledger, &p, 10..=14);
+        ledger.get_mut(&p).unwrap().revoke();
+        ledger.published(&[span(0, &lease, 0, 9)], false);
+        let owned = ledger.get_mut(&p).unwrap();
+        // The end of a drain, and of a batch that is damaged.
+        owned.skip_to(15);
+        owned.pass_to(15);
+        owned.settle();
+        assert_eq!(ledger.take_commits(None), [(p, 10)]);
+    }
+
+    #[test]
+    fn what_is_renewed_stays_revoked_and_ends_its_lease_in_a_transaction() {
+        for transactional in [false, true] {
+            let mut ledger = Ledger::new(transactional);
+            let p = Partition::new("t", 0);
+            let lease = ledger.assign(p.clone(), Some(5));
+            ledger.get_mut(&p).unwrap().revoke();
+            ledger.renew(p.clone(), None);
+            assert_eq!(ledger.get(&p).unwrap().hold, Some(Hold::Revoked));
+            assert_eq!(!lease.is_held(), transactional, "its offsets are those of the log of before");
+            ledger.get_mut(&p).unwrap().hold = Some(Hold::TopicAbsent);
+            assert_eq!(ledger.renew(p, None).hold, None);
+        }
+    }
+
+    #[test]
+    fn what_is_passed_counts_as_deleted_where_the_log_begins_later() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        ledger.assign(p.clone(), Some(40));
+        let owned = ledger.get_mut(&p).unwrap();
+        owned.pass_to(100);
+        assert_eq!((owned.next(), owned.take_skipped(100)), (Some(100), vec![(40, 100)]));
+        owned.pass_to(101);
+        assert_eq!(owned.take_skipped(100), [], "the marker of a transaction");
     }
 
     #[test]

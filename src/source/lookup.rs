@@ -70,6 +70,23 @@ pub(super) enum Question {
     Seek { id: u64, to: Vec<(Partition, Option<i64>)> },
 }
 
+/// Questions that the loop asks now and then, whether or not the last one is answered.
+#[derive(Debug, Clone, Copy)]
+enum Repeated {
+    Ends,
+    Progress,
+}
+
+impl Repeated {
+    fn of(question: &Question) -> Option<Self> {
+        match question {
+            Question::Ends(_) => Some(Self::Ends),
+            Question::Progress(_) => Some(Self::Progress),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) enum Answer {
     Start(Box<Started>),
@@ -111,6 +128,8 @@ pub(super) struct Lookup {
     /// The assignment that is to be answered; questions about earlier ones are void.
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
+    /// By [`Repeated`]: one is asked and not answered.
+    open: Arc<[AtomicBool; 2]>,
 }
 
 /// What the thread needs to know.
@@ -127,7 +146,10 @@ impl Lookup {
     pub fn start(member: &Arc<BaseConsumer<Callbacks>>, setup: Setup) -> std::io::Result<Self> {
         let (questions, asked) = unbounded();
         let (assignment, closed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let open = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
         let thread = Thread {
+            open: Arc::clone(&open),
+            waiting: asked.clone(),
             member: Arc::downgrade(member),
             setup,
             assignment: Arc::clone(&assignment),
@@ -137,10 +159,16 @@ impl Lookup {
             said: None,
         };
         std::thread::Builder::new().name("kandle-lookup".to_owned()).spawn(move || thread.serve(&asked))?;
-        Ok(Self { questions, assignment, closed })
+        Ok(Self { questions, assignment, closed, open })
     }
 
+    /// Questions that are asked again and again wait for no more than one answer.
     pub fn ask(&self, question: Question) {
+        if let Some(kind) = Repeated::of(&question)
+            && self.open[kind as usize].swap(true, Ordering::Relaxed)
+        {
+            return;
+        }
         if let Question::Start { id, .. } = &question {
             self.assignment.store(*id, Ordering::Relaxed);
         }
@@ -160,6 +188,9 @@ struct Thread {
     setup: Setup,
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
+    open: Arc<[AtomicBool; 2]>,
+    /// How many questions wait behind the present one.
+    waiting: Receiver<Question>,
     prober: Option<Observer>,
     bystander: Option<Observer>,
     /// The last failure that was logged.
@@ -172,7 +203,12 @@ impl Thread {
             if self.closed.load(Ordering::Relaxed) {
                 return;
             }
-            let Some(answer) = self.answer(question) else { continue };
+            let kind = Repeated::of(&question);
+            let answer = self.answer(question);
+            if let Some(kind) = kind {
+                self.open[kind as usize].store(false, Ordering::Relaxed);
+            }
+            let Some(answer) = answer else { continue };
             let Some(member) = self.member.upgrade() else { return };
             member.context().queue(Event::Answer(answer));
         }
@@ -309,10 +345,12 @@ impl Thread {
         for start in &partitions {
             let element = list.find_partition(&start.partition.topic, start.partition.number);
             if let Some(mut element) = element {
-                element.set_offset(match start.begin {
-                    Begin::At(offset) => Offset::Offset(offset),
-                    Begin::LogStart | Begin::Recreated { .. } => Offset::Beginning,
-                })?;
+                let offset = match start.begin {
+                    Begin::At(offset) => offset,
+                    // By number: the client may remember where the log of an earlier topic began.
+                    Begin::LogStart | Begin::Recreated { .. } => self.log_start(&start.partition)?,
+                };
+                element.set_offset(Offset::Offset(offset))?;
             }
         }
         Ok(Some(Started { id, list, partitions, all }))
@@ -358,6 +396,10 @@ impl Thread {
     fn ends(&mut self, partitions: Vec<Partition>) -> Offsets {
         let mut ends = Offsets::new();
         for partition in partitions {
+            // What waits may be what reading goes on with; the ends are asked for again.
+            if !self.waiting.is_empty() {
+                break;
+            }
             let found = self
                 .prober()
                 .and_then(|prober| prober.fetch_watermarks(&partition.topic, partition.number, ASK));
@@ -367,6 +409,11 @@ impl Thread {
             }
         }
         ends
+    }
+
+    fn log_start(&mut self, partition: &Partition) -> Result<i64, KafkaError> {
+        let (start, _) = self.prober()?.fetch_watermarks(&partition.topic, partition.number, ASK)?;
+        Ok(start)
     }
 
     fn progress(&mut self, partitions: &[Partition]) -> Result<Offsets, KafkaError> {
@@ -390,7 +437,18 @@ impl Thread {
     }
 
     fn content(&mut self, stretch: &Stretch) -> Content {
-        match self.first(&stretch.partition, stretch.from) {
+        let start = match self.log_start(&stretch.partition) {
+            Ok(start) => start,
+            Err(error) => {
+                self.say("where logs begin", &error);
+                return Content::Unknown;
+            }
+        };
+        // Retention has deleted what was there.
+        if start >= stretch.to {
+            return Content::Nothing;
+        }
+        match self.first(&stretch.partition, stretch.from.max(start)) {
             First::Record(offset) if offset < stretch.to => Content::Records,
             First::Record(_) | First::End => Content::Nothing,
             First::Damaged(_) => Content::Damaged,
@@ -434,8 +492,19 @@ impl Thread {
         let all = || to.iter().map(|(partition, _)| partition.clone()).collect();
         let mut list = TopicPartitionList::with_capacity(to.len());
         for (partition, offset) in &to {
-            let offset = offset.map_or(Offset::Beginning, Offset::Offset);
-            if list.add_partition_offset(&partition.topic, partition.number, offset).is_err() {
+            // By number: the client may remember where the log of an earlier topic began.
+            let offset = match offset {
+                Some(offset) => *offset,
+                None => match self.log_start(partition) {
+                    Ok(start) => start,
+                    Err(error) => {
+                        self.say("where logs begin", &error);
+                        return all();
+                    }
+                },
+            };
+            if list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(offset)).is_err()
+            {
                 return all();
             }
         }

@@ -21,6 +21,9 @@ pub struct Ledger {
     last: HashMap<(i32, String, i32), i64>,
     /// First outcomes that came after a later position's.
     pub out_of_order: Vec<String>,
+    /// Positions that have no order: what becomes of them depends on the topics' configuration, and it may be another
+    /// thing when they are published again.
+    unordered: fn(&Got) -> bool,
 }
 
 impl Ledger {
@@ -44,7 +47,12 @@ impl Ledger {
             others: HashMap::new(),
             last: HashMap::new(),
             out_of_order: Vec::new(),
+            unordered: |_| false,
         }
+    }
+
+    pub fn with_unordered(self, unordered: fn(&Got) -> bool) -> Self {
+        Self { unordered, ..self }
     }
 
     /// How many positions have an outcome now.
@@ -69,7 +77,7 @@ impl Ledger {
                     let (partition, offset) = got.source();
                     let count = self.seen.entry((partition, offset)).or_default();
                     *count += 1;
-                    if *count > 1 {
+                    if *count > 1 || (self.unordered)(&got) {
                         continue;
                     }
                     let key = (partition, message.topic().to_owned(), message.partition());
@@ -94,6 +102,15 @@ impl Ledger {
     /// Outcomes beyond the first of a position.
     pub fn duplicates(&self) -> u64 {
         self.seen.values().chain(self.others.values()).map(|&count| u64::from(count) - 1).sum()
+    }
+
+    /// What has more than one outcome.
+    pub fn doubled(&self) -> Vec<String> {
+        let positions = self.seen.iter().filter(|(_, count)| **count > 1);
+        let ids = self.others.iter().filter(|(_, count)| **count > 1);
+        let positions =
+            positions.map(|((partition, offset), count)| format!("{partition}/{offset} {count} times"));
+        positions.chain(ids.map(|(id, count)| format!("id {id} of another topic {count} times"))).collect()
     }
 
     /// Of the records of other topics with these ids, those that have no outcome.
