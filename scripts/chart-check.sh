@@ -111,9 +111,9 @@ J
 controllers 2>/dev/null &
 pids+=($!)
 # The claim for models, by its uid: nothing while there is none, or one that is being deleted.
-claim() { ask "$api/api/v1/namespaces/apps/persistentvolumeclaims" | python3 -c 'import json, sys; print(*(i["metadata"]["uid"] for i in json.load(sys.stdin)["items"] if "deletionTimestamp" not in i["metadata"]))'; }
+claim() { ask "$api/api/v1/namespaces/apps/persistentvolumeclaims" | CLAIM="$name-kandle-models" python3 -c 'import json, os, sys; print(*(i["metadata"]["uid"] for i in json.load(sys.stdin)["items"] if i["metadata"]["name"] == os.environ["CLAIM"] and "deletionTimestamp" not in i["metadata"]))'; }
 
-count=0
+count=0 claims=0
 for values in "$chart"/ci/*-values.yaml; do
   name=$(basename "$values" -values.yaml)
   helm lint --strict "$chart" -f "$values" 2>&1 | quiet >"$work/out" || fail "$name: $(cat "$work/out")"
@@ -162,9 +162,11 @@ PY
     helm_ "pull" upgrade "$name" "$chart" -f "$values" --set modelCache.pullJob=true
     helm_ uninstall uninstall "$name"
     [ "$(claim)" = "$models" ] || fail "$name: the claim for models is not the one of before"
+    claims=$((claims + 1))
     echo "chart-check: $name: the claim for models is one through upgrades and reinstalls"
   fi
   echo "chart-check: $name: installed, upgraded, rolled back, uninstalled"
   count=$((count + 1))
 done
+[ "$claims" -gt 0 ] || fail "no claim for models was tried"
 echo "chart-check: $count sets of values passed on $(ask "$api/version" | sed -n 's/.*"gitVersion": "\(.*\)",/\1/p')"

@@ -157,10 +157,22 @@ fn each_mode_has_its_workload() {
         ])
     );
     // Other settings are another Job: one that exists cannot be changed.
-    let mut other = replay;
+    let mut other = replay.clone();
     merge(&mut other, json!({ "replay": { "to": "2026-01-02T00:00:00Z" } }));
     let other = rendered(other);
     assert_ne!(one(&first, "Job")["metadata"]["name"], one(&other, "Job")["metadata"]["name"]);
+    for more in [
+        json!({ "resources": { "limits": { "memory": "4Gi" } } }),
+        json!({ "replay": { "parallelism": 3 } }),
+        json!({ "hostAliases": [{ "ip": "10.0.0.1", "hostnames": ["kafka"] }] }),
+        json!({ "podLabels": { "a": "b" } }),
+        json!({ "config": { "window": { "max_records": 7 } } }),
+    ] {
+        let mut other = replay.clone();
+        merge(&mut other, more.clone());
+        let other = rendered(other);
+        assert_ne!(one(&first, "Job")["metadata"]["name"], one(&other, "Job")["metadata"]["name"], "{more}");
+    }
     refused(json!({ "mode": "replay" }), "replay.from and replay.to");
 }
 
@@ -181,6 +193,8 @@ fn install_refuses_what_check_would() {
 fn secrets_are_named_and_never_in_a_config_map() {
     let with = |value: &str| json!({ "config": { "kafka": { "properties": { "sasl.password": value } } } });
     refused(with("hunter2"), "would stand in a ConfigMap");
+    refused(with("hunter2$${env:x}"), "would stand in a ConfigMap");
+    refused(json!({ "config": { "kafka": { "properties": { "client.rack": 1.25 } } } }), "quote it");
     refused(json!({ "config": { "model": { "source": "o/n", "token": "hf_x" } } }), "config.model.token");
     for name in ["sasl.jaas.config", "ssl.key.pem", "sasl.oauthbearer.config", "ssl.keystore.password"] {
         refused(
@@ -309,6 +323,8 @@ fn keda_gets_values_that_it_can_read() {
         (&json!("BROKERS"), &Value::Null)
     );
     assert_eq!((&metadata["topicFromEnv"], &metadata["consumerGroup"]), (&json!("TOPIC"), &json!("a$b")));
+    let literal = rendered(with("k:9092", "g$${env:X}"));
+    assert_eq!(one(&literal, "ScaledObject")["spec"]["triggers"][0]["metadata"]["topic"], "g${env:X}");
     refused(with("${file:/run/brokers}", "t"), "cannot read config.kafka.brokers");
     refused(with("${env:HOST}:9092", "t"), "cannot read config.kafka.brokers");
 }
@@ -326,6 +342,7 @@ fn the_network_policy_lets_through_what_the_configuration_names() {
     };
     let brokers = |brokers: &str| json!({ "config": { "kafka": { "brokers": brokers } } });
     assert_eq!(ports(brokers("a:19092, b:29092,c")), [19092, 29092, 9092]);
+    assert_eq!(ports(brokers("a:19092,")), [19092]);
     assert_eq!(ports(brokers("SASL_SSL://[::1]:9198")), [9198]);
     let mut advertised = brokers("a:9092");
     merge(&mut advertised, json!({ "networkPolicy": { "kafkaPorts": [31000, 9092] } }));
@@ -376,6 +393,8 @@ fn what_others_add_to_pods_is_there() {
         (&json!("None"), &json!(["10.0.0.10"]))
     );
     assert_eq!(pod["hostAliases"][0]["hostnames"], json!(["kafka"]));
+    let check = &one(&run, "Pod")["spec"];
+    assert_eq!((&check["hostAliases"], &check["dnsConfig"]), (&pod["hostAliases"], &pod["dnsConfig"]));
     let mut drain = values;
     merge(&mut drain, json!({ "mode": "drain" }));
     refused(drain.clone(), "sidecars");

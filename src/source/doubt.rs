@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::damage::Damage;
 use super::ledger::Hold;
-use super::lookup::{Question, Topics};
+use super::lookup::{Looked, Question, Topics};
 use super::serve::{Source, SourceError};
 use crate::kafka::native::Identity;
 use crate::record::Partition;
@@ -245,10 +245,10 @@ impl Source {
         );
     }
 
-    pub(super) fn on_damage(&mut self, found: Vec<(Partition, i64, Damage)>) {
+    pub(super) fn on_damage(&mut self, found: Vec<Looked>) {
         self.doubt.trying = false;
         let (mut back, mut ended) = (false, BTreeSet::new());
-        for (partition, from, damage) in found {
+        for Looked { partition, at, from, damage } in found {
             let Some(owned) = self.ledger.get_mut(&partition) else { continue };
             if damage != Damage::Unknown && owned.hold == Some(Hold::Unreadable) {
                 owned.hold = None;
@@ -257,8 +257,7 @@ impl Source {
             match damage {
                 Damage::None => {}
                 // Asked before it was revoked, or renewed.
-                Damage::UpTo(_) if owned.next().is_some_and(|next| next != from) => {}
-                Damage::UpTo(_) if owned.hold == Some(Hold::Revoked) => {}
+                Damage::UpTo(_) if owned.next() != at || owned.hold == Some(Hold::Revoked) => {}
                 Damage::UpTo(to) => {
                     owned.skip_to(to);
                     let bound = self.bounds.drain.as_ref().and_then(|drain| drain.bound(&partition));

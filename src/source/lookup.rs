@@ -27,6 +27,8 @@ use crate::settings::Start;
 
 /// Between two attempts at the same question.
 const RETRY: Duration = Duration::from_millis(200);
+/// How often a place is looked at that gives an error.
+const LOOKS: usize = 4;
 /// Repeated failures are logged at most this often.
 const REPEAT: Duration = Duration::from_secs(10);
 
@@ -36,6 +38,17 @@ pub(super) struct Stretch {
     pub partition: Partition,
     pub from: i64,
     pub to: i64,
+}
+
+/// A look for damage.
+#[derive(Debug)]
+pub(super) struct Looked {
+    pub partition: Partition,
+    /// As it was asked.
+    pub at: Option<i64>,
+    /// Where the log begins, if that is after it.
+    pub from: i64,
+    pub damage: Damage,
 }
 
 /// What a part of a partition holds.
@@ -95,8 +108,7 @@ pub(super) enum Answer {
     Content(Vec<(Stretch, Content)>),
     /// `None`: the cluster did not answer.
     Topics(Option<Topics>),
-    /// From where, and what was found.
-    Damage(Vec<(Partition, i64, Damage)>),
+    Damage(Vec<Looked>),
     /// The partitions that did not seek.
     Sought {
         id: u64,
@@ -422,6 +434,19 @@ impl Thread {
 
     /// What comes first from an offset on.
     fn first(&mut self, partition: &Partition, from: i64) -> First {
+        let mut first = self.look(partition, from);
+        for _ in 1..LOOKS {
+            // It may be an error of the look before: after a failed checksum librdkafka goes astray, and says so late.
+            if !matches!(first, First::Error(_)) {
+                break;
+            }
+            first = self.look(partition, from);
+        }
+        tracing::debug!(%partition, from, ?first, "looked at what a partition holds");
+        first
+    }
+
+    fn look(&mut self, partition: &Partition, from: i64) -> First {
         let mut list = TopicPartitionList::new();
         let first = self.prober().and_then(|prober| {
             list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from))?;
@@ -472,18 +497,18 @@ impl Thread {
         Ok(Topics { matching, identities })
     }
 
-    fn damage(&mut self, partition: Partition, at: Option<i64>) -> (Partition, i64, Damage) {
+    fn damage(&mut self, partition: Partition, at: Option<i64>) -> Looked {
         let watermarks =
             self.prober().and_then(|prober| prober.fetch_watermarks(&partition.topic, partition.number, ASK));
         match watermarks {
             Ok((low, end)) => {
                 let from = at.unwrap_or(low).max(low);
                 let damage = damage::extent(from, end, |offset| self.first(&partition, offset));
-                (partition, from, damage)
+                Looked { partition, at, from, damage }
             }
             Err(error) => {
                 self.say("the ends of partitions", &error);
-                (partition, at.unwrap_or(0), Damage::Unknown)
+                Looked { partition, at, from: at.unwrap_or(0), damage: Damage::Unknown }
             }
         }
     }

@@ -82,13 +82,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- range list "kafka" "input" "output" }}
 {{- $section := . }}
 {{- range $name, $value := (get $config $section | default dict).properties | default dict }}
-{{- if and (regexMatch "(?i)(password|passphrase|secret|token|credential|jaas|key\\.pem|sasl\\.oauthbearer\\.config)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value))) }}
+{{- if and (regexMatch "(?i)(password|passphrase|secret|token|credential|jaas|key\\.pem|sasl\\.oauthbearer\\.config)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value | replace "$$" ""))) }}
 {{- fail (printf "config.%s.properties.%s would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" $section $name) }}
+{{- end }}
+{{- if or (and (kindIs "float64" $value) (ne (floor $value) $value)) (and (kindIs "float64" $value) (ge $value 9e15)) }}
+{{- fail (printf "config.%s.properties.%s: Helm changes the text of such a number: quote it" $section $name) }}
 {{- end }}
 {{- end }}
 {{- end }}
 {{- with ($config.model | default dict).token }}
-{{- if not (regexMatch "\\$\\{(env|file):" .) }}
+{{- if not (regexMatch "\\$\\{(env|file):" (. | replace "$$" "")) }}
 {{- fail "config.model.token would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" }}
 {{- end }}
 {{- end }}
@@ -112,12 +115,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- $ports = append $ports (int64 .) }}
 {{- end }}
 {{- $brokers := .Values.config.kafka.brokers }}
-{{- if regexMatch "\\$\\{(env|file):" $brokers }}
+{{- if regexMatch "\\$\\{(env|file):" ($brokers | replace "$$" "") }}
 {{- if not $ports }}
 {{- fail "config.kafka.brokers is only known when kandle starts: networkPolicy.kafkaPorts has to name the brokers' ports" }}
 {{- end }}
 {{- else }}
-{{- range splitList "," $brokers }}
+{{- range splitList "," $brokers | compact }}
 {{- $ports = append $ports (regexFind "[0-9]+$" (regexFind ":[0-9]+$" (trim .)) | default "9092" | int64) }}
 {{- end }}
 {{- end }}
@@ -144,7 +147,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- define "kandle.kedaField" -}}
 {{- if regexMatch "^\\$\\{env:[^}]+\\}$" .value -}}
 {{ .name }}FromEnv: {{ .value | trimPrefix "${env:" | trimSuffix "}" | quote }}
-{{- else if regexMatch "\\$\\{(env|file):" .value }}
+{{- else if regexMatch "\\$\\{(env|file):" (.value | replace "$$" "") }}
 {{- fail (printf "keda.trigger kafka cannot read config.%s: %s. It takes a plain value or one ${env:NAME}; keda.trigger prometheus needs neither" .key .value) }}
 {{- else -}}
 {{ .name }}: {{ .value | replace "$$" "$" | quote }}
@@ -313,19 +316,8 @@ app.kubernetes.io/component: {{ .Values.mode }}
 {{- end }}
 {{- end }}
 
-{{/* The pod's spec, but for restartPolicy. */}}
-{{- define "kandle.pod" -}}
-{{- if and .Values.sidecars (ne .Values.mode "run") }}
-{{- fail "sidecars: a Job would not end before they do; initContainers with restartPolicy: Always do not hold it up" }}
-{{- end }}
-serviceAccountName: {{ include "kandle.serviceAccountName" . }}
-automountServiceAccountToken: false
-enableServiceLinks: false
-securityContext: {{- include "kandle.toYaml" .Values.podSecurityContext | nindent 2 }}
-terminationGracePeriodSeconds: {{ include "kandle.grace" . }}
-{{- with .Values.imagePullSecrets }}
-imagePullSecrets: {{- include "kandle.toYaml" . | nindent 2 }}
-{{- end }}
+{{/* How a pod reaches the network and the node, those of hooks too. */}}
+{{- define "kandle.placement" -}}
 {{- with .Values.hostAliases }}
 hostAliases: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
@@ -350,6 +342,22 @@ tolerations: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- with .Values.affinity }}
 affinity: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
+{{- end }}
+
+{{/* The pod's spec, but for restartPolicy. */}}
+{{- define "kandle.pod" -}}
+{{- if and .Values.sidecars (ne .Values.mode "run") }}
+{{- fail "sidecars: a Job would not end before they do; initContainers with restartPolicy: Always do not hold it up" }}
+{{- end }}
+serviceAccountName: {{ include "kandle.serviceAccountName" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- include "kandle.toYaml" .Values.podSecurityContext | nindent 2 }}
+terminationGracePeriodSeconds: {{ include "kandle.grace" . }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- include "kandle.toYaml" . | nindent 2 }}
+{{- end }}
+{{- include "kandle.placement" . }}
 topologySpreadConstraints:
 {{- with .Values.topologySpreadConstraints }}
 {{- include "kandle.toYaml" . | nindent 2 }}
