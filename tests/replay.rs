@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use jiff::Timestamp;
 use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde_json::Value;
@@ -273,18 +273,6 @@ fn a_dry_run_says_what_it_would_be_and_does_nothing() {
     assert_eq!(Ledger::count_of(&place), 0, "nothing is published");
 }
 
-/// Has the group stand somewhere.
-fn commit(place: &Place, partition: i32, offset: i64) {
-    let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", &place.brokers)
-        .set("group.id", &place.group)
-        .create()
-        .expect("a consumer");
-    let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&place.input, partition, Offset::Offset(offset)).expect("an offset");
-    until("the group's offset", || consumer.commit(&list, CommitMode::Sync).ok());
-}
-
 #[test]
 fn an_audit_finds_what_is_missing_and_doubled() {
     let place = Place::new("audit", 2);
@@ -310,8 +298,8 @@ fn an_audit_finds_what_is_missing_and_doubled() {
 
     // The group stands after a record without an outcome, and goes back over twenty that have one. Another
     // model this time: the settings that change a prediction are others.
-    commit(&place, 0, 202);
-    commit(&place, 1, 180);
+    place.commit(0, 202, "");
+    place.commit(1, 180, "");
     let (code, _, log) = run("drain", &config, &["--set", "input.join=-"]);
     assert_eq!(code, 0, "{log}");
     let (code, found, log) = audit(&[]);

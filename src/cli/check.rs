@@ -124,7 +124,6 @@ fn group(settings: &Settings) -> Result<String, String> {
     for (name, value) in &settings.input.properties {
         config.set(name, &value.0);
     }
-    config.set("allow.auto.create.topics", "false");
     let consumer = consumer::observer(&config).map_err(|e| e.to_string())?;
     let mut list = TopicPartitionList::new();
     for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {

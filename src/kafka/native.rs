@@ -48,6 +48,15 @@ pub enum Identity {
     Unknown,
 }
 
+impl Identity {
+    pub fn id(&self) -> Option<&TopicId> {
+        match self {
+            Self::Id(id) => Some(id),
+            Self::Absent | Self::Unknown => None,
+        }
+    }
+}
+
 /// The topics that stand behind these names.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use std::fmt;
 use jsonschema::error::ValidationErrorKind;
 use serde_json::Value;
 
-use super::load::{join, origin_of, property, types};
+use super::load::{covers, join, origin_of, property, types};
 
 /// What is wrong with the configuration, and where.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,11 +59,9 @@ pub(super) fn check(
         let key =
             error.instance_path().to_string().trim_start_matches('/').replace("~1", "/").replace('/', ".");
         let at = schema_at(schema, &key);
-        let inside =
-            |outer: &str, inner: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'));
         // What stands for a section may hold anything.
         let hidden = types(at) == ["object"]
-            || secrets.iter().any(|secret| *secret == key || inside(&key, secret) || inside(secret, &key));
+            || secrets.iter().any(|secret| covers(&key, secret) || covers(secret, &key));
         let instance = if hidden { "<hidden>".to_owned() } else { error.instance().to_string() };
         let mut report = |key: String, message: String| {
             faults.push(Fault { origin: origin_of(origins, &key), key, message });

@@ -38,23 +38,16 @@ impl File {
         format: FileFormat,
         text: &str,
     ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
-        if format == FileFormat::Toml {
-            // The error of the config crate quotes the line, which may hold a secret.
-            DeTable::parse(text).map_err(|error| {
-                let line = 1 + text[..error.span().map_or(0, |span| span.start)].matches('\n').count();
-                format!("line {line}: {}", error.message())
-            })?;
-        }
-        let mut root = format.parse(Some(&name.to_owned()), text)?;
-        // The config crate takes such a name for a path, and what is below it would lose its text.
-        if let Some(name) = root.keys().find(|name| name.contains(['.', '['])) {
-            return Err(format!("{name} is not a section: put its keys below their section").into());
-        }
         let written = match format {
             FileFormat::Yaml => Written::of_yaml(text)?,
             FileFormat::Toml => Written::of_toml(text)?,
             _ => Written::of_json(text)?,
         };
+        let mut root = format.parse(Some(&name.to_owned()), text)?;
+        // The config crate takes such a name for a path, and what is below it would lose its text.
+        if let Some(name) = root.keys().find(|name| name.contains(['.', '['])) {
+            return Err(format!("{name} is not a section: put its keys below their section").into());
+        }
         for (section, value) in &mut root {
             let ValueKind::Table(section_of) = &mut value.kind else { continue };
             let Some(Layered { kind: ValueKind::Table(properties), .. }) = section_of.get_mut("properties")
@@ -105,7 +98,9 @@ impl Written {
         Ok(events.root.unwrap_or(Written::List))
     }
 
-    fn of_toml(text: &str) -> Result<Self, toml::de::Error> {
+    /// # Errors
+    /// Line and fault; the parser's own error quotes the line, which may hold a secret.
+    fn of_toml(text: &str) -> Result<Self, String> {
         fn written(value: &Spanned<DeValue<'_>>, text: &str) -> Written {
             match value.get_ref() {
                 DeValue::Table(entries) => table(entries, text),
@@ -119,7 +114,11 @@ impl Written {
                 |(name, value): (&Spanned<_>, _)| (ToString::to_string(name.get_ref()), written(value, text));
             Written::Table(entries.iter().map(entry).collect())
         }
-        Ok(table(DeTable::parse(text)?.get_ref(), text))
+        let parsed = DeTable::parse(text).map_err(|error| {
+            let line = 1 + text[..error.span().map_or(0, |span| span.start)].matches('\n').count();
+            format!("line {line}: {}", error.message())
+        })?;
+        Ok(table(parsed.get_ref(), text))
     }
 
     fn of_json(text: &str) -> Result<Self, serde_json::Error> {

@@ -100,8 +100,9 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
     Err(faults)
 }
 
-fn covers(faulty: &str, key: &str) -> bool {
-    key == faulty || key.strip_prefix(faulty).is_some_and(|rest| rest.starts_with('.'))
+/// Whether a key is another one, or below it.
+pub(super) fn covers(outer: &str, key: &str) -> bool {
+    key == outer || key.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'))
 }
 
 pub(super) fn origin_of(origins: &BTreeMap<String, String>, key: &str) -> Option<String> {

@@ -287,16 +287,20 @@ const ALIASES: &[(&str, &str)] = &[
     ("compression.type", "compression.codec"),
 ];
 
+/// The sections that each client has its properties from, the consumer and the producer; the last one that sets a
+/// property wins.
+fn clients(settings: &Settings) -> [[(&'static str, &Properties); 2]; 2] {
+    let common = ("kafka.properties", &settings.kafka.properties);
+    let (input, output) = (&settings.input.properties, &settings.output.properties);
+    [("input.properties", input), ("output.properties", output)].map(|own| [common, own])
+}
+
 /// Two names of one property, of which one client would take either.
 fn check_aliases(settings: &Settings) -> Vec<(String, String)> {
-    let common = ("kafka.properties", &settings.kafka.properties);
     let mut faults = Vec::new();
-    for own in
-        [("input.properties", &settings.input.properties), ("output.properties", &settings.output.properties)]
-    {
-        let section = |name: &str| {
-            [common, own].iter().find(|(_, set)| set.contains_key(name)).map(|(section, _)| *section)
-        };
+    for sections in clients(settings) {
+        let section =
+            |name: &str| sections.iter().find(|(_, set)| set.contains_key(name)).map(|(section, _)| *section);
         for (one, other) in ALIASES {
             if let (Some(first), Some(second)) = (section(one), section(other)) {
                 let fault = (
@@ -324,13 +328,9 @@ fn reason(error: KafkaError) -> String {
 /// properties. Without brokers it connects to nothing.
 fn check_login(settings: &Settings) -> Vec<(String, String)> {
     let mut faults: Vec<(String, String)> = Vec::new();
-    for (section, own) in
-        [("input.properties", &settings.input.properties), ("output.properties", &settings.output.properties)]
-    {
-        let all = || {
-            let common = settings.kafka.properties.iter().map(|pair| ("kafka.properties", pair));
-            common.chain(own.iter().map(|pair| (section, pair)))
-        };
+    for sections in clients(settings) {
+        let all =
+            || sections.into_iter().flat_map(|(section, set)| set.iter().map(move |pair| (section, pair)));
         let last = |name: &str| all().rfind(|(_, (key, _))| *key == name);
         let Some((protocol_in, (_, protocol))) = last("security.protocol") else { continue };
         if !protocol.0.to_ascii_uppercase().starts_with("SASL_") {

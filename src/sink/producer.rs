@@ -197,16 +197,17 @@ impl RecordProducer {
         self.client.client().fatal_error()
     }
 
-    /// Forgets what is queued and waits for what has been sent, at most for `limit`; `served` takes the reports and is
+    /// Forgets what is queued and waits for what has been sent, at most for `limit`; returns the reports. `waits` is
     /// called now and then. Whatever is not acknowledged by then may or may not have been published.
-    pub fn wind_up(&mut self, limit: Duration, mut served: impl FnMut(&mut Self, Arrived)) {
+    pub fn wind_up(&self, limit: Duration, mut waits: impl FnMut()) -> Vec<Arrived> {
         self.client.purge(PurgeConfig::default().queue());
         let deadline = Instant::now() + limit;
+        let mut all = Vec::new();
         loop {
-            let arrived = self.poll();
-            served(self, arrived);
+            all.push(self.poll());
+            waits();
             if self.client.in_flight_count() == 0 || Instant::now() >= deadline {
-                return;
+                return all;
             }
             std::thread::park_timeout(Duration::from_millis(2));
         }

@@ -125,7 +125,7 @@ impl Publisher {
     fn stop_after_refusal(&mut self) -> Result<(), String> {
         match self.delivery {
             Delivery::AtLeastOnce => {
-                self.wind_up()?;
+                self.wind_up(WIND_UP)?;
                 // They fail because of the first one, which is being dealt with.
                 self.take_refused();
                 self.start_producer(true)
@@ -138,14 +138,9 @@ impl Publisher {
         }
     }
 
-    /// Waits until all that the producer has sent is answered, and books that.
-    fn wind_up(&mut self) -> Result<(), String> {
-        let mut arrived = Vec::new();
-        let health = std::sync::Arc::clone(&self.context.health);
-        self.producer.wind_up(WIND_UP, |_, reports| {
-            health.busy(Stage::Publish);
-            arrived.push(reports);
-        });
+    /// Waits until all that the producer has sent is answered, at most for `limit`, and books that.
+    pub(super) fn wind_up(&mut self, limit: Duration) -> Result<(), String> {
+        let arrived = self.producer.wind_up(limit, || self.context.health.busy(Stage::Publish));
         arrived.into_iter().try_for_each(|reports| self.book(reports))
     }
 
@@ -193,7 +188,7 @@ impl Publisher {
             }
             if self.stopped {
                 // The client stops before it reports the messages that made it stop.
-                self.wind_up()?;
+                self.wind_up(WIND_UP)?;
             }
             if self.stopped || !self.refused.is_empty() {
                 return Ok(Sent::Refused(self.take_refused()));

@@ -298,12 +298,8 @@ impl Publisher {
     /// Goes back to the first record of the transaction that is no more.
     fn rewind(&mut self) -> Result<(), String> {
         // Reports of its messages would be taken for those of the next one's.
-        let mut arrived = Vec::new();
         let limit = self.transactions().map_or(Duration::ZERO, |transactions| transactions.timeout);
-        self.producer.wind_up(limit, |_, reports| arrived.push(reports));
-        for reports in arrived {
-            self.book(reports)?;
-        }
+        self.wind_up(limit)?;
         self.broken = None;
         if let Some(open) = self.transactions().and_then(|transactions| transactions.open.take()) {
             self.cursor = open.from;

@@ -56,7 +56,6 @@ pub(super) struct Doubt {
     /// When topics were last asked for; an answer is awaited.
     asked: Instant,
     waiting: bool,
-    settled: bool,
     every: Duration,
     /// When partitions were last tried that could not be read; an answer is awaited.
     tried: Instant,
@@ -73,7 +72,6 @@ impl Doubt {
             turned: now,
             asked: now,
             waiting: false,
-            settled: false,
             every,
             tried: now,
             trying: false,
@@ -89,11 +87,6 @@ impl Doubt {
     /// been recreated.
     pub fn turns(&mut self, now: Instant) -> bool {
         now.saturating_duration_since(std::mem::replace(&mut self.turned, now)) >= STALE
-    }
-
-    /// The cluster has just been asked: reading may go on.
-    pub fn is_settled(&self) -> bool {
-        self.settled
     }
 
     /// Whether it is time to look at the topics again; `held`: some partition waits for it.
@@ -348,9 +341,9 @@ impl Source {
 
     fn settle_doubt(&mut self) {
         self.doubt.stage = Stage::None;
-        self.doubt.settled = true;
-        self.resume_if_possible();
-        self.doubt.settled = false;
+        if self.may_resume() {
+            self.resume();
+        }
     }
 }
 

@@ -11,11 +11,10 @@ use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 
-use super::start::{Begin, begins};
+use super::start::{Begin, start_of};
 use crate::kafka::cluster;
 use crate::kafka::consumer::{self, Observer};
-use crate::kafka::metadata::Metadata;
-use crate::kafka::native::{self, Identity};
+use crate::kafka::native;
 use crate::kafka::range::{self, ASK, Range, RangeError};
 use crate::record::Partition;
 use crate::settings::{Settings, Start};
@@ -253,9 +252,7 @@ pub(super) fn standing_of<'a>(
             Offset::Offset(offset) => Some(offset),
             _ => None,
         };
-        let partition = Partition::new(element.topic(), element.partition());
-        let identity = identities.get(element.topic()).cloned().unwrap_or(Identity::Unknown);
-        let start = begins(partition, offset, Metadata::read(element.metadata()), identity);
+        let start = start_of(element, offset, &identities);
         match start.begin {
             Begin::At(offset) => Some((start.partition, offset)),
             Begin::LogStart | Begin::Recreated { .. } => None,

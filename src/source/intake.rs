@@ -270,21 +270,22 @@ impl Source {
         }
     }
 
-    /// Resumes what is paused, where nothing is left that it was paused for.
-    pub(super) fn resume_if_possible(&mut self) {
+    /// Nothing is left that partitions were paused for.
+    pub(super) fn may_resume(&self) -> bool {
         let stopping = self.context.stop.load(Ordering::Relaxed);
-        if !self.intake.paused
-            || stopping
-            || self.intake.is_full()
-            || self.bounds.period.resting
-            || self.doubt.is_open()
-        {
-            return;
+        let held_up = stopping || self.intake.is_full() || self.bounds.period.resting || self.doubt.is_open();
+        self.intake.paused && !held_up
+    }
+
+    /// Has what is paused resumed, where nothing is left that it was paused for: once the cluster has been asked, because
+    /// a topic may have been deleted and recreated while nothing was fetched.
+    pub(super) fn resume_if_possible(&mut self) {
+        if self.may_resume() {
+            self.doubt(Cause::Topics);
         }
-        // While nothing was fetched, a topic may have been deleted and recreated.
-        if !self.doubt.is_settled() {
-            return self.doubt(Cause::Topics);
-        }
+    }
+
+    pub(super) fn resume(&mut self) {
         tracing::debug!("resumed");
         self.intake.paused = false;
         let resumed = self.consumer.assignment().and_then(|all| {

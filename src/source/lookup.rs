@@ -15,7 +15,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use super::callbacks::{Callbacks, Event};
 use super::damage::{self, Damage};
 use super::drain::standing_of;
-use super::start::{Begin, StartOf, begins};
+use super::start::{Begin, StartOf, start_of};
 use crate::kafka::cluster::committed;
 use crate::kafka::consumer::{self, Observer};
 use crate::kafka::metadata::{Metadata, add_offset};
@@ -338,20 +338,19 @@ impl Thread {
             .elements()
             .iter()
             .map(|element| {
-                let partition = Partition::new(element.topic(), element.partition());
                 let since = || all.as_ref()?.find_partition(element.topic(), element.partition());
                 let offset = match element.offset() {
                     Offset::Offset(offset) => Some(offset),
                     _ => match (&first_start, since().map(|element| element.offset())) {
-                        (Some(ends), _) => ends.get(&partition).copied(),
+                        (Some(ends), _) => {
+                            ends.get(&Partition::new(element.topic(), element.partition())).copied()
+                        }
                         // Another member has committed it since `list` was read.
                         (None, Some(Offset::Offset(offset))) => Some(offset),
                         (None, _) => None,
                     },
                 };
-                let metadata = Metadata::read(element.metadata());
-                let identity = identities.get(element.topic()).cloned().unwrap_or(Identity::Unknown);
-                begins(partition, offset, metadata, identity)
+                start_of(element, offset, &identities)
             })
             .collect();
         for start in &partitions {
@@ -380,10 +379,7 @@ impl Thread {
         let mut list = TopicPartitionList::with_capacity(partitions.len());
         for partition in partitions {
             let (_, end) = range::watermarks(self.prober()?, partition)?;
-            let id = match identities.get(&*partition.topic) {
-                Some(Identity::Id(id)) => Some(id.clone()),
-                _ => None,
-            };
+            let id = identities.get(&*partition.topic).and_then(Identity::id).cloned();
             let metadata = Metadata::new(&self.setup.model, &self.setup.digest, id, &Default::default());
             add_offset(&mut list, partition, end, &metadata.text())?;
             ends.insert(partition.clone(), end);
@@ -412,10 +408,7 @@ impl Thread {
             if !self.waiting.is_empty() {
                 break;
             }
-            let found = self
-                .prober()
-                .and_then(|prober| prober.fetch_watermarks(&partition.topic, partition.number, ASK));
-            match found {
+            match self.watermarks(&partition) {
                 Ok((_, end)) => drop(ends.insert(partition, end)),
                 Err(error) => self.say("the ends of partitions", &error),
             }
@@ -423,9 +416,13 @@ impl Thread {
         ends
     }
 
+    /// First offset and end of a log. Not tried again: other questions wait.
+    fn watermarks(&mut self, partition: &Partition) -> Result<(i64, i64), KafkaError> {
+        self.prober()?.fetch_watermarks(&partition.topic, partition.number, ASK)
+    }
+
     fn log_start(&mut self, partition: &Partition) -> Result<i64, KafkaError> {
-        let (start, _) = self.prober()?.fetch_watermarks(&partition.topic, partition.number, ASK)?;
-        Ok(start)
+        self.watermarks(partition).map(|(start, _)| start)
     }
 
     fn progress(&mut self, partitions: &[Partition]) -> Result<Offsets, KafkaError> {
@@ -498,9 +495,7 @@ impl Thread {
     }
 
     fn damage(&mut self, partition: Partition, at: Option<i64>) -> Looked {
-        let watermarks =
-            self.prober().and_then(|prober| prober.fetch_watermarks(&partition.topic, partition.number, ASK));
-        match watermarks {
+        match self.watermarks(&partition) {
             Ok((low, end)) => {
                 let from = at.unwrap_or(low).max(low);
                 let damage = damage::extent(from, end, |offset| self.first(&partition, offset));

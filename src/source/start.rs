@@ -1,6 +1,8 @@
 //! Where reading begins in a partition that is assigned. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 
 use crate::kafka::metadata::Metadata;
 use crate::kafka::native::{Identity, TopicId};
@@ -47,17 +49,26 @@ impl StartOf {
     }
 }
 
+/// Where reading begins in a partition of which the group has this element; `offset` is its offset, or the one that the
+/// group has got since.
+pub(super) fn start_of(
+    element: &TopicPartitionListElem<'_>,
+    offset: Option<i64>,
+    identities: &BTreeMap<String, Identity>,
+) -> StartOf {
+    let identity = identities.get(element.topic()).cloned().unwrap_or(Identity::Unknown);
+    let partition = Partition::new(element.topic(), element.partition());
+    begins(partition, offset, Metadata::read(element.metadata()), identity)
+}
+
 /// `offset`: what the group has; `metadata`: beside it; `identity`: the topic of that name now.
-pub(super) fn begins(
+fn begins(
     partition: Partition,
     offset: Option<i64>,
     metadata: Option<Metadata>,
     identity: Identity,
 ) -> StartOf {
-    let topic_id = match identity {
-        Identity::Id(id) => Some(id),
-        Identity::Absent | Identity::Unknown => None,
-    };
+    let topic_id = identity.id().cloned();
     let before = metadata.as_ref().and_then(|metadata| metadata.topic_id.clone());
     let begin = match (offset, before, &topic_id) {
         (None, ..) => Begin::LogStart,

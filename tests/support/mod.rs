@@ -279,30 +279,30 @@ impl Place {
         self.read(&self.dead, &format!("{count} dead letters"), |got| got.len() >= count)
     }
 
-    /// Commits an offset for the group, which has no members.
-    pub fn commit(&self, partition: i32, offset: i64, metadata: &str) {
-        let consumer: BaseConsumer = ClientConfig::new()
+    /// A client of the group that is no member.
+    fn group_client(&self) -> BaseConsumer {
+        ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
             .set("group.id", &self.group)
             .create()
-            .expect("a consumer");
+            .expect("a consumer")
+    }
+
+    /// Commits an offset for the group, which has no members.
+    pub fn commit(&self, partition: i32, offset: i64, metadata: &str) {
         let mut list = TopicPartitionList::new();
         let mut element = list.add_partition(&self.input, partition);
         element.set_offset(Offset::Offset(offset)).expect("an offset");
         element.set_metadata(metadata);
-        consumer.commit(&list, CommitMode::Sync).expect("committed");
+        let consumer = self.group_client();
+        until("the group's offset", || consumer.commit(&list, CommitMode::Sync).ok());
     }
 
     /// The offset that the group has in a partition, with its metadata.
     pub fn committed(&self, partition: i32) -> Option<(i64, String)> {
-        let consumer: BaseConsumer = ClientConfig::new()
-            .set("bootstrap.servers", &self.brokers)
-            .set("group.id", &self.group)
-            .create()
-            .expect("a consumer");
         let mut list = TopicPartitionList::new();
         list.add_partition(&self.input, partition);
-        let offsets = consumer.committed_offsets(list, Duration::from_secs(10)).ok()?;
+        let offsets = self.group_client().committed_offsets(list, Duration::from_secs(10)).ok()?;
         let elements = offsets.elements();
         let offset = elements[0].offset().to_raw().filter(|&o| o >= 0)?;
         Some((offset, elements[0].metadata().to_owned()))
