@@ -343,10 +343,7 @@ impl Chaos {
     fn recreate(&mut self, records: u64) {
         self.finish_others();
         self.members.iter().for_each(|member| member.signal("STOP"));
-        self.other.delete(&self.other.input);
-        until("the topic to be deleted", || {
-            self.other.try_create(&self.other.input, OTHER_PARTITIONS, &[]).then_some(())
-        });
+        self.other.recreate(&self.other.input, OTHER_PARTITIONS);
         self.produce_others(records);
         self.members.iter().for_each(|member| member.signal("CONT"));
     }

@@ -252,7 +252,9 @@ fn token(word: &str) -> u64 {
 
 #[test]
 fn a_record_on_which_the_model_hangs_is_found_on_the_next_start() {
-    for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
+    // Windows before the record's are in an open transaction when it is given up on.
+    let open = ("delivery", "{ guarantee: exactly_once, commit_interval: 10s }");
+    for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE, open] {
         let place = Place::new("hang", 1);
         let config = place.config(&[delivery, WINDOW, ("batch", "{ timeout: 2s }"), ("input", INPUT)]);
         let text = |i: usize| if i == 70 { "my password" } else { "where is my order" };
@@ -270,7 +272,7 @@ fn a_record_on_which_the_model_hangs_is_found_on_the_next_start() {
         assert_eq!((dead[0].source(), dead[0].header("kandle-error")), ((0, 70), Some("infer")));
         assert!(dead[0].header("kandle-error-message").is_some_and(|m| m.contains("did not come to an end")));
         let mut third = start();
-        settle(&place, &[120], delivery == EXACTLY_ONCE);
+        settle(&place, &[120], delivery != AT_LEAST_ONCE);
         third.stop();
         assert_eq!(place.dead_letters(1).len(), 1);
     }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 use support::ledger::Ledger;
-use support::{File, NOOP, Place, Sent, file, finish, kandle, until};
+use support::{Daemon, File, NOOP, Place, Sent, file, finish, kandle, until};
 
 fn config(place: &Place, more: &[(&str, &str)]) -> File {
     file("kandle.yaml", &place.config(&[&NOOP, more].concat()))
@@ -114,6 +114,46 @@ fn two_drains_of_a_group_share_the_work_and_both_end() {
     for partition in 0..4 {
         assert_eq!(place.committed(partition).expect("an offset").0, 1000);
     }
+}
+
+fn slow(place: &Place) -> Daemon {
+    let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }";
+    let config = place.config(&[&NOOP[..], &SLOW, &[("input", input)]].concat());
+    Daemon::spawn("drain", &config, |command| {
+        command.env("FAILPOINTS", "encode=sleep(20)");
+    })
+}
+
+#[test]
+fn a_drain_whose_topic_is_deleted_ends() {
+    let place = Place::new("drain-deleted", 1);
+    place.produce(numbered(1, 0, 4000));
+    let mut drain = slow(&place);
+    place.predictions(40);
+    place.delete(&place.input);
+    assert_eq!(drain.wait().code(), Some(1), "{}", drain.log());
+    let gone = format!("topic {} was deleted during the drain", place.input);
+    assert!(drain.log().contains(&gone), "{}", drain.log());
+}
+
+/// The one that is given the partition has never had it.
+#[test]
+fn a_topic_recreated_while_its_owner_is_frozen_ends_the_drain_of_the_next_owner() {
+    let place = Place::new("drain-recreated", 1);
+    place.produce(numbered(1, 0, 4000));
+    let mut owner = slow(&place);
+    place.predictions(40);
+    let mut heir = slow(&place);
+    heir.wait_log("standing by");
+    owner.signal("STOP");
+    heir.signal("STOP");
+    place.recreate(&place.input, 1);
+    place.produce(numbered(1, 0, 10));
+    owner.signal("KILL");
+    owner.wait();
+    heir.signal("CONT");
+    assert_eq!(heir.wait().code(), Some(1), "{}", heir.log());
+    assert!(heir.log().contains("was deleted and recreated during the drain"), "{}", heir.log());
 }
 
 #[test]

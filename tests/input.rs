@@ -7,7 +7,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{NewPartitions, NewTopic, TopicReplication};
+use rdkafka::admin::NewPartitions;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use support::kafka::Kafka;
 use support::ledger::Ledger;
@@ -34,16 +34,6 @@ fn input(topics: &str, more: &str) -> String {
 
 fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = Sent> {
     (from..to).map(move |i| Sent::new((i % partitions) as i32, format!("record {i}")))
-}
-
-fn recreate(place: &Place, partitions: i32) {
-    place.delete(&place.input);
-    until("the topic to be gone", || {
-        let topic = NewTopic::new(&place.input, partitions, TopicReplication::Fixed(-1));
-        let made =
-            place.administer(async |admin, options| admin.create_topics([&topic], options).await).ok()?;
-        made.iter().all(Result::is_ok).then_some(())
-    });
 }
 
 /// The values of the predictions, once there are `count`.
@@ -76,7 +66,7 @@ fn recreated_while(
     until("the commit", || place.committed(0).filter(|(offset, _)| *offset == 100));
     away(&mut daemon);
     let since = Instant::now();
-    recreate(&place, 1);
+    place.recreate(&place.input, 1);
     place.produce(numbered(1, 1000, 1250));
     // Shorter than what an operator needs for it.
     until("a second", || (since.elapsed() >= Duration::from_secs(1)).then_some(()));
@@ -142,7 +132,7 @@ fn a_topic_recreated_while_kandle_is_away_is_read_from_its_start() {
     daemon.stop();
     let (offset, metadata) = place.committed(0).expect("an offset");
     assert_eq!(offset, 100);
-    recreate(&place, 1);
+    place.recreate(&place.input, 1);
     place.produce(numbered(1, 1000, 1250));
     place.commit(0, 100, &metadata);
     let mut daemon = Daemon::start(&config);
@@ -151,7 +141,7 @@ fn a_topic_recreated_while_kandle_is_away_is_read_from_its_start() {
     daemon.stop();
     // A drain too knows where it stands.
     let file = file("kandle.yaml", &config);
-    recreate(&place, 1);
+    place.recreate(&place.input, 1);
     place.produce(numbered(1, 2000, 2050));
     place.commit(0, 100, &metadata);
     let (code, _, log) = finish(kandle().args(["drain", "-c"]).arg(&file.path), b"");
@@ -167,7 +157,7 @@ fn a_topic_recreated_under_a_running_daemon_is_read_from_its_start() {
         Daemon::start(&config(&place, &[AT_LEAST_ONCE, ("input", &input("$INPUT", properties))]));
     place.produce(numbered(2, 0, 100));
     values(&place, 100);
-    recreate(&place, 2);
+    place.recreate(&place.input, 2);
     place.produce(numbered(2, 1000, 1250));
     let all = until("all that is in the new topic", || {
         let all = values(&place, 350);

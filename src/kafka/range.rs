@@ -1,6 +1,6 @@
 //! Parts of topics, by time or by offset.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::ControlFlow;
 use std::str::FromStr;
@@ -11,6 +11,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::RDKafkaErrorCode;
 
 use super::topics::TopicFilter;
 use crate::record::Partition;
@@ -108,12 +109,57 @@ pub fn partitions<C: ConsumerContext>(
     Ok(partitions)
 }
 
-/// First offset and end of a partition's log.
-pub fn watermarks<C: ConsumerContext>(
+/// Which end of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Edge {
+    /// The first offset.
+    Start,
+    /// The offset after the last record, or after the last that transactions have committed, for readers of such.
+    End,
+}
+
+/// Where the logs of partitions start or end: one request to each broker. Partitions that gave an error are absent, and
+/// the first such error is beside.
+pub fn edges<'a, C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
-    partition: &Partition,
-) -> Result<(i64, i64), KafkaError> {
-    again(|| consumer.fetch_watermarks(&partition.topic, partition.number, ASK))
+    partitions: impl IntoIterator<Item = &'a Partition>,
+    edge: Edge,
+) -> Result<(HashMap<Partition, i64>, Option<KafkaError>), KafkaError> {
+    // In place of a time, as in the protocol's ListOffsets: -2 and -1.
+    let time = match edge {
+        Edge::Start => Offset::Beginning,
+        Edge::End => Offset::End,
+    };
+    let mut list = TopicPartitionList::new();
+    for partition in partitions {
+        list.add_partition_offset(&partition.topic, partition.number, time)?;
+    }
+    if list.count() == 0 {
+        return Ok((HashMap::new(), None));
+    }
+    let (mut offsets, mut failed) = (HashMap::new(), None);
+    for element in consumer.offsets_for_times(list, ASK)?.elements() {
+        match (element.error(), element.offset()) {
+            (Ok(()), Offset::Offset(offset)) => {
+                offsets.insert(Partition::new(element.topic(), element.partition()), offset);
+            }
+            (Ok(()), _) => failed = failed.or(Some(KafkaError::OffsetFetch(RDKafkaErrorCode::NoOffset))),
+            (Err(error), _) => failed = failed.or(Some(error)),
+        }
+    }
+    Ok((offsets, failed))
+}
+
+/// The same, of all of them or of none.
+pub fn all_edges<'a, C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partitions: impl IntoIterator<Item = &'a Partition>,
+    edge: Edge,
+) -> Result<HashMap<Partition, i64>, KafkaError> {
+    match edges(consumer, partitions, edge)? {
+        (offsets, None) => Ok(offsets),
+        (_, Some(error)) => Err(error),
+    }
 }
 
 /// The parts of all partitions of `topics` from one point to another; the whole where none is given.
@@ -143,9 +189,14 @@ pub fn resolve<C: ConsumerContext>(
     {
         return Err(RangeError::Future(to));
     }
+    let partitions = partitions(consumer, topics)?;
+    let starts = again(|| all_edges(consumer, &partitions, Edge::Start))?;
+    let ends = again(|| all_edges(consumer, &partitions, Edge::End))?;
     let mut ranges = BTreeMap::new();
-    for partition in partitions(consumer, topics)? {
-        let (low, high) = watermarks(consumer, &partition)?;
+    for partition in partitions {
+        let low = starts[&partition];
+        // Retention may have moved the start on in between.
+        let high = ends[&partition].max(low);
         ranges.insert(partition, Range { from: low, to: high, low, high });
     }
     let mut deleted = Vec::new();

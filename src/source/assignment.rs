@@ -16,7 +16,7 @@ use super::callbacks::{give_up, take_up};
 use super::ledger::Owned;
 use super::lookup::{Question, Started};
 use super::serve::{Source, SourceError};
-use super::start::Begin;
+use super::start::{Begin, StartOf};
 use crate::kafka::metadata::Metadata;
 use crate::record::Partition;
 use crate::settings::OnChange;
@@ -106,6 +106,13 @@ impl Source {
             // The client waits for an answer, also when it is about to leave.
             let _ = take_up(&self.consumer, &list);
             return Err(changed);
+        }
+        if let Some(drain) = &self.bounds.drain {
+            let check = |start: &StartOf| drain.check_topic(&start.partition.topic, start.topic_id.as_ref());
+            if let Err(gone) = starts.iter().try_for_each(check) {
+                let _ = take_up(&self.consumer, &list);
+                return Err(gone.into());
+            }
         }
         let mut partitions = Vec::new();
         for start in starts {

@@ -139,7 +139,7 @@ impl Source {
     /// Looks at the topics now and then, and at what could not be read.
     pub(super) fn look_around(&mut self) {
         self.look_at_unreadable();
-        let held = self.ledger.iter().any(|owned| matches!(owned.hold, Some(Hold::TopicAbsent)));
+        let held = self.ledger.iter().any(|owned| owned.hold == Some(Hold::TopicAbsent));
         if self.doubt.is_due(held || self.subscription.is_empty(), Instant::now()) {
             self.ask_for_topics();
         }
@@ -149,6 +149,8 @@ impl Source {
         (self.doubt.asked, self.doubt.waiting) = (Instant::now(), true);
         let mut owned: Vec<String> =
             self.ledger.iter().map(|owned| owned.partition.topic.to_string()).collect();
+        // Also those of which other members have all partitions.
+        owned.extend(self.bounds.drain.iter().flat_map(|drain| drain.open_topics()));
         owned.sort();
         owned.dedup();
         self.lookup.ask(Question::Topics(owned));
@@ -163,6 +165,9 @@ impl Source {
             }
             return Ok(());
         };
+        if let Some(drain) = &self.bounds.drain {
+            drain.check_topics(&topics.identities, Instant::now())?;
+        }
         if let Some(matching) = topics.matching {
             self.subscribe_to(matching)?;
         }
@@ -193,7 +198,7 @@ impl Source {
         }
         let changed = !again.is_empty();
         for (partition, before) in again {
-            self.recreated(partition, &before.to_string())?;
+            self.recreated(partition, &before.to_string());
         }
         // Seeks, and resumes, also what was found by the way.
         // Also while it seeks: to the offsets of before.
@@ -208,15 +213,11 @@ impl Source {
     }
 
     /// The topic was deleted and recreated: its offsets begin anew.
-    fn recreated(&mut self, partition: Partition, before: &str) -> Result<(), SourceError> {
+    fn recreated(&mut self, partition: Partition, before: &str) {
         let at = self.ledger.get(&partition).and_then(super::ledger::Owned::next);
         let owned = self.ledger.renew(partition.clone(), None);
         let now = owned.topic_id.as_ref().map(ToString::to_string);
         self.count_recreated(&partition, at, before, now.as_deref());
-        match &self.bounds.drain {
-            Some(_) => Err(SourceError::Recreated(partition.topic.to_string())),
-            None => Ok(()),
-        }
     }
 
     /// Counts, then logs.

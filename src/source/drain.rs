@@ -2,7 +2,7 @@
 //! Shared by the source, which moves it, and by whoever shows it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::start::{Begin, start_of};
 use crate::kafka::cluster;
 use crate::kafka::consumer::{self, Observer};
-use crate::kafka::native;
+use crate::kafka::native::{self, Identity, TopicId};
 use crate::kafka::range::{self, ASK, Range, RangeError};
 use crate::record::Partition;
 use crate::settings::{Settings, Start};
@@ -22,6 +22,20 @@ use crate::window::Span;
 
 /// Between two looks at how far the group's other members are.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// A topic counts as deleted once it has been absent for so long: a broker that has just started may know no topics yet.
+const ABSENT: Duration = Duration::from_secs(3);
+
+/// Why a drain cannot come to its end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Gone {
+    #[error(
+        "topic {0} was deleted and recreated during the drain, so its end is gone: start the drain again"
+    )]
+    Recreated(String),
+    #[error("topic {0} was deleted during the drain: what was left of it cannot be read")]
+    Deleted(String),
+}
 
 /// One partition of a drain.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -62,6 +76,10 @@ pub struct Drain {
     /// Of a replay: from where to where.
     ranges: Option<BTreeMap<Partition, Range>>,
     bounds: Mutex<BTreeMap<Partition, Bound>>,
+    /// The topics whose ends were frozen, by name, where the broker gives ids.
+    topics: OnceLock<BTreeMap<String, Identity>>,
+    /// Since when topics are absent.
+    absent: Mutex<HashMap<String, Instant>>,
     complete: AtomicBool,
     /// When it was last asked how far the group is.
     looked: Mutex<Option<Instant>>,
@@ -86,9 +104,10 @@ impl Drain {
         topics: &[&str],
         start: Start,
     ) -> Result<Vec<String>, RangeError> {
+        let observer = consumer::observer(config)?;
         let ranges = match &self.ranges {
             Some(ranges) => ranges.clone(),
-            None => range::resolve(&consumer::observer(config)?, topics, None, None, true)?,
+            None => range::resolve(&observer, topics, None, None, true)?,
         };
         let known = standing_of(&consumer::bystander(config)?, ranges.keys())?;
         // A group without any offset begins at the ends.
@@ -117,8 +136,53 @@ impl Drain {
         let bounds: BTreeMap<Partition, Bound> = ranges.into_iter().map(bound).collect();
         let mut names: Vec<String> = bounds.keys().map(|partition| partition.topic.to_string()).collect();
         names.dedup();
+        let identities = range::again(|| native::identities(&observer, &names, ASK))?;
+        self.topics.get_or_init(|| identities);
         *self.lock() = bounds;
         Ok(names)
+    }
+
+    /// The topics of which something is left.
+    pub(super) fn open_topics(&self) -> Vec<String> {
+        let bounds = self.lock();
+        let open = bounds.iter().filter(|(_, bound)| bound.open);
+        let mut names: Vec<String> = open.map(|(partition, _)| partition.topic.to_string()).collect();
+        names.dedup();
+        names
+    }
+
+    /// # Errors
+    /// The topic is another one than at the start, so that the frozen ends mean nothing.
+    pub(super) fn check_topic(&self, topic: &str, now: Option<&TopicId>) -> Result<(), Gone> {
+        let frozen = self.topics.get().and_then(|topics| topics.get(topic)?.id());
+        match (frozen, now) {
+            (Some(frozen), Some(now)) if frozen != now => Err(Gone::Recreated(topic.to_owned())),
+            _ => Ok(()),
+        }
+    }
+
+    /// # Errors
+    /// A topic of which something is left is another one than at the start, or has been absent for [`ABSENT`].
+    pub(super) fn check_topics(
+        &self,
+        identities: &BTreeMap<String, Identity>,
+        now: Instant,
+    ) -> Result<(), Gone> {
+        let mut absent = self.absent.lock().unwrap_or_else(|e| e.into_inner());
+        for topic in self.open_topics() {
+            let identity = identities.get(&topic);
+            self.check_topic(&topic, identity.and_then(Identity::id))?;
+            match identity {
+                Some(Identity::Absent) => {
+                    let since = *absent.entry(topic.clone()).or_insert(now);
+                    if now.saturating_duration_since(since) >= ABSENT {
+                        return Err(Gone::Deleted(topic));
+                    }
+                }
+                _ => drop(absent.remove(&topic)),
+            }
+        }
+        Ok(())
     }
 
     /// Where to begin in a partition for which the group has no offset; `None` leaves it to `input.start`.
@@ -212,7 +276,9 @@ impl Drain {
         for (partition, bound) in bounds.iter_mut().filter(|(_, bound)| bound.open) {
             let known = known.get(partition).copied();
             bound.reached = bound.reached.max(known.filter(|&offset| offset > bound.from));
-            all &= known.is_some_and(|offset| offset >= bound.to);
+            // From here on the topic may be deleted, and the group's offset with it.
+            bound.open = known.is_none_or(|offset| offset < bound.to);
+            all &= !bound.open;
         }
         if all {
             self.complete.store(true, Ordering::Relaxed);
@@ -309,6 +375,33 @@ mod tests {
         drain.progress(&HashMap::new());
         assert!(!drain.is_complete(), "the next drain would not know where this one was");
         drain.progress(&[(p, 8)].into());
+        assert!(drain.is_complete());
+    }
+
+    #[test]
+    fn a_topic_is_another_one_where_both_ids_are_known_and_differ() {
+        let id = |text| TopicId::new(text);
+        let drain = drain(&[(0, 0, 10, true)]);
+        assert_eq!(drain.check_topic("t", Some(&id("a"))), Ok(()), "not frozen yet");
+        let topics = [("t".to_owned(), Identity::Id(id("a"))), ("u".to_owned(), Identity::Unknown)];
+        drain.topics.set(topics.into()).unwrap();
+        assert_eq!(drain.check_topic("t", Some(&id("b"))), Err(Gone::Recreated("t".to_owned())));
+        for (topic, now) in [("t", Some("a")), ("t", None), ("u", Some("a"))] {
+            assert_eq!(drain.check_topic(topic, now.map(id).as_ref()), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_topic_that_stays_absent_is_deleted_unless_the_group_is_at_its_end() {
+        let drain = drain(&[(0, 0, 10, true)]);
+        let start = Instant::now();
+        let check = |identity, after| drain.check_topics(&[("t".to_owned(), identity)].into(), start + after);
+        assert_eq!(check(Identity::Absent, Duration::ZERO), Ok(()));
+        assert_eq!(check(Identity::Id(TopicId::new("a")), ABSENT), Ok(()), "it is there again");
+        assert_eq!(check(Identity::Absent, ABSENT), Ok(()));
+        assert_eq!(check(Identity::Absent, ABSENT * 2), Err(Gone::Deleted("t".to_owned())));
+        drain.progress(&[(Partition::new("t", 0), 10)].into());
+        assert_eq!(check(Identity::Absent, ABSENT * 3), Ok(()));
         assert!(drain.is_complete());
     }
 

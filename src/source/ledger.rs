@@ -115,6 +115,13 @@ impl Owned {
             .or_else(|| self.in_flight.front().or(self.gathering.as_ref()).map(|pending| pending.first))
     }
 
+    /// The record is in the first window that is not published.
+    pub fn is_in_next_window(&self, offset: i64) -> bool {
+        let after = self.in_flight.get(1).or(self.gathering.as_ref());
+        self.in_flight.front().is_some_and(|front| front.first <= offset)
+            && after.is_none_or(|after| offset < after.first)
+    }
+
     /// A record comes in that nothing is to be done about.
     pub fn pass_over(&mut self, offset: i64) -> Read {
         match self.next {
@@ -442,6 +449,27 @@ mod tests {
         assert!(owned.take_skipped(50).is_empty());
         assert_eq!(owned.read(20, None), Read::Backwards { expected: 54 });
         assert_eq!(ledger.renew(p, Some(20)).read(20, None), Read::InOrder);
+    }
+
+    #[test]
+    fn the_next_window_is_the_first_that_is_not_published() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        let lease = ledger.assign(p.clone(), Some(0));
+        for (first, last) in [(0, 4), (5, 9)] {
+            read(&mut ledger, &p, first..=last);
+            ledger.gathered(&[span(0, &lease, first, last)]);
+        }
+        read(&mut ledger, &p, 10..=11);
+        let next = |ledger: &Ledger| {
+            let owned = ledger.get(&p).unwrap();
+            (0..12).filter(|&offset| owned.is_in_next_window(offset)).collect::<Vec<_>>()
+        };
+        assert_eq!(next(&ledger), [0, 1, 2, 3, 4]);
+        ledger.published(&[span(0, &lease, 0, 4)], false);
+        assert_eq!(next(&ledger), [5, 6, 7, 8, 9]);
+        ledger.published(&[span(0, &lease, 5, 9)], false);
+        assert!(next(&ledger).is_empty(), "that one still gathers");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, select_biased, unbounded};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::KafkaError;
@@ -20,7 +20,7 @@ use crate::kafka::cluster::committed;
 use crate::kafka::consumer::{self, Observer};
 use crate::kafka::metadata::{Metadata, add_offset};
 use crate::kafka::native::{self, First, Identity};
-use crate::kafka::range::{self, ASK, RangeError};
+use crate::kafka::range::{self, ASK, Edge, RangeError};
 use crate::kafka::topics::TopicFilter;
 use crate::record::Partition;
 use crate::settings::Start;
@@ -136,6 +136,8 @@ pub(super) struct Topics {
 /// Asks. The thread ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Lookup {
+    /// What reading waits for.
+    urgent: Sender<Question>,
     questions: Sender<Question>,
     /// The assignment that is to be answered; questions about earlier ones are void.
     assignment: Arc<AtomicU64>,
@@ -156,12 +158,12 @@ pub(super) struct Setup {
 
 impl Lookup {
     pub fn start(member: &Arc<BaseConsumer<Callbacks>>, setup: Setup) -> std::io::Result<Self> {
+        let (urgent, first) = unbounded();
         let (questions, asked) = unbounded();
         let (assignment, closed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let open = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
         let thread = Thread {
             open: Arc::clone(&open),
-            waiting: asked.clone(),
             member: Arc::downgrade(member),
             setup,
             assignment: Arc::clone(&assignment),
@@ -170,8 +172,8 @@ impl Lookup {
             bystander: None,
             said: None,
         };
-        std::thread::Builder::new().name("kandle-lookup".to_owned()).spawn(move || thread.serve(&asked))?;
-        Ok(Self { questions, assignment, closed, open })
+        std::thread::Builder::new().name("kandle-lookup".to_owned()).spawn(move || thread.serve(&first, &asked))?;
+        Ok(Self { urgent, questions, assignment, closed, open })
     }
 
     /// Questions that are asked again and again wait for no more than one answer.
@@ -184,8 +186,14 @@ impl Lookup {
         if let Question::Start { id, .. } = &question {
             self.assignment.store(*id, Ordering::Relaxed);
         }
+        let queue = match &question {
+            Question::Start { .. } | Question::Topics(_) | Question::Seek { .. } => &self.urgent,
+            Question::Ends(_) | Question::Progress(_) | Question::Content(_) | Question::Damage(_) => {
+                &self.questions
+            }
+        };
         // The thread lives for as long as this does.
-        let _ = self.questions.send(question);
+        let _ = queue.send(question);
     }
 }
 
@@ -201,8 +209,6 @@ struct Thread {
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
     open: Arc<[AtomicBool; 2]>,
-    /// How many questions wait behind the present one.
-    waiting: Receiver<Question>,
     prober: Option<Observer>,
     bystander: Option<Observer>,
     /// The last failure that was logged.
@@ -210,8 +216,13 @@ struct Thread {
 }
 
 impl Thread {
-    fn serve(mut self, questions: &Receiver<Question>) {
-        for question in questions {
+    fn serve(mut self, urgent: &Receiver<Question>, questions: &Receiver<Question>) {
+        loop {
+            let question = select_biased! {
+                recv(urgent) -> question => question,
+                recv(questions) -> question => question,
+            };
+            let Ok(question) = question else { return };
             if self.closed.load(Ordering::Relaxed) {
                 return;
             }
@@ -231,7 +242,7 @@ impl Thread {
             Question::Start { id, partitions, compare_all } => {
                 Answer::Start(Box::new(self.begin(id, &partitions, compare_all)?))
             }
-            Question::Ends(partitions) => Answer::Ends(self.ends(partitions)),
+            Question::Ends(partitions) => Answer::Ends(self.ends(&partitions)),
             Question::Progress(partitions) => match self.progress(&partitions) {
                 Ok(offsets) => Answer::Progress(offsets),
                 Err(error) => {
@@ -353,13 +364,15 @@ impl Thread {
                 start_of(element, offset, &identities)
             })
             .collect();
+        // By number: the client may remember where the log of an earlier topic began.
+        let new = partitions.iter().filter(|start| !matches!(start.begin, Begin::At(_)));
+        let log_starts = self.log_starts(new.map(|start| &start.partition))?;
         for start in &partitions {
             let element = list.find_partition(&start.partition.topic, start.partition.number);
             if let Some(mut element) = element {
                 let offset = match start.begin {
                     Begin::At(offset) => offset,
-                    // By number: the client may remember where the log of an earlier topic began.
-                    Begin::LogStart | Begin::Recreated { .. } => self.log_start(&start.partition)?,
+                    Begin::LogStart | Begin::Recreated { .. } => log_starts[&start.partition],
                 };
                 element.set_offset(Offset::Offset(offset))?;
             }
@@ -377,12 +390,11 @@ impl Thread {
         let identities = native::identities(self.prober()?, &names, ASK)?;
         let mut ends = Offsets::new();
         let mut list = TopicPartitionList::with_capacity(partitions.len());
-        for partition in partitions {
-            let (_, end) = range::watermarks(self.prober()?, partition)?;
+        for (partition, end) in range::all_edges(self.prober()?, partitions, Edge::End)? {
             let id = identities.get(&*partition.topic).and_then(Identity::id).cloned();
             let metadata = Metadata::new(&self.setup.model, &self.setup.digest, id, &Default::default());
-            add_offset(&mut list, partition, end, &metadata.text())?;
-            ends.insert(partition.clone(), end);
+            add_offset(&mut list, &partition, end, &metadata.text())?;
+            ends.insert(partition, end);
         }
         if let Some(member) = self.member.upgrade() {
             member.commit(&list, CommitMode::Sync)?;
@@ -401,19 +413,24 @@ impl Thread {
         range::partitions(self.prober()?, &topics)
     }
 
-    fn ends(&mut self, partitions: Vec<Partition>) -> Offsets {
-        let mut ends = Offsets::new();
-        for partition in partitions {
-            // What waits may be what reading goes on with; the ends are asked for again.
-            if !self.waiting.is_empty() {
-                break;
-            }
-            match self.watermarks(&partition) {
-                Ok((_, end)) => drop(ends.insert(partition, end)),
-                Err(error) => self.say("the ends of partitions", &error),
-            }
+    fn ends(&mut self, partitions: &[Partition]) -> Offsets {
+        let ends = self.prober().and_then(|prober| range::edges(prober, partitions, Edge::End));
+        let (ends, failed) = match ends {
+            Ok(answer) => answer,
+            Err(error) => (Offsets::new(), Some(error)),
+        };
+        if let Some(error) = failed {
+            self.say("the ends of partitions", &error);
         }
         ends
+    }
+
+    /// Where logs begin.
+    fn log_starts<'a>(
+        &mut self,
+        partitions: impl IntoIterator<Item = &'a Partition>,
+    ) -> Result<Offsets, KafkaError> {
+        range::all_edges(self.prober()?, partitions, Edge::Start)
     }
 
     /// First offset and end of a log. Not tried again: other questions wait.
@@ -511,18 +528,17 @@ impl Thread {
     fn seek(&mut self, to: Vec<(Partition, Option<i64>)>) -> Vec<Partition> {
         let all = || to.iter().map(|(partition, _)| partition.clone()).collect();
         let mut list = TopicPartitionList::with_capacity(to.len());
+        // By number: the client may remember where the log of an earlier topic began.
+        let new = to.iter().filter(|(_, offset)| offset.is_none());
+        let starts = match self.log_starts(new.map(|(partition, _)| partition)) {
+            Ok(starts) => starts,
+            Err(error) => {
+                self.say("where logs begin", &error);
+                return all();
+            }
+        };
         for (partition, offset) in &to {
-            // By number: the client may remember where the log of an earlier topic began.
-            let offset = match offset {
-                Some(offset) => *offset,
-                None => match self.log_start(partition) {
-                    Ok(start) => start,
-                    Err(error) => {
-                        self.say("where logs begin", &error);
-                        return all();
-                    }
-                },
-            };
+            let offset = offset.unwrap_or_else(|| starts[partition]);
             if list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(offset)).is_err()
             {
                 return all();

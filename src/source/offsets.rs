@@ -1,6 +1,6 @@
 //! Offsets: committed when windows are published, and what the group is to remember beside them.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,11 +20,19 @@ pub(super) struct Offsets {
     committer: Committer,
     interval: Duration,
     last: Instant,
+    suspected: Option<Suspected>,
+}
+
+/// Records whose forward did not come to an end.
+struct Suspected {
+    positions: Vec<Position>,
+    /// Told once the group knows them.
+    kept: Sender<()>,
 }
 
 impl Offsets {
     pub fn new(committer: Committer, interval: Duration) -> Self {
-        Self { committer, interval, last: Instant::now() }
+        Self { committer, interval, last: Instant::now(), suspected: None }
     }
 
     pub fn is_due(&self) -> bool {
@@ -34,6 +42,11 @@ impl Offsets {
     /// A commit is under way.
     pub fn is_busy(&self) -> bool {
         self.committer.is_busy()
+    }
+
+    /// The group is to be told of suspects once the windows before them are committed.
+    pub fn has_suspects(&self) -> bool {
+        self.suspected.is_some()
     }
 }
 
@@ -95,21 +108,35 @@ impl Source {
         }
     }
 
-    /// The group is told which records were in a forward that did not come to an end, so that the next
-    /// start runs each of them alone. The offsets committed with it are those the group has anyway.
-    pub(super) fn suspect(&mut self, positions: &[Position], kept: Sender<()>) {
-        let mut by_partition: BTreeMap<&Partition, Vec<i64>> = BTreeMap::new();
-        for position in positions {
-            by_partition.entry(&position.partition).or_default().push(position.offset);
-        }
-        let mut offsets = Vec::new();
-        for (partition, suspects) in by_partition {
-            let Some(owned) = self.ledger.get_mut(partition) else { continue };
-            owned.suspects.extend(suspects);
-            if let Some(at) = owned.committed.or(owned.resume_at()) {
-                offsets.push((partition.clone(), at));
+    /// The group is to be told which records were in a forward that did not come to an end, so that the next
+    /// start runs each of them alone.
+    pub(super) fn suspect(&mut self, positions: Vec<Position>, kept: Sender<()>) {
+        for position in &positions {
+            if let Some(owned) = self.ledger.get_mut(&position.partition) {
+                owned.suspects.insert(position.offset);
             }
         }
+        self.offsets.suspected = Some(Suspected { positions, kept });
+    }
+
+    /// Tells the group of suspects once all windows before theirs are published. A commit before that could come after
+    /// theirs: it would set the group back, or their commit, which knows no suspects, would take its place.
+    pub(super) fn commit_suspects(&mut self) {
+        if self.offsets.committer.is_busy() {
+            return;
+        }
+        let is_next = |position: &Position| {
+            let owned = self.ledger.get(&position.partition);
+            owned.is_none_or(|owned| owned.is_in_next_window(position.offset))
+        };
+        let ready = |suspected: &mut Suspected| suspected.positions.iter().all(is_next);
+        let Some(Suspected { positions, kept }) = self.offsets.suspected.take_if(ready) else { return };
+        let partitions: BTreeSet<Partition> = positions.into_iter().map(|p| p.partition).collect();
+        let at = |partition: Partition| {
+            let at = self.ledger.get(&partition)?.resume_at()?;
+            Some((partition, at))
+        };
+        let offsets: Vec<(Partition, i64)> = partitions.into_iter().filter_map(at).collect();
         self.offsets.committer.commit_and_tell(self.with_metadata(&offsets), kept);
     }
 

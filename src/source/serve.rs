@@ -19,12 +19,12 @@ use super::callbacks::{Callbacks, Event};
 use super::commit::Committer;
 use super::dead_letters::Origins;
 use super::doubt::{Cause, Doubt};
-use super::drain::Drain;
+use super::drain::{Drain, Gone};
 use super::idle::Idle;
 use super::intake::Intake;
 use super::joining::Joining;
 use super::lag::Lag;
-use super::ledger::Ledger;
+use super::ledger::{Hold, Ledger};
 use super::lookup::{Answer, Lookup, Offsets as Ends, Question, Setup};
 use super::offsets::Offsets;
 use super::period::Period;
@@ -55,10 +55,8 @@ pub enum SourceError {
     Fatal(String),
     #[error("{0}")]
     ModelChanged(String),
-    #[error(
-        "topic {0} was deleted and recreated during the drain, so its end is gone: start the drain again"
-    )]
-    Recreated(String),
+    #[error(transparent)]
+    Gone(#[from] Gone),
     #[error("another stage has failed")]
     OtherStage,
 }
@@ -249,7 +247,8 @@ impl Source {
             self.take_reports(reports);
             self.handle_events()?;
             self.pass_on(&windows);
-            self.context.commit_soon.set(self.intake.out_of_room || self.assignment.is_revoking());
+            let waits = self.intake.out_of_room || self.assignment.is_revoking() || self.offsets.has_suspects();
+            self.context.commit_soon.set(waits);
             if self.intake.is_full() {
                 // Events alone; the wait was in passing on.
                 self.poll_events(Duration::ZERO)?;
@@ -360,7 +359,7 @@ impl Source {
                 self.intake.in_flight -= bytes;
             }
             Report::Dropped { bytes } => self.intake.in_flight -= bytes,
-            Report::Suspects { positions, kept } => self.suspect(&positions, kept),
+            Report::Suspects { positions, kept } => self.suspect(positions, kept),
         }
         self.show_memory();
     }
@@ -377,6 +376,7 @@ impl Source {
             }
         }
         self.advance_revocation();
+        self.commit_suspects();
         Ok(())
     }
 
@@ -430,8 +430,9 @@ impl Source {
         }
         if self.intake.paused && self.ends_asked.is_none_or(|at| at.elapsed() >= ENDS) {
             self.ends_asked = Some(Instant::now());
-            let partitions = self.ledger.iter().map(|owned| owned.partition.clone()).collect();
-            self.lookup.ask(Question::Ends(partitions));
+            // One that does not exist would hold up the answer for the others.
+            let there = self.ledger.iter().filter(|o| o.hold != Some(Hold::TopicAbsent));
+            self.lookup.ask(Question::Ends(there.map(|owned| owned.partition.clone()).collect()));
         }
     }
 

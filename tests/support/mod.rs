@@ -140,6 +140,12 @@ impl Place {
         gone.into_iter().for_each(|result| drop(result.expect("deleted")));
     }
 
+    /// Deletes a topic and makes another of its name.
+    pub fn recreate(&self, topic: &str, partitions: i32) {
+        self.delete(topic);
+        until("the topic to be deleted", || self.try_create(topic, partitions, &[]).then_some(()));
+    }
+
     pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
         assert!(self.try_create(topic, partitions, config), "{topic} is there already");
     }
@@ -517,10 +523,15 @@ impl Daemon {
     }
 
     pub fn start_with(config: &str, more: impl FnOnce(&mut Command)) -> Self {
+        Self::spawn("run", config, more)
+    }
+
+    /// Another of kandle's commands that read a configuration and consume.
+    pub fn spawn(subcommand: &str, config: &str, more: impl FnOnce(&mut Command)) -> Self {
         let config = file("kandle.yaml", config);
         let mut command = kandle();
         command
-            .args(["run", "-c"])
+            .args([subcommand, "-c"])
             .arg(&config.path)
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
