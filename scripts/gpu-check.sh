@@ -93,8 +93,8 @@ run() {
   done
   # More than fits: halved until it does.
   if [ -n "$folder" ] && [ "$device" != cpu ] && [ -z "${CASES:-}" ]; then
-    enlarge "$folder/long.jsonl" 100 > "$work/many.jsonl"
-    there=$(measure "$folder/base" "$work/many.jsonl" "$device" bf16 --window 30000 --set batch.max_tokens=10000000)
+    enlarge "$folder/long.jsonl" 200 > "$work/many.jsonl"
+    there=$(measure "$folder/base" "$work/many.jsonl" "$device" bf16 --window 60000 --set batch.max_tokens=20000000)
     echo "{\"model\": \"base\", \"texts\": \"many, in one batch where that fits\", \"kandle\": $there}"
   fi
 }

@@ -21,7 +21,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use support::kafka::{self, Kafka};
 use support::ledger::Ledger;
-use support::{Daemon, Got, PATIENCE, Place, Sent, until};
+use support::{Daemon, Got, PATIENCE, Place, Sent};
 
 const PARTITIONS: i32 = 6;
 /// Members that the schedule keeps.
