@@ -97,6 +97,7 @@ bench: ## All that is measured: the pipeline on a real Kafka, the process's foot
 	benches/footprint.sh
 	benches/engine.sh
 	benches/drain.sh
+	benches/windows.sh
 
 .PHONY: bench-engine
 bench-engine: ## The engine beside sentence-transformers, ONNX Runtime and OpenVINO (half an hour; Python)

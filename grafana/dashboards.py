@@ -188,9 +188,7 @@ ENGINE = [
         heatmap("Tokens in a batch", "Batches by how many tokens they hold.", "short", f"sum by (le) (increase(kandle_batch_tokens_bucket{{{JOB}}}{RATE}))", width=8),
         lines("Records in a batch", "Mean number of records that go through the model at once.", "short",
               (f"sum(rate(kandle_batch_records_sum{{{JOB}}}{RATE})) / sum(rate(kandle_batch_records_count{{{JOB}}}{RATE}))", "records"), width=8),
-        lines("Padding", "Share of padding among a batch's tokens: zero on a CPU, where batches are packed.", "percentunit",
-              (f"sum(rate(kandle_batch_padding_ratio_sum{{{JOB}}}{RATE})) / sum(rate(kandle_batch_padding_ratio_count{{{JOB}}}{RATE}))", "padding"), width=8),
-        lines("Cut to the model's limit", "Records with more tokens than the model takes.", "cps", (f"sum(rate(kandle_truncated_records_total{{{JOB}}}{RATE}))", "truncated"), width=8),
+        lines("Cut to the model's limit", "Records with more tokens than the model takes.", "cps", (f"sum(rate(kandle_truncated_records_total{{{JOB}}}{RATE}))", "truncated"), width=16),
     ]),
     ("Stages", [
         heatmap("Time in stage $stage", "Windows by how long they were in the stages chosen.", "s",

@@ -10,8 +10,8 @@ for tool in cargo-deny cargo-machete; do
   [ -x "$tools/bin/$tool" ] || cargo install --quiet --locked --root "$tools" "$tool"
 done
 "$tools/bin/cargo-machete" .
-"$tools/bin/cargo-deny" --features cuda,cudnn,metal,accelerate check licenses bans sources
-if ! "$tools/bin/cargo-deny" --features cuda,cudnn,metal,accelerate check advisories 2>.cache/advisories.log; then
+"$tools/bin/cargo-deny" --features cuda,metal check licenses bans sources
+if ! "$tools/bin/cargo-deny" --features cuda,metal check advisories 2>.cache/advisories.log; then
   if grep -qiE 'failed to (fetch|clone)|unable to (fetch|clone)|could not resolve|failed to update' .cache/advisories.log; then
     echo "deps: the advisory database cannot be reached here: advisories were not checked"
   else

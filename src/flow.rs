@@ -1,46 +1,10 @@
-//! What a window is between two stages. Each stage consumes one form and makes the next, so a
-//! window can only move forward, and only a published one can be committed.
+//! What stages hand on and report. Each stage consumes one form of a window and makes the next, so a window can only
+//! move forward, and only a published one can be committed.
 
 use std::ops::Range;
 
-use crate::engine::Plan;
-use crate::model::Tokens;
 use crate::record::{Position, RecordError};
-use crate::window::{Span, Window};
-
-/// What is known of one record so far.
-#[derive(Debug)]
-pub enum State {
-    /// A null value: passed on as one.
-    Tombstone,
-    /// On its way to a prediction.
-    Alive,
-    /// A dead letter.
-    Failed(RecordError),
-}
-
-/// Decoded, tokenised and planned.
-#[derive(Debug)]
-pub struct Prepared {
-    pub window: Window,
-    /// One a record.
-    pub states: Vec<State>,
-    /// What `output.include` copies, one a record; empty where nothing is.
-    pub includes: Vec<String>,
-    /// One a record that is alive, for a task with a model.
-    pub tokens: Vec<Option<Tokens>>,
-    pub plan: Plan,
-}
-
-/// With the model's answer: one row of `width` numbers a record.
-#[derive(Debug)]
-pub struct Inferred {
-    pub window: Window,
-    pub states: Vec<State>,
-    pub includes: Vec<String>,
-    pub rows: Vec<f32>,
-    pub width: usize,
-}
+use crate::window::{Load, Span, Window};
 
 /// What is published for one record.
 #[derive(Debug)]
@@ -72,8 +36,8 @@ pub struct Published {
     /// Predictions, dead letters and tombstones of each span.
     pub counts: Vec<[u64; 3]>,
     pub records: usize,
-    /// What the window held of the memory limit.
-    pub bytes: usize,
+    /// What the window held of the pipeline's limits.
+    pub load: Load,
     /// Its offsets are committed already, in the transaction that published it.
     pub committed: bool,
 }
@@ -82,12 +46,12 @@ pub struct Published {
 #[derive(Debug)]
 pub enum Report {
     Published(Published),
-    /// A window of which nothing was published, because its leases had ended; it held `bytes`.
+    /// A window of which nothing was published, because its leases had ended; it held this.
     Dropped {
-        bytes: usize,
+        load: Load,
     },
-    /// A forward over these records did not come to an end. The process is about to; the group is to
-    /// remember them, and `kept` to be told (it closes when that is done, or cannot be).
+    /// Inference on these records timed out, and the process is about to exit. The source stores their offsets in the
+    /// commit metadata, then signals `kept`; it closes it where that cannot be done.
     Suspects {
         positions: Vec<Position>,
         kept: crossbeam_channel::Sender<()>,
@@ -123,6 +87,10 @@ impl<T> Queued<T> {
 
     pub fn get(&self) -> &T {
         &self.inner
+    }
+
+    pub fn into_inner(self) -> T {
+        self.inner
     }
 
     /// Observes the wait under `stage`, which is a `wait_…`.

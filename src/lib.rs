@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod clock;
 pub mod codec;
+pub mod compute;
 pub mod engine;
 pub mod failpoint;
 pub mod flow;
@@ -13,6 +14,7 @@ pub mod kafka;
 pub mod lease;
 pub mod model;
 pub mod pipeline;
+pub mod ragged;
 pub mod record;
 pub mod schedule;
 pub mod settings;

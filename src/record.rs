@@ -90,6 +90,8 @@ pub struct Arrival<'a> {
     pub origin: Option<Box<Position>>,
     /// Where spans are sent: what its header says of where it comes from.
     pub trace: Option<Box<TraceParent>>,
+    /// Seconds that the model will need for it, as far as is known.
+    pub work: f32,
 }
 
 /// A record inside a window; its bytes are in the window's memory.
@@ -102,12 +104,14 @@ pub struct Record {
     pub timestamp: Option<i64>,
     pub arrived: Instant,
     pub headers: Option<Headers>,
-    /// It was in a forward that did not come to an end: it runs alone.
+    /// Inference on it has timed out before: it runs alone.
     pub suspect: bool,
     /// Where it once came from, if not from here: it was a dead letter.
     pub origin: Option<Box<Position>>,
     /// Where spans are sent: what its header says of where it comes from.
     pub trace: Option<Box<TraceParent>>,
+    /// Seconds that the model will need for it, as far as is known.
+    pub work: f32,
     pub(crate) key: Option<Range<usize>>,
     pub(crate) value: Option<Range<usize>>,
 }
@@ -119,6 +123,8 @@ pub enum Fault {
     Decode,
     /// `input.field` or `input.template` finds nothing usable in it.
     Field,
+    /// The model's input cannot be made of it: a text without any token.
+    Prepare,
     /// More tokens than the model takes, with `task.overflow: dead_letter`.
     TooLong,
     /// The model fails on this record alone.
@@ -132,9 +138,10 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 7] = [
+    pub const ALL: [Fault; 8] = [
         Fault::Decode,
         Fault::Field,
+        Fault::Prepare,
         Fault::TooLong,
         Fault::Infer,
         Fault::Encode,
@@ -147,6 +154,7 @@ impl Fault {
         match self {
             Fault::Decode => "decode",
             Fault::Field => "field",
+            Fault::Prepare => "prepare",
             Fault::TooLong => "too_long",
             Fault::Infer => "infer",
             Fault::Encode => "encode",
@@ -159,7 +167,7 @@ impl Fault {
     pub fn stage(self) -> &'static str {
         match self {
             Fault::Decode | Fault::Field => "decode",
-            Fault::TooLong => "prepare",
+            Fault::Prepare | Fault::TooLong => "prepare",
             Fault::Infer => "infer",
             Fault::Encode => "encode",
             Fault::TooLarge | Fault::Refused => "publish",

@@ -166,11 +166,19 @@ pub struct Window {
     pub max_bytes: ByteSize,
     /// How long the oldest record waits at most for others.
     pub max_wait: Wait,
+    /// How long the model will need at most, as long as the windows before took: the record that reaches it closes the
+    /// window. Twice as much is under way at a time: what a crash repeats, and a stop waits for.
+    pub max_work: Wait,
 }
 
 impl Default for Window {
     fn default() -> Self {
-        Self { max_records: 1024, max_bytes: ByteSize::mib(8), max_wait: Wait::millis(200) }
+        Self {
+            max_records: 1024,
+            max_bytes: ByteSize::mib(8),
+            max_wait: Wait::millis(200),
+            max_work: Wait::millis(1000),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Windows and the rule by which records are gathered into them. Pure: no Kafka, no clock.
 //!
-//! A window closes by the first of three limits: records, bytes, or the age of its oldest record.
+//! A window closes by the first of four limits: records, bytes, the age of its oldest record, or how long the model will
+//! need for it.
 //! It gathers across partitions and is contiguous in each of them.
 
 use std::sync::Arc;
@@ -18,6 +19,8 @@ pub struct Limits {
     pub max_bytes: usize,
     /// Counted from the arrival of the window's oldest record.
     pub max_wait: Duration,
+    /// That the model will need. The record that reaches it is the window's last.
+    pub max_work: Duration,
 }
 
 /// Why a window closed: the label of `kandle_windows_total`.
@@ -26,6 +29,7 @@ pub enum ClosedBy {
     Records,
     Bytes,
     Wait,
+    Work,
     /// A drain has all it wants.
     End,
     Stop,
@@ -37,6 +41,7 @@ impl ClosedBy {
             ClosedBy::Records => "records",
             ClosedBy::Bytes => "bytes",
             ClosedBy::Wait => "wait",
+            ClosedBy::Work => "work",
             ClosedBy::End => "end",
             ClosedBy::Stop => "stop",
         }
@@ -66,6 +71,30 @@ pub struct Window {
     /// Keys and values, in the order they arrived.
     memory: Vec<u8>,
     reserved: usize,
+    work: f64,
+}
+
+/// What a window takes until it is published.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Load {
+    /// Of the memory limit.
+    pub bytes: usize,
+    /// Seconds of the device.
+    pub work: f64,
+}
+
+impl std::ops::AddAssign for Load {
+    fn add_assign(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.work += other.work;
+    }
+}
+
+impl std::ops::SubAssign for Load {
+    fn sub_assign(&mut self, other: Self) {
+        self.bytes -= other.bytes;
+        self.work -= other.work;
+    }
 }
 
 impl Window {
@@ -91,16 +120,17 @@ impl Window {
     }
 
     /// Reserves what this window takes of the memory limit until it is published: what it holds, once
-    /// more for what is decoded of it, and `per_record` for tokens, outputs and predictions.
-    pub fn reserve(&mut self, per_record: usize) {
+    /// more for what is decoded of it, and of each record its `footprint` by the bytes of its value.
+    pub fn reserve(&mut self, footprint: impl Fn(usize) -> usize) {
         let headers: usize = self.records.iter().map(|r| headers::memory(r.headers.as_ref())).sum();
-        let records = self.records.capacity() * size_of::<Record>() + self.records.len() * per_record;
-        self.reserved = 2 * self.memory.capacity() + headers + records;
+        let footprints: usize =
+            self.records.iter().filter_map(|r| r.value.as_ref()).map(|value| footprint(value.len())).sum();
+        let records = self.records.capacity() * size_of::<Record>();
+        self.reserved = 2 * self.memory.capacity() + headers + records + footprints;
     }
 
-    /// Bytes.
-    pub fn reserved(&self) -> usize {
-        self.reserved
+    pub fn load(&self) -> Load {
+        Load { bytes: self.reserved, work: self.work }
     }
 }
 
@@ -114,11 +144,21 @@ pub struct Gatherer {
     memory: Vec<u8>,
     /// Bytes of headers.
     headers: usize,
+    /// Seconds of the device.
+    work: f64,
 }
 
 impl Gatherer {
     pub fn new(limits: Limits) -> Self {
-        Self { limits, next_id: 0, spans: Vec::new(), records: Vec::new(), memory: Vec::new(), headers: 0 }
+        Self {
+            limits,
+            next_id: 0,
+            spans: Vec::new(),
+            records: Vec::new(),
+            memory: Vec::new(),
+            headers: 0,
+            work: 0.0,
+        }
     }
 
     /// Adds a record; returns the window that it completes.
@@ -142,13 +182,17 @@ impl Gatherer {
             suspect: arrival.suspect,
             origin: arrival.origin,
             trace: arrival.trace,
+            work: arrival.work,
             key,
             value,
         });
+        self.work += f64::from(arrival.work);
         if self.records.len() >= self.limits.max_records {
             self.close(ClosedBy::Records)
         } else if self.memory.len() + self.headers >= self.limits.max_bytes {
             self.close(ClosedBy::Bytes)
+        } else if self.work >= self.limits.max_work.as_secs_f64() {
+            self.close(ClosedBy::Work)
         } else {
             None
         }
@@ -174,12 +218,21 @@ impl Gatherer {
         let records = std::mem::take(&mut self.records);
         let memory = std::mem::take(&mut self.memory);
         self.headers = 0;
-        if closed_by == ClosedBy::Records || closed_by == ClosedBy::Bytes {
+        let work = std::mem::take(&mut self.work);
+        if matches!(closed_by, ClosedBy::Records | ClosedBy::Bytes | ClosedBy::Work) {
             // The next one will be much like it.
             self.records.reserve(records.len());
             self.memory.reserve(memory.len());
         }
-        Some(Window { id, spans: std::mem::take(&mut self.spans), records, closed_by, memory, reserved: 0 })
+        Some(Window {
+            id,
+            spans: std::mem::take(&mut self.spans),
+            records,
+            closed_by,
+            memory,
+            reserved: 0,
+            work,
+        })
     }
 
     /// Forgets the records of partitions that are no longer ours; whoever owns them now reads
@@ -198,6 +251,7 @@ impl Gatherer {
         }
         self.records.retain(|record| keep[record.span as usize]);
         self.headers = self.records.iter().map(|record| headers::memory(record.headers.as_ref())).sum();
+        self.work = self.records.iter().map(|record| f64::from(record.work)).sum();
         for record in &mut self.records {
             record.span = index[record.span as usize];
         }
@@ -250,7 +304,12 @@ mod tests {
     use super::*;
 
     fn limits(max_records: usize, max_bytes: usize, max_wait_ms: u64) -> Limits {
-        Limits { max_records, max_bytes, max_wait: Duration::from_millis(max_wait_ms) }
+        Limits {
+            max_records,
+            max_bytes,
+            max_wait: Duration::from_millis(max_wait_ms),
+            max_work: Duration::MAX,
+        }
     }
 
     fn arrival(offset: i64, value: &[u8]) -> Arrival<'_> {
@@ -281,6 +340,19 @@ mod tests {
         assert!(gatherer.push(&a, &Lease::new(1), arrival(0, b"xxx"), now).is_none());
         let window = gatherer.push(&a, &Lease::new(1), arrival(1, b"y"), now).expect("four bytes close");
         assert_eq!(window.closed_by, ClosedBy::Bytes);
+    }
+
+    #[test]
+    fn closes_by_work() {
+        let limits = Limits { max_work: Duration::from_secs(1), ..limits(100, 1000, 1000) };
+        let mut gatherer = Gatherer::new(limits);
+        let (a, now) = (Partition::new("a", 0), Instant::now());
+        let mut push =
+            |offset, work| gatherer.push(&a, &Lease::new(1), Arrival { work, ..arrival(offset, b"x") }, now);
+        assert!(push(0, 0.25).is_none() && push(1, 0.5).is_none());
+        let window = push(2, 0.5).expect("more than a second");
+        assert_eq!((window.closed_by, window.records.len(), window.load().work), (ClosedBy::Work, 3, 1.25));
+        assert!(push(3, 0.75).is_none(), "counted anew");
     }
 
     #[test]

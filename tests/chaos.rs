@@ -334,7 +334,10 @@ impl Chaos {
             if missing.is_empty() {
                 return;
             }
-            assert!(started.elapsed() < 2 * PATIENCE, "no outcome: {missing:?}\n{}", self.logs());
+            if started.elapsed() > 2 * PATIENCE {
+                let statuses: Vec<String> = self.members.iter_mut().map(|m| m.get("/status").1).collect();
+                panic!("no outcome: {missing:?}\n{}\n{}", statuses.join("\n"), self.logs());
+            }
             self.pass(Duration::from_millis(200));
         }
     }

@@ -263,19 +263,68 @@ fn a_record_on_which_the_model_hangs_is_found_on_the_next_start() {
         let start = || failing(&config, &hang);
         let mut first = start();
         assert_eq!(first.wait().code(), Some(1), "{}", first.log());
-        assert!(first.log().contains("did not end within 2s"), "{}", first.log());
+        assert!(first.log().contains("exceeded batch.timeout (2s)"), "{}", first.log());
         let mut second = start();
         // It names the record, publishes and commits what it has, and starts afresh.
         assert_eq!(second.wait().code(), Some(1), "{}", second.log());
         assert!(second.log().contains("each runs alone"), "{}", second.log());
         let dead = place.dead_letters(1);
         assert_eq!((dead[0].source(), dead[0].header("kandle-error")), ((0, 70), Some("infer")));
-        assert!(dead[0].header("kandle-error-message").is_some_and(|m| m.contains("did not come to an end")));
+        assert!(
+            dead[0]
+                .header("kandle-error-message")
+                .is_some_and(|m| m.contains("exceeded batch.timeout (2s) twice"))
+        );
         let mut third = start();
         settle(&place, &[120], delivery != AT_LEAST_ONCE);
         third.stop();
         assert_eq!(place.dead_letters(1).len(), 1);
     }
+}
+
+/// Forwards of at least so many milliseconds, of 256 tokens on each of two lanes: a window of 1024 records takes seconds.
+const SLOW_MODEL: &str = "device=sleep(200)";
+
+fn backlog(name: &str, delivery: (&str, &str)) -> (Place, String) {
+    let place = Place::new(name, 1);
+    // Texts that are the same would be computed once.
+    place.produce((0..4000).map(|i| Sent::ticket(0, i, &format!("where is order {i}"))));
+    let config = place.config(&[delivery, ("batch", "{ lanes: 2 }"), ("input", INPUT)]);
+    (place, config)
+}
+
+#[test]
+fn a_slow_models_windows_are_short_so_that_a_stop_is() {
+    for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
+        let (place, config) = backlog("slow-stop", delivery);
+        let mut first = failing(&config, SLOW_MODEL);
+        until("two windows", || (Ledger::count_of(&place) > 400).then_some(()));
+        let (_, metrics) = first.get("/metrics");
+        let by_work =
+            metrics.lines().find_map(|line| line.strip_prefix("kandle_windows_total{closed_by=\"work\"} "));
+        assert!(by_work.is_some_and(|count| count != "0"), "{metrics}");
+        let stopping = Instant::now();
+        first.stop();
+        let took = stopping.elapsed();
+        assert!(took < Duration::from_secs(8), "{took:?}\n{}", first.log());
+        let mut second = Daemon::start(&config);
+        settle(&place, &[4000], true);
+        second.stop();
+    }
+}
+
+#[test]
+fn a_slow_models_work_is_not_repeated_for_long_after_a_crash() {
+    let (place, config) = backlog("slow-crash", AT_LEAST_ONCE);
+    let mut first = failing(&config, SLOW_MODEL);
+    until("some windows", || (Ledger::count_of(&place) > 800).then_some(()));
+    first.kill();
+    let mut second = Daemon::start(&config);
+    let mut ledger = settle(&place, &[4000], false);
+    second.stop();
+    ledger.read(Duration::from_millis(200));
+    // A window of 1024 records was repeated when it was the only bound.
+    assert!(ledger.duplicates() < 700, "{}", ledger.duplicates());
 }
 
 #[test]

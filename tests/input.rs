@@ -36,6 +36,43 @@ fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = S
     (from..to).map(move |i| Sent::new((i % partitions) as i32, format!("record {i}")))
 }
 
+/// A broker's restart has raised the leader epoch of the topic's partition; those of a recreated topic begin at 0, and
+/// the client takes what it is told of them for outdated.
+#[test]
+fn a_client_that_stops_fetching_ends_the_process_and_the_next_one_reads_on() {
+    let mut kafka = Kafka::start(1);
+    let place = Place::on(&kafka.brokers, "stuck", 1);
+    let properties = ", properties: { session.timeout.ms: 60000, reconnect.backoff.max.ms: 200 }";
+    let config = config(&place, &[AT_LEAST_ONCE, ("input", &input("$INPUT", properties))]);
+    place.produce(numbered(1, 0, 100));
+    let start = || {
+        Daemon::start_with(&config, |command| {
+            command.env("FAILPOINTS", "stuck_after=return(5)");
+        })
+    };
+    let mut first = start();
+    values(&place, 100);
+    for _ in 0..2 {
+        kafka.kill(0);
+        kafka.restart(0);
+    }
+    place.produce(numbered(1, 100, 200));
+    values(&place, 200);
+    first.signal("STOP");
+    place.recreate(&place.input, 1);
+    place.produce(numbered(1, 200, 300));
+    first.signal("CONT");
+    assert_eq!(first.wait().code(), Some(1), "{}", first.log());
+    assert!(first.log().contains("no longer fetches at offset 0"), "{}", first.log());
+    let mut second = start();
+    let mut all = values(&place, 300);
+    second.stop();
+    all.sort();
+    let mut expected: Vec<String> = (0..300).map(|i| format!("record {i}")).collect();
+    expected.sort();
+    assert_eq!(all, expected);
+}
+
 /// The values of the predictions, once there are `count`.
 fn values(place: &Place, count: usize) -> Vec<String> {
     let value = |got: support::Got| String::from_utf8(got.value.expect("a value")).expect("text");

@@ -11,10 +11,11 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::{AlreadySaid, drain};
 use crate::cli::output::outln;
+use crate::compute::About;
 use crate::kafka::cluster::{Cluster, committed};
 use crate::kafka::consumer;
 use crate::settings::{Guarantee, Loaded, Settings};
-use crate::task::Task;
+use crate::task;
 use crate::telemetry::Metrics;
 
 const ATTEMPT: Duration = Duration::from_secs(8);
@@ -220,30 +221,27 @@ fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
 fn model(settings: &Settings, lines: &mut Lines) {
     let metrics = Arc::new(Metrics::new());
     let what = format!("model {}", settings.model.source.as_deref().unwrap_or("(none)"));
-    match Task::load(settings, &metrics) {
+    match task::load(settings, &metrics) {
         Err(error) => {
             lines.say(&what, Err(error.to_string()));
             lines.skip("memory", "the model did not load");
         }
-        Ok(task) => {
+        Ok(compute) => {
+            let about = compute.about();
             let found = format!(
                 "{}, one forward done on {} in {}, digest {}",
-                task.model_name, task.device, task.dtype, task.digest
+                about.model, about.device, about.dtype, about.digest
             );
             lines.say(&what, Ok(found));
-            memory(settings, &task, lines);
+            memory(settings, about, lines);
         }
     }
 }
 
 /// Model and `memory.limit` against what the machine or the container has.
-fn memory(settings: &Settings, task: &Task, lines: &mut Lines) {
+fn memory(settings: &Settings, about: &About, lines: &mut Lines) {
     let Some(room) = room() else { return lines.skip("memory", "the machine does not say how much it has") };
-    let width = if task.dtype == "f32" { 4 } else { 2 };
-    let model = match &task.text {
-        Some(text) if text.model.placement.is_cpu() => text.model.parameters as u64 * width,
-        _ => 0,
-    };
+    let model = about.host_memory;
     let need = model + settings.memory.limit.0;
     let mib = |bytes: u64| bytes >> 20;
     let found = format!(

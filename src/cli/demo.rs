@@ -20,7 +20,7 @@ use crate::kafka::cluster::{Topics, Written};
 use crate::kafka::topic_rules::TopicRules;
 use crate::pipeline::{self, Shared};
 use crate::settings::{self, Settings, Sources};
-use crate::task::Task;
+use crate::task;
 use crate::telemetry::{logging, server};
 
 #[derive(Args)]
@@ -62,16 +62,17 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     let address = serve(&options.listen).or_else(|_| serve("127.0.0.1:0")).context("the admin server")?;
 
     let started = Instant::now();
-    let task = Arc::new(Task::load(&settings, &shared.metrics)?);
+    let compute = task::load(&settings, &shared.metrics)?;
+    let about = compute.about().clone();
     outln!(
         "kandle demo: support tickets from a Kafka topic, routed to a team by a small BERT, back to Kafka"
     );
     outln!(
         "  model    {} (digest {}), loaded in {} ms on {}",
-        task.model_name,
-        task.digest,
+        about.model,
+        about.digest,
         started.elapsed().as_millis(),
-        task.device
+        about.device
     );
     outln!("  kafka    {} (embedded, gone when this ends)", settings.kafka.brokers);
     outln!("  topics   {INPUT} -> {OUTPUT}, {DEAD}");
@@ -83,12 +84,12 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
         output: Written { partitions: 4, rules: TopicRules::default() },
         dead_letters: Written { partitions: 1, rules: TopicRules::default() },
     };
-    let device = task.device.clone();
+    let device = about.device;
     let running = {
         let (settings, shared) = (settings.clone(), shared.clone());
         std::thread::Builder::new()
             .name("kandle-demo".to_owned())
-            .spawn(move || pipeline::run(&settings, task, &topics, &shared))?
+            .spawn(move || pipeline::run(&settings, compute, &topics, &shared))?
     };
     let shown = show(options, &settings, &shared, &device, || running.is_finished());
     shared.stop.store(true, Ordering::Relaxed);

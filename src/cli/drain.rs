@@ -24,7 +24,7 @@ use crate::pipeline::{self, Shared};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings, Start};
 use crate::source::{self, Bound, Drain, Origins};
-use crate::task::Task;
+use crate::task;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Metrics, logging};
 
@@ -79,13 +79,14 @@ fn work(
     options: &Options,
 ) -> anyhow::Result<()> {
     refuse_others(settings, options.force)?;
-    let task = Arc::new(Task::load(settings, &shared.metrics)?);
+    let compute = task::load(settings, &shared.metrics)?;
     let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop, Missing::Fail)?;
     let Some(topics) = topics else { bail!("stopped before anything was read") };
-    run::refuse_other_models(settings, &task)?;
+    run::refuse_other_models(settings, compute.about())?;
     warn_of_retention(settings, &topics, drain.ranges());
-    let (model, model_digest) = (task.model_name.clone(), task.digest.full().to_owned());
-    let device = task.device.clone();
+    let about = compute.about();
+    let (model, model_digest) = (about.model.clone(), about.digest.full().to_owned());
+    let device = about.device.clone();
     let started = Instant::now();
     let over = Arc::new(AtomicBool::new(false));
     let shown = {
@@ -95,7 +96,7 @@ fn work(
             .name("kandle-progress".to_owned())
             .spawn(move || show(&shared, &drain, &over, every, started))?
     };
-    let result = pipeline::run(settings, task, &topics, shared).map_err(anyhow::Error::msg);
+    let result = pipeline::run(settings, compute, &topics, shared).map_err(anyhow::Error::msg);
     over.store(true, Ordering::Relaxed);
     shown.thread().unpark();
     // It ends by itself, and a panic has ended the process already.
@@ -265,7 +266,6 @@ struct Report {
     device_idle_seconds: f64,
     /// Nothing at all was under way: records from Kafka were waited for. Part of the device's idle time.
     kafka_wait_seconds: f64,
-    padding_ratio: f64,
     peak_rss_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cost: Option<Spent>,
@@ -301,8 +301,6 @@ impl Report {
         let records = predicted + dead_lettered + tombstones;
         let seconds = time.as_secs_f64();
         let busy = metrics.device_busy.with_label_values(&[device]).get();
-        let padding = &metrics.batch_padding;
-        let batches = padding.get_sample_count();
         Self {
             records,
             predicted,
@@ -323,7 +321,6 @@ impl Report {
             device_busy_seconds: busy,
             device_idle_seconds: (seconds - busy).max(0.0),
             kafka_wait_seconds: metrics.input_wait.get(),
-            padding_ratio: if batches == 0 { 0.0 } else { padding.get_sample_sum() / batches as f64 },
             peak_rss_bytes: peak_rss(),
             cost: per_hour.map(|per_hour| {
                 let total = per_hour * seconds / 3600.0;

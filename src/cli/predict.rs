@@ -9,15 +9,13 @@ use anyhow::Context;
 use clap::Args;
 
 use super::output::Output;
-use crate::codec::decoder;
-use crate::engine::Request;
-use crate::flow::{Encoded, Inferred, Outcome, State};
+use crate::compute::Compute;
+use crate::flow::Outcome;
 use crate::lease::Lease;
-use crate::pipeline::{Shared, Worker};
 use crate::record::{Arrival, Partition};
 use crate::settings::Loaded;
-use crate::task::Task;
-use crate::telemetry::logging;
+use crate::task;
+use crate::telemetry::{Metrics, logging};
 use crate::window::{ClosedBy, Gatherer, Limits, Window};
 
 #[derive(Args)]
@@ -38,10 +36,7 @@ pub struct FailedLines(u64);
 pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
-    let shared = Shared::new(&settings);
-    let task = Arc::new(Task::load(&settings, &shared.metrics)?);
-    let decoder = decoder(&settings)?;
-    let worker = Worker { task, shared };
+    let compute = task::load(&settings, &Arc::new(Metrics::new()))?;
     let mut out = std::io::BufWriter::new(Output);
 
     let mut gatherer = Gatherer::new(Limits {
@@ -49,6 +44,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         max_bytes: settings.window.max_bytes.0 as usize,
         // Lines are there or not: nothing is waited for.
         max_wait: Duration::from_secs(3600),
+        max_work: Duration::MAX,
     });
     let (partition, lease) = (Partition::new("line", 0), Lease::new(0));
     let (mut number, mut failed) = (0, 0);
@@ -60,7 +56,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
             let arrival = Arrival { offset: number, value: Some(value), ..Arrival::default() };
             number += 1;
             if let Some(window) = gatherer.push(&partition, &lease, arrival, Instant::now()) {
-                failed += answer(&worker, &*decoder, window, &mut out)?;
+                failed += answer(&*compute, window, &mut out)?;
             }
             line.clear();
         }
@@ -74,7 +70,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         feed(&mut std::io::BufReader::new(file)).with_context(|| path.display().to_string())?;
     }
     if let Some(window) = gatherer.close(ClosedBy::Stop) {
-        failed += answer(&worker, &*decoder, window, &mut out)?;
+        failed += answer(&*compute, window, &mut out)?;
     }
     out.flush()?;
     match failed {
@@ -84,14 +80,9 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
 }
 
 /// One line a record: its prediction, or `{"error":…,"message":…}`. Returns how many of the latter there are.
-fn answer(
-    worker: &Worker,
-    decoder: &dyn crate::codec::Decoder,
-    window: Window,
-    out: &mut impl Write,
-) -> anyhow::Result<u64> {
+fn answer(compute: &dyn Compute, window: Window, out: &mut impl Write) -> anyhow::Result<u64> {
     let mut failed = 0;
-    let encoded = predicted(worker, decoder, window)?;
+    let encoded = compute.answer(window).map_err(anyhow::Error::msg)?;
     for (record, outcome) in encoded.window.records.iter().zip(&encoded.outcomes) {
         match outcome {
             Outcome::Prediction { part, bytes } => {
@@ -108,25 +99,4 @@ fn answer(
         out.write_all(b"\n")?;
     }
     Ok(failed)
-}
-
-/// A window through decode, prepare, infer and encode.
-pub(super) fn predicted(
-    worker: &Worker,
-    decoder: &dyn crate::codec::Decoder,
-    window: Window,
-) -> anyhow::Result<Encoded> {
-    let prepared = worker.prepare(decoder, window);
-    let mut states = prepared.states;
-    let (mut rows, mut width) = (Vec::new(), 0);
-    if let Some(task) = &worker.task.text {
-        let request = Request { window: (), tokens: prepared.tokens, plan: prepared.plan };
-        let response = task.engine.answer(request).map_err(anyhow::Error::msg)?;
-        for (record, error) in response.failed {
-            states[record as usize] = State::Failed(error);
-        }
-        (rows, width) = (response.rows, response.width);
-    }
-    let inferred = Inferred { window: prepared.window, states, includes: prepared.includes, rows, width };
-    Ok(worker.encode(inferred))
 }

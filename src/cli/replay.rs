@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -11,20 +10,19 @@ use rdkafka::message::Message;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::{drain, predict};
+use super::drain;
 use crate::cli::output::outln;
-use crate::codec::decoder;
 use crate::kafka::cluster::Cluster;
 use crate::kafka::consumer;
 use crate::kafka::range::{self, Point, Range};
 use crate::kafka::topics::TopicFilter;
 use crate::lease::Lease;
 use crate::model::hex;
-use crate::pipeline::{Shared, Worker};
+use crate::pipeline::Shared;
 use crate::record::{Arrival, Partition};
 use crate::settings::{Loaded, Settings};
 use crate::source::{self, Drain, Origins};
-use crate::task::Task;
+use crate::task;
 use crate::telemetry::logging;
 use crate::window::{ClosedBy, Gatherer, Limits};
 
@@ -161,13 +159,12 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
     revive: Option<&Origins>,
 ) -> anyhow::Result<()> {
     let shared = Shared::new(settings);
-    let task = Arc::new(Task::load(settings, &shared.metrics)?);
-    let decoder = decoder(settings)?;
-    let worker = Worker { task, shared };
+    let compute = task::load(settings, &shared.metrics)?;
     let mut gatherer = Gatherer::new(Limits {
         max_records: usize::MAX,
         max_bytes: usize::MAX,
         max_wait: Duration::from_secs(3600),
+        max_work: Duration::MAX,
     });
     let wanted = ranges.values().filter(|range| range.from < range.to).count().max(1);
     let each = (SAMPLE / wanted / PLACES as usize).max(AT_LEAST);
@@ -187,7 +184,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
     };
     let sampled = window.records.len();
     let started = Instant::now();
-    let encoded = predict::predicted(&worker, &*decoder, window)?;
+    let encoded = compute.answer(window).map_err(anyhow::Error::msg)?;
     let seconds = started.elapsed().as_secs_f64().max(1e-9);
     let dead = encoded.outcomes.iter().filter(|o| matches!(o, crate::flow::Outcome::Dead(_))).count();
     let records: i64 = ranges.values().map(|range| range.to - range.from).sum();
@@ -198,7 +195,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
         records,
         sampled,
         sample_dead_letters: dead as u64,
-        tokens_per_record: worker.shared.metrics.tokens.get() as f64 / sampled as f64,
+        tokens_per_record: shared.metrics.tokens.get() as f64 / sampled as f64,
         records_per_second: rate,
         seconds: whole,
         cost,

@@ -7,12 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use crate::clock;
+use crate::compute::About;
 use crate::kafka::cluster::{self, Cluster, Missing};
 use crate::kafka::consumer::Role;
 use crate::pipeline::{self, Shared};
 use crate::schedule::Phase;
 use crate::settings::{Loaded, OnChange, Outside, Settings};
-use crate::task::Task;
+use crate::task;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{logging, server};
 
@@ -56,9 +57,9 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
         if shared.schedule.unload_model && !await_period(shared, LOAD_AHEAD) {
             return Ok(());
         }
-        let task = match loaded.take() {
-            Some(task) => task,
-            None => Arc::new(Task::load(settings, &shared.metrics)?),
+        let compute = match loaded.take() {
+            Some(compute) => compute,
+            None => task::load(settings, &shared.metrics)?,
         };
         if shared.schedule.outside == Outside::Leave && !await_period(shared, Duration::ZERO) {
             return Ok(());
@@ -68,22 +69,22 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
         else {
             return Ok(());
         };
-        refuse_other_models(settings, &task)?;
-        pipeline::run(settings, Arc::clone(&task), &topics, shared).map_err(anyhow::Error::msg)?;
+        refuse_other_models(settings, compute.about())?;
+        pipeline::run(settings, Arc::clone(&compute), &topics, shared).map_err(anyhow::Error::msg)?;
         if shared.stop.load(Ordering::Relaxed) || shared.schedule.outside == Outside::Stay {
             return Ok(());
         }
         if shared.schedule.unload_model {
             tracing::info!("model unloaded until the next period");
         } else {
-            loaded = Some(task);
+            loaded = Some(compute);
         }
     }
 }
 
 /// Under `model.on_change: refuse`, a group whose live members have another model is not joined. What the
 /// group has committed is compared once we are in it.
-pub(super) fn refuse_other_models(settings: &Settings, task: &Task) -> anyhow::Result<()> {
+pub(super) fn refuse_other_models(settings: &Settings, about: &About) -> anyhow::Result<()> {
     if settings.model.on_change != OnChange::Refuse {
         return Ok(());
     }
@@ -93,14 +94,14 @@ pub(super) fn refuse_other_models(settings: &Settings, task: &Task) -> anyhow::R
         .with_context(|| format!("the members of {group} cannot be seen, and model.on_change is refuse"))?;
     for member in members {
         if let Some((_, digest)) = Role::of(&member.client_id)
-            && digest != task.digest.short()
+            && digest != about.digest.short()
         {
             bail!(
                 "group {group} has a live member at {} with digest {digest}, and this is {} (digest {}): \
                  model.on_change is refuse; stop that one first, or use another group",
                 member.host,
-                task.model_name,
-                task.digest.short(),
+                about.model,
+                about.digest.short(),
             );
         }
     }

@@ -1,39 +1,45 @@
-//! The token budget that suits a device: found once by `kandle bench calibrate`, kept in a file by
-//! model and device, and used on every start after. A row does not depend on its batch, so no
+//! The budget of a batch that suits a device: found once by `kandle bench calibrate`, kept in a file by
+//! model and device, and used on every start after. An answer does not depend on its batch, so no
 //! prediction does.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::lane::{Forward, ForwardError};
-use crate::model::Tokens;
+use super::model::{Model, RunError};
 
 /// A budget counts as better from this gain on.
 const GAIN: f64 = 1.02;
-/// Tokens of a text, as short ones have them.
-const LENGTH: usize = 32;
+/// Of each item: as many tokens as short texts have.
+const COST: u32 = 32;
 const ROUNDS: usize = 5;
 
-/// Tokens of a batch, and tokens a second with it on one lane.
+/// Cost of a batch, and cost a second with it on one lane.
 pub type Rate = (usize, f64);
 
-/// Tries budgets from `least`, doubling, up to `most`, in turns, each over `most` tokens; ends early
+/// What was measured.
+#[derive(Debug, Clone)]
+pub struct Calibration {
+    pub rates: Vec<Rate>,
+    /// The budget to choose; `None` where no batch fits.
+    pub chosen: Option<usize>,
+}
+
+/// Tries budgets from `least`, doubling, up to `most`, in turns, each over `most`; ends early
 /// where the device is out of memory. The median of the turns counts.
-pub fn measure(model: &dyn Forward, least: usize, most: usize) -> Result<Vec<Rate>, ForwardError> {
-    let ids: Vec<u32> = model.canary().ids.iter().copied().cycle().take(LENGTH).collect();
-    let text = Tokens { ids, type_ids: None, truncated: false };
+pub fn measure<M: Model>(model: &M, least: usize, most: usize) -> Result<Vec<Rate>, RunError> {
+    let item = model.sample(COST);
     let mut budgets: Vec<usize> =
         std::iter::successors(Some(least), |b| Some(b * 2)).take_while(|&b| b <= most).collect();
     let mut seconds = vec![Vec::new(); budgets.len()];
     for _ in 0..ROUNDS {
         for i in 0..budgets.len() {
-            let batch = vec![&text; budgets[i] / LENGTH];
+            let batch = vec![&item; budgets[i] / COST as usize];
             let started = Instant::now();
             for _ in 0..most / budgets[i] {
-                match model.forward(&batch) {
+                match model.run(&batch) {
                     Ok(_) => {}
-                    Err(ForwardError::OutOfMemory(_)) if i > 0 => {
+                    Err(RunError::OutOfMemory(_)) if i > 0 => {
                         budgets.truncate(i);
                         break;
                     }
@@ -110,6 +116,8 @@ impl Calibrations {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Item;
+    use crate::ragged::Ragged;
 
     #[test]
     fn the_smallest_that_is_nearly_the_best_is_chosen() {
@@ -132,29 +140,39 @@ mod tests {
         assert_eq!(calibrations.get("abc", "cpu"), None);
     }
 
-    struct Fake(Tokens);
+    struct Fake;
 
-    impl Forward for Fake {
-        fn width(&self) -> usize {
-            1
+    struct Text;
+
+    impl Item for Text {
+        fn cost(&self) -> u32 {
+            COST
         }
 
-        fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
-            match batch.len() * LENGTH {
-                tokens if tokens > 256 => Err(ForwardError::OutOfMemory(tokens.to_string())),
-                _ => Ok(vec![0.0; batch.len()]),
+        fn key(&self) -> Option<u128> {
+            None
+        }
+    }
+
+    impl Model for Fake {
+        type Item = Text;
+        type Value = f32;
+
+        fn run(&self, batch: &[&Text]) -> Result<Ragged<f32>, RunError> {
+            match batch.len() * COST as usize {
+                cost if cost > 256 => Err(RunError::OutOfMemory(cost.to_string())),
+                _ => Ok(Ragged::of_width(vec![0.0; batch.len()], 1)),
             }
         }
 
-        fn canary(&self) -> &Tokens {
-            &self.0
+        fn sample(&self, _: u32) -> Text {
+            Text
         }
     }
 
     #[test]
     fn budgets_that_do_not_fit_are_left_out() {
-        let fake = Fake(Tokens { ids: vec![1, 2], type_ids: None, truncated: false });
-        let rates = measure(&fake, 64, 2048).unwrap();
+        let rates = measure(&Fake, 64, 2048).unwrap();
         assert_eq!(rates.iter().map(|(budget, _)| *budget).collect::<Vec<_>>(), [64, 128, 256]);
     }
 }

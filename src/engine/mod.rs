@@ -1,71 +1,99 @@
-//! Running a model over windows: the plan of batches, the lanes they run on, and what happens when
-//! one fails. Nothing here knows Kafka.
+//! Runs a model over the items of windows: what need not be computed, batches, lanes, and what happens when a batch
+//! fails. Knows no Kafka, no records and no tasks.
+//!
+//! ```text
+//! requests ─▶ windows ─▶ batches ─▶ lanes: run, halve, bisect, probe ─▶ windows ─▶ responses, in the order of requests
+//! ```
 
+mod answers;
 mod budget;
-mod cache;
 mod calibrate;
-mod lane;
+mod lanes;
+mod model;
 mod plan;
+mod reuse;
+mod settle;
+mod windows;
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 
+pub use answers::{Answers, Rows};
 pub use budget::Budget;
-pub use calibrate::{Calibrations, Rate};
-pub use lane::{Forward, ForwardError};
-pub use plan::{Batch, Plan, plan};
+pub use calibrate::{Calibration, Calibrations, Rate};
+pub use model::{Item, Model, RunError, Value};
+pub use plan::{Batch, Planned, plan};
 
-use crate::failpoint;
-use crate::model::{Model, Tokens};
-use crate::record::{Fault, RecordError};
-use crate::telemetry::Metrics;
-use cache::Cache;
-use lane::{Done, Lanes, Work};
+use self::lanes::{Device, Done, Lanes, Purpose, Work};
+use self::reuse::{Cache, Reuse, reuse};
+use self::windows::Windows;
+use crate::flow::Queued;
+use crate::telemetry::health::Stage;
+use crate::telemetry::{Health, Metrics};
 
-/// Tokens of a batch on a CPU core: what a layer writes then stays in the second-level cache. In f32, 512
+/// Cost of a batch on a CPU core, in tokens: what a layer writes then stays in the second-level cache. In f32, 512
 /// are no faster; in bf16 and int8, where the multiplication waits for nothing else, a tenth slower. 128 are
 /// a tenth slower. Small batches also spread evenly over the cores.
-const CORE_TOKENS: usize = 256;
+const CORE_COST: usize = 256;
+
+/// Lanes of a GPU: while the host waits for one batch, the next is queued.
+const GPU_LANES: usize = 2;
 
 /// Windows on the lanes at a time: while the last batches of one run, the next one fills idle lanes.
 const WINDOWS: usize = 2;
 
-/// What the engine is asked: one window.
-pub struct Request<W> {
-    /// Travels along untouched.
-    pub window: W,
-    pub tokens: Vec<Option<Tokens>>,
-    pub plan: Plan,
+/// What of a window is to be computed.
+#[derive(Debug)]
+pub struct Plan<V> {
+    batches: Vec<Batch>,
+    duplicates: Vec<(u32, u32)>,
+    cached: Vec<(u32, Arc<[V]>)>,
 }
 
-/// What it answers: one row of `width` numbers per place in the window.
-pub struct Response<W> {
+/// What the engine is asked: one window.
+#[derive(Debug)]
+pub struct Request<W, I, V> {
+    /// Travels along untouched.
     pub window: W,
-    pub rows: Vec<f32>,
-    pub width: usize,
-    pub failed: Vec<(u32, RecordError)>,
-    /// A lane was left behind for one of the failed: the process had better start again.
-    pub lane_lost: bool,
+    pub items: Vec<I>,
+    pub plan: Plan<V>,
 }
+
+/// What it answers.
+#[derive(Debug)]
+pub struct Response<W, V> {
+    pub window: W,
+    pub answers: Answers<V>,
+    /// Items without an answer that counts, and why.
+    pub failed: Vec<(u32, String)>,
+    /// A lane was abandoned for one of them. Its thread holds memory, and a core or the device: the process had better
+    /// start again.
+    pub lane_abandoned: bool,
+    /// The device's time that it took, all lanes together.
+    pub busy: Duration,
+}
+
+type RequestOf<W, M> = Request<W, <M as Model>::Item, <M as Model>::Value>;
 
 /// Why the engine can compute no more.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError<W> {
     #[error("{0}")]
     Fatal(String),
-    /// A forward over these records of the window has not come to an end within `batch.timeout`.
-    #[error("a forward over {} records did not end within {limit:?}", records.len())]
-    Hung { window: W, records: Vec<u32>, limit: Duration },
+    /// With these items of the window. None of them is to blame yet.
+    #[error("inference on {} inputs exceeded batch.timeout ({limit:?})", items.len())]
+    TimedOut { window: W, items: Vec<u32>, limit: Duration },
+    #[error("the device does not answer: a plain input exceeded batch.timeout ({0:?})")]
+    Unresponsive(Duration),
 }
 
 /// How an engine is set.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// `batch.max_tokens`.
-    pub max_tokens: usize,
+    /// `batch.max_tokens`: the cost of a batch.
+    pub max_cost: usize,
     /// What calibration found for the model on the device.
     pub calibrated: Option<usize>,
     /// `batch.lanes`.
@@ -76,177 +104,171 @@ pub struct Limits {
     pub cache: Option<u64>,
 }
 
-/// A model on its lanes.
-pub struct Engine {
-    model: Arc<dyn Forward>,
-    budget: Arc<Budget>,
-    lanes: usize,
+/// Where an engine runs.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The label of its metrics.
+    pub name: String,
     /// A lane is a core.
-    single_core: bool,
-    device: String,
-    timeout: Duration,
-    cache: Option<Cache>,
-    metrics: Arc<Metrics>,
+    pub is_cpu: bool,
 }
 
-impl Engine {
-    /// A lane for each core the process may use, or two for a GPU: while one waits for its results, the
-    /// other's batch is already queued.
-    pub fn new(model: Arc<Model>, canary: Tokens, limits: Limits, metrics: Arc<Metrics>) -> Self {
-        let cpu = model.placement.is_cpu();
-        let (lanes, budget) = match cpu {
-            true => (limits.lanes.unwrap_or_else(cores), CORE_TOKENS),
-            false => (2, limits.max_tokens),
+/// A model on its lanes.
+pub struct Engine<M: Model> {
+    device: Arc<Device<M>>,
+    lanes: usize,
+    is_cpu: bool,
+    timeout: Duration,
+    cache: Option<Cache<M::Value>>,
+}
+
+impl<M: Model> Engine<M> {
+    /// A lane for each core the process may use, or two for a GPU.
+    pub fn new(model: Arc<M>, place: Place, limits: Limits, metrics: Arc<Metrics>) -> Self {
+        let (lanes, cost) = match place.is_cpu {
+            true => (limits.lanes.unwrap_or_else(cores), CORE_COST),
+            false => (GPU_LANES, limits.max_cost),
         };
-        let budget = limits.calibrated.unwrap_or(budget).min(limits.max_tokens);
-        let device = model.placement.name.clone();
-        let limits = Limits { max_tokens: budget, ..limits };
-        let model = Arc::new(OnDevice { model, canary });
-        Self { single_core: cpu, ..Self::with(model, lanes, limits, device, metrics) }
+        let cost = limits.calibrated.unwrap_or(cost).min(limits.max_cost);
+        Self {
+            device: Arc::new(Device::new(model, Arc::new(Budget::new(cost)), metrics, place.name)),
+            lanes,
+            is_cpu: place.is_cpu,
+            timeout: limits.timeout,
+            cache: limits.cache.map(Cache::new),
+        }
     }
 
-    fn with(
-        model: Arc<dyn Forward>,
-        lanes: usize,
-        limits: Limits,
-        device: String,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        let budget = Arc::new(Budget::new(limits.max_tokens));
-        let cache = limits.cache.map(|bytes| Cache::new(bytes, model.width()));
-        Self { model, budget, lanes, single_core: false, device, timeout: limits.timeout, cache, metrics }
+    pub fn model(&self) -> &M {
+        &self.device.model
     }
 
-    /// Tokens a second on one lane, by the tokens of a batch, and the budget to choose.
-    pub fn calibrate(&self) -> Result<(Vec<Rate>, Option<usize>), String> {
-        let (least, most) = if self.single_core { (64, 2048) } else { (1024, 65_536) };
-        let rates = calibrate::measure(&*self.model, least, most).map_err(|e| e.to_string())?;
-        let chosen = calibrate::choose(&rates);
-        Ok((rates, chosen))
+    /// Measures budgets of a batch.
+    pub fn calibrate(&self) -> Result<Calibration, RunError> {
+        let (least, most) = if self.is_cpu { (64, 2048) } else { (1024, 65_536) };
+        let rates = calibrate::measure(self.model(), least, most)?;
+        Ok(Calibration { chosen: calibrate::choose(&rates), rates })
     }
 
     pub fn lanes(&self) -> usize {
         self.lanes
     }
 
-    /// The plan for a window whose records have these tokens: inputs that are the same are computed
-    /// once, those that the cache knows not at all. A suspect is a batch of its own.
-    pub fn plan(&self, tokens: &[Option<Tokens>], suspect: impl Fn(usize) -> bool) -> Plan {
-        let mut plan = Plan::default();
-        let (mut together, mut alone) = (Vec::new(), Vec::new());
-        let mut seen: HashMap<&Tokens, u32> = HashMap::with_capacity(tokens.len());
-        for (i, tokens) in tokens.iter().enumerate() {
-            let (record, Some(tokens)) = (i as u32, tokens) else { continue };
-            if suspect(i) {
-                alone.push(Batch { records: vec![record], tokens: tokens.ids.len() });
-            } else if let Some(row) = self.cache.as_ref().and_then(|cache| cache.get(tokens)) {
-                plan.known.push((record, row));
-            } else {
-                let first = *seen.entry(tokens).or_insert(record);
-                if first == record {
-                    together.push((record, tokens.ids.len()));
-                } else {
-                    plan.copies.push((record, first));
-                }
-            }
-        }
-        self.metrics.reused.with_label_values(&["window"]).inc_by(plan.copies.len() as u64);
+    /// The plan for the items of a window. Those on which inference has timed out before run alone.
+    pub fn plan(&self, items: &[M::Item], suspect: impl Fn(usize) -> bool) -> Plan<M::Value> {
+        let (alone, together): (Vec<u32>, Vec<u32>) =
+            (0..items.len() as u32).partition(|&item| suspect(item as usize));
+        let together = together.into_iter().map(|item| (item, &items[item as usize]));
+        let Reuse { planned, duplicates, cached } = reuse(together, self.cache.as_ref());
+        let metrics = &self.device.metrics;
+        metrics.reused.with_label_values(&["window"]).inc_by(duplicates.len() as u64);
         if let Some(cache) = &self.cache {
-            self.metrics.reused.with_label_values(&["cache"]).inc_by(plan.known.len() as u64);
-            self.metrics.memory.with_label_values(&["cache"]).set(cache.bytes() as i64);
+            metrics.reused.with_label_values(&["cache"]).inc_by(cached.len() as u64);
+            metrics.memory.with_label_values(&["cache"]).set(cache.bytes() as i64);
         }
-        plan.batches = plan::plan(together, self.budget.tokens(), self.lanes);
-        plan.batches.extend(alone);
-        plan
+        let mut batches = plan(planned, self.device.budget.tokens(), self.lanes);
+        let batch = |item: u32| Batch {
+            items: vec![item],
+            cost: items[item as usize].cost() as usize,
+            suspect: true,
+        };
+        batches.extend(alone.into_iter().map(batch));
+        Plan { batches, duplicates, cached }
     }
 
-    /// Serves what comes in until the channel closes; answers leave in the order of the requests.
-    /// `open` makes the request of what came, `close` takes the answer and says whether to go on,
-    /// `activity` is told when batches move (true) and when there is nothing to do (false). The error
-    /// is one after which nothing more can be computed.
-    pub fn serve<T, W>(
+    /// Serves requests until their channel closes, or nobody takes the responses any more, which leave in the order of
+    /// the requests. `health` is told whether there is work.
+    ///
+    /// # Errors
+    /// Nothing more can be computed.
+    pub fn serve<W>(
         &self,
-        incoming: &Receiver<T>,
-        open: impl Fn(T) -> Request<W>,
-        mut close: impl FnMut(Response<W>) -> bool,
-        activity: impl Fn(bool),
+        requests: &Receiver<Queued<RequestOf<W, M>>>,
+        responses: &Sender<Queued<Response<W, M::Value>>>,
+        health: Option<&Health>,
     ) -> Result<(), EngineError<W>> {
+        let metrics = &self.device.metrics;
+        let active = |active: bool| match (health, active) {
+            (Some(health), true) => health.busy(Stage::Infer),
+            (Some(health), false) => health.idle(Stage::Infer),
+            (None, _) => {}
+        };
         let look = (self.timeout / 4).min(Duration::from_secs(1));
-        let mut lanes = Lanes::start(
-            self.lanes,
-            &self.device,
-            Arc::clone(&self.model),
-            Arc::clone(&self.budget),
-            Arc::clone(&self.metrics),
-        );
-        let (done, finished) = unbounded::<Done>();
+        let (done, finished) = unbounded::<Done<M::Value>>();
+        let mut lanes = Lanes::start(self.lanes, Arc::clone(&self.device), done);
+        let mut windows = Windows::new();
         let closed = never();
         let mut more = true;
-        let mut next = 0u64;
-        let mut running: VecDeque<Running<W>> = VecDeque::new();
-        while more || !running.is_empty() {
-            let source = if more && running.len() < WINDOWS { incoming } else { &closed };
-            activity(!running.is_empty());
+        while more || !windows.is_empty() {
+            let source = if more && windows.len() < WINDOWS { requests } else { &closed };
+            active(!windows.is_empty());
             select! {
-                recv(source) -> window => match window {
-                    Ok(window) => {
-                        activity(true);
-                        running.push_back(Running::start(next, open(window), self.model.width(), &lanes.work, &done));
-                        next += 1;
+                recv(source) -> request => match request {
+                    Ok(request) => {
+                        active(true);
+                        let Request { window, items, mut plan } = request.take(metrics, "wait_infer");
+                        let (items, batches) = (Arc::new(items), std::mem::take(&mut plan.batches));
+                        let left = batches.len();
+                        let id = windows.open(window, Arc::clone(&items), plan, left, Instant::now());
+                        for batch in batches {
+                            lanes.run(Work { window: id, items: Arc::clone(&items), batch });
+                        }
                     }
                     Err(_) => more = false,
                 },
-                recv(finished) -> part => {
-                    let part = part.expect("this end holds a sender");
-                    if let Some(message) = part.fatal {
+                recv(finished) -> done => {
+                    let mut done = done.expect("the lanes hold senders");
+                    if let Some(message) = done.fatal.take() {
                         return Err(EngineError::Fatal(message));
                     }
-                    let at = (part.window - running[0].id) as usize;
-                    running[at].take(part, self.cache.as_ref());
+                    windows.done(done, self.cache.as_ref());
                 }
                 default(look) => {}
             }
-            if let Some((lane, hung)) = lanes.hung(self.timeout) {
-                let at = (hung.window - running[0].id) as usize;
-                if !hung.alone {
-                    let hanging = running.remove(at).expect("its batch runs");
-                    let records = hanging.with_copies(hung.records);
-                    let window = hanging.response.window;
-                    return Err(EngineError::Hung { window, records, limit: self.timeout });
+            if let Some((lane, run)) = lanes.timed_out(self.timeout) {
+                match run.purpose {
+                    Purpose::Probe => return Err(EngineError::Unresponsive(self.timeout)),
+                    Purpose::Answers => {
+                        if let Some((window, items)) = windows.give_up(run.window, run.items) {
+                            return Err(EngineError::TimedOut { window, items, limit: self.timeout });
+                        }
+                    }
+                    Purpose::Suspect => {
+                        if lanes.abandon(lane, &run) {
+                            windows.abandoned(run.window, &run.items, self.timeout);
+                        }
+                    }
                 }
-                lanes.replace(lane);
-                running[at].leave_behind(hung.records[0], self.timeout);
             }
-            while running.front().is_some_and(|first| first.left == 0) {
-                let first = running.pop_front().expect("there is a first").finish();
+            while let Some((response, took)) = windows.take(Instant::now()) {
+                metrics.stage.with_label_values(&["infer"]).observe(took.as_secs_f64());
                 // While the next stage is full the lanes go on with what they have.
-                activity(false);
-                if !close(first) {
-                    more = false;
-                    running.clear();
+                active(false);
+                if responses.send(Queued::new(response)).is_err() {
+                    return Ok(());
                 }
             }
         }
-        activity(false);
+        active(false);
         lanes.join();
         Ok(())
     }
 
     /// Plans and runs one window by itself.
-    pub fn run(&self, tokens: Vec<Option<Tokens>>) -> Result<Response<()>, String> {
-        let plan = self.plan(&tokens, |_| false);
-        self.answer(Request { window: (), tokens, plan })
+    pub fn run(&self, items: Vec<M::Item>) -> Result<Response<(), M::Value>, EngineError<()>> {
+        let plan = self.plan(&items, |_| false);
+        self.answer(Request { window: (), items, plan })
     }
 
     /// Runs one window by itself.
-    pub fn answer(&self, request: Request<()>) -> Result<Response<()>, String> {
-        let (ask, requests) = unbounded();
-        ask.send(request).expect("the receiver is here");
+    pub fn answer<W>(&self, request: RequestOf<W, M>) -> Result<Response<W, M::Value>, EngineError<W>> {
+        let (ask, requests) = bounded(1);
+        let (respond, responses) = bounded(1);
+        ask.send(Queued::new(request)).expect("the receiver is here");
         drop(ask);
-        let mut response = None;
-        self.serve(&requests, |request| request, |answer| response.replace(answer).is_none(), |_| {})
-            .map_err(|e| e.to_string())?;
-        Ok(response.expect("one request has one answer"))
+        self.serve(&requests, &respond, None)?;
+        let response = responses.recv().expect("one request has one response");
+        Ok(response.into_inner())
     }
 }
 
@@ -255,312 +277,308 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-struct Running<W> {
-    id: u64,
-    /// Batches not yet done.
-    left: usize,
-    tokens: Arc<Vec<Option<Tokens>>>,
-    /// Without its batches, which are on the lanes.
-    plan: Plan,
-    response: Response<W>,
-}
-
-impl<W> Running<W> {
-    fn start(id: u64, request: Request<W>, width: usize, work: &Sender<Work>, done: &Sender<Done>) -> Self {
-        let Request { window, tokens, mut plan } = request;
-        let empty = plan.batches.is_empty() && plan.known.is_empty();
-        let mut rows = if empty { Vec::new() } else { vec![0.0; tokens.len() * width] };
-        for (record, row) in plan.known.drain(..) {
-            rows[record as usize * width..][..width].copy_from_slice(&row);
-        }
-        let tokens = Arc::new(tokens);
-        let left = plan.batches.len();
-        for batch in plan.batches.drain(..) {
-            let sent = work.send(Work { window: id, tokens: Arc::clone(&tokens), batch, done: done.clone() });
-            assert!(sent.is_ok(), "lanes live as long as the engine serves");
-        }
-        let response = Response { window, rows, width, failed: Vec::new(), lane_lost: false };
-        Self { id, left, tokens, plan, response }
-    }
-
-    fn take(&mut self, done: Done, cache: Option<&Cache>) {
-        let width = self.response.width;
-        for (row, &record) in done.rows.chunks_exact(width).zip(&done.records) {
-            self.response.rows[record as usize * width..][..width].copy_from_slice(row);
-            if let (Some(cache), Some(tokens)) = (cache, &self.tokens[record as usize])
-                && !done.failed.iter().any(|(failed, _)| *failed == record)
-            {
-                cache.insert(tokens, row);
-            }
-        }
-        self.response.failed.extend(done.failed);
-        self.left -= 1;
-    }
-
-    /// A record, alone in its forward, that does not come to an end: it is the one at fault.
-    fn leave_behind(&mut self, record: u32, limit: Duration) {
-        let message = format!("the model did not come to an end on this record within {limit:?}");
-        self.response.failed.push((record, RecordError::new(Fault::Infer, message)));
-        self.response.lane_lost = true;
-        self.left -= 1;
-    }
-
-    /// These records, and those whose input is the same as one of theirs.
-    fn with_copies(&self, mut records: Vec<u32>) -> Vec<u32> {
-        let copies = self.plan.copies.iter().filter(|(_, first)| records.contains(first));
-        let copies: Vec<u32> = copies.map(|(copy, _)| *copy).collect();
-        records.extend(copies);
-        records
-    }
-
-    /// All batches are done: what was computed once is given to all that have it.
-    fn finish(mut self) -> Response<W> {
-        let width = self.response.width;
-        let failed: HashMap<u32, RecordError> = self.response.failed.iter().cloned().collect();
-        for (copy, first) in self.plan.copies {
-            if let Some(error) = failed.get(&first) {
-                self.response.failed.push((copy, error.clone()));
-            } else {
-                let first = first as usize * width;
-                self.response.rows.copy_within(first..first + width, copy as usize * width);
-            }
-        }
-        self.response
-    }
-}
-
-/// The model as it is on its device.
-struct OnDevice {
-    model: Arc<Model>,
-    canary: Tokens,
-}
-
-impl Forward for OnDevice {
-    fn width(&self) -> usize {
-        self.model.width()
-    }
-
-    fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
-        failpoint::pass("device");
-        if let Some(id) = failpoint::argument("hang").and_then(|id| id.parse().ok())
-            && batch.iter().any(|tokens| tokens.ids.contains(&id))
-        {
-            loop {
-                std::thread::park();
-            }
-        }
-        self.model.forward(batch).map_err(|e| classify(&e.to_string()))
-    }
-
-    fn canary(&self) -> &Tokens {
-        &self.canary
-    }
-}
-
-/// Candle has one error type for all; the driver's names tell them apart.
-fn classify(message: &str) -> ForwardError {
-    let first = message.lines().next().unwrap_or_default().to_owned();
-    let lower = message.to_lowercase();
-    if lower.contains("out of memory") || lower.contains("out_of_memory") || lower.contains("alloc_failed") {
-        ForwardError::OutOfMemory(first)
-    } else if lower.contains("cuda_error") || lower.contains("cublas_status") || lower.contains("metal error")
-    {
-        ForwardError::Device(first)
-    } else {
-        ForwardError::Batch(first)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     use super::*;
+    use crate::ragged::Ragged;
 
-    /// A device with `memory` tokens of room that fails on the token 666 and gives each record the
-    /// sum of its ids.
+    /// An item that is a number, and costs something.
+    #[derive(Debug, Clone)]
+    pub(super) struct Number {
+        pub value: u32,
+        pub cost: u32,
+        pub key: bool,
+    }
+
+    impl Number {
+        pub fn new(value: u32) -> Self {
+            Self { value, cost: 1, key: true }
+        }
+
+        fn of(value: u32, cost: u32) -> Self {
+            Self { cost, ..Self::new(value) }
+        }
+    }
+
+    impl Item for Number {
+        fn cost(&self) -> u32 {
+            self.cost
+        }
+
+        fn key(&self) -> Option<u128> {
+            self.key.then_some(u128::from(self.value) << 32 | u128::from(self.cost))
+        }
+    }
+
+    /// Fails its batch.
+    const BAD: u32 = 666;
+    /// Keeps its batch running until it is released.
+    const ENDLESS: u32 = 777;
+    /// Keeps its batch running until another one did not fit.
+    const GREEDY: u32 = 888;
+    /// Is answered with NaN.
+    const UNCLEAR: u32 = 999;
+    const PLAIN: u32 = 1;
+
+    /// A device with memory for so much cost. Its model answers a number with itself and its cost.
+    #[derive(Default)]
     struct Fake {
         memory: usize,
+        /// Fails every item.
         broken: bool,
-        forwards: AtomicUsize,
-        canary: Tokens,
+        /// Does not return from a plain item.
+        deaf: bool,
+        runs: AtomicUsize,
+        in_use: AtomicUsize,
+        did_not_fit: AtomicUsize,
+        released: AtomicBool,
+        returned: AtomicUsize,
     }
 
-    /// A token on which the device never comes to an end.
-    const ENDLESS: u32 = 777;
-
-    impl Forward for Fake {
-        fn width(&self) -> usize {
-            2
-        }
-
-        fn forward(&self, batch: &[&Tokens]) -> Result<Vec<f32>, ForwardError> {
-            self.forwards.fetch_add(1, Ordering::Relaxed);
-            while batch.iter().any(|t| t.ids.contains(&ENDLESS)) {
-                std::thread::park();
-            }
-            let total: usize = batch.iter().map(|t| t.ids.len()).sum();
-            if total > self.memory {
-                return Err(ForwardError::OutOfMemory(format!("{total} tokens")));
-            }
-            if self.broken || batch.iter().any(|t| t.ids.contains(&666)) {
-                return Err(ForwardError::Batch("a bad token".to_owned()));
-            }
-            Ok(batch
-                .iter()
-                .flat_map(|t| {
-                    let sum: u32 = t.ids.iter().sum();
-                    [if sum == 1300 { f32::NAN } else { sum as f32 }, t.ids.len() as f32]
-                })
-                .collect())
-        }
-
-        fn canary(&self) -> &Tokens {
-            &self.canary
+    fn until(done: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !done() {
+            assert!(started.elapsed() < Duration::from_secs(20), "it never happens");
+            std::thread::yield_now();
         }
     }
 
-    fn tokens(ids: &[u32]) -> Option<Tokens> {
-        Some(Tokens { ids: ids.to_vec(), type_ids: None, truncated: false })
+    impl Model for Fake {
+        type Item = Number;
+        type Value = f32;
+
+        fn run(&self, batch: &[&Number]) -> Result<Ragged<f32>, RunError> {
+            self.runs.fetch_add(1, Ordering::SeqCst);
+            let has = |value| batch.iter().any(|number| number.value == value);
+            let cost: usize = batch.iter().map(|number| number.cost as usize).sum();
+            if self.in_use.fetch_add(cost, Ordering::SeqCst) + cost > self.memory {
+                self.in_use.fetch_sub(cost, Ordering::SeqCst);
+                self.did_not_fit.fetch_add(1, Ordering::SeqCst);
+                return Err(RunError::OutOfMemory(format!("{cost} of {}", self.memory)));
+            }
+            if has(GREEDY) {
+                until(|| self.did_not_fit.load(Ordering::SeqCst) > 0);
+            }
+            let endless = has(ENDLESS) || (self.deaf && has(PLAIN));
+            while endless && !self.released.load(Ordering::SeqCst) {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            self.returned.fetch_add(usize::from(endless), Ordering::SeqCst);
+            self.in_use.fetch_sub(cost, Ordering::SeqCst);
+            if self.broken || has(BAD) {
+                return Err(RunError::Batch("a bad number".to_owned()));
+            }
+            let mut answers = Ragged::default();
+            for number in batch {
+                let value = if number.value == UNCLEAR { f32::NAN } else { number.value as f32 };
+                answers.push(&[value, number.cost as f32]);
+            }
+            Ok(answers)
+        }
+
+        fn sample(&self, _: u32) -> Number {
+            Number::new(PLAIN)
+        }
     }
 
-    fn engine(memory: usize, broken: bool, lanes: usize) -> (Engine, Arc<Fake>, Arc<Metrics>) {
-        let fake =
-            Arc::new(Fake { memory, broken, forwards: AtomicUsize::new(0), canary: tokens(&[1]).unwrap() });
-        let metrics = Arc::new(Metrics::new());
-        let model: Arc<dyn Forward> = Arc::clone(&fake) as _;
+    fn engine(lanes: usize, fake: Fake) -> Engine<Fake> {
         let limits = Limits {
-            max_tokens: 10_000,
-            calibrated: None,
-            lanes: None,
+            max_cost: 10_000,
+            calibrated: Some(10_000),
+            lanes: Some(lanes),
             timeout: Duration::from_millis(200),
             cache: None,
         };
-        (Engine::with(model, lanes, limits, "fake".to_owned(), Arc::clone(&metrics)), fake, metrics)
+        let place = Place { name: "fake".to_owned(), is_cpu: true };
+        Engine::new(Arc::new(fake), place, limits, Arc::new(Metrics::new()))
+    }
+
+    fn roomy() -> Fake {
+        Fake { memory: 10_000, ..Fake::default() }
+    }
+
+    fn numbers(values: impl IntoIterator<Item = u32>) -> Vec<Number> {
+        values.into_iter().map(|value| Number::of(value, 2)).collect()
+    }
+
+    fn failed(response: &Response<(), f32>) -> Vec<u32> {
+        let mut failed: Vec<u32> = response.failed.iter().map(|(item, _)| *item).collect();
+        failed.sort_unstable();
+        failed
+    }
+
+    /// Has these items run alone, as after a timeout.
+    fn suspected(
+        engine: &Engine<Fake>,
+        items: Vec<Number>,
+        suspects: &[usize],
+    ) -> Result<Response<(), f32>, EngineError<()>> {
+        let plan = engine.plan(&items, |item| suspects.contains(&item));
+        engine.answer(Request { window: (), items, plan })
     }
 
     #[test]
-    fn bisects_down_to_the_records_at_fault() {
-        let (engine, _, metrics) = engine(10_000, false, 2);
-        let mut window: Vec<_> = (1..=64).map(|i| tokens(&[i, 1])).collect();
-        window[10] = tokens(&[666]);
-        window[40] = tokens(&[5, 666]);
-        window[50] = None;
-        window[51] = tokens(&[1299, 1]);
-        let response = engine.run(window).unwrap();
-        let mut failed: Vec<(u32, Fault)> = response.failed.iter().map(|(i, e)| (*i, e.fault)).collect();
-        failed.sort_by_key(|(i, _)| *i);
-        assert_eq!(failed, [(10, Fault::Infer), (40, Fault::Infer), (51, Fault::Infer)]);
-        for i in (0..64).filter(|i| ![10, 40, 50, 51].contains(i)) {
-            assert_eq!(response.rows[i * 2..i * 2 + 2], [(i + 2) as f32, 2.0], "record {i}");
+    fn bisects_down_to_the_items_at_fault() {
+        let engine = engine(2, roomy());
+        let mut items = numbers(100..164);
+        (items[10].value, items[40].value, items[51].value) = (BAD, BAD, UNCLEAR);
+        items[40].cost = 3;
+        let response = engine.run(items).unwrap();
+        assert_eq!(failed(&response), [10, 40, 51]);
+        for i in (0..64).filter(|i| ![10, 40, 51].contains(i)) {
+            assert_eq!(response.answers.row(i), [100.0 + i as f32, 2.0], "item {i}");
         }
-        assert!(metrics.bisections.with_label_values(&["forward"]).get() > 0);
+        assert!(response.answers.row(10).is_empty());
+        assert!(engine.device.metrics.bisections.with_label_values(&["forward"]).get() > 0);
     }
 
     #[test]
     fn halves_when_out_of_memory_and_remembers() {
-        let (engine, fake, metrics) = engine(100, false, 1);
-        let window = || (0..50).map(|i| tokens(&[i, i, i, i, i, i, i, i])).collect::<Vec<_>>();
-        let response = engine.run(window()).unwrap();
+        let engine = engine(1, Fake { memory: 100, ..Fake::default() });
+        let items = || (0..50).map(|i| Number::of(i, 8)).collect::<Vec<_>>();
+        let response = engine.run(items()).unwrap();
         assert!(response.failed.is_empty());
-        assert_eq!(response.rows[49 * 2], 49.0 * 8.0);
-        assert!(metrics.oom_splits.with_label_values(&["forward"]).get() > 0);
-        let before = metrics.oom_splits.with_label_values(&["forward"]).get();
-        let forwards = fake.forwards.load(Ordering::Relaxed);
-        engine.run(window()).unwrap();
-        assert_eq!(metrics.oom_splits.with_label_values(&["forward"]).get(), before, "planned to fit now");
-        assert!(fake.forwards.load(Ordering::Relaxed) - forwards <= 5);
+        assert_eq!(response.answers.row(49), [49.0, 8.0]);
+        let splits = engine.device.metrics.oom_splits.with_label_values(&["forward"]);
+        let (before, runs) = (splits.get(), engine.model().runs.load(Ordering::SeqCst));
+        assert!(before > 0);
+        engine.run(items()).unwrap();
+        assert_eq!(splits.get(), before, "planned to fit now");
+        assert!(engine.model().runs.load(Ordering::SeqCst) - runs <= 5);
     }
 
     #[test]
-    fn one_record_that_does_not_fit_is_fatal() {
-        let (engine, ..) = engine(4, false, 1);
-        let message = engine.run(vec![tokens(&[1, 2, 3, 4, 5])]).err().expect("does not fit");
-        assert!(message.contains("one record of 5 tokens"), "{message}");
+    fn one_item_that_does_not_fit_is_at_fault_where_the_device_is_healthy() {
+        let engine = engine(1, Fake { memory: 4, ..Fake::default() });
+        let response = engine.run(vec![Number::of(7, 5), Number::of(8, 3)]).unwrap();
+        assert_eq!(failed(&response), [0]);
+        assert!(response.failed[0].1.contains("does not fit the device"), "{:?}", response.failed);
+        assert_eq!(response.answers.row(1), [8.0, 3.0]);
+        let sick = super::tests::engine(1, Fake { memory: 0, ..Fake::default() });
+        let message = sick.run(vec![Number::of(7, 5)]).expect_err("nothing fits").to_string();
+        assert!(message.contains("fails on a plain item"), "{message}");
     }
 
     #[test]
-    fn a_device_that_fails_everything_dead_letters_nothing() {
-        let (engine, ..) = engine(10_000, true, 1);
-        let message = engine.run(vec![tokens(&[1]), tokens(&[2])]).err().expect("fatal");
-        assert!(message.contains("even a plain text fails"), "{message}");
+    fn one_item_that_does_not_fit_beside_another_lanes_batch_is_tried_alone() {
+        let engine = engine(2, Fake { memory: 5, ..Fake::default() });
+        let (greedy, large) = (Number::of(GREEDY, 3), Number::of(9, 4));
+        // In two batches: the first holds its memory until the second has been refused.
+        let batch = |item, cost| Batch { items: vec![item], cost, suspect: false };
+        let plan = Plan { batches: vec![batch(0, 3), batch(1, 4)], duplicates: vec![], cached: vec![] };
+        let response = engine.answer(Request { window: (), items: vec![greedy, large], plan }).unwrap();
+        assert!(response.failed.is_empty(), "{:?}", response.failed);
+        assert_eq!(response.answers.row(1), [9.0, 4.0]);
     }
 
     #[test]
-    fn a_forward_that_does_not_end_is_named_and_alone_it_is_a_dead_letter() {
-        let (engine, ..) = engine(10_000, false, 2);
-        let window: Vec<_> = (0..8).map(|i| tokens(&[if i == 5 { ENDLESS } else { i }, 1])).collect();
-        let message = engine.run(window.clone()).err().expect("it hangs");
-        assert!(message.contains("did not end"), "{message}");
-        // As the next start runs it: every suspect alone.
-        let plan = engine.plan(&window, |i| i >= 4);
-        assert_eq!(plan.batches.iter().filter(|b| b.records.len() == 1).count(), 4);
-        let response = engine.answer(Request { window: (), tokens: window, plan }).unwrap();
-        assert!(response.lane_lost);
-        assert_eq!(response.failed.len(), 1);
-        assert_eq!((response.failed[0].0, response.failed[0].1.fault), (5, Fault::Infer));
-        assert_eq!(response.rows[7 * 2], 8.0);
+    fn a_device_that_fails_everything_blames_nothing() {
+        let engine = engine(1, Fake { broken: true, ..roomy() });
+        let message = engine.run(numbers([5, 6])).expect_err("fatal").to_string();
+        assert!(message.contains("fails on a plain item"), "{message}");
     }
 
     #[test]
-    fn the_same_input_is_computed_once() {
-        let (engine, fake, metrics) = engine(10_000, false, 1);
-        let mut window: Vec<_> = (0..60).map(|i| tokens(&[i % 3 + 10, 1])).collect();
-        window.extend([tokens(&[666]), tokens(&[666]), None]);
-        let response = engine.run(window).unwrap();
+    fn a_first_timeout_blames_nothing_even_of_one_item() {
+        let engine = engine(2, roomy());
+        let result = engine.run(vec![Number::new(ENDLESS), Number::new(ENDLESS)]);
+        let Err(EngineError::TimedOut { items, .. }) = result else { panic!("{result:?}") };
+        assert_eq!(items, [0, 1], "and what is equal to it");
+        engine.model().released.store(true, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn an_item_that_times_out_again_is_at_fault() {
+        let engine = engine(2, roomy());
+        let mut items = numbers(10..18);
+        items[5].value = ENDLESS;
+        let response = suspected(&engine, items, &[4, 5, 6, 7]).unwrap();
+        assert_eq!((failed(&response), response.lane_abandoned), (vec![5], true));
+        assert_eq!(response.answers.row(7), [17.0, 2.0]);
+        engine.model().released.store(true, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn a_device_that_does_not_answer_a_probe_blames_nothing() {
+        let engine = engine(1, Fake { deaf: true, ..roomy() });
+        let result = suspected(&engine, numbers([5]), &[0]);
+        assert!(matches!(result, Err(EngineError::Unresponsive(_))), "{result:?}");
+        engine.model().released.store(true, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn an_abandoned_lane_that_returns_changes_nothing() {
+        let engine = engine(1, roomy());
+        let (ask, requests) = bounded(1);
+        let (respond, responses) = bounded(1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| engine.serve(&requests, &respond, None).unwrap());
+            let ask = ask;
+            let send = |items: Vec<Number>, suspects: &[usize]| {
+                let plan = engine.plan(&items, |item| suspects.contains(&item));
+                ask.send(Queued::new(Request { window: (), items, plan })).unwrap();
+            };
+            send(vec![Number::new(ENDLESS)], &[0]);
+            assert!(responses.recv().unwrap().into_inner().lane_abandoned);
+            // Its thread comes back while another window is open.
+            send(vec![Number::new(5), Number::of(GREEDY, 2)], &[]);
+            engine.model().released.store(true, Ordering::SeqCst);
+            until(|| engine.model().returned.load(Ordering::SeqCst) == 1);
+            engine.model().did_not_fit.store(1, Ordering::SeqCst);
+            for i in 0..50 {
+                let response = responses.recv().unwrap().into_inner();
+                assert!(response.failed.is_empty() && !response.lane_abandoned);
+                assert_eq!(response.answers.row(0)[0], if i == 0 { 5.0 } else { 100.0 + i as f32 });
+                send(numbers([101 + i]), &[]);
+            }
+            drop(responses.recv().unwrap());
+        });
+    }
+
+    #[test]
+    fn equal_items_are_computed_once() {
+        let engine = engine(1, roomy());
+        let mut items = numbers((0..60).map(|i| i % 3 + 10));
+        items.extend(numbers([BAD, BAD]));
+        let response = engine.run(items).unwrap();
         for i in 0..60 {
-            assert_eq!(response.rows[i * 2..i * 2 + 2], [(i % 3 + 11) as f32, 2.0], "record {i}");
+            assert_eq!(response.answers.row(i), [(i % 3 + 10) as f32, 2.0], "item {i}");
         }
-        let mut failed: Vec<u32> = response.failed.iter().map(|(i, _)| *i).collect();
-        failed.sort_unstable();
-        assert_eq!(failed, [60, 61]);
+        assert_eq!(failed(&response), [60, 61]);
+        let metrics = &engine.device.metrics;
         assert_eq!(metrics.reused.with_label_values(&["window"]).get(), 58);
         assert!(metrics.batch_records.get_sample_sum() <= 3.0, "each of the three once");
-        assert!(fake.forwards.load(Ordering::Relaxed) < 12);
     }
 
     #[test]
     fn what_the_cache_has_is_not_computed_again() {
-        let (mut engine, fake, metrics) = engine(10_000, false, 1);
-        engine.cache = Some(Cache::new(1 << 20, 2));
-        let window = || vec![tokens(&[5, 1]), tokens(&[6, 1]), tokens(&[666])];
-        engine.run(window()).unwrap();
-        let forwards = fake.forwards.load(Ordering::Relaxed);
-        let response = engine.run(window()).unwrap();
-        assert_eq!(response.rows[..4], [6.0, 2.0, 7.0, 2.0]);
-        assert_eq!(response.failed.len(), 1, "a failure is tried again");
-        assert_eq!(metrics.reused.with_label_values(&["cache"]).get(), 2);
-        assert_eq!(fake.forwards.load(Ordering::Relaxed) - forwards, 2, "the failing one and the canary");
+        let mut engine = engine(1, roomy());
+        engine.cache = Some(Cache::new(1 << 20));
+        engine.run(numbers([5, 6, BAD])).unwrap();
+        let runs = engine.model().runs.load(Ordering::SeqCst);
+        let response = engine.run(numbers([5, 6, BAD])).unwrap();
+        assert_eq!((response.answers.row(0), response.answers.row(1)), (&[5.0, 2.0][..], &[6.0, 2.0][..]));
+        assert_eq!(failed(&response), [2], "a failure is tried again");
+        assert_eq!(engine.device.metrics.reused.with_label_values(&["cache"]).get(), 2);
+        assert_eq!(engine.model().runs.load(Ordering::SeqCst) - runs, 2, "the failing one and the probe");
     }
 
     #[test]
     fn windows_leave_in_the_order_they_came() {
-        let (engine, ..) = engine(10_000, false, 3);
+        let engine = engine(3, roomy());
         let (ask, requests) = unbounded();
-        for id in 0..20u32 {
-            let tokens: Vec<_> = (0..id % 5 * 30).map(|i| tokens(&[i + 100, 1, 1])).collect();
-            let batches = plan(tokens.iter().enumerate().map(|(i, _)| (i as u32, 3)).collect(), 64, 3);
-            ask.send(Request { window: id, tokens, plan: Plan { batches, ..Plan::default() } }).unwrap();
+        let (respond, responses) = unbounded();
+        for window in 0..20u32 {
+            let items: Vec<Number> = (0..window % 5 * 30).map(|i| Number::of(i + 100, 3)).collect();
+            let plan = engine.plan(&items, |_| false);
+            ask.send(Queued::new(Request { window, items, plan })).unwrap();
         }
         drop(ask);
-        let mut order = Vec::new();
-        let close = |answer: Response<u32>| {
-            order.push(answer.window);
-            true
-        };
-        engine.serve(&requests, |request| request, close, |_| {}).unwrap();
+        engine.serve(&requests, &respond, None).unwrap();
+        drop(respond);
+        let order: Vec<u32> = responses.iter().map(|response| response.into_inner().window).collect();
         assert_eq!(order, (0..20).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn errors_are_told_apart() {
-        assert!(matches!(
-            classify("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"),
-            ForwardError::OutOfMemory(_)
-        ));
-        assert!(matches!(classify("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS)"), ForwardError::Device(_)));
-        assert!(
-            matches!(classify("token id 9 is outside\n  0: candle"), ForwardError::Batch(m) if m == "token id 9 is outside")
-        );
     }
 }

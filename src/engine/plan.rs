@@ -1,45 +1,46 @@
-//! Which records go through the model together. Pure.
+//! Which items go through the model together. Pure.
 
-use std::sync::Arc;
-
-/// Records of similar length, together at most a budget of tokens.
+/// Items of one class and of similar cost, together at most a budget.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
-    /// Places of the records in their window.
-    pub records: Vec<u32>,
-    pub tokens: usize,
+    /// Places of the items in their window.
+    pub items: Vec<u32>,
+    /// Of all of them.
+    pub cost: usize,
+    /// Inference on this one item has timed out before: it runs alone, after a probe.
+    pub suspect: bool,
 }
 
-/// What a window asks of the lanes, and what it need not ask.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Plan {
-    pub batches: Vec<Batch>,
-    /// Records whose input is that of another one in the window, and that one.
-    pub copies: Vec<(u32, u32)>,
-    /// Records whose row is known from before.
-    pub known: Vec<(u32, Arc<[f32]>)>,
+/// An item to be planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Planned {
+    /// Its place in the window.
+    pub item: u32,
+    pub class: u64,
+    pub cost: usize,
 }
 
-/// Below this many tokens a batch is not worth a lane of its own.
+/// A batch of less than this is not worth a lane of its own.
 const LEAST: usize = 64;
 
-/// Sorts by length, longest first, and cuts where `budget` tokens are reached; a record longer than
-/// the budget is a batch of its own. Where there is less work than lanes would take, it is spread
-/// over them. `lengths` holds places in the window and their tokens.
-pub fn plan(mut lengths: Vec<(u32, usize)>, budget: usize, lanes: usize) -> Vec<Batch> {
-    // Equal lengths keep the input's order, so that the same window makes the same batches.
-    lengths.sort_by_key(|&(_, tokens)| std::cmp::Reverse(tokens));
-    let total: usize = lengths.iter().map(|(_, tokens)| tokens).sum();
+/// Sorts by class and cost, largest first, and cuts where the class changes or `budget` is reached; an item above the
+/// budget is a batch of its own. Where there is less work than lanes would take, it is spread over them.
+pub fn plan(mut items: Vec<Planned>, budget: usize, lanes: usize) -> Vec<Batch> {
+    // Stable, so that the same window makes the same batches.
+    items.sort_by_key(|item| (item.class, std::cmp::Reverse(item.cost)));
+    let total: usize = items.iter().map(|item| item.cost).sum();
     let budget = budget.min(total.div_ceil(lanes.max(1)).max(LEAST));
     let mut batches: Vec<Batch> = Vec::new();
-    for (record, tokens) in lengths {
+    let mut class = None;
+    for Planned { item, class: of_item, cost } in items {
         match batches.last_mut() {
-            Some(batch) if batch.tokens + tokens <= budget => {
-                batch.records.push(record);
-                batch.tokens += tokens;
+            Some(batch) if class == Some(of_item) && batch.cost + cost <= budget => {
+                batch.items.push(item);
+                batch.cost += cost;
             }
-            _ => batches.push(Batch { records: vec![record], tokens }),
+            _ => batches.push(Batch { items: vec![item], cost, suspect: false }),
         }
+        class = Some(of_item);
     }
     batches
 }
@@ -50,35 +51,49 @@ mod tests {
 
     use super::*;
 
+    fn items(costs: &[(u64, usize)]) -> Vec<Planned> {
+        let one = |(i, &(class, cost)): (usize, &(u64, usize))| Planned { item: i as u32, class, cost };
+        costs.iter().enumerate().map(one).collect()
+    }
+
+    fn costs(batches: &[Batch]) -> Vec<usize> {
+        batches.iter().map(|batch| batch.cost).collect()
+    }
+
     #[test]
-    fn longest_first_within_the_budget() {
-        let batches = plan(vec![(0, 10), (1, 300), (2, 200), (3, 10)], 256, 1);
-        assert_eq!(batches.iter().map(|b| b.tokens).collect::<Vec<_>>(), [300, 220]);
-        assert_eq!(batches[1].records, [2, 0, 3]);
+    fn largest_first_within_the_budget() {
+        let batches = plan(items(&[(0, 10), (0, 300), (0, 200), (0, 10)]), 256, 1);
+        assert_eq!(costs(&batches), [300, 220]);
+        assert_eq!(batches[1].items, [2, 0, 3]);
     }
 
     #[test]
     fn little_work_is_spread_over_the_lanes() {
-        let batches = plan((0..20).map(|i| (i, 10)).collect(), 512, 2);
-        assert_eq!(batches.iter().map(|b| b.tokens).collect::<Vec<_>>(), [100, 100]);
+        assert_eq!(costs(&plan(items(&[(0, 10); 20]), 512, 2)), [100, 100]);
+    }
+
+    #[test]
+    fn classes_do_not_mix() {
+        let batches = plan(items(&[(7, 10), (0, 20), (7, 30), (0, 5)]), 1000, 1);
+        assert_eq!(batches.iter().map(|b| b.items.clone()).collect::<Vec<_>>(), [vec![1, 3], vec![2, 0]]);
     }
 
     proptest! {
         #[test]
-        fn every_record_once_and_no_batch_over_budget(
-            lengths in proptest::collection::vec(1usize..600, 0..200), budget in 1usize..1000, lanes in 1usize..5,
+        fn every_item_once_and_no_batch_over_budget(
+            all in proptest::collection::vec((0u64..3, 1usize..600), 0..200),
+            budget in 1usize..1000,
+            lanes in 1usize..5,
         ) {
-            let batches = plan(lengths.iter().enumerate().map(|(i, &n)| (i as u32, n)).collect(), budget, lanes);
-            let mut seen: Vec<u32> = batches.iter().flat_map(|b| b.records.clone()).collect();
+            let batches = plan(items(&all), budget, lanes);
+            let mut seen: Vec<u32> = batches.iter().flat_map(|batch| batch.items.clone()).collect();
             seen.sort_unstable();
-            prop_assert_eq!(seen, (0..lengths.len() as u32).collect::<Vec<_>>());
-            let mut last = usize::MAX;
+            prop_assert_eq!(seen, (0..all.len() as u32).collect::<Vec<_>>());
             for batch in &batches {
-                let sizes: Vec<usize> = batch.records.iter().map(|&i| lengths[i as usize]).collect();
-                prop_assert_eq!(batch.tokens, sizes.iter().sum::<usize>());
-                prop_assert!(batch.tokens <= budget || batch.records.len() == 1);
-                prop_assert!(sizes.iter().all(|&n| n <= last));
-                last = *sizes.last().unwrap();
+                let of_batch: Vec<(u64, usize)> = batch.items.iter().map(|&i| all[i as usize]).collect();
+                prop_assert_eq!(batch.cost, of_batch.iter().map(|(_, cost)| cost).sum::<usize>());
+                prop_assert!(batch.cost <= budget || batch.items.len() == 1);
+                prop_assert!(of_batch.windows(2).all(|pair| pair[0].0 == pair[1].0 && pair[0].1 >= pair[1].1));
             }
         }
     }

@@ -22,7 +22,7 @@ pub struct Metadata {
     /// Where the broker gives ids.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topic_id: Option<TopicId>,
-    /// Offsets of records whose batch did not come to an end, as `first-last,…`.
+    /// Offsets of records on which inference timed out, as `first-last,…`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     suspects: String,
 }

@@ -1,4 +1,5 @@
-//! The model digest: same digest, same predictions.
+//! The model digest: the same digest means the same files and settings. Predictions are the same then up to rounding,
+//! which depends on the device and its kernels.
 //!
 //! SHA-256 over a list of lines, sorted: `name <SHA-256 of the file>` for each file of the model,
 //! and `setting <JSON>` for the settings that change a prediction. Batch sizes, topics and the

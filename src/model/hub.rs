@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use super::files::{FilesError, HUB_FILES};
@@ -80,7 +80,7 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
     let named = api.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
     let info = named.info().map_err(|e| {
         let message = e.to_string();
-        match status(&message) {
+        match status(&e) {
             Some(401 | 403) => {
                 refused(format!("{id}@{revision}: access denied; set model.token or HF_TOKEN ({message})"))
             }
@@ -147,12 +147,15 @@ fn cached(cache: &Cache, id: &str, revision: &str) -> Option<Snapshot> {
     directory.join("config.json").exists().then(|| Snapshot { commit: revision.to_owned(), directory })
 }
 
-/// The HTTP status in a message of the hub's client, which has no type for it.
-fn status(message: &str) -> Option<u16> {
-    message
-        .split(|c: char| !c.is_ascii_digit())
-        .filter_map(|word| word.parse().ok())
-        .find(|n| (400..500).contains(n))
+/// The HTTP status of an answer that refuses.
+fn status(error: &ApiError) -> Option<u16> {
+    match error {
+        ApiError::RequestError(error) => match **error {
+            ureq::Error::StatusCode(status) => Some(status),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -170,8 +173,9 @@ mod tests {
     }
 
     #[test]
-    fn statuses() {
-        assert_eq!(status("request error: https://x: status code 404"), Some(404));
-        assert_eq!(status("connection refused on 127.0.0.1:8080"), None);
+    fn a_number_in_a_message_is_no_status() {
+        let refused = |error| status(&ApiError::RequestError(Box::new(error)));
+        assert_eq!(refused(ureq::Error::StatusCode(404)), Some(404));
+        assert_eq!(refused(ureq::Error::BadUri("http://hub/models/resnet-404".to_owned())), None);
     }
 }

@@ -10,7 +10,7 @@ use super::encoder::{Encoder, Packed};
 use super::files::{Files, FilesError};
 use super::head::Head;
 use super::message;
-use super::ops::Rows;
+use super::ops::{Code, Rows};
 use super::sentence::{Embedding, TextSettings};
 use super::tokenize::{Tokenizer, Tokens};
 
@@ -78,6 +78,8 @@ pub struct Model {
     pub scores: Scores,
     pub embedding: Embedding,
     pub parameters: usize,
+    /// Ids of a plain text.
+    pub(super) plain: Vec<u32>,
     encoder: Encoder,
     head: Head,
     width: usize,
@@ -143,6 +145,7 @@ impl Model {
             _ => None,
         };
         let scores = Scores::of(&config, labels.len())?;
+        let plain = tokenizer.encode("kandle").map_err(ModelError::Unsupported)?.ids;
         Ok(Self {
             files,
             placement,
@@ -151,6 +154,7 @@ impl Model {
             scores,
             embedding,
             parameters,
+            plain,
             encoder,
             head,
             width,
@@ -172,6 +176,21 @@ impl Model {
             }
             _ => self.tokenizer.encode(text),
         }
+    }
+
+    /// Bytes that the weights take where they are.
+    pub fn weight_bytes(&self) -> u64 {
+        let whole = self.placement.dtype.size_in_bytes();
+        let quantized = match self.placement.code {
+            Some(Code::Int8) => 1,
+            Some(Code::Bf16) => 2,
+            None => whole,
+        };
+        // Those of the layers' multiplications.
+        let a = self.architecture();
+        let of_layer = a.hidden * (4 * a.hidden + a.up() + a.intermediate);
+        let of_layers = (a.layers.len() * of_layer).min(self.parameters);
+        (of_layers * quantized + (self.parameters - of_layers) * whole) as u64
     }
 
     /// Numbers per record.

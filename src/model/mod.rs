@@ -8,6 +8,7 @@ mod encoder;
 mod files;
 mod head;
 mod hub;
+mod items;
 mod load;
 pub mod ops;
 mod sentence;

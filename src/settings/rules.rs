@@ -185,6 +185,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     if task.top_k.is_some() && !matches!(task.kind, TaskKind::TextClassification | TaskKind::Similarity) {
         fault("task.top_k", format!("has no effect with task.kind: {}", task.kind.name()));
     }
+    if settings.window.max_work.0.is_zero() {
+        fault("window.max_work", "is zero".to_owned());
+    }
     if settings.window.max_wait.0.is_zero() {
         fault("window.max_wait", "is zero".to_owned());
     }

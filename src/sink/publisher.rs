@@ -515,7 +515,7 @@ impl Publisher {
             let live = first.live_spans().next().is_some();
             let report = match live {
                 true => Report::Published(self.finish(first, committed)),
-                false => Report::Dropped { bytes: first.content.window.reserved() },
+                false => Report::Dropped { load: first.content.window.load() },
             };
             // A closed channel is the source's end, and with it the process's.
             let _ = self.reports.send(report);
@@ -578,9 +578,9 @@ impl Publisher {
             trace_id,
             "window published"
         );
-        let bytes = window.reserved();
+        let load = window.load();
         let records = totals.iter().sum::<u64>() as usize;
-        Published { records, counts, bytes, spans: window.spans, committed }
+        Published { records, counts, load, spans: window.spans, committed }
     }
 
     /// Predictions of windows not yet acknowledged in full.

@@ -135,7 +135,7 @@ impl Source {
                         %partition,
                         first,
                         records = owned.suspects.len(),
-                        "a forward over these records did not come to an end: each runs alone now"
+                        "inference on these records exceeded batch.timeout before: each runs alone now"
                     );
                 }
             }

@@ -16,7 +16,7 @@ use super::serve::{POLL, Source, SourceError};
 use crate::flow::Queued;
 use crate::kafka::headers;
 use crate::record::{Arrival, Partition, TraceParent};
-use crate::window::{Gatherer, Window};
+use crate::window::{Gatherer, Load, Window};
 
 /// Messages taken from the client between two looks at everything else.
 pub(super) const BURST: usize = 1024;
@@ -24,7 +24,7 @@ pub(super) const BURST: usize = 1024;
 const BETWEEN_LOOKS: usize = 64;
 /// How long a full pipeline may hold up polling before partitions are paused. Pausing throws away
 /// what the client has prefetched, so it is for pipelines that stay full.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How long the source waits for the reports that make room.
 const ROOM: Duration = Duration::from_millis(5);
 
@@ -33,23 +33,23 @@ pub(super) struct Intake {
     pub gatherer: Gatherer,
     /// Closed and not yet passed on.
     pub held: VecDeque<Queued<Window>>,
-    /// Bytes of windows passed on and not yet published.
-    pub in_flight: usize,
-    /// Bytes that windows may hold in all.
-    limit: usize,
+    /// Windows passed on and not yet published.
+    pub in_flight: Load,
+    /// What windows may hold in all, and what work may be passed on and not yet published.
+    limit: Load,
     full_since: Option<Instant>,
-    /// The limit on memory holds windows up.
+    /// Memory or work under way holds windows up.
     pub out_of_room: bool,
     /// Partitions are paused.
     pub paused: bool,
 }
 
 impl Intake {
-    pub fn new(gatherer: Gatherer, limit: usize) -> Self {
+    pub fn new(gatherer: Gatherer, limit: Load) -> Self {
         Self {
             gatherer,
             held: VecDeque::new(),
-            in_flight: 0,
+            in_flight: Load::default(),
             limit,
             full_since: None,
             out_of_room: false,
@@ -59,17 +59,17 @@ impl Intake {
 
     /// Bytes of windows that are not passed on yet.
     fn waiting(&self) -> usize {
-        let held: usize = self.held.iter().map(|window| window.get().reserved()).sum();
+        let held: usize = self.held.iter().map(|window| window.get().load().bytes).sum();
         held + 2 * self.gatherer.bytes()
     }
 
     pub fn bytes(&self) -> usize {
-        self.in_flight + self.waiting()
+        self.in_flight.bytes + self.waiting()
     }
 
     /// Nothing at all is under way.
     fn is_idle(&self) -> bool {
-        self.in_flight == 0 && self.held.is_empty() && self.gatherer.deadline().is_none()
+        self.in_flight.bytes == 0 && self.held.is_empty() && self.gatherer.deadline().is_none()
     }
 
     /// The stages behind take nothing more at present.
@@ -77,9 +77,30 @@ impl Intake {
         self.full_since.is_some()
     }
 
-    /// Whether a window of so many bytes, not among those that wait, has to wait for others to be published.
-    fn lacks_room(&self, bytes: usize) -> bool {
-        self.in_flight > 0 && self.in_flight + bytes + self.waiting() > self.limit
+    /// Whether a window, not among those that wait, has to wait for others to be published: for their memory, or because
+    /// the model has enough to do. What is under way is repeated after a crash, and waited for at a stop.
+    fn lacks_room(&self, window: Load) -> bool {
+        let memory = self.in_flight.bytes + window.bytes + self.waiting() > self.limit.bytes;
+        let work = self.in_flight.work + window.work > self.limit.work;
+        self.in_flight.bytes > 0 && (memory || work)
+    }
+
+    /// Before a stop: windows that the model would need long for are left to whoever owns their partitions next.
+    pub fn leave_what_takes_long(&mut self) {
+        let mut work = self.in_flight.work;
+        let before = self.held.len();
+        let fits = |window: &&Queued<Window>| {
+            work += window.get().load().work;
+            work <= self.limit.work
+        };
+        let kept = self.held.iter().take_while(fits).count();
+        self.held.truncate(kept);
+        if kept < before {
+            tracing::info!(
+                windows = before - kept,
+                "windows not begun are left to the next owner of their partitions"
+            );
+        }
     }
 
     /// The next stage takes nothing; true where it has not for so long, or so much waits, that partitions are to be
@@ -87,7 +108,7 @@ impl Intake {
     fn is_full_for_long(&mut self, now: Instant) -> bool {
         let since = *self.full_since.get_or_insert(now);
         // Some messages still come until partitions are paused: of large ones, few may.
-        let large = self.waiting() > self.limit / 4;
+        let large = self.waiting() > self.limit.bytes / 4;
         !self.paused && (large || now.saturating_duration_since(since) >= PATIENCE)
     }
 }
@@ -190,7 +211,8 @@ impl Source {
             let suspect = owned.suspects.contains(&message.offset());
             let parent = || TraceParent::read(headers::last(&message, headers::TRACEPARENT)?);
             let trace = if self.context.traced { parent().map(Box::new) } else { None };
-            let arrival = Arrival { origin, trace, ..arrival(&message, suspect) };
+            let work = message.payload().map_or(0.0, |value| (self.context.work)(value.len()));
+            let arrival = Arrival { origin, trace, ..arrival(&message, suspect, work) };
             full = self.intake.gatherer.push(&owned.partition, &owned.lease, arrival, now);
             if end == Some(message.offset() + 1) {
                 ended.insert(owned.partition.clone());
@@ -218,7 +240,7 @@ impl Source {
                 span.metadata = self.context.metadata(owned, span.first);
             }
         }
-        window.reserve(self.context.bytes_per_record);
+        window.reserve(&self.context.footprint);
         let metrics = &self.context.metrics;
         metrics.windows.with_label_values(&[window.closed_by.name()]).inc();
         metrics.window_records.observe(window.records.len() as f64);
@@ -229,8 +251,8 @@ impl Source {
     /// Hands held windows on; while the next stage is full, waits for it, but not for long.
     pub(super) fn pass_on(&mut self, windows: &Sender<Queued<Window>>) {
         while let Some(window) = self.intake.held.pop_front() {
-            let bytes = window.get().reserved();
-            self.intake.out_of_room = self.intake.lacks_room(bytes);
+            let load = window.get().load();
+            self.intake.out_of_room = self.intake.lacks_room(load);
             // A transaction must not be overtaken by a commit beside it.
             let wait = self.intake.out_of_room || (self.context.transactional && self.offsets.is_busy());
             if wait {
@@ -240,7 +262,7 @@ impl Source {
                 return self.full();
             }
             match windows.send_timeout(window, POLL) {
-                Ok(()) => self.intake.in_flight += bytes,
+                Ok(()) => self.intake.in_flight += load,
                 Err(SendTimeoutError::Timeout(window)) => {
                     self.intake.held.push_front(window);
                     return self.full();
@@ -306,8 +328,9 @@ impl Source {
     }
 }
 
-fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool) -> Arrival<'a> {
+fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool, work: f64) -> Arrival<'a> {
     Arrival {
+        work: work as f32,
         offset: message.offset(),
         timestamp: timestamp(message),
         key: message.key(),
@@ -328,18 +351,48 @@ mod tests {
     use super::*;
     use crate::window::Limits;
 
-    fn intake(limit: usize) -> Intake {
-        let limits = Limits { max_records: 10, max_bytes: 1000, max_wait: Duration::from_secs(1) };
-        Intake::new(Gatherer::new(limits), limit)
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn intake(bytes: usize) -> Intake {
+        let limits = Limits { max_records: 10, max_bytes: 1000, max_wait: SECOND, max_work: SECOND };
+        Intake::new(Gatherer::new(limits), Load { bytes, work: 2.2 })
+    }
+
+    fn load(bytes: usize, work: f64) -> Load {
+        Load { bytes, work }
+    }
+
+    /// Holds windows of one record each, of so much work.
+    fn hold(intake: &mut Intake, work: &[f32]) {
+        for &work in work {
+            let arrival = Arrival { value: Some(b"x"), work, ..Arrival::default() };
+            let lease = crate::lease::Lease::new(1);
+            let window = intake.gatherer.push(&Partition::new("t", 0), &lease, arrival, Instant::now());
+            let window = window.or_else(|| intake.gatherer.close(crate::window::ClosedBy::Wait));
+            intake.held.push_back(Queued::new(window.expect("a record")));
+        }
     }
 
     #[test]
     fn the_first_window_always_has_room() {
         let mut intake = intake(1000);
-        assert!(!intake.lacks_room(5000), "it is alone");
-        intake.in_flight = 600;
-        assert!(!intake.lacks_room(400));
-        assert!(intake.lacks_room(401));
+        assert!(!intake.lacks_room(load(5000, 9.0)), "it is alone");
+        intake.in_flight = load(600, 1.1);
+        assert!(!intake.lacks_room(load(400, 1.1)));
+        assert!(intake.lacks_room(load(401, 0.0)), "memory");
+        assert!(intake.lacks_room(load(0, 1.2)), "work");
+    }
+
+    #[test]
+    fn a_stop_leaves_windows_that_would_take_long() {
+        let mut intake = intake(1 << 20);
+        intake.in_flight = load(100, 1.0);
+        hold(&mut intake, &[0.5, 0.5, 1.0, 0.1]);
+        intake.leave_what_takes_long();
+        assert_eq!(intake.held.len(), 2, "in their order, up to what may be under way");
+        hold(&mut intake, &[0.0; 20]);
+        intake.leave_what_takes_long();
+        assert_eq!(intake.held.len(), 22, "what takes no time is done");
     }
 
     #[test]

@@ -75,6 +75,8 @@ impl Lag {
                 "end": Some(end).filter(|&o| o >= 0),
                 "lag_records": records, "lag_seconds": seconds,
                 "windows_in_flight": owned.windows_in_flight(),
+                // Of librdkafka: `active` where it fetches, and what it fetches next.
+                "fetch_state": known.fetch_state, "fetch_offset": known.next_offset,
             }));
         }
         for gone in self.shown.difference(&seen) {

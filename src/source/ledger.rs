@@ -36,7 +36,7 @@ pub(super) struct Owned {
     gathering: Option<Pending>,
     /// Offsets that were not there when their turn came: from, up to.
     gaps: Vec<(i64, i64)>,
-    /// Records whose batch did not come to an end the last time.
+    /// Records on which inference timed out the last time.
     pub suspects: BTreeSet<i64>,
 }
 

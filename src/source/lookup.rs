@@ -71,6 +71,8 @@ pub(super) enum Question {
     Start { id: u64, partitions: TopicPartitionList, compare_all: bool },
     /// The ends of the logs.
     Ends(Vec<Partition>),
+    /// The ends of the logs of partitions of which nothing comes.
+    Quiet(Vec<Partition>),
     /// How far the group is.
     Progress(Vec<Partition>),
     /// What the parts hold.
@@ -87,6 +89,7 @@ pub(super) enum Question {
 #[derive(Debug, Clone, Copy)]
 enum Repeated {
     Ends,
+    Quiet,
     Progress,
 }
 
@@ -94,6 +97,7 @@ impl Repeated {
     fn of(question: &Question) -> Option<Self> {
         match question {
             Question::Ends(_) => Some(Self::Ends),
+            Question::Quiet(_) => Some(Self::Quiet),
             Question::Progress(_) => Some(Self::Progress),
             _ => None,
         }
@@ -104,6 +108,7 @@ impl Repeated {
 pub(super) enum Answer {
     Start(Box<Started>),
     Ends(Offsets),
+    Quiet(Offsets),
     Progress(Offsets),
     Content(Vec<(Stretch, Content)>),
     /// `None`: the cluster did not answer.
@@ -143,7 +148,7 @@ pub(super) struct Lookup {
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
     /// By [`Repeated`]: one is asked and not answered.
-    open: Arc<[AtomicBool; 2]>,
+    open: Arc<[AtomicBool; 3]>,
 }
 
 /// What the thread needs to know.
@@ -161,7 +166,7 @@ impl Lookup {
         let (urgent, first) = unbounded();
         let (questions, asked) = unbounded();
         let (assignment, closed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let open = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
+        let open = Arc::<[AtomicBool; 3]>::default();
         let thread = Thread {
             open: Arc::clone(&open),
             member: Arc::downgrade(member),
@@ -172,7 +177,9 @@ impl Lookup {
             bystander: None,
             said: None,
         };
-        std::thread::Builder::new().name("kandle-lookup".to_owned()).spawn(move || thread.serve(&first, &asked))?;
+        std::thread::Builder::new()
+            .name("kandle-lookup".to_owned())
+            .spawn(move || thread.serve(&first, &asked))?;
         Ok(Self { urgent, questions, assignment, closed, open })
     }
 
@@ -188,9 +195,11 @@ impl Lookup {
         }
         let queue = match &question {
             Question::Start { .. } | Question::Topics(_) | Question::Seek { .. } => &self.urgent,
-            Question::Ends(_) | Question::Progress(_) | Question::Content(_) | Question::Damage(_) => {
-                &self.questions
-            }
+            Question::Ends(_)
+            | Question::Quiet(_)
+            | Question::Progress(_)
+            | Question::Content(_)
+            | Question::Damage(_) => &self.questions,
         };
         // The thread lives for as long as this does.
         let _ = queue.send(question);
@@ -208,7 +217,7 @@ struct Thread {
     setup: Setup,
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
-    open: Arc<[AtomicBool; 2]>,
+    open: Arc<[AtomicBool; 3]>,
     prober: Option<Observer>,
     bystander: Option<Observer>,
     /// The last failure that was logged.
@@ -243,6 +252,7 @@ impl Thread {
                 Answer::Start(Box::new(self.begin(id, &partitions, compare_all)?))
             }
             Question::Ends(partitions) => Answer::Ends(self.ends(&partitions)),
+            Question::Quiet(partitions) => Answer::Quiet(self.ends(&partitions)),
             Question::Progress(partitions) => match self.progress(&partitions) {
                 Ok(offsets) => Answer::Progress(offsets),
                 Err(error) => {

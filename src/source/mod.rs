@@ -25,6 +25,7 @@ mod damage;
 mod dead_letters;
 mod doubt;
 mod drain;
+mod fetching;
 mod idle;
 mod intake;
 mod joining;

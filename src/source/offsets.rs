@@ -15,15 +15,20 @@ use crate::failpoint;
 use crate::kafka::metadata::{Metadata, add_offset};
 use crate::record::{Partition, Position};
 
+/// Seconds of the device after which published windows are committed, whatever the interval.
+const WORTH_A_COMMIT: f64 = 0.25;
+
 /// The commits, and when the next one is due.
 pub(super) struct Offsets {
     committer: Committer,
     interval: Duration,
     last: Instant,
+    /// Seconds of the device since the last commit.
+    uncommitted: f64,
     suspected: Option<Suspected>,
 }
 
-/// Records whose forward did not come to an end.
+/// Records on which inference timed out.
 struct Suspected {
     positions: Vec<Position>,
     /// Told once the group knows them.
@@ -32,11 +37,16 @@ struct Suspected {
 
 impl Offsets {
     pub fn new(committer: Committer, interval: Duration) -> Self {
-        Self { committer, interval, last: Instant::now(), suspected: None }
+        Self { committer, interval, last: Instant::now(), uncommitted: 0.0, suspected: None }
     }
 
     pub fn is_due(&self) -> bool {
-        self.last.elapsed() >= self.interval
+        self.last.elapsed() >= self.interval || self.uncommitted >= WORTH_A_COMMIT
+    }
+
+    /// A window is published that took the model so long. Work worth repeating is not left uncommitted.
+    pub fn published(&mut self, work: f64) {
+        self.uncommitted += work;
     }
 
     /// A commit is under way.
@@ -64,7 +74,7 @@ impl Source {
         if self.offsets.committer.is_busy() {
             return;
         }
-        self.offsets.last = Instant::now();
+        (self.offsets.last, self.offsets.uncommitted) = (Instant::now(), 0.0);
         let offsets = self.ledger.take_commits(only);
         if offsets.is_empty() {
             return;
@@ -108,7 +118,7 @@ impl Source {
         }
     }
 
-    /// The group is to be told which records were in a forward that did not come to an end, so that the next
+    /// The group is to be told on which records inference timed out, so that the next
     /// start runs each of them alone.
     pub(super) fn suspect(&mut self, positions: Vec<Position>, kept: Sender<()>) {
         for position in &positions {

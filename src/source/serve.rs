@@ -20,6 +20,7 @@ use super::commit::Committer;
 use super::dead_letters::Origins;
 use super::doubt::{Cause, Doubt};
 use super::drain::{Drain, Gone};
+use super::fetching::Fetching;
 use super::idle::Idle;
 use super::intake::Intake;
 use super::joining::Joining;
@@ -31,11 +32,12 @@ use super::period::Period;
 use super::subscription::Subscription;
 use crate::flow::{CommitSoon, Published, Queued, Report};
 use crate::kafka::consumer::{self, Group};
+use crate::record::Partition;
 use crate::schedule::Schedule;
 use crate::settings::{Guarantee, OnChange, Settings};
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
-use crate::window::{ClosedBy, Gatherer, Limits, Window};
+use crate::window::{ClosedBy, Gatherer, Limits, Load, Window};
 
 /// The longest wait for a message; rebalances and acknowledgements are seen within it.
 pub(super) const POLL: Duration = Duration::from_millis(50);
@@ -45,6 +47,10 @@ const FAREWELL: Duration = Duration::from_secs(10);
 const REPEAT: Duration = Duration::from_secs(10);
 /// Between two questions for the ends of partitions that are paused.
 const ENDS: Duration = Duration::from_secs(2);
+
+/// Work under way at a time, in windows that `window.max_work` closes: one on the lanes, the next queued there. A little
+/// more, because a window's last record goes beyond the limit.
+const UNDER_WAY: f64 = 2.2;
 
 /// What ends the source, and with it the process.
 #[derive(Debug, thiserror::Error)]
@@ -57,9 +63,17 @@ pub enum SourceError {
     ModelChanged(String),
     #[error(transparent)]
     Gone(#[from] Gone),
+    #[error(
+        "{partition}: the Kafka client no longer fetches at offset {position}, although the log ends at {end}; only \
+         another client helps: start again"
+    )]
+    Stuck { partition: Partition, position: i64, end: i64 },
     #[error("another stage has failed")]
     OtherStage,
 }
+
+pub type Footprint = Box<dyn Fn(usize) -> usize + Send>;
+pub type Work = Box<dyn Fn(usize) -> f64 + Send>;
 
 /// What the source is given.
 pub struct Wiring {
@@ -81,8 +95,10 @@ pub struct Wiring {
     pub revive: Option<Arc<Origins>>,
     /// Partitions of the input topics.
     pub partitions: u64,
-    /// What a record may take on its way through the stages, beside its own bytes.
-    pub bytes_per_record: usize,
+    /// Bytes that a record takes, about, until it is published, by the bytes of its value and beside them.
+    pub footprint: Footprint,
+    /// Seconds that the device will need for a record, by the bytes of its value.
+    pub work: Work,
 }
 
 /// What all parts of the source share, and never changes.
@@ -98,7 +114,8 @@ pub(super) struct Context {
     pub schedule: Arc<Schedule>,
     pub traced: bool,
     pub revive: Option<Arc<Origins>>,
-    pub bytes_per_record: usize,
+    pub footprint: Footprint,
+    pub work: Work,
     /// Offsets are committed in transactions.
     pub transactional: bool,
 }
@@ -117,6 +134,7 @@ pub struct Source {
     pub(super) bounds: Bounds,
     pub(super) idle: Idle,
     pub(super) lag: Lag,
+    pub(super) fetching: Fetching,
     joining: Joining,
     /// The ends of paused partitions, of which the client is told nothing, and when they were last asked for.
     ends: Ends,
@@ -165,6 +183,7 @@ impl Source {
             max_records: settings.window.max_records,
             max_bytes: settings.window.max_bytes.0 as usize,
             max_wait: settings.window.max_wait.0,
+            max_work: settings.window.max_work.0,
         };
         let source = Self {
             offsets: Offsets::new(committer, settings.delivery.commit_interval.0),
@@ -173,7 +192,13 @@ impl Source {
             subscription,
             assignment: Assignment::new(settings.delivery.revoke_timeout.0),
             ledger: Ledger::new(settings.delivery.guarantee == Guarantee::ExactlyOnce),
-            intake: Intake::new(Gatherer::new(limits), (settings.memory.limit.0 / 2) as usize),
+            intake: Intake::new(
+                Gatherer::new(limits),
+                Load {
+                    bytes: (settings.memory.limit.0 / 2) as usize,
+                    work: UNDER_WAY * limits.max_work.as_secs_f64(),
+                },
+            ),
             doubt: Doubt::new(Instant::now(), refresh),
             bounds: Bounds {
                 period: Period::new(&wiring.schedule, wiring.drain.is_some()),
@@ -181,6 +206,7 @@ impl Source {
             },
             idle: Idle::default(),
             lag: Lag::new(),
+            fetching: Fetching::new(Instant::now()),
             joining: Joining::new(settings),
             ends: Ends::new(),
             ends_asked: None,
@@ -197,7 +223,8 @@ impl Source {
                 schedule: wiring.schedule,
                 traced: wiring.traced,
                 revive: wiring.revive,
-                bytes_per_record: wiring.bytes_per_record,
+                footprint: wiring.footprint,
+                work: wiring.work,
                 transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
             },
         };
@@ -247,7 +274,8 @@ impl Source {
             self.take_reports(reports);
             self.handle_events()?;
             self.pass_on(&windows);
-            let waits = self.intake.out_of_room || self.assignment.is_revoking() || self.offsets.has_suspects();
+            let waits =
+                self.intake.out_of_room || self.assignment.is_revoking() || self.offsets.has_suspects();
             self.context.commit_soon.set(waits);
             if self.intake.is_full() {
                 // Events alone; the wait was in passing on.
@@ -291,6 +319,9 @@ impl Source {
         self.pause();
         if let Some(window) = self.intake.gatherer.close(closed_by) {
             self.hold(window);
+        }
+        if closed_by == ClosedBy::Stop {
+            self.intake.leave_what_takes_long();
         }
         while !self.intake.held.is_empty() {
             self.context.health.busy(Stage::Source);
@@ -350,15 +381,16 @@ impl Source {
 
     fn take_report(&mut self, report: Report) {
         match report {
-            Report::Published(Published { spans, counts, records, bytes, committed }) => {
+            Report::Published(Published { spans, counts, records, load, committed }) => {
                 self.ledger.published(&spans, committed);
                 if let Some(drain) = &self.bounds.drain {
                     drain.published(&spans, &counts);
                 }
                 self.lag.published += records as u64;
-                self.intake.in_flight -= bytes;
+                self.intake.in_flight -= load;
+                self.offsets.published(load.work);
             }
-            Report::Dropped { bytes } => self.intake.in_flight -= bytes,
+            Report::Dropped { load } => self.intake.in_flight -= load,
             Report::Suspects { positions, kept } => self.suspect(positions, kept),
         }
         self.show_memory();
@@ -384,6 +416,7 @@ impl Source {
         match answer {
             Answer::Start(started) => self.on_start(*started)?,
             Answer::Ends(ends) => self.ends = ends,
+            Answer::Quiet(ends) => self.on_quiet(&ends)?,
             Answer::Progress(known) => self.on_progress(&known),
             Answer::Content(found) => self.on_content(found),
             Answer::Topics(topics) => self.on_topics(topics)?,
@@ -397,6 +430,7 @@ impl Source {
     fn on_statistics(&mut self, statistics: &Statistics) {
         self.look_at_ends(statistics);
         self.look_at_idle(statistics);
+        self.look_at_fetching(statistics);
         let drain = self.bounds.drain.as_deref();
         let (status, remaining) =
             self.lag.update(statistics, &self.ledger, drain, &self.ends, &self.context.metrics);

@@ -40,7 +40,7 @@ impl StartOf {
         }
     }
 
-    /// Records of which a batch did not come to an end.
+    /// Records on which inference timed out the last time.
     pub fn suspects(&self) -> BTreeSet<i64> {
         match (&self.begin, &self.metadata) {
             (Begin::At(_), Some(metadata)) => metadata.suspects(),

@@ -2,24 +2,53 @@
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::{NUMBER, Predict, to_json};
-use crate::model::{self, Model};
+use super::text::Texts;
+use super::{NUMBER, Task, to_json};
+use crate::codec::Input;
+use crate::engine::Rows;
+use crate::model::{self, Tokens};
 use crate::record::RecordError;
 
-pub(super) struct Classification {
+pub struct Classification {
+    texts: Texts,
+    writer: Writer,
+}
+
+impl Classification {
+    pub fn new(texts: Texts, top_k: Option<usize>) -> Self {
+        let labels = texts.model.labels.clone();
+        let top_k = top_k.unwrap_or(usize::MAX).min(labels.len());
+        Self { writer: Writer { scores: texts.model.scores, labels, top_k }, texts }
+    }
+}
+
+impl Task for Classification {
+    type Item = Tokens;
+    type Value = f32;
+    type Kept = ();
+
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
+        items.push(self.texts.tokens(&input.text)?);
+        Ok(())
+    }
+
+    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
+        self.writer.write(answers.only(), out)
+    }
+
+    fn footprint(&self, value_bytes: usize) -> usize {
+        self.texts.footprint(value_bytes) + self.writer.bytes()
+    }
+}
+
+/// Logits to a prediction.
+struct Writer {
     labels: Vec<String>,
     scores: model::Scores,
     top_k: usize,
 }
 
-impl Classification {
-    pub fn new(model: &Model, top_k: Option<usize>) -> Self {
-        let labels = model.labels.clone();
-        Self { scores: model.scores, top_k: top_k.unwrap_or(usize::MAX).min(labels.len()), labels }
-    }
-}
-
-impl Predict for Classification {
+impl Writer {
     fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
         let scores = match self.scores {
             model::Scores::Softmax => softmax(row),
@@ -82,7 +111,7 @@ mod tests {
     fn written(scores: model::Scores, top_k: usize, row: &[f32]) -> String {
         let labels = ["a", "b", "c"].map(str::to_owned).into();
         let mut out = Vec::new();
-        Classification { labels, scores, top_k }.write(row, &mut out).unwrap();
+        Writer { labels, scores, top_k }.write(row, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 

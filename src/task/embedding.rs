@@ -2,18 +2,21 @@
 
 use serde::Serialize;
 
-use super::{NUMBER, Predict, to_json};
-use crate::model::Model;
+use super::text::Texts;
+use super::{NUMBER, Task, to_json};
+use crate::codec::Input;
+use crate::engine::Rows;
+use crate::model::Tokens;
 use crate::record::RecordError;
 
-pub(super) struct Embed {
+pub struct Embed {
+    texts: Texts,
     normalize: bool,
-    width: usize,
 }
 
 impl Embed {
-    pub fn new(model: &Model) -> Self {
-        Self { normalize: model.embedding.normalize, width: model.width() }
+    pub fn new(texts: Texts) -> Self {
+        Self { normalize: texts.model.embedding.normalize, texts }
     }
 }
 
@@ -22,16 +25,26 @@ struct Embedding<'a> {
     embedding: &'a [f32],
 }
 
-impl Predict for Embed {
-    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
+impl Task for Embed {
+    type Item = Tokens;
+    type Value = f32;
+    type Kept = ();
+
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
+        items.push(self.texts.tokens(&input.text)?);
+        Ok(())
+    }
+
+    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let row = answers.only();
         if !self.normalize {
             return to_json(&Embedding { embedding: row }, out);
         }
         to_json(&Embedding { embedding: &normalized(row) }, out)
     }
 
-    fn bytes(&self) -> usize {
-        self.width * NUMBER
+    fn footprint(&self, value_bytes: usize) -> usize {
+        self.texts.footprint(value_bytes) + self.texts.model.width() * NUMBER
     }
 }
 

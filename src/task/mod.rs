@@ -1,44 +1,50 @@
-//! What is predicted: one file per task. A task says what it wants of a model and how a row of the
-//! model's numbers becomes a prediction; nothing here knows Kafka.
+//! What is predicted: one file per task. A task makes items of what a record says, and a prediction of the answers to
+//! them. Nothing here knows Kafka.
 
-mod classification;
-mod embedding;
+pub mod classification;
+pub mod embedding;
 mod similarity;
+pub mod text;
 
 use std::sync::Arc;
 
-use crate::engine::{Calibrations, Engine, Limits};
-use crate::model::{Digest, Files, FilesError, Model, ModelError, Output, Placement, Tokens};
+use crate::codec::{self, Input};
+use crate::compute::{About, Compute, Noop};
+use crate::engine::{Item, Rows, Value};
+use crate::model::{Digest, FilesError, ModelError, Output};
 use crate::record::{Fault, RecordError};
-use crate::settings::{Overflow, Settings, TaskKind};
+use crate::settings::{Settings, TaskKind};
 use crate::telemetry::Metrics;
+use text::TextModel;
 
-/// Writes predictions.
-pub trait Predict: Send + Sync {
-    /// Appends the prediction as a JSON object.
-    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError>;
+/// From a decoded record to items, and from their answers to a prediction. What it says of a record does not depend on
+/// the records beside it.
+pub trait Task: Send + Sync + 'static {
+    type Item: Item;
+    type Value: Value;
+    /// What [`Task::predict`] needs of a record beside the answers.
+    type Kept: Send + 'static;
 
-    /// Bytes of a prediction at most, about.
-    fn bytes(&self) -> usize;
-}
+    /// Appends the record's items, of which there may be none.
+    ///
+    /// # Errors
+    /// The record is at fault; items that were appended do not count.
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Self::Item>) -> Result<Self::Kept, RecordError>;
 
-/// A task with its model, ready to run. `noop` has none.
-pub struct Task {
-    pub kind: TaskKind,
-    /// `source@revision`: the `kandle-model` header.
-    pub model_name: String,
-    pub digest: Digest,
-    pub device: String,
-    pub dtype: String,
-    pub text: Option<TextTask>,
-}
+    /// Appends the prediction, a JSON object. `answers` has one for each of the record's items, in their order.
+    ///
+    /// # Errors
+    /// The record is at fault; bytes that were appended do not count.
+    fn predict(
+        &self,
+        kept: &Self::Kept,
+        answers: Rows<'_, Self::Value>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), RecordError>;
 
-/// A task that reads texts.
-pub struct TextTask {
-    pub model: Arc<Model>,
-    pub engine: Engine,
-    predict: Box<dyn Predict>,
-    overflow: Overflow,
+    /// Bytes that a record with a value of so many bytes takes, about, until it is published, beside the value itself:
+    /// items, answers, the prediction.
+    fn footprint(&self, value_bytes: usize) -> usize;
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -53,100 +59,38 @@ pub enum TaskError {
     Files { model: String, error: FilesError },
     #[error("a first forward failed: {0}")]
     Forward(String),
+    #[error("input.template: {0}")]
+    Template(#[from] minijinja::Error),
 }
 
-impl Task {
-    /// Loads the model and runs one forward, so that what cannot work fails here.
-    pub fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Self, TaskError> {
-        let kind = settings.task.kind;
-        let model = settings.model.source.clone().unwrap_or_default();
-        let files_error = |error| TaskError::Files { model: model.clone(), error };
-        if kind == TaskKind::Noop {
-            let digest = Digest::new(None, settings, "none").map_err(files_error)?;
-            let (model_name, device, dtype) = ("noop".to_owned(), "none".to_owned(), "none".to_owned());
-            return Ok(Self { kind, model_name, digest, device, dtype, text: None });
+/// The task that the settings ask for, with its model.
+///
+/// # Errors
+/// It cannot be loaded, or the model does not run.
+pub fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError> {
+    let text = |output| TextModel::load(settings, output, metrics);
+    let task = &settings.task;
+    match task.kind {
+        TaskKind::TextClassification => text(Output::Logits)?
+            .with(settings, |texts, _| Ok(classification::Classification::new(texts, task.top_k))),
+        TaskKind::TextEmbedding => {
+            text(Output::Embedding)?.with(settings, |texts, _| Ok(embedding::Embed::new(texts)))
         }
-        let placement =
-            Placement::choose(settings.model.device, settings.model.dtype).map_err(TaskError::Placement)?;
-        match &placement.reason {
-            Some(reason) => tracing::info!(
-                device = placement.name,
-                dtype = placement.dtype_name(),
-                reason,
-                "device chosen"
-            ),
-            None => tracing::info!(device = placement.name, dtype = placement.dtype_name(), "device set"),
+        TaskKind::Similarity => text(Output::Embedding)?
+            .with(settings, |texts, engine| similarity::Similarity::load(texts, engine, task)),
+        TaskKind::Noop => {
+            let files_error = |error| TaskError::Files { model: "noop".to_owned(), error };
+            let about = About {
+                kind: task.kind,
+                model: "noop".to_owned(),
+                digest: Digest::new(None, settings, "none").map_err(files_error)?,
+                device: "none".to_owned(),
+                dtype: "none".to_owned(),
+                host_memory: 0,
+            };
+            let decoder = codec::decoder(settings)?;
+            Ok(Arc::new(Noop { about, decoder, metrics: Arc::clone(metrics) }))
         }
-        let files = Files::find(&settings.model).map_err(files_error)?;
-        let output = match kind {
-            TaskKind::TextClassification => Output::Logits,
-            TaskKind::TextEmbedding | TaskKind::Similarity | TaskKind::Noop => Output::Embedding,
-        };
-        let digest = Digest::new(Some(&files), settings, placement.dtype_name()).map_err(files_error)?;
-        let loaded = Model::load(files, placement, output)
-            .map_err(|error| TaskError::Model { model: model.clone(), error })?;
-        let loaded = Arc::new(loaded);
-        let canary = loaded.tokens("kandle").map_err(TaskError::Forward)?;
-        let batch = &settings.batch;
-        let limits = Limits {
-            max_tokens: batch.max_tokens,
-            calibrated: Calibrations::here().and_then(|c| c.get(digest.short(), &loaded.placement.name)),
-            lanes: batch.lanes,
-            timeout: batch.timeout.0,
-            cache: settings.task.cache.map(|bytes| bytes.0),
-        };
-        let engine = Engine::new(Arc::clone(&loaded), canary.clone(), limits, Arc::clone(metrics));
-        engine.run(vec![Some(canary)]).map_err(TaskError::Forward)?;
-        let predict: Box<dyn Predict> = match kind {
-            TaskKind::TextClassification => {
-                Box::new(classification::Classification::new(&loaded, settings.task.top_k))
-            }
-            TaskKind::TextEmbedding | TaskKind::Noop => Box::new(embedding::Embed::new(&loaded)),
-            TaskKind::Similarity => Box::new(similarity::Similarity::load(&loaded, &engine, &settings.task)?),
-        };
-        Ok(Self {
-            kind,
-            model_name: loaded.files.name(),
-            digest,
-            device: loaded.placement.name.clone(),
-            dtype: loaded.placement.dtype_name().to_owned(),
-            text: Some(TextTask { model: loaded, engine, predict, overflow: settings.task.overflow }),
-        })
-    }
-}
-
-impl Task {
-    /// What a record takes, about, on its way through the stages, beside its own bytes: tokens, the
-    /// model's output, the prediction.
-    pub fn bytes_per_record(&self) -> usize {
-        let Some(text) = &self.text else { return 64 };
-        let tokens = text.model.tokenizer.max_tokens().min(512) * size_of::<u32>();
-        let output = text.model.width() * size_of::<f32>();
-        256 + tokens + output + text.predict.bytes()
-    }
-}
-
-impl TextTask {
-    /// Text to tokens, within the model's limit.
-    pub fn prepare(&self, text: &str) -> Result<Tokens, RecordError> {
-        let tokens = self.model.tokens(text).map_err(|e| RecordError::new(Fault::Infer, e))?;
-        if tokens.truncated && self.overflow == Overflow::DeadLetter {
-            let limit = self.model.tokenizer.max_tokens();
-            return Err(RecordError::new(Fault::TooLong, format!("more than the model's {limit} tokens")));
-        }
-        Ok(tokens)
-    }
-
-    /// Appends the prediction, with what `output.include` copies (`,"name":value`…), as JSON.
-    pub fn write(&self, row: &[f32], include: &str, out: &mut Vec<u8>) -> Result<(), RecordError> {
-        self.predict.write(row, out)?;
-        if !include.is_empty() {
-            // Into the object that was just written.
-            out.pop();
-            out.extend_from_slice(include.as_bytes());
-            out.push(b'}');
-        }
-        Ok(())
     }
 }
 

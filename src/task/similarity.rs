@@ -6,9 +6,11 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::embedding::normalized;
-use super::{NUMBER, Predict, TaskError, to_json};
-use crate::engine::Engine;
-use crate::model::Model;
+use super::text::Texts;
+use super::{NUMBER, Task, TaskError, to_json};
+use crate::codec::Input;
+use crate::engine::{Engine, Rows};
+use crate::model::{Model, Tokens};
 use crate::record::RecordError;
 use crate::settings;
 
@@ -19,6 +21,7 @@ struct Candidate {
 }
 
 pub(super) struct Similarity {
+    texts: Texts,
     ids: Vec<String>,
     /// `[candidates, width]`, each of length 1.
     vectors: Vec<f32>,
@@ -26,7 +29,7 @@ pub(super) struct Similarity {
 }
 
 impl Similarity {
-    pub fn load(model: &Model, engine: &Engine, task: &settings::Task) -> Result<Self, TaskError> {
+    pub fn load(texts: Texts, engine: &Engine<Model>, task: &settings::Task) -> Result<Self, TaskError> {
         let path = task.candidates.clone().unwrap_or_default();
         let wrong = |line: usize, message: String| {
             TaskError::Candidates(format!("{}:{line}: {message}", path.display()))
@@ -39,13 +42,13 @@ impl Similarity {
             if !seen.insert(candidate.id.clone()) {
                 return Err(wrong(i + 1, format!("id {:?} is there twice", candidate.id)));
             }
-            tokens.push(Some(model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e))?));
+            tokens.push(texts.model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e))?);
             ids.push(candidate.id);
         }
         if ids.is_empty() {
             return Err(wrong(1, "no candidates".to_owned()));
         }
-        let response = engine.run(tokens).map_err(TaskError::Forward)?;
+        let response = engine.run(tokens).map_err(|e| TaskError::Forward(e.to_string()))?;
         if let Some((at, error)) = response.failed.first() {
             return Err(TaskError::Candidates(format!(
                 "{}: candidate {:?}: {error}",
@@ -53,8 +56,9 @@ impl Similarity {
                 ids[*at as usize]
             )));
         }
-        let vectors = response.rows.chunks_exact(response.width).flat_map(normalized).collect();
-        Ok(Self { ids, vectors, top_k: task.top_k.unwrap_or(1) })
+        let answers = response.answers.rows(0..ids.len());
+        let vectors = answers.iter().flat_map(normalized).collect();
+        Ok(Self { texts, ids, vectors, top_k: task.top_k.unwrap_or(1) })
     }
 }
 
@@ -69,9 +73,18 @@ struct Match<'a> {
     score: f32,
 }
 
-impl Predict for Similarity {
-    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let row = normalized(row);
+impl Task for Similarity {
+    type Item = Tokens;
+    type Value = f32;
+    type Kept = ();
+
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
+        items.push(self.texts.tokens(&input.text)?);
+        Ok(())
+    }
+
+    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let row = normalized(answers.only());
         let mut matches: Vec<Match<'_>> = self
             .vectors
             .chunks_exact(row.len())
@@ -88,8 +101,8 @@ impl Predict for Similarity {
         to_json(&Matches { matches }, out)
     }
 
-    fn bytes(&self) -> usize {
+    fn footprint(&self, value_bytes: usize) -> usize {
         let id = self.ids.iter().map(String::len).max().unwrap_or(0) + 24 + NUMBER;
-        16 + self.top_k.min(self.ids.len()) * id
+        self.texts.footprint(value_bytes) + 16 + self.top_k.min(self.ids.len()) * id
     }
 }

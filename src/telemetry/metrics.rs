@@ -25,7 +25,6 @@ const COUNTS: &[f64] =
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0];
 const TOKENS: &[f64] =
     &[16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0];
-const RATIOS: &[f64] = &[0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9];
 
 use Kind::{Counter as C, Gauge as G, Histogram as H};
 
@@ -40,7 +39,6 @@ pub const TABLE: &[Row] = &[
     ("kandle_window_records", H(COUNTS), &[], "Records in a window."),
     ("kandle_batch_records", H(COUNTS), &[], "Records in a batch."),
     ("kandle_batch_tokens", H(TOKENS), &[], "Tokens in a batch."),
-    ("kandle_batch_padding_ratio", H(RATIOS), &[], "Padding among a batch's tokens."),
     ("kandle_tokens_total", C, &[], "Tokens of the records that went to the model."),
     ("kandle_reused_predictions_total", C, &["from"], "Records not computed: their input was another one's of the window, or in task.cache."),
     ("kandle_truncated_records_total", C, &[], "Records cut to the model's limit."),
@@ -75,7 +73,6 @@ pub struct Metrics {
     pub window_records: Histogram,
     pub batch_records: Histogram,
     pub batch_tokens: Histogram,
-    pub batch_padding: Histogram,
     pub tokens: IntCounter,
     pub reused: IntCounterVec,
     pub truncated: IntCounter,
@@ -143,7 +140,6 @@ impl Metrics {
             window_records: histogram("kandle_window_records"),
             batch_records: histogram("kandle_batch_records"),
             batch_tokens: histogram("kandle_batch_tokens"),
-            batch_padding: histogram("kandle_batch_padding_ratio"),
             tokens: counter("kandle_tokens_total"),
             reused: counters("kandle_reused_predictions_total"),
             truncated: counter("kandle_truncated_records_total"),

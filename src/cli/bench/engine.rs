@@ -14,9 +14,12 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::output::outln;
-use crate::engine::Request;
-use crate::model::{Placement, Tokens};
-use crate::task::{Task, TextTask};
+use crate::engine::{Answers, Engine, Request, Response};
+use crate::flow::Queued;
+use crate::model::{Model, Output, Placement, Tokens};
+use crate::task::Task;
+use crate::task::embedding::Embed;
+use crate::task::text::{TextModel, Texts};
 use crate::telemetry::Metrics;
 
 #[derive(Args)]
@@ -65,8 +68,6 @@ struct Report {
     seconds: f64,
     records_per_second: f64,
     tokens_per_second: f64,
-    /// Of all positions computed, those that no text has.
-    padding_ratio: f64,
     peak_rss_bytes: u64,
     dtype: String,
     device: String,
@@ -81,9 +82,6 @@ struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_share: Option<f64>,
 }
-
-/// A window between tokenising and the lanes.
-type Window = Vec<Option<Tokens>>;
 
 pub fn bench(options: &Options) -> anyhow::Result<()> {
     let mut set = vec![
@@ -112,45 +110,43 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         .collect::<Result<Vec<_>, _>>()
         .with_context(|| options.input.display().to_string())?;
     let metrics = Arc::new(Metrics::new());
-    let task = Task::load(&settings, &metrics)?;
-    let text = task.text.as_ref().context("the task reads texts")?;
+    let TextModel { about, texts: model, engine, .. } =
+        TextModel::load(&settings, Output::Embedding, &metrics)?;
 
-    let (mut seconds, mut tokens, mut rows, mut operations) = (f64::INFINITY, 0, Vec::new(), 0);
+    let (mut seconds, mut done) = (f64::INFINITY, Done::default());
     for _ in 0..options.rounds {
-        let before = metrics.tokens.get();
         let started = Instant::now();
-        (rows, operations) = run(text, &texts, options.window, &metrics)?;
+        done = run(&model, &engine, &texts, options.window)?;
         seconds = seconds.min(started.elapsed().as_secs_f64());
-        tokens = metrics.tokens.get() - before;
     }
+    let Done { answers, tokens, operations } = done;
+    let placement = model.model.placement.clone();
     if let Some(path) = &options.output {
         let mut out = BufWriter::new(std::fs::File::create(path)?);
         let mut line = Vec::new();
-        for row in rows.chunks(text.model.width()) {
+        let task = Embed::new(model);
+        for row in answers.iter().flat_map(|answers| (0..answers.len()).map(|i| answers.rows(i..i + 1))) {
             line.clear();
-            text.write(row, "", &mut line).map_err(|e| anyhow::anyhow!(e.message))?;
+            task.predict(&(), row, &mut line).map_err(|e| anyhow::anyhow!(e.message))?;
             line.push(b'\n');
             out.write_all(&line)?;
         }
         out.flush()?;
     }
-    let placement = &text.model.placement;
     let peak = match placement.is_cpu() {
         true => None,
-        false => Some(peak(placement)?),
+        false => Some(peak(&placement)?),
     };
-    let padding = &metrics.batch_padding;
     let report = Report {
         records: texts.len(),
         tokens,
         seconds,
         records_per_second: texts.len() as f64 / seconds,
         tokens_per_second: tokens as f64 / seconds,
-        padding_ratio: padding.get_sample_sum() / padding.get_sample_count() as f64,
         peak_rss_bytes: super::super::drain::peak_rss().context("/proc/self/status")?,
-        dtype: task.dtype.clone(),
-        device: task.device.clone(),
-        threads: text.engine.lanes(),
+        dtype: about.dtype,
+        device: about.device,
+        threads: engine.lanes(),
         oom_splits: metrics.oom_splits.with_label_values(&["forward"]).get(),
         operations_per_second: operations as f64 / seconds,
         peak_operations_per_second: peak,
@@ -192,52 +188,56 @@ fn peak(placement: &Placement) -> candle_core::Result<f64> {
     Ok(2.0 * (SIZE as f64).powi(3) / best)
 }
 
-/// `[texts, width]`, and the operations that the texts are for the model.
-fn run(
-    task: &TextTask,
-    texts: &[String],
-    window: usize,
-    metrics: &Metrics,
-) -> anyhow::Result<(Vec<f32>, u64)> {
-    let (prepared, windows) = bounded::<Window>(1);
-    let mut rows = Vec::with_capacity(texts.len() * task.model.width());
-    let (mut failed, mut operations) = (None, 0);
+/// What a round has made.
+#[derive(Default)]
+struct Done {
+    /// By window.
+    answers: Vec<Answers<f32>>,
+    tokens: u64,
+    /// That the texts are for the model.
+    operations: u64,
+}
+
+fn run(model: &Texts, engine: &Engine<Model>, texts: &[String], window: usize) -> anyhow::Result<Done> {
+    let mut done = Done::default();
+    let (to_infer, requests) = bounded(1);
+    let (to_collect, responses) = bounded::<Queued<Response<(u64, u64), f32>>>(1);
     std::thread::scope(|scope| {
-        scope.spawn(move || {
+        let prepare = scope.spawn(move || {
             for texts in texts.chunks(window) {
-                let tokens = texts.par_iter().with_min_len(8).map(|text| task.prepare(text).ok()).collect();
-                if prepared.send(tokens).is_err() {
-                    return;
+                let tokens = texts.par_iter().with_min_len(8).map(|text| model.tokens(text));
+                let tokens: Vec<Tokens> = tokens.collect::<Result<_, _>>()?;
+                let operations = |t: &Tokens| model.model.architecture().operations(t.ids.len());
+                let counts = (
+                    tokens.iter().map(|t| t.ids.len() as u64).sum::<u64>(),
+                    tokens.iter().map(operations).sum::<u64>(),
+                );
+                let plan = engine.plan(&tokens, |_| false);
+                let request = Request { window: counts, items: tokens, plan };
+                if to_infer.send(Queued::new(request)).is_err() {
+                    break;
                 }
             }
+            anyhow::Ok(())
         });
-        let open = |tokens: Window| {
-            let total = tokens.iter().flatten().map(|t| t.ids.len()).sum::<usize>();
-            metrics.tokens.inc_by(total as u64);
-            let of = |tokens: &Tokens| task.model.architecture().operations(tokens.ids.len());
-            let operations: u64 = tokens.iter().flatten().map(of).sum();
-            let plan = task.engine.plan(&tokens, |_| false);
-            Request { window: (tokens.iter().position(Option::is_none), operations), tokens, plan }
-        };
-        let served = task.engine.serve(
-            &windows,
-            open,
-            |response| {
-                let (unread, of_window) = response.window;
-                operations += of_window;
-                failed = failed.or(unread).or(response.failed.first().map(|(i, _)| *i as usize));
-                rows.extend(response.rows);
-                failed.is_none()
-            },
-            |_| {},
-        );
-        // After a failure the other thread may wait for room.
-        drop(windows);
-        served
-    })
-    .map_err(|e| anyhow::anyhow!("{e}"))?;
-    match failed {
-        None => Ok((rows, operations)),
-        Some(line) => bail!("text {line} of a window has no embedding"),
-    }
+        let collect = scope.spawn(|| {
+            let responses = responses;
+            for response in &responses {
+                let Response { window: (tokens, operations), answers, failed, .. } = response.into_inner();
+                if let Some((text, message)) = failed.into_iter().next() {
+                    bail!("text {text} of a window has no embedding: {message}");
+                }
+                done.tokens += tokens;
+                done.operations += operations;
+                done.answers.push(answers);
+            }
+            Ok(())
+        });
+        let served = engine.serve(&requests, &to_collect, None);
+        drop((requests, to_collect));
+        let joined = |ended: std::thread::Result<anyhow::Result<()>>| ended.expect("it does not panic");
+        joined(prepare.join()).and(joined(collect.join()))?;
+        served.map_err(|e| anyhow::anyhow!("{e}"))
+    })?;
+    Ok(done)
 }

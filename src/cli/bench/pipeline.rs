@@ -2,7 +2,6 @@
 //! same client library, on the same broker, in turns. The bare loop runs a second time with the
 //! headers that a prediction carries: what they cost the client and the broker is not kandle's.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -22,7 +21,7 @@ use crate::cli::output::outln;
 use crate::kafka::cluster::{self, Missing};
 use crate::pipeline::{self, Shared};
 use crate::settings::Settings;
-use crate::task::Task;
+use crate::task;
 
 #[derive(Args)]
 pub struct Options {
@@ -257,12 +256,12 @@ fn kandle(
 ) -> anyhow::Result<f64> {
     let settings = pipeline_settings(options, [input, output, dead], guarantee, round)?;
     let shared = Shared::new(&settings);
-    let task = Arc::new(Task::load(&settings, &shared.metrics)?);
+    let compute = task::load(&settings, &shared.metrics)?;
     let topics = cluster::wait(&settings, &shared.metrics, &shared.health, &shared.stop, Missing::Fail)?
         .context("stopped")?;
     let running = {
         let (settings, shared) = (settings.clone(), shared.clone());
-        std::thread::spawn(move || pipeline::run(&settings, task, &topics, &shared))
+        std::thread::spawn(move || pipeline::run(&settings, compute, &topics, &shared))
     };
     let metrics = &shared.metrics;
     let predicted = metrics.records.with_label_values(&[input.as_str(), "predicted"]);

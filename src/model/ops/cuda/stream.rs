@@ -112,7 +112,8 @@ pub fn upload(numbers: &[u32], device: &CudaDevice) -> Result<Tensor> {
 
 /// Numbers on their way from a device.
 pub struct Download {
-    received: PinnedHostSlice<f32>,
+    /// `None` once they are taken.
+    received: Option<PinnedHostSlice<f32>>,
     count: usize,
     done: CudaEvent,
 }
@@ -132,15 +133,31 @@ impl Download {
         // the host's is read in `finish` alone, when the copy is done.
         unsafe { result::memcpy_dtoh_async(to, from, stream.cu_stream()) }.w()?;
         // The thread sleeps: cores have texts to tokenise.
-        let done = stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).w()?;
-        Ok(Self { received, count, done })
+        match stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)) {
+            Ok(done) => Ok(Self { received: Some(received), count, done }),
+            Err(error) => {
+                // The copy may be under way: the memory has to outlive it.
+                let _ = stream.synchronize();
+                Err(error).w()
+            }
+        }
     }
 
     /// Waits for what was queued before, and for nothing else.
-    pub fn finish(self) -> Result<Vec<f32>> {
+    pub fn finish(mut self) -> Result<Vec<f32>> {
         self.done.synchronize().w()?;
-        let numbers = self.received.as_slice().w()?[..self.count].to_vec();
-        RECEIVED.set(Some(self.received));
+        let Some(received) = self.received.take() else { return Ok(Vec::new()) };
+        let numbers = received.as_slice().w()?[..self.count].to_vec();
+        RECEIVED.set(Some(received));
         Ok(numbers)
+    }
+}
+
+impl Drop for Download {
+    /// The device may still write: page-locked memory that is freed under a copy is written to all the same.
+    fn drop(&mut self) {
+        if self.received.is_some() {
+            let _ = self.done.synchronize();
+        }
     }
 }

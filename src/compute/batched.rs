@@ -1,0 +1,350 @@
+//! A task whose items go through a model in batches.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use rayon::prelude::*;
+
+use super::{About, Compute, Pace, Stage, Wires};
+use crate::codec::{Decoder, Input};
+use crate::engine::{Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError};
+use crate::failpoint;
+use crate::flow::{Encoded, Outcome, Queued, Report};
+use crate::record::{Fault, Position, RecordError};
+use crate::task::Task;
+use crate::telemetry::health;
+use crate::telemetry::{Health, Metrics};
+use crate::window::Window;
+
+/// Records of a window that one core takes at a time: to decode, to make items of, to write.
+const DECODED: usize = 128;
+const PREPARED: usize = 16;
+const WRITTEN: usize = 128;
+
+/// How long the group may take to be told of suspects before the process ends without.
+const REMEMBER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A task and the engine that answers its items.
+pub struct Batched<T: Task, M>
+where
+    M: Model<Item = T::Item, Value = T::Value>,
+{
+    pub about: About,
+    pub decoder: Box<dyn Decoder>,
+    pub task: T,
+    pub engine: Engine<M>,
+    pub pace: Pace,
+    pub metrics: Arc<Metrics>,
+}
+
+/// What is known of one record so far.
+#[derive(Debug)]
+enum State<K> {
+    /// A null value: passed on as one.
+    Tombstone,
+    Pending(Pending<K>),
+    /// A dead letter.
+    Failed(RecordError),
+}
+
+/// A record on its way to a prediction.
+#[derive(Debug)]
+struct Pending<K> {
+    /// What the task wants to know of it again.
+    kept: K,
+    /// What `output.include` copies.
+    include: String,
+    /// Its items, by their places in the window.
+    items: Range<usize>,
+}
+
+/// A window with its items taken out.
+#[derive(Debug)]
+pub struct Prepared<K> {
+    window: Window,
+    /// One a record.
+    states: Vec<State<K>>,
+}
+
+impl<K> Prepared<K> {
+    /// The records that these items are of.
+    fn records_of(&self, items: &[u32]) -> impl Iterator<Item = usize> {
+        let items: HashSet<usize> = items.iter().map(|&item| item as usize).collect();
+        let asks = move |state: &State<K>| match state {
+            State::Pending(pending) => pending.items.clone().any(|item| items.contains(&item)),
+            State::Tombstone | State::Failed(_) => false,
+        };
+        self.states.iter().enumerate().filter(move |(_, state)| asks(state)).map(|(record, _)| record)
+    }
+}
+
+/// Records in a row, and their items.
+type Part<T> = (Vec<State<<T as Task>::Kept>>, Vec<<T as Task>::Item>);
+type RequestOf<T> = Request<Prepared<<T as Task>::Kept>, <T as Task>::Item, <T as Task>::Value>;
+type ResponseOf<T> = Response<Prepared<<T as Task>::Kept>, <T as Task>::Value>;
+
+impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
+    /// Observes a stage's time and returns the present, where the next begins.
+    fn observe(&self, stage: &str, started: Instant) -> Instant {
+        let now = Instant::now();
+        self.metrics.stage.with_label_values(&[stage]).observe((now - started).as_secs_f64());
+        now
+    }
+
+    /// Records to items, and a plan for them.
+    pub fn prepare(&self, window: Window) -> RequestOf<T> {
+        let started = Instant::now();
+        let inputs: Vec<Option<Result<Input<'_>, RecordError>>> = window
+            .records
+            .par_iter()
+            .with_min_len(DECODED)
+            .map(|record| window.value(record).map(|value| self.decoder.decode(value)))
+            .collect();
+        let decoded = self.observe("decode", started);
+        let parts: Vec<Part<T>> =
+            inputs.into_par_iter().chunks(PREPARED).map(|inputs| self.prepare_part(inputs)).collect();
+        let (mut states, mut items) = (Vec::with_capacity(window.records.len()), Vec::new());
+        for (part, of_part) in parts {
+            let before = items.len();
+            states.extend(part.into_iter().map(|state| match state {
+                State::Pending(pending) => {
+                    let items = pending.items.start + before..pending.items.end + before;
+                    State::Pending(Pending { items, ..pending })
+                }
+                other => other,
+            }));
+            items.extend(of_part);
+        }
+        let cost: u64 = items.iter().map(|item| u64::from(item.cost())).sum();
+        self.metrics.tokens.inc_by(cost);
+        let suspects: HashSet<usize> = (window.records.iter().zip(&states))
+            .filter(|(record, _)| record.suspect)
+            .flat_map(|(_, state)| match state {
+                State::Pending(pending) => pending.items.clone(),
+                State::Tombstone | State::Failed(_) => 0..0,
+            })
+            .collect();
+        let plan = self.engine.plan(&items, |item| suspects.contains(&item));
+        self.observe("prepare", decoded);
+        Request { window: Prepared { window, states }, items, plan }
+    }
+
+    fn prepare_part(&self, inputs: Vec<Option<Result<Input<'_>, RecordError>>>) -> Part<T> {
+        let mut items = Vec::with_capacity(inputs.len());
+        let state = |input: Option<Result<Input<'_>, RecordError>>| {
+            let input = match input {
+                None => return State::Tombstone,
+                Some(Err(error)) => return State::Failed(error),
+                Some(Ok(input)) => input,
+            };
+            let before = items.len();
+            match self.task.prepare(&input, &mut items) {
+                Ok(kept) => {
+                    State::Pending(Pending { kept, include: input.include, items: before..items.len() })
+                }
+                Err(error) => {
+                    items.truncate(before);
+                    State::Failed(error)
+                }
+            }
+        };
+        let states = inputs.into_iter().map(state).collect();
+        (states, items)
+    }
+
+    /// Answers to predictions, as bytes.
+    pub fn predict(&self, response: ResponseOf<T>) -> Encoded {
+        let started = Instant::now();
+        let Response { window: Prepared { window, mut states }, answers, failed, busy, .. } = response;
+        self.pace.observe(&window, busy);
+        if !failed.is_empty() {
+            fail(&mut states, failed);
+        }
+        let parts: Vec<(Vec<Outcome>, Vec<u8>)> = states
+            .into_par_iter()
+            .chunks(WRITTEN)
+            .enumerate()
+            .map(|(part, states)| self.predict_part(part as u32, states, &answers))
+            .collect();
+        let (outcomes, memory): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+        self.observe("encode", started);
+        Encoded { window, outcomes: outcomes.into_iter().flatten().collect(), memory }
+    }
+
+    fn predict_part(
+        &self,
+        part: u32,
+        states: Vec<State<T::Kept>>,
+        answers: &Answers<T::Value>,
+    ) -> (Vec<Outcome>, Vec<u8>) {
+        let mut memory = Vec::new();
+        let outcome = |state| {
+            let Pending { kept, include, items } = match state {
+                State::Tombstone => return Outcome::Tombstone,
+                State::Failed(error) => return Outcome::Dead(error),
+                State::Pending(pending) => pending,
+            };
+            let start = memory.len();
+            match self.task.predict(&kept, answers.rows(items), &mut memory) {
+                Ok(()) => {
+                    include_into(&include, &mut memory);
+                    Outcome::Prediction { part, bytes: start as u32..memory.len() as u32 }
+                }
+                Err(error) => {
+                    memory.truncate(start);
+                    Outcome::Dead(error)
+                }
+            }
+        };
+        let outcomes = states.into_iter().map(outcome).collect();
+        (outcomes, memory)
+    }
+
+    fn prepare_all(
+        &self,
+        windows: &Receiver<Queued<Window>>,
+        requests: &Sender<Queued<RequestOf<T>>>,
+        health: &Health,
+    ) {
+        for window in windows {
+            health.busy(health::Stage::Prepare);
+            let request = self.prepare(window.take(&self.metrics, "wait_decode"));
+            health.idle(health::Stage::Prepare);
+            if requests.send(Queued::new(request)).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn infer_all(
+        &self,
+        requests: &Receiver<Queued<RequestOf<T>>>,
+        responses: &Sender<Queued<ResponseOf<T>>>,
+        reports: &Sender<Report>,
+        health: &Health,
+    ) -> Result<(), String> {
+        self.engine.serve(requests, responses, Some(health)).map_err(|error| {
+            if let EngineError::TimedOut { window: prepared, items, .. } = &error {
+                let window = &prepared.window;
+                let positions =
+                    prepared.records_of(items).map(|record| window.position(&window.records[record]));
+                remember(positions.collect(), reports);
+            }
+            error.to_string()
+        })
+    }
+
+    fn predict_all(
+        &self,
+        responses: &Receiver<Queued<ResponseOf<T>>>,
+        encoded: &Sender<Queued<Encoded>>,
+        health: &Health,
+        end: &dyn Fn(&str),
+    ) {
+        for response in responses {
+            health.busy(health::Stage::Encode);
+            failpoint::pass("encode");
+            let response = response.take(&self.metrics, "wait_encode");
+            if response.lane_abandoned {
+                end(
+                    "inference on one record exceeded batch.timeout; the record was dead-lettered. Restarting to free \
+                     the stuck thread",
+                );
+            }
+            let window = self.predict(response);
+            health.idle(health::Stage::Encode);
+            if encoded.send(Queued::new(window)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T, M> {
+    fn about(&self) -> &About {
+        &self.about
+    }
+
+    fn footprint(&self, value_bytes: usize) -> usize {
+        self.task.footprint(value_bytes)
+    }
+
+    fn work(&self, value_bytes: usize) -> f64 {
+        self.pace.of_record(value_bytes)
+    }
+
+    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage> {
+        let Wires { windows, encoded, reports, health, end } = wires;
+        let (to_infer, requests) = bounded(1);
+        let (to_predict, responses) = bounded(1);
+        let [preparer, inferrer, predictor] = [Arc::clone(&self), Arc::clone(&self), self];
+        let [of_prepare, of_infer, of_predict] = [Arc::clone(&health), Arc::clone(&health), health];
+        let stage = |name, work| Stage { name, work };
+        vec![
+            stage(
+                "prepare",
+                Box::new(move || {
+                    preparer.prepare_all(&windows, &to_infer, &of_prepare);
+                    Ok(())
+                }),
+            ),
+            stage("infer", Box::new(move || inferrer.infer_all(&requests, &to_predict, &reports, &of_infer))),
+            stage(
+                "encode",
+                Box::new(move || {
+                    predictor.predict_all(&responses, &encoded, &of_predict, &*end);
+                    Ok(())
+                }),
+            ),
+        ]
+    }
+
+    fn answer(&self, window: Window) -> Result<Encoded, String> {
+        let response = self.engine.answer(self.prepare(window)).map_err(|error| error.to_string())?;
+        Ok(self.predict(response))
+    }
+
+    fn calibrate(&self) -> Option<Result<Calibration, RunError>> {
+        Some(self.engine.calibrate())
+    }
+}
+
+/// A record fails with the first of its items that does.
+fn fail<K>(states: &mut [State<K>], mut failed: Vec<(u32, String)>) {
+    failed.sort_by_key(|(item, _)| *item);
+    for state in states {
+        let State::Pending(pending) = state else { continue };
+        let first = failed.partition_point(|(item, _)| (*item as usize) < pending.items.start);
+        if let Some((item, message)) = failed.get(first)
+            && pending.items.contains(&(*item as usize))
+        {
+            *state = State::Failed(RecordError::new(Fault::Infer, message.clone()));
+        }
+    }
+}
+
+/// Adds members (`,"name":value`…) to the JSON object that stands last.
+fn include_into(include: &str, out: &mut Vec<u8>) {
+    if !include.is_empty() {
+        out.pop();
+        out.extend_from_slice(include.as_bytes());
+        out.push(b'}');
+    }
+}
+
+/// Has the group remember records on which inference timed out, for the next start.
+fn remember(positions: Vec<Position>, reports: &Sender<Report>) {
+    let names: Vec<String> = positions.iter().map(Position::to_string).collect();
+    tracing::error!(
+        records = names.join(" "),
+        "inference exceeded batch.timeout on a batch with these records: the next start runs each of them alone"
+    );
+    let (kept, told) = bounded(1);
+    if reports.send(Report::Suspects { positions, kept }).is_ok() {
+        // Where it closes without a word, it was tried in vain, and the log says so.
+        let _ = told.recv_timeout(REMEMBER_TIMEOUT);
+    }
+}

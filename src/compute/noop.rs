@@ -1,0 +1,76 @@
+//! `noop`: every record that can be read is its own prediction.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use super::{About, Compute, Stage, Wires};
+use crate::codec::Decoder;
+use crate::engine::{Calibration, RunError};
+use crate::failpoint;
+use crate::flow::{Encoded, Outcome, Queued};
+use crate::telemetry::Metrics;
+use crate::telemetry::health;
+use crate::window::Window;
+
+/// Records of a window that one core takes at a time.
+const CHUNK: usize = 128;
+
+pub struct Noop {
+    pub about: About,
+    pub decoder: Box<dyn Decoder>,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Noop {
+    fn encoded(&self, window: Window) -> Encoded {
+        let started = Instant::now();
+        let outcome = |record| match window.value(record).map(|value| self.decoder.decode(value)) {
+            None => Outcome::Tombstone,
+            Some(Ok(_)) => Outcome::Unchanged,
+            Some(Err(error)) => Outcome::Dead(error),
+        };
+        let outcomes = window.records.par_iter().with_min_len(CHUNK).map(outcome).collect();
+        self.metrics.stage.with_label_values(&["decode"]).observe(started.elapsed().as_secs_f64());
+        Encoded { window, outcomes, memory: Vec::new() }
+    }
+}
+
+impl Compute for Noop {
+    fn about(&self) -> &About {
+        &self.about
+    }
+
+    fn footprint(&self, _: usize) -> usize {
+        64
+    }
+
+    fn work(&self, _: usize) -> f64 {
+        0.0
+    }
+
+    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage> {
+        let work = move || {
+            for window in wires.windows {
+                wires.health.busy(health::Stage::Encode);
+                failpoint::pass("encode");
+                let encoded = self.encoded(window.take(&self.metrics, "wait_decode"));
+                wires.health.idle(health::Stage::Encode);
+                if wires.encoded.send(Queued::new(encoded)).is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        vec![Stage { name: "encode", work: Box::new(work) }]
+    }
+
+    fn answer(&self, window: Window) -> Result<Encoded, String> {
+        Ok(self.encoded(window))
+    }
+
+    fn calibrate(&self) -> Option<Result<Calibration, RunError>> {
+        None
+    }
+}

@@ -1,0 +1,59 @@
+//! What the engine knows of a model: it answers items, a batch at a time.
+
+use crate::ragged::Ragged;
+
+/// One input of a model: a token sequence, an image, a set of tensors. A record asks for any number of them.
+pub trait Item: Send + Sync + 'static {
+    /// Work, in the model's unit: tokens, patches, elements.
+    fn cost(&self) -> u32;
+
+    /// Only items of one class share a batch. Models that take ragged batches have one class.
+    fn class(&self) -> u64 {
+        0
+    }
+
+    /// Items with equal keys have equal answers, so that one of them is computed. `None`: never reused.
+    fn key(&self) -> Option<u128>;
+}
+
+/// One number of an answer.
+pub trait Value: Copy + Send + Sync + std::fmt::Display + 'static {
+    /// Whether a prediction may be made of it. A model that answers with anything else failed on the item.
+    fn is_valid(self) -> bool;
+}
+
+impl Value for f32 {
+    fn is_valid(self) -> bool {
+        self.is_finite()
+    }
+}
+
+/// A model as the engine runs it.
+pub trait Model: Send + Sync + 'static {
+    type Item: Item;
+    type Value: Value;
+
+    /// One answer per item, in the order of the batch. An answer does not depend on the items beside it.
+    ///
+    /// # Errors
+    /// Nothing of the batch is answered. What is done next depends on the kind; see [`RunError`].
+    fn run(&self, batch: &[&Self::Item]) -> Result<Ragged<Self::Value>, RunError>;
+
+    /// A plain item of about this cost, which every healthy device answers: for a first forward, probes and
+    /// calibration.
+    fn sample(&self, cost: u32) -> Self::Item;
+}
+
+/// Why a batch has no answers.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum RunError {
+    /// The batch is halved and tried again.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// Perhaps one item's fault: the batch is bisected down to it.
+    #[error("{0}")]
+    Batch(String),
+    /// Nothing will work any more.
+    #[error("the device failed: {0}")]
+    Device(String),
+}

@@ -1,0 +1,120 @@
+//! The windows on the lanes, and what of each is done. Pure.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::answers::Answers;
+use super::lanes::Done;
+use super::model::Value;
+use super::reuse::Cache;
+use super::{Plan, Response};
+use crate::engine::model::Item;
+use crate::ragged::Ragged;
+
+/// Windows in the order they came, which is that in which they leave.
+pub(super) struct Windows<W, I, V: Value> {
+    next: u64,
+    open: VecDeque<Open<W, I, V>>,
+}
+
+struct Open<W, I, V: Value> {
+    id: u64,
+    /// Batches not yet done.
+    left: usize,
+    items: Arc<Vec<I>>,
+    duplicates: Vec<(u32, u32)>,
+    started: Instant,
+    response: Response<W, V>,
+}
+
+impl<W, I: Item, V: Value> Windows<W, I, V> {
+    pub fn new() -> Self {
+        Self { next: 0, open: VecDeque::new() }
+    }
+
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Opens a window of so many batches; returns its id.
+    pub fn open(
+        &mut self,
+        window: W,
+        items: Arc<Vec<I>>,
+        plan: Plan<V>,
+        batches: usize,
+        now: Instant,
+    ) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        let mut answers = Answers::new(items.len());
+        let mut cached = Ragged::with_capacity(plan.cached.len(), 0);
+        plan.cached.iter().for_each(|(_, answer)| cached.push(answer));
+        answers.add(plan.cached.iter().map(|(item, _)| *item), cached);
+        let response =
+            Response { window, answers, failed: Vec::new(), lane_abandoned: false, busy: Duration::ZERO };
+        let (left, duplicates) = (batches, plan.duplicates);
+        self.open.push_back(Open { id, left, items, duplicates, started: now, response });
+        id
+    }
+
+    fn find(&mut self, id: u64) -> Option<&mut Open<W, I, V>> {
+        self.open.iter_mut().find(|open| open.id == id)
+    }
+
+    /// A batch is done.
+    pub fn done(&mut self, done: Done<V>, cache: Option<&Cache<V>>) {
+        let Some(open) = self.find(done.window) else { return };
+        if let Some(cache) = cache {
+            let failed = |item: u32| done.failed.iter().any(|(failed, _)| *failed == item);
+            for (&item, answer) in
+                done.items.iter().zip(done.answers.iter()).filter(|(item, _)| !failed(**item))
+            {
+                cache.insert(&open.items[item as usize], answer);
+            }
+        }
+        open.response.answers.add(done.items.into_iter(), done.answers);
+        open.response.failed.extend(done.failed);
+        open.response.busy += done.busy;
+        open.left -= 1;
+    }
+
+    /// A suspect's lane was abandoned: its batch is done, and the item is at fault.
+    pub fn abandoned(&mut self, id: u64, items: &[u32], limit: Duration) {
+        let Some(open) = self.find(id) else { return };
+        let message = || format!("inference on this record alone exceeded batch.timeout ({limit:?}) twice");
+        open.response.failed.extend(items.iter().map(|&item| (item, message())));
+        open.response.lane_abandoned = true;
+        open.left -= 1;
+    }
+
+    /// A window that will never be done, with these items of it, and those that are equal to them.
+    pub fn give_up(&mut self, id: u64, mut items: Vec<u32>) -> Option<(W, Vec<u32>)> {
+        let at = self.open.iter().position(|open| open.id == id)?;
+        let open = self.open.remove(at)?;
+        let equal = open.duplicates.iter().filter(|(_, first)| items.contains(first));
+        let equal: Vec<u32> = equal.map(|(item, _)| *item).collect();
+        items.extend(equal);
+        Some((open.response.window, items))
+    }
+
+    /// The next window, if all its batches are done, and how long it took. What was computed once is given to all that
+    /// have it.
+    pub fn take(&mut self, now: Instant) -> Option<(Response<W, V>, Duration)> {
+        if self.open.front()?.left > 0 {
+            return None;
+        }
+        let Open { duplicates, started, mut response, .. } = self.open.pop_front()?;
+        let failed: HashMap<u32, String> = response.failed.iter().cloned().collect();
+        for (item, first) in duplicates {
+            response.answers.copy(item, first);
+            response.failed.extend(failed.get(&first).map(|message| (item, message.clone())));
+        }
+        Some((response, now.saturating_duration_since(started)))
+    }
+}

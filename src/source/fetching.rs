@@ -1,0 +1,141 @@
+//! Partitions that the client no longer fetches although they hold records.
+//!
+//! librdkafka 2.12 can stop fetching a partition for good. It keeps the highest leader epoch of a partition that it has
+//! seen, also when the topic is deleted and recreated, whose epochs begin at 0 again: brokers refuse its fetches then
+//! (UNKNOWN_LEADER_EPOCH), and it takes newer metadata for outdated. Nothing but another client helps, so the process
+//! ends.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use rdkafka::Statistics;
+
+use super::lookup::{Offsets, Question};
+use super::serve::{Source, SourceError};
+use crate::failpoint;
+use crate::record::Partition;
+
+/// A partition is looked at when its position has not moved for so long, and again after as long.
+const QUIET: Duration = Duration::from_secs(10);
+/// So long after it was first seen that a quiet partition holds records, the client counts as stuck. Quotas may hold it
+/// up for half a minute.
+const STUCK: Duration = Duration::from_secs(60);
+
+/// A partition that is fetched, and of which nothing came lately.
+#[derive(Debug)]
+struct Quiet {
+    /// What the client fetches next.
+    position: i64,
+    since: Instant,
+    /// Since when its log is known to hold records at the position.
+    behind: Option<Instant>,
+}
+
+#[derive(Debug)]
+pub(super) struct Fetching {
+    quiet: HashMap<Partition, Quiet>,
+    asked: Instant,
+    stuck_after: Duration,
+}
+
+impl Fetching {
+    pub fn new(now: Instant) -> Self {
+        // Tests need not wait for so long.
+        let stuck_after = failpoint::argument("stuck_after").and_then(|seconds| seconds.parse().ok());
+        Self {
+            quiet: HashMap::new(),
+            asked: now,
+            stuck_after: stuck_after.map_or(STUCK, Duration::from_secs),
+        }
+    }
+
+    /// The partitions that are fetched and of which nothing waits, with their positions, once a second. Returns those
+    /// whose ends are to be asked for.
+    fn look(&mut self, fetched: HashMap<Partition, i64>, now: Instant) -> Vec<Partition> {
+        self.quiet.retain(|partition, quiet| fetched.get(partition) == Some(&quiet.position));
+        for (partition, position) in fetched {
+            self.quiet.entry(partition).or_insert(Quiet { position, since: now, behind: None });
+        }
+        if now.saturating_duration_since(self.asked) < QUIET {
+            return Vec::new();
+        }
+        let quiet =
+            self.quiet.iter().filter(|(_, quiet)| now.saturating_duration_since(quiet.since) >= QUIET);
+        let partitions: Vec<Partition> = quiet.map(|(partition, _)| partition.clone()).collect();
+        if !partitions.is_empty() {
+            self.asked = now;
+        }
+        partitions
+    }
+
+    /// The ends of logs. Returns a partition that is stuck: its position and its end.
+    fn ends(&mut self, ends: &Offsets, now: Instant) -> Option<(Partition, i64, i64)> {
+        for (partition, &end) in ends {
+            let Some(quiet) = self.quiet.get_mut(partition) else { continue };
+            if end <= quiet.position {
+                quiet.behind = None;
+                continue;
+            }
+            let behind = *quiet.behind.get_or_insert(now);
+            if now.saturating_duration_since(behind) >= self.stuck_after {
+                return Some((partition.clone(), quiet.position, end));
+            }
+        }
+        None
+    }
+}
+
+impl Source {
+    pub(super) fn look_at_fetching(&mut self, statistics: &Statistics) {
+        let idle = !self.intake.paused && !self.doubt.is_open();
+        let position = |owned: &super::ledger::Owned| {
+            let topic = statistics.topics.get(&*owned.partition.topic)?;
+            let known = topic.partitions.get(&owned.partition.number)?;
+            let done = self.bounds.drain.as_ref().is_some_and(|drain| drain.is_done(&owned.partition));
+            let fetched = owned.hold.is_none() && !done && owned.is_idle();
+            let waits = known.fetch_state == "active" && known.fetchq_cnt == 0;
+            (idle && fetched && waits).then(|| (owned.partition.clone(), known.next_offset))
+        };
+        let fetched = self.ledger.iter().filter_map(position).collect();
+        let quiet = self.fetching.look(fetched, Instant::now());
+        if !quiet.is_empty() {
+            self.lookup.ask(Question::Quiet(quiet));
+        }
+    }
+
+    /// # Errors
+    /// The client no longer fetches a partition that holds records.
+    pub(super) fn on_quiet(&mut self, ends: &Offsets) -> Result<(), SourceError> {
+        match self.fetching.ends(ends, Instant::now()) {
+            Some((partition, position, end)) => Err(SourceError::Stuck { partition, position, end }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partition_is_stuck_that_holds_records_and_does_not_move() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut fetching = Fetching::new(start);
+        let p = Partition::new("t", 0);
+        let position = |offset| HashMap::from([(p.clone(), offset)]);
+        assert!(fetching.look(position(5), at(1)).is_empty());
+        assert!(fetching.look(position(5), at(10)).is_empty(), "not for long enough");
+        assert_eq!(fetching.look(position(5), at(11)), std::slice::from_ref(&p));
+        assert!(fetching.look(position(5), at(12)).is_empty(), "asked already");
+        assert_eq!(fetching.ends(&position(9), at(12)), None, "the first time that it is behind");
+        assert_eq!(fetching.ends(&position(9), at(71)), None);
+        assert_eq!(fetching.ends(&position(9), at(72)), Some((p.clone(), 5, 9)));
+        assert_eq!(fetching.ends(&position(5), at(73)), None, "at its end");
+        assert_eq!(fetching.ends(&position(9), at(140)), None, "counted anew");
+        fetching.look(position(6), at(200));
+        assert_eq!(fetching.ends(&position(9), at(300)), None, "it has moved");
+        fetching.look(HashMap::new(), at(301));
+        assert_eq!(fetching.ends(&position(9), at(400)), None, "not fetched now");
+    }
+}
