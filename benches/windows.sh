@@ -54,7 +54,7 @@ await() { # LOG COUNT
 elapsed() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", b - a }'; }
 
 # All different: what is the same is computed once.
-for mark in a b c d e f; do sed "s/\"text\": \"/&$mark /" "$folder/long.jsonl"; done > "$dir/texts"
+for mark in $(echo a b c d e f | cut -d' ' -f "-${TIMES:-6}"); do sed "s/\"text\": \"/&$mark /" "$folder/long.jsonl"; done > "$dir/texts"
 total=$(wc -l < "$dir/texts")
 fill windows "$dir/texts"
 

@@ -85,22 +85,15 @@ impl Intake {
         self.in_flight.bytes > 0 && (memory || work)
     }
 
-    /// Before a stop: windows that the model would need long for are left to whoever owns their partitions next.
-    pub fn leave_what_takes_long(&mut self) {
+    /// Before a stop: takes out the windows that the model would need long for, last first.
+    fn take_what_takes_long(&mut self) -> Vec<Window> {
         let mut work = self.in_flight.work;
-        let before = self.held.len();
         let fits = |window: &&Queued<Window>| {
             work += window.get().load().work;
             work <= self.limit.work
         };
         let kept = self.held.iter().take_while(fits).count();
-        self.held.truncate(kept);
-        if kept < before {
-            tracing::info!(
-                windows = before - kept,
-                "windows not begun are left to the next owner of their partitions"
-            );
-        }
+        self.held.drain(kept..).rev().map(Queued::into_inner).collect()
     }
 
     /// The next stage takes nothing; true where it has not for so long, or so much waits, that partitions are to be
@@ -248,6 +241,20 @@ impl Source {
         self.show_memory();
     }
 
+    /// Before a stop: windows that the model would need long for are left to whoever owns their partitions next.
+    pub(super) fn leave_what_takes_long(&mut self) {
+        let left = self.intake.take_what_takes_long();
+        for window in &left {
+            self.ledger.left(&window.spans);
+        }
+        if !left.is_empty() {
+            tracing::info!(
+                windows = left.len(),
+                "windows not begun are left to the next owner of their partitions"
+            );
+        }
+    }
+
     /// Hands held windows on; while the next stage is full, waits for it, but not for long.
     pub(super) fn pass_on(&mut self, windows: &Sender<Queued<Window>>) {
         while let Some(window) = self.intake.held.pop_front() {
@@ -387,12 +394,12 @@ mod tests {
     fn a_stop_leaves_windows_that_would_take_long() {
         let mut intake = intake(1 << 20);
         intake.in_flight = load(100, 1.0);
-        hold(&mut intake, &[0.5, 0.5, 1.0, 0.1]);
-        intake.leave_what_takes_long();
+        hold(&mut intake, &[0.5, 0.5, 1.0, 0.125]);
+        let left = intake.take_what_takes_long();
+        assert_eq!(left.iter().map(|window| window.load().work).collect::<Vec<_>>(), [0.125, 1.0]);
         assert_eq!(intake.held.len(), 2, "in their order, up to what may be under way");
         hold(&mut intake, &[0.0; 20]);
-        intake.leave_what_takes_long();
-        assert_eq!(intake.held.len(), 22, "what takes no time is done");
+        assert!(intake.take_what_takes_long().is_empty(), "what takes no time is done");
     }
 
     #[test]

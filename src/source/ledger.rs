@@ -262,6 +262,17 @@ impl Ledger {
         }
     }
 
+    /// The last window of these partitions is left to their next owners: nothing more of them is read.
+    pub fn left(&mut self, spans: &[Span]) {
+        for span in spans {
+            if let Some(owned) = self.current(span) {
+                owned.revoke();
+                owned.in_flight.pop_back();
+                owned.next = Some(span.first);
+            }
+        }
+    }
+
     /// A window is published in full; `committed` with its offsets, where both were one transaction.
     pub fn published(&mut self, spans: &[Span], committed: bool) {
         for span in spans {
@@ -470,6 +481,22 @@ mod tests {
         assert_eq!(next(&ledger), [5, 6, 7, 8, 9]);
         ledger.published(&[span(0, &lease, 5, 9)], false);
         assert!(next(&ledger).is_empty(), "that one still gathers");
+    }
+
+    #[test]
+    fn a_window_that_is_left_is_not_passed() {
+        let mut ledger = Ledger::new(true);
+        let p = Partition::new("t", 0);
+        let lease = ledger.assign(p.clone(), Some(0));
+        for (first, last) in [(0, 4), (5, 9)] {
+            read(&mut ledger, &p, first..=last);
+            ledger.gathered(&[span(0, &lease, first, last)]);
+        }
+        ledger.left(&[span(0, &lease, 5, 9)]);
+        ledger.published(&[span(0, &lease, 0, 4)], true);
+        assert!(!ledger.commits_open() && ledger.take_commits(None).is_empty());
+        let owned = ledger.get(&p).unwrap();
+        assert_eq!((owned.committed, owned.next(), owned.is_idle()), (Some(5), Some(5), true));
     }
 
     #[test]

@@ -321,7 +321,7 @@ impl Source {
             self.hold(window);
         }
         if closed_by == ClosedBy::Stop {
-            self.intake.leave_what_takes_long();
+            self.leave_what_takes_long();
         }
         while !self.intake.held.is_empty() {
             self.context.health.busy(Stage::Source);
