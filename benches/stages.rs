@@ -22,6 +22,7 @@ fn gather(value: &[u8]) -> Window {
         max_bytes: usize::MAX,
         max_wait: Duration::from_secs(3600),
         max_work: Duration::MAX,
+        work_records: 1,
     };
     let (mut gatherer, now) = (Gatherer::new(limits), Instant::now());
     let (partition, lease) = (Partition::new("in", 0), Lease::new(0));

@@ -120,6 +120,7 @@ pub fn run(
                 let compute = Arc::clone(&compute);
                 Box::new(move |value_bytes| compute.footprint(value_bytes))
             },
+            lanes: compute.lanes(),
             work: {
                 let compute = Arc::clone(&compute);
                 Box::new(move |value_bytes| compute.work(value_bytes))

@@ -206,6 +206,13 @@ pub struct Task {
     pub cache: Option<ByteSize>,
 }
 
+impl Task {
+    /// With nothing else set.
+    pub fn of(kind: TaskKind) -> Self {
+        Self { kind, top_k: None, overflow: Overflow::default(), candidates: None, cache: None }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TaskKind {

@@ -19,8 +19,11 @@ pub struct Limits {
     pub max_bytes: usize,
     /// Counted from the arrival of the window's oldest record.
     pub max_wait: Duration,
-    /// That the model will need. The record that reaches it is the window's last.
+    /// That the model will need. The record that reaches it is the window's last, unless there are fewer than
+    /// `work_records`.
     pub max_work: Duration,
+    /// So many records keep the device busy.
+    pub work_records: usize,
 }
 
 /// Why a window closed: the label of `kandle_windows_total`.
@@ -81,12 +84,22 @@ pub struct Load {
     pub bytes: usize,
     /// Seconds of the device.
     pub work: f64,
+    pub windows: usize,
+}
+
+impl Load {
+    /// Whether, this being the limit, a window is too much work beside what is under way. So many windows as the limit
+    /// has are not, whatever they take.
+    pub fn is_overworked(&self, under_way: Self, window: Self) -> bool {
+        under_way.windows >= self.windows && under_way.work + window.work > self.work
+    }
 }
 
 impl std::ops::AddAssign for Load {
     fn add_assign(&mut self, other: Self) {
         self.bytes += other.bytes;
         self.work += other.work;
+        self.windows += other.windows;
     }
 }
 
@@ -94,6 +107,7 @@ impl std::ops::SubAssign for Load {
     fn sub_assign(&mut self, other: Self) {
         self.bytes -= other.bytes;
         self.work -= other.work;
+        self.windows -= other.windows;
     }
 }
 
@@ -130,7 +144,7 @@ impl Window {
     }
 
     pub fn load(&self) -> Load {
-        Load { bytes: self.reserved, work: self.work }
+        Load { bytes: self.reserved, work: self.work, windows: 1 }
     }
 }
 
@@ -191,7 +205,9 @@ impl Gatherer {
             self.close(ClosedBy::Records)
         } else if self.memory.len() + self.headers >= self.limits.max_bytes {
             self.close(ClosedBy::Bytes)
-        } else if self.work >= self.limits.max_work.as_secs_f64() {
+        } else if self.work >= self.limits.max_work.as_secs_f64()
+            && self.records.len() >= self.limits.work_records
+        {
             self.close(ClosedBy::Work)
         } else {
             None
@@ -309,6 +325,7 @@ mod tests {
             max_bytes,
             max_wait: Duration::from_millis(max_wait_ms),
             max_work: Duration::MAX,
+            work_records: 1,
         }
     }
 
@@ -344,15 +361,17 @@ mod tests {
 
     #[test]
     fn closes_by_work() {
-        let limits = Limits { max_work: Duration::from_secs(1), ..limits(100, 1000, 1000) };
+        let limits = Limits { max_work: Duration::from_secs(1), work_records: 3, ..limits(100, 1000, 1000) };
         let mut gatherer = Gatherer::new(limits);
         let (a, now) = (Partition::new("a", 0), Instant::now());
         let mut push =
             |offset, work| gatherer.push(&a, &Lease::new(1), Arrival { work, ..arrival(offset, b"x") }, now);
-        assert!(push(0, 0.25).is_none() && push(1, 0.5).is_none());
-        let window = push(2, 0.5).expect("more than a second");
-        assert_eq!((window.closed_by, window.records.len(), window.load().work), (ClosedBy::Work, 3, 1.25));
-        assert!(push(3, 0.75).is_none(), "counted anew");
+        assert!(push(0, 0.25).is_none() && push(1, 0.25).is_none() && push(2, 0.25).is_none());
+        let window = push(3, 0.5).expect("more than a second");
+        assert_eq!((window.closed_by, window.records.len(), window.load().work), (ClosedBy::Work, 4, 1.25));
+        assert!(push(4, 0.75).is_none(), "counted anew");
+        assert!(push(5, 9.0).is_none(), "a third lane has nothing to do yet");
+        assert_eq!(push(6, 9.0).expect("three").records.len(), 3);
     }
 
     #[test]

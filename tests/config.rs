@@ -233,6 +233,12 @@ fn rules_between_keys() {
     one_fault("task: { candidates: x }", &["task.candidates", "has no effect"]);
     one_fault("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "has no effect"]);
     one_fault("task: { kind: noop }", &["model.source", "noop runs no model"]);
+    for key in ["cache: 1MiB", "overflow: dead_letter"] {
+        let name = key.split(':').next().expect("a key");
+        let noop = format!("task: {{ kind: noop, {key} }}\nmodel: {{ source: null }}");
+        one_fault(&noop, &[&format!("task.{name}"), "has no effect with task.kind: noop"]);
+    }
+    assert!(faults("task: { kind: text-embedding }\noutput: { include: [/label] }").is_empty());
     one_fault("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
     one_fault("server: { listen: here }", &["server.listen", "address:port"]);
     one_fault("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);

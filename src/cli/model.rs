@@ -4,11 +4,13 @@ use anyhow::{Context, bail};
 
 use crate::cli::output::outln;
 use crate::model::{Digest, Files, Model, Output, Placement};
-use crate::settings::{Loaded, TaskKind};
+use crate::settings::Loaded;
+use crate::task::Kind;
 
 fn files(loaded: &Loaded) -> anyhow::Result<Files> {
-    if loaded.settings.task.kind == TaskKind::Noop {
-        bail!("task.kind noop has no model");
+    let kind = Kind::of(loaded.settings.task.kind);
+    if kind.output.is_none() {
+        bail!("task.kind {} has no model", kind.kind.name());
     }
     Files::find(&loaded.settings.model)
         .with_context(|| format!("model {}", loaded.settings.model.source.as_deref().unwrap_or_default()))
@@ -31,8 +33,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let name = files.name();
     let placement =
         Placement::choose(settings.model.device, settings.model.dtype).map_err(anyhow::Error::msg)?;
-    let output =
-        if settings.task.kind == TaskKind::TextClassification { Output::Logits } else { Output::Embedding };
+    let output = Kind::of(settings.task.kind).output.context("the task has a model")?;
     let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;
     let model = Model::load(files, placement, output).with_context(|| format!("model {name}"))?;
     let a = model.architecture();

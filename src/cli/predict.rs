@@ -45,6 +45,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         // Lines are there or not: nothing is waited for.
         max_wait: Duration::from_secs(3600),
         max_work: Duration::MAX,
+        work_records: 1,
     });
     let (partition, lease) = (Partition::new("line", 0), Lease::new(0));
     let (mut number, mut failed) = (0, 0);

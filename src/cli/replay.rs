@@ -165,6 +165,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
         max_bytes: usize::MAX,
         max_wait: Duration::from_secs(3600),
         max_work: Duration::MAX,
+        work_records: 1,
     });
     let wanted = ranges.values().filter(|range| range.from < range.to).count().max(1);
     let each = (SAMPLE / wanted / PLACES as usize).max(AT_LEAST);

@@ -276,6 +276,10 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
         self.pace.of_record(value_bytes)
     }
 
+    fn lanes(&self) -> usize {
+        self.engine.lanes()
+    }
+
     fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage> {
         let Wires { windows, encoded, reports, health, end } = wires;
         let (to_infer, requests) = bounded(1);

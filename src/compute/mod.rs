@@ -68,6 +68,9 @@ pub trait Compute: Send + Sync {
     /// Seconds that the device will need for a record with a value of so many bytes, as far as is known.
     fn work(&self, value_bytes: usize) -> f64;
 
+    /// Records that keep the device busy, each by itself.
+    fn lanes(&self) -> usize;
+
     /// The stages between `windows` and `encoded`. Windows leave in the order they came.
     fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage>;
 

@@ -50,6 +50,10 @@ impl Compute for Noop {
         0.0
     }
 
+    fn lanes(&self) -> usize {
+        1
+    }
+
     fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage> {
         let work = move || {
             for window in wires.windows {

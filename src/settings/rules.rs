@@ -4,10 +4,11 @@ use rdkafka::ClientConfig;
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, KafkaResult};
 
-use super::{Fields, Format, Guarantee, Properties, Settings, TaskKind};
+use super::{Fields, Format, Guarantee, Properties, Settings, Task};
 use crate::kafka::consumer::Observing;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
+use crate::task::Kind;
 
 /// Properties of librdkafka that kandle owns, and why.
 const OWNED: &[(&str, &str)] = &[
@@ -140,8 +141,8 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             }
         }
     }
-    let mut names: Vec<String> =
-        ["label", "score", "scores", "embedding", "matches"].map(str::to_owned).into();
+    let entry = Kind::of(settings.task.kind);
+    let mut names: Vec<String> = entry.fields.iter().map(|&field| field.to_owned()).collect();
     for pointer in &settings.output.include {
         match check_pointer(pointer) {
             Ok(()) if pointer.is_empty() => {
@@ -157,33 +158,23 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             Err(message) => fault("output.include", message),
         }
     }
-    let task = &settings.task;
-    if task.kind == TaskKind::Noop {
+    if entry.output.is_none() {
+        let name = entry.kind.name();
         if !settings.output.include.is_empty() {
             fault(
                 "output.include",
-                "noop publishes the value as it came: there is nothing to add to".to_owned(),
+                format!("{name} publishes the value as it came: there is nothing to add to"),
             );
         }
         if settings.model.source.is_some() {
-            fault("model.source", "noop runs no model".to_owned());
+            fault("model.source", format!("{name} runs no model"));
         }
     } else if settings.model.source.as_deref().unwrap_or_default().is_empty() {
         let message = "is required: a hub id (org/name), a directory, or bundled".to_owned();
         fault("model.source", message);
     }
-    match (task.kind, &task.candidates) {
-        (TaskKind::Similarity, None) => {
-            fault(
-                "task.candidates",
-                "similarity needs a file of candidates, one {\"id\":…,\"text\":…} a line".to_owned(),
-            );
-        }
-        (TaskKind::Similarity, Some(_)) | (_, None) => {}
-        (kind, Some(_)) => fault("task.candidates", format!("has no effect with task.kind: {}", kind.name())),
-    }
-    if task.top_k.is_some() && !matches!(task.kind, TaskKind::TextClassification | TaskKind::Similarity) {
-        fault("task.top_k", format!("has no effect with task.kind: {}", task.kind.name()));
+    for (key, message) in check_task(&settings.task, entry) {
+        fault(&format!("task.{key}"), message);
     }
     if settings.window.max_work.0.is_zero() {
         fault("window.max_work", "is zero".to_owned());
@@ -266,6 +257,28 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
         faults.push(("input.properties", message));
     }
     faults
+}
+
+/// Keys of `task` that are set and have no effect with its kind, and one that it lacks.
+fn check_task(task: &Task, entry: &Kind) -> Vec<(String, String)> {
+    let keys = |task: &Task| match serde_json::to_value(task) {
+        Ok(serde_json::Value::Object(keys)) => keys,
+        _ => serde_json::Map::new(),
+    };
+    let (set, unset) = (keys(task), keys(&Task::of(task.kind)));
+    let name = entry.kind.name();
+    let without_effect = set
+        .iter()
+        .filter(|(key, value)| unset.get(*key) != Some(value) && !entry.keys.contains(&key.as_str()));
+    let mut problems: Vec<(String, String)> = without_effect
+        .map(|(key, _)| (key.clone(), format!("has no effect with task.kind: {name}")))
+        .collect();
+    if let Some((key, what)) = entry.needs
+        && set.get(key) == unset.get(key)
+    {
+        problems.push((key.to_owned(), format!("{name} needs {what}")));
+    }
+    problems
 }
 
 fn check_properties(section: &str, properties: &Properties) -> Vec<(String, String)> {

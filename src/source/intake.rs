@@ -35,7 +35,7 @@ pub(super) struct Intake {
     pub held: VecDeque<Queued<Window>>,
     /// Windows passed on and not yet published.
     pub in_flight: Load,
-    /// What windows may hold in all, and what work may be passed on and not yet published.
+    /// What windows may hold in all, and what may be passed on and not yet published.
     limit: Load,
     full_since: Option<Instant>,
     /// Memory or work under way holds windows up.
@@ -81,16 +81,17 @@ impl Intake {
     /// the model has enough to do. What is under way is repeated after a crash, and waited for at a stop.
     fn lacks_room(&self, window: Load) -> bool {
         let memory = self.in_flight.bytes + window.bytes + self.waiting() > self.limit.bytes;
-        let work = self.in_flight.work + window.work > self.limit.work;
-        self.in_flight.bytes > 0 && (memory || work)
+        (self.in_flight.bytes > 0 && memory) || self.limit.is_overworked(self.in_flight, window)
     }
 
     /// Before a stop: takes out the windows that the model would need long for, last first.
     fn take_what_takes_long(&mut self) -> Vec<Window> {
-        let mut work = self.in_flight.work;
+        let mut before = self.in_flight;
         let fits = |window: &&Queued<Window>| {
-            work += window.get().load().work;
-            work <= self.limit.work
+            let load = window.get().load();
+            let fits = !self.limit.is_overworked(before, load);
+            before += load;
+            fits
         };
         let kept = self.held.iter().take_while(fits).count();
         self.held.drain(kept..).rev().map(Queued::into_inner).collect()
@@ -361,12 +362,13 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn intake(bytes: usize) -> Intake {
-        let limits = Limits { max_records: 10, max_bytes: 1000, max_wait: SECOND, max_work: SECOND };
-        Intake::new(Gatherer::new(limits), Load { bytes, work: 2.2 })
+        let limits =
+            Limits { max_records: 10, max_bytes: 1000, max_wait: SECOND, max_work: SECOND, work_records: 1 };
+        Intake::new(Gatherer::new(limits), Load { bytes, work: 2.0, windows: 2 })
     }
 
-    fn load(bytes: usize, work: f64) -> Load {
-        Load { bytes, work }
+    fn load(bytes: usize, work: f64, windows: usize) -> Load {
+        Load { bytes, work, windows }
     }
 
     /// Holds windows of one record each, of so much work.
@@ -383,17 +385,19 @@ mod tests {
     #[test]
     fn the_first_window_always_has_room() {
         let mut intake = intake(1000);
-        assert!(!intake.lacks_room(load(5000, 9.0)), "it is alone");
-        intake.in_flight = load(600, 1.1);
-        assert!(!intake.lacks_room(load(400, 1.1)));
-        assert!(intake.lacks_room(load(401, 0.0)), "memory");
-        assert!(intake.lacks_room(load(0, 1.2)), "work");
+        assert!(!intake.lacks_room(load(5000, 9.0, 1)), "it is alone");
+        intake.in_flight = load(600, 1.25, 1);
+        assert!(!intake.lacks_room(load(400, 9.0, 1)), "the second is queued behind the first");
+        assert!(intake.lacks_room(load(401, 0.0, 1)), "memory");
+        intake.in_flight = load(600, 1.25, 2);
+        assert!(!intake.lacks_room(load(400, 0.75, 1)));
+        assert!(intake.lacks_room(load(400, 1.0, 1)), "work");
     }
 
     #[test]
     fn a_stop_leaves_windows_that_would_take_long() {
         let mut intake = intake(1 << 20);
-        intake.in_flight = load(100, 1.0);
+        intake.in_flight = load(100, 1.0, 1);
         hold(&mut intake, &[0.5, 0.5, 1.0, 0.125]);
         let left = intake.take_what_takes_long();
         assert_eq!(left.iter().map(|window| window.load().work).collect::<Vec<_>>(), [0.125, 1.0]);

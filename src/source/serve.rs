@@ -48,9 +48,8 @@ const REPEAT: Duration = Duration::from_secs(10);
 /// Between two questions for the ends of partitions that are paused.
 const ENDS: Duration = Duration::from_secs(2);
 
-/// Work under way at a time, in windows that `window.max_work` closes: one on the lanes, the next queued there. A little
-/// more, because a window's last record goes beyond the limit.
-const UNDER_WAY: f64 = 2.2;
+/// Windows under way at a time, whatever they take: one on the lanes, the next queued there.
+const UNDER_WAY: usize = 2;
 
 /// What ends the source, and with it the process.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +98,8 @@ pub struct Wiring {
     pub footprint: Footprint,
     /// Seconds that the device will need for a record, by the bytes of its value.
     pub work: Work,
+    /// Records that keep the device busy, each by itself.
+    pub lanes: usize,
 }
 
 /// What all parts of the source share, and never changes.
@@ -184,6 +185,7 @@ impl Source {
             max_bytes: settings.window.max_bytes.0 as usize,
             max_wait: settings.window.max_wait.0,
             max_work: settings.window.max_work.0,
+            work_records: wiring.lanes,
         };
         let source = Self {
             offsets: Offsets::new(committer, settings.delivery.commit_interval.0),
@@ -196,7 +198,8 @@ impl Source {
                 Gatherer::new(limits),
                 Load {
                     bytes: (settings.memory.limit.0 / 2) as usize,
-                    work: UNDER_WAY * limits.max_work.as_secs_f64(),
+                    work: 2.0 * limits.max_work.as_secs_f64(),
+                    windows: UNDER_WAY,
                 },
             ),
             doubt: Doubt::new(Instant::now(), refresh),

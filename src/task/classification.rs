@@ -2,12 +2,26 @@
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::text::Texts;
+use super::kinds::Kind;
+use super::text::{TextModel, Texts};
 use super::{NUMBER, Task, to_json};
 use crate::codec::Input;
 use crate::engine::Rows;
-use crate::model::{self, Tokens};
+use crate::model::{self, Output, Tokens};
 use crate::record::RecordError;
+use crate::settings::TaskKind;
+
+pub(super) const KIND: Kind = Kind {
+    kind: TaskKind::TextClassification,
+    keys: &["top_k", "overflow", "cache"],
+    needs: None,
+    fields: &["label", "score", "scores"],
+    output: Some(Output::Logits),
+    load: |settings, metrics| {
+        let make = |texts, _: &_| Ok(Classification::new(texts, settings.task.top_k));
+        TextModel::load(settings, Output::Logits, metrics)?.with(settings, make)
+    },
+};
 
 pub struct Classification {
     texts: Texts,

@@ -2,12 +2,26 @@
 
 use serde::Serialize;
 
-use super::text::Texts;
+use super::kinds::Kind;
+use super::text::{TextModel, Texts};
 use super::{NUMBER, Task, to_json};
 use crate::codec::Input;
 use crate::engine::Rows;
-use crate::model::Tokens;
+use crate::model::{Output, Tokens};
 use crate::record::RecordError;
+use crate::settings::TaskKind;
+
+pub(super) const KIND: Kind = Kind {
+    kind: TaskKind::TextEmbedding,
+    keys: &["overflow", "cache"],
+    needs: None,
+    fields: &["embedding"],
+    output: Some(Output::Embedding),
+    load: |settings, metrics| {
+        TextModel::load(settings, Output::Embedding, metrics)?
+            .with(settings, |texts, _| Ok(Embed::new(texts)))
+    },
+};
 
 pub struct Embed {
     texts: Texts,

@@ -1,21 +1,24 @@
-//! What is predicted: one file per task. A task makes items of what a record says, and a prediction of the answers to
+//! What is predicted: one file per task, and one entry of the table in `kinds.rs`. A task makes items of what a record says, and a prediction of the answers to
 //! them. Nothing here knows Kafka.
 
 pub mod classification;
 pub mod embedding;
+mod kinds;
+mod noop;
 mod similarity;
 pub mod text;
 
 use std::sync::Arc;
 
-use crate::codec::{self, Input};
-use crate::compute::{About, Compute, Noop};
+pub use kinds::{KINDS, Kind};
+
+use crate::codec::Input;
+use crate::compute::Compute;
 use crate::engine::{Item, Rows, Value};
-use crate::model::{Digest, FilesError, ModelError, Output};
+use crate::model::{FilesError, ModelError};
 use crate::record::{Fault, RecordError};
-use crate::settings::{Settings, TaskKind};
+use crate::settings::Settings;
 use crate::telemetry::Metrics;
-use text::TextModel;
 
 /// From a decoded record to items, and from their answers to a prediction. What it says of a record does not depend on
 /// the records beside it.
@@ -68,30 +71,7 @@ pub enum TaskError {
 /// # Errors
 /// It cannot be loaded, or the model does not run.
 pub fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError> {
-    let text = |output| TextModel::load(settings, output, metrics);
-    let task = &settings.task;
-    match task.kind {
-        TaskKind::TextClassification => text(Output::Logits)?
-            .with(settings, |texts, _| Ok(classification::Classification::new(texts, task.top_k))),
-        TaskKind::TextEmbedding => {
-            text(Output::Embedding)?.with(settings, |texts, _| Ok(embedding::Embed::new(texts)))
-        }
-        TaskKind::Similarity => text(Output::Embedding)?
-            .with(settings, |texts, engine| similarity::Similarity::load(texts, engine, task)),
-        TaskKind::Noop => {
-            let files_error = |error| TaskError::Files { model: "noop".to_owned(), error };
-            let about = About {
-                kind: task.kind,
-                model: "noop".to_owned(),
-                digest: Digest::new(None, settings, "none").map_err(files_error)?,
-                device: "none".to_owned(),
-                dtype: "none".to_owned(),
-                host_memory: 0,
-            };
-            let decoder = codec::decoder(settings)?;
-            Ok(Arc::new(Noop { about, decoder, metrics: Arc::clone(metrics) }))
-        }
-    }
+    (Kind::of(settings.task.kind).load)(settings, metrics)
 }
 
 /// Bytes of an f32 in JSON, at most, with the comma.

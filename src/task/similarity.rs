@@ -6,13 +6,26 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::embedding::normalized;
-use super::text::Texts;
+use super::kinds::Kind;
+use super::text::{TextModel, Texts};
 use super::{NUMBER, Task, TaskError, to_json};
 use crate::codec::Input;
 use crate::engine::{Engine, Rows};
-use crate::model::{Model, Tokens};
+use crate::model::{Model, Output, Tokens};
 use crate::record::RecordError;
-use crate::settings;
+use crate::settings::{self, TaskKind};
+
+pub(super) const KIND: Kind = Kind {
+    kind: TaskKind::Similarity,
+    keys: &["top_k", "candidates", "overflow", "cache"],
+    needs: Some(("candidates", "a file of candidates, one {\"id\":…,\"text\":…} a line")),
+    fields: &["matches"],
+    output: Some(Output::Embedding),
+    load: |settings, metrics| {
+        let make = |texts, engine: &_| Similarity::load(texts, engine, &settings.task);
+        TextModel::load(settings, Output::Embedding, metrics)?.with(settings, make)
+    },
+};
 
 #[derive(Deserialize)]
 struct Candidate {

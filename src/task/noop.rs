@@ -1,0 +1,28 @@
+//! noop: the value as it came, for measuring.
+
+use std::sync::Arc;
+
+use super::TaskError;
+use super::kinds::Kind;
+use crate::codec;
+use crate::compute::{About, Compute, Noop};
+use crate::model::Digest;
+use crate::settings::{Settings, TaskKind};
+use crate::telemetry::Metrics;
+
+pub(super) const KIND: Kind =
+    Kind { kind: TaskKind::Noop, keys: &[], needs: None, fields: &[], output: None, load };
+
+fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError> {
+    let files_error = |error| TaskError::Files { model: "noop".to_owned(), error };
+    let about = About {
+        kind: settings.task.kind,
+        model: "noop".to_owned(),
+        digest: Digest::new(None, settings, "none").map_err(files_error)?,
+        device: "none".to_owned(),
+        dtype: "none".to_owned(),
+        host_memory: 0,
+    };
+    let decoder = codec::decoder(settings)?;
+    Ok(Arc::new(Noop { about, decoder, metrics: Arc::clone(metrics) }))
+}
