@@ -35,6 +35,8 @@ struct Quiet {
 pub(super) struct Fetching {
     quiet: HashMap<Partition, Quiet>,
     asked: Instant,
+    /// Since when partitions are paused.
+    paused: Option<Instant>,
     stuck_after: Duration,
 }
 
@@ -45,6 +47,7 @@ impl Fetching {
         Self {
             quiet: HashMap::new(),
             asked: now,
+            paused: None,
             stuck_after: stuck_after.map_or(STUCK, Duration::from_secs),
         }
     }
@@ -52,6 +55,7 @@ impl Fetching {
     /// The partitions that are fetched and of which nothing waits, with their positions, once a second. Returns those
     /// whose ends are to be asked for.
     fn look(&mut self, fetched: HashMap<Partition, i64>, now: Instant) -> Vec<Partition> {
+        self.paused = None;
         self.quiet.retain(|partition, quiet| fetched.get(partition) == Some(&quiet.position));
         for (partition, position) in fetched {
             self.quiet.entry(partition).or_insert(Quiet { position, since: now, behind: None });
@@ -66,6 +70,15 @@ impl Fetching {
             self.asked = now;
         }
         partitions
+    }
+
+    /// Partitions are paused, once a second. A short pause, such as one in which the cluster is asked what is true, comes
+    /// often on a busy machine and says nothing of the client.
+    fn pause(&mut self, now: Instant) {
+        let since = *self.paused.get_or_insert(now);
+        if now.saturating_duration_since(since) >= QUIET {
+            self.quiet.clear();
+        }
     }
 
     /// The ends of logs. Returns a partition that is stuck: its position and its end.
@@ -87,14 +100,16 @@ impl Fetching {
 
 impl Source {
     pub(super) fn look_at_fetching(&mut self, statistics: &Statistics) {
-        let idle = !self.intake.paused && !self.doubt.is_open();
+        if self.intake.paused || self.doubt.is_open() {
+            return self.fetching.pause(Instant::now());
+        }
         let position = |owned: &super::ledger::Owned| {
             let topic = statistics.topics.get(&*owned.partition.topic)?;
             let known = topic.partitions.get(&owned.partition.number)?;
             let done = self.bounds.drain.as_ref().is_some_and(|drain| drain.is_done(&owned.partition));
             let fetched = owned.hold.is_none() && !done && owned.is_idle();
             let waits = known.fetch_state == "active" && known.fetchq_cnt == 0;
-            (idle && fetched && waits).then(|| (owned.partition.clone(), known.next_offset))
+            (fetched && waits).then(|| (owned.partition.clone(), known.next_offset))
         };
         let fetched = self.ledger.iter().filter_map(position).collect();
         let quiet = self.fetching.look(fetched, Instant::now());
@@ -135,7 +150,17 @@ mod tests {
         assert_eq!(fetching.ends(&position(9), at(140)), None, "counted anew");
         fetching.look(position(6), at(200));
         assert_eq!(fetching.ends(&position(9), at(300)), None, "it has moved");
-        fetching.look(HashMap::new(), at(301));
+        for seconds in [301, 305] {
+            fetching.pause(at(seconds));
+            fetching.look(position(6), at(seconds + 1));
+        }
+        assert!(fetching.ends(&position(9), at(360)).is_some(), "short pauses do not count");
+        for seconds in 361..372 {
+            fetching.pause(at(seconds));
+        }
+        fetching.look(position(6), at(372));
+        assert_eq!(fetching.ends(&position(9), at(373)), None, "counted anew after a long one");
+        fetching.look(HashMap::new(), at(374));
         assert_eq!(fetching.ends(&position(9), at(400)), None, "not fetched now");
     }
 }
