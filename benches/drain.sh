@@ -3,45 +3,27 @@
 # bundled model, and texts through MODEL (make.py's minilm), whose rate stands beside `bench engine`'s.
 # Prints a JSON line for each.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-target=${CARGO_TARGET_DIR:-$root/target}
-kandle=${KANDLE:-$target/release/kandle}
-folder=${FOLDER:-$target/bench-engine}
-dir=$(mktemp -d)
 port=${PORT:-19592}
-mkfifo "$dir/hold"
-"$root/tests/support/kafka.sh" run "$dir/kafka" "$port" <"$dir/hold" &
-exec 3>"$dir/hold"
-trap 'exec 3>&-; wait; rm -rf "$dir"' EXIT
-tool() { "$root/tests/support/kafka.sh" tool "$@"; }
+. "$(dirname "$0")/broker.sh"
+folder=${FOLDER:-$target/bench-engine}
 
 drain() { # NAME FILE SETTINGS…: fills a topic with the file's lines, drains it
   local name=$1 file=$2
-  for topic in "$name" "$name-out" "$name-dead"; do
-    until tool org.apache.kafka.tools.TopicCommand --bootstrap-server "127.0.0.1:$port" --create --if-not-exists \
-      --topic "$topic" --partitions 4 > /dev/null 2>&1; do kill -0 %1; done
-  done
-  tool org.apache.kafka.tools.ConsoleProducer --bootstrap-server "127.0.0.1:$port" --topic "$name" \
-    --batch-size 16000 --timeout 20 < "$file" > /dev/null
-  "$kandle" drain --report "$dir/$name.json" --set "kafka.brokers=127.0.0.1:$port" --set "input.topics=$name" \
+  fill 4 "$name" "$file"
+  "$kandle" drain --report "$dir/$name.json" --set "kafka.brokers=$server" --set "input.topics=$name" \
     --set "input.group=$name" --set input.field=/text --set "output.topic=$name-out" --set "dead_letters.topic=$name-dead" \
     --set server.listen=127.0.0.1:0 "${@:3}" 2> "$dir/$name.log" || { cat "$dir/$name.log" >&2; exit 1; }
-}
-
-seconds() { # NAME: from the assignment to the end, as the log has them; joining a new group takes its time
-  date -f <(sed -n 's/^\([^ ]*Z\).* assigned partitions.*/\1/p; s/^\([^ ]*Z\).* drained: .*/\1/p' "$dir/$1.log") +%s.%N |
-    awk 'NR == 1 { first = $1 } { last = $1 } END { print last - first }'
 }
 
 seq 1000000 | sed 's/.*/{"text": "ticket & is here"}/' > "$dir/small"
 drain small "$dir/small" --set task.kind=noop
 records=$(sed -n 's/.*"records": \([0-9]*\),/\1/p' "$dir/small.json")
-awk -v r="$records" -v s="$(seconds small)" 'BEGIN { printf "{\"drain\": \"noop\", \"records\": %d, \"seconds\": %.2f, \"records_per_second\": %.0f}\n", r, s, r / s }'
+awk -v r="$records" -v s="$(seconds "$dir/small.log")" 'BEGIN { printf "{\"drain\": \"noop\", \"records\": %d, \"seconds\": %.2f, \"records_per_second\": %.0f}\n", r, s, r / s }'
 
 for _ in $(seq 100); do cat "$root/demo/tickets.jsonl"; done | awk '{ sub(/"text": "/, "\"text\": \"no. " NR ": "); print }' > "$dir/tickets"
 drain tickets "$dir/tickets" --set task.kind=text-classification --set model.source=bundled
 records=$(sed -n 's/.*"records": \([0-9]*\),/\1/p' "$dir/tickets.json")
-awk -v r="$records" -v s="$(seconds tickets)" 'BEGIN { printf "{\"drain\": \"bundled\", \"records\": %d, \"seconds\": %.2f, \"records_per_second\": %.0f}\n", r, s, r / s }'
+awk -v r="$records" -v s="$(seconds "$dir/tickets.log")" 'BEGIN { printf "{\"drain\": \"bundled\", \"records\": %d, \"seconds\": %.2f, \"records_per_second\": %.0f}\n", r, s, r / s }'
 
 if [ -e "$folder/minilm" ]; then
   for _ in 1 2 3; do cat "$folder/mixed.jsonl"; done | # All different, in letters that the vocabulary has: what is the same is computed once.
@@ -55,7 +37,7 @@ if [ -e "$folder/minilm" ]; then
   drain mixed "$dir/mixed" --set task.kind=text-embedding --set "model.source=$folder/minilm"
   after=$(engine)
   records=$(sed -n 's/.*"records": \([0-9]*\),/\1/p' "$dir/mixed.json")
-  awk -v r="$records" -v s="$(seconds mixed)" -v a="$before" -v b="$after" 'BEGIN {
+  awk -v r="$records" -v s="$(seconds "$dir/mixed.log")" -v a="$before" -v b="$after" 'BEGIN {
     printf "{\"drain\": \"minilm\", \"records\": %d, \"seconds\": %.2f, \"records_per_second\": %.1f, \"bench_engine\": %.1f, \"ratio\": %.3f}\n",
       r, s, r / s, (a + b) / 2, r / s / ((a + b) / 2) }'
 fi

@@ -2,21 +2,12 @@
 # Start-up time, idle CPU and resident memory of `kandle run` with the bundled model on a real Kafka.
 # Prints one JSON line.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-kandle=${KANDLE:-${CARGO_TARGET_DIR:-$root/target}/release/kandle}
-dir=$(mktemp -d)
 port=${PORT:-19392}
-mkfifo "$dir/hold"
-"$root/tests/support/kafka.sh" run "$dir/kafka" "$port" <"$dir/hold" &
-exec 3>"$dir/hold"
-trap 'kill "${daemon:-}" 2>/dev/null || true; exec 3>&-; wait; rm -rf "$dir"' EXIT
-libs=${KANDLE_KAFKA_LIBS:-$root/.cache/kafka/4.1.0}
-for topic in in out dead; do
-  until java -cp "$libs/*" org.apache.kafka.tools.TopicCommand --bootstrap-server "127.0.0.1:$port" --create \
-    --if-not-exists --topic "$topic" --partitions 4 >/dev/null 2>&1; do kill -0 %1; done
-done
+. "$(dirname "$0")/broker.sh"
+on_exit() { kill "${daemon:-}" 2>/dev/null || true; }
+create 4 in out dead
 started=$(date +%s%N)
-"$kandle" run --set "kafka.brokers=127.0.0.1:$port" --set input.topics=in --set input.group=footprint \
+"$kandle" run --set "kafka.brokers=$server" --set input.topics=in --set input.group=footprint \
   --set input.format=text --set task.kind=text-classification --set model.source=bundled --set output.topic=out \
   --set dead_letters.topic=dead --set server.listen=127.0.0.1:0 2>"$dir/log" &
 daemon=$!

@@ -57,7 +57,7 @@ fn stages(c: &mut Criterion) {
     let sources = Sources { set: set.map(str::to_owned).to_vec(), ..Sources::default() };
     let settings = settings::load(&sources).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
     let model = TextModel::load(&settings, Output::Logits, &Arc::new(Metrics::new())).expect("bundled");
-    let batched = model.batched(&settings, |texts, _| Ok(Classification::new(texts, None))).expect("a task");
+    let batched = model.batched(&settings, |model, _| Ok(Classification::new(model, None))).expect("a task");
     group.bench_function("predict", |b| {
         // All records are the same, so that one is computed.
         let response = || batched.engine.answer(batched.prepare(gather(value))).expect("answers");

@@ -4,29 +4,12 @@
 # repeated after kill -9, in seconds of work; records/s of a drain beside one with windows of any length, in turns.
 # Prints a JSON line.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-target=${CARGO_TARGET_DIR:-$root/target}
-kandle=${KANDLE:-$target/release/kandle}
+port=${PORT:-19692}
+. "$(dirname "$0")/broker.sh"
 folder=${FOLDER:-$target/bench-engine}
 model=${MODEL:-$folder/base}
 turns=${TURNS:-2}
-dir=$(mktemp -d)
-port=${PORT:-19692}
-mkfifo "$dir/hold"
-"$root/tests/support/kafka.sh" run "$dir/kafka" "$port" <"$dir/hold" &
-exec 3>"$dir/hold"
-trap 'exec 3>&-; wait; rm -rf "$dir"' EXIT
-tool() { "$root/tests/support/kafka.sh" tool "$@"; }
-server="127.0.0.1:$port"
-
-fill() { # TOPIC FILE
-  for topic in "$1" "$1-out" "$1-dead"; do
-    until tool org.apache.kafka.tools.TopicCommand --bootstrap-server "$server" --create --if-not-exists \
-      --topic "$topic" --partitions 1 > /dev/null 2>&1; do kill -0 %1; done
-  done
-  tool org.apache.kafka.tools.ConsoleProducer --bootstrap-server "$server" --topic "$1" --batch-size 16000 --timeout 20 \
-    < "$2" > /dev/null
-}
+on_exit() { kill "${pid:-}" 2>/dev/null || true; }
 
 settings() { # TOPIC GROUP
   echo --set "kafka.brokers=$server" --set "input.topics=$1" --set "input.group=$2" --set input.field=/text \
@@ -56,7 +39,7 @@ elapsed() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", b - a }'; }
 # All different: what is the same is computed once.
 for mark in $(echo a b c d e f | cut -d' ' -f "-${TIMES:-6}"); do sed "s/\"text\": \"/&$mark /" "$folder/long.jsonl"; done > "$dir/texts"
 total=$(wc -l < "$dir/texts")
-fill windows "$dir/texts"
+fill 1 windows "$dir/texts"
 
 start "$dir/first.log" windows windows
 await "$dir/first.log" 1
@@ -83,8 +66,7 @@ repeated=$(( $(wc -l < "$dir/sources") - $(uniq "$dir/sources" | wc -l) ))
 drain() { # GROUP SETTINGS…: records/s from the assignment to the end
   # shellcheck disable=SC2046
   "$kandle" drain $(settings windows "$1") "${@:2}" 2> "$dir/drain.log" || { cat "$dir/drain.log" >&2; exit 1; }
-  date -f <(sed -n 's/^\([^ ]*Z\).* assigned partitions.*/\1/p; s/^\([^ ]*Z\).* drained: .*/\1/p' "$dir/drain.log") +%s.%N |
-    awk -v r="$total" 'NR == 1 { first = $1 } { last = $1 } END { print r / (last - first) }'
+  seconds "$dir/drain.log" | awk -v r="$total" '{ print r / $1 }'
 }
 
 for turn in $(seq "$turns"); do

@@ -116,15 +116,7 @@ pub fn run(
             revive: shared.revive.clone(),
             traced: shared.traces.is_some(),
             partitions: topics.input_partitions,
-            footprint: {
-                let compute = Arc::clone(&compute);
-                Box::new(move |value_bytes| compute.footprint(value_bytes))
-            },
-            lanes: compute.lanes(),
-            work: {
-                let compute = Arc::clone(&compute);
-                Box::new(move |value_bytes| compute.work(value_bytes))
-            },
+            compute: Arc::clone(&compute),
         },
     )
     .map_err(|e| e.to_string())?;

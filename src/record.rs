@@ -1,5 +1,6 @@
 //! What flows: a record's place in Kafka, its bytes, and what can be wrong with it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,6 +21,12 @@ impl Partition {
     pub fn new(topic: impl Into<Arc<str>>, number: i32) -> Self {
         Self { topic: topic.into(), number }
     }
+}
+
+/// The topics of these partitions, sorted, each once.
+pub fn topics_of<'a>(partitions: impl Iterator<Item = &'a Partition>) -> Vec<String> {
+    let topics: BTreeSet<&str> = partitions.map(|partition| &*partition.topic).collect();
+    topics.into_iter().map(str::to_owned).collect()
 }
 
 impl fmt::Display for Partition {

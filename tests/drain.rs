@@ -116,6 +116,15 @@ fn two_drains_of_a_group_share_the_work_and_both_end() {
     }
 }
 
+/// A drain of 4,000 records that has published some.
+fn under_way(name: &str) -> (Place, Daemon) {
+    let place = Place::new(name, 1);
+    place.produce(numbered(1, 0, 4000));
+    let drain = slow(&place);
+    place.predictions(40);
+    (place, drain)
+}
+
 fn slow(place: &Place) -> Daemon {
     let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }";
     let config = place.config(&[&NOOP[..], &SLOW, &[("input", input)]].concat());
@@ -126,10 +135,7 @@ fn slow(place: &Place) -> Daemon {
 
 #[test]
 fn a_drain_whose_topic_is_deleted_ends() {
-    let place = Place::new("drain-deleted", 1);
-    place.produce(numbered(1, 0, 4000));
-    let mut drain = slow(&place);
-    place.predictions(40);
+    let (place, mut drain) = under_way("drain-deleted");
     place.delete(&place.input);
     assert_eq!(drain.wait().code(), Some(1), "{}", drain.log());
     let gone = format!("topic {} was deleted during the drain", place.input);
@@ -139,10 +145,7 @@ fn a_drain_whose_topic_is_deleted_ends() {
 /// The one that is given the partition has never had it.
 #[test]
 fn a_topic_recreated_while_its_owner_is_frozen_ends_the_drain_of_the_next_owner() {
-    let place = Place::new("drain-recreated", 1);
-    place.produce(numbered(1, 0, 4000));
-    let mut owner = slow(&place);
-    place.predictions(40);
+    let (place, mut owner) = under_way("drain-recreated");
     let mut heir = slow(&place);
     heir.wait_log("standing by");
     owner.signal("STOP");

@@ -51,10 +51,9 @@ pub(super) enum Purpose {
     Probe,
 }
 
-/// A run of the model under way.
+/// A run of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Run {
-    pub since: Instant,
     pub purpose: Purpose,
     pub window: u64,
     pub items: Vec<u32>,
@@ -63,7 +62,7 @@ pub(super) struct Run {
 #[derive(Debug)]
 enum State {
     Idle,
-    Running(Run),
+    Running { since: Instant, run: Run },
     Abandoned,
 }
 
@@ -124,19 +123,19 @@ impl<M: Model> Lanes<M> {
         let _ = self.work.send(work);
     }
 
-    /// A run that has taken longer than `limit`, and the number of its lane.
-    pub fn timed_out(&self, limit: Duration) -> Option<(usize, Run)> {
+    /// A run that has taken longer than `limit`: the number of its lane, and when it began.
+    pub fn timed_out(&self, limit: Duration) -> Option<(usize, Instant, Run)> {
         self.lanes.iter().enumerate().find_map(|(lane, (_, state))| match &*lock(state) {
-            State::Running(run) if run.since.elapsed() > limit => Some((lane, run.clone())),
+            State::Running { since, run } if since.elapsed() > limit => Some((lane, *since, run.clone())),
             _ => None,
         })
     }
 
-    /// Abandons a lane that is still at this run, and starts another; false where the run has ended meanwhile.
-    pub fn abandon(&mut self, lane: usize, run: &Run) -> bool {
+    /// Abandons a lane that is still at the run that began then, and starts another; false where it has ended meanwhile.
+    pub fn abandon(&mut self, lane: usize, began: Instant) -> bool {
         {
             let mut state = lock(&self.lanes[lane].1);
-            if !matches!(&*state, State::Running(now) if now == run) {
+            if !matches!(&*state, State::Running { since, .. } if *since == began) {
                 return false;
             }
             *state = State::Abandoned;
@@ -199,7 +198,7 @@ impl<M: Model> Lane<M> {
             true => (None, Some(memory.write().unwrap_or_else(|e| e.into_inner()))),
         };
         // A lane that waits is not abandoned: the one that it waits for is.
-        *lock(&self.state) = State::Running(Run { since: Instant::now(), ..run });
+        *lock(&self.state) = State::Running { since: Instant::now(), run };
         let result = self.device.model.run(batch);
         drop((shared, exclusive));
         let mut state = lock(&self.state);

@@ -206,10 +206,9 @@ impl<M: Model> Engine<M> {
                 recv(source) -> request => match request {
                     Ok(request) => {
                         active(true);
-                        let Request { window, items, mut plan } = request.take(metrics, "wait_infer");
-                        let (items, batches) = (Arc::new(items), std::mem::take(&mut plan.batches));
-                        let left = batches.len();
-                        let id = windows.open(window, Arc::clone(&items), plan, left, Instant::now());
+                        let Request { window, items, plan } = request.take(metrics, "wait_infer");
+                        let items = Arc::new(items);
+                        let (id, batches) = windows.open(window, Arc::clone(&items), plan, Instant::now());
                         for batch in batches {
                             lanes.run(Work { window: id, items: Arc::clone(&items), batch });
                         }
@@ -225,7 +224,7 @@ impl<M: Model> Engine<M> {
                 }
                 default(look) => {}
             }
-            if let Some((lane, run)) = lanes.timed_out(self.timeout) {
+            if let Some((lane, began, run)) = lanes.timed_out(self.timeout) {
                 match run.purpose {
                     Purpose::Probe => return Err(EngineError::Unresponsive(self.timeout)),
                     Purpose::Answers => {
@@ -234,7 +233,7 @@ impl<M: Model> Engine<M> {
                         }
                     }
                     Purpose::Suspect => {
-                        if lanes.abandon(lane, &run) {
+                        if lanes.abandon(lane, began) {
                             windows.abandoned(run.window, &run.items, self.timeout);
                         }
                     }

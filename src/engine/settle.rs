@@ -57,9 +57,9 @@ struct Settling<'a, M: Model> {
 }
 
 impl<M: Model> Settling<'_, M> {
-    /// An item on which inference has timed out: a healthy device is all that it is to be blamed beside.
+    /// An item on which inference has timed out before: it is to blame only where the device is healthy.
     fn suspect(&mut self, items: &[u32]) -> Result<(), Stop> {
-        self.probe()?.map_err(|error| Stop::Fatal(format!("the device fails on a plain item: {error}")))?;
+        self.probe()?;
         self.settle(items, Purpose::Suspect)
     }
 
@@ -96,8 +96,7 @@ impl<M: Model> Settling<'_, M> {
             }
             Err(RunError::Batch(message)) => {
                 if let [item] = items {
-                    self.probe()?
-                        .map_err(|e| Stop::Fatal(format!("the device fails on a plain item: {e}")))?;
+                    self.probe()?;
                     self.fail(*item, message);
                     return Ok(());
                 }
@@ -123,7 +122,7 @@ impl<M: Model> Settling<'_, M> {
             }
             Err(RunError::Device(message)) => Err(Stop::Fatal(message)),
             Err(RunError::Batch(message) | RunError::OutOfMemory(message)) => {
-                self.probe()?.map_err(|e| Stop::Fatal(format!("the device fails on a plain item: {e}")))?;
+                self.probe()?;
                 let cost = item.cost();
                 self.fail(place, format!("an input of {cost} does not fit the device: {message}"));
                 Ok(())
@@ -131,10 +130,14 @@ impl<M: Model> Settling<'_, M> {
         }
     }
 
-    /// Whether the device answers a plain item.
-    fn probe(&self) -> Result<Result<(), RunError>, Stop> {
+    /// # Errors
+    /// The device does not answer a plain item.
+    fn probe(&self) -> Result<(), Stop> {
         let item = self.lane.device.model.sample(PROBE);
-        Ok(self.run(&[&item], &[], Purpose::Probe, false)?.map(drop))
+        match self.run(&[&item], &[], Purpose::Probe, false)? {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Stop::Fatal(format!("the device fails on a plain item: {error}"))),
+        }
     }
 
     fn run(
@@ -144,8 +147,7 @@ impl<M: Model> Settling<'_, M> {
         purpose: Purpose,
         alone: bool,
     ) -> Result<Result<Ragged<M::Value>, RunError>, Stop> {
-        let run =
-            Run { since: std::time::Instant::now(), purpose, window: self.window, items: items.to_vec() };
+        let run = Run { purpose, window: self.window, items: items.to_vec() };
         Ok(self.lane.run(batch, run, alone)?)
     }
 

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use super::answers::Answers;
 use super::lanes::Done;
-use super::model::Value;
+use super::model::{Item, Value};
+use super::plan::Batch;
 use super::reuse::Cache;
 use super::{Plan, Response};
-use crate::engine::model::Item;
 use crate::ragged::Ragged;
 
 /// Windows in the order they came, which is that in which they leave.
@@ -41,15 +41,8 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         self.open.is_empty()
     }
 
-    /// Opens a window of so many batches; returns its id.
-    pub fn open(
-        &mut self,
-        window: W,
-        items: Arc<Vec<I>>,
-        plan: Plan<V>,
-        batches: usize,
-        now: Instant,
-    ) -> u64 {
+    /// Opens a window; returns its id, and its batches, which are to be run.
+    pub fn open(&mut self, window: W, items: Arc<Vec<I>>, plan: Plan<V>, now: Instant) -> (u64, Vec<Batch>) {
         let id = self.next;
         self.next += 1;
         let mut answers = Answers::new(items.len());
@@ -58,9 +51,9 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         answers.add(plan.cached.iter().map(|(item, _)| *item), cached);
         let response =
             Response { window, answers, failed: Vec::new(), lane_abandoned: false, busy: Duration::ZERO };
-        let (left, duplicates) = (batches, plan.duplicates);
+        let (left, duplicates) = (plan.batches.len(), plan.duplicates);
         self.open.push_back(Open { id, left, items, duplicates, started: now, response });
-        id
+        (id, plan.batches)
     }
 
     fn find(&mut self, id: u64) -> Option<&mut Open<W, I, V>> {

@@ -130,15 +130,8 @@ pub fn edges<'a, C: ConsumerContext>(
         Edge::Start => Offset::Beginning,
         Edge::End => Offset::End,
     };
-    let mut list = TopicPartitionList::new();
-    for partition in partitions {
-        list.add_partition_offset(&partition.topic, partition.number, time)?;
-    }
-    if list.count() == 0 {
-        return Ok((HashMap::new(), None));
-    }
     let (mut offsets, mut failed) = (HashMap::new(), None);
-    for element in consumer.offsets_for_times(list, ASK)?.elements() {
+    for element in offsets_at(consumer, partitions, time)?.elements() {
         match (element.error(), element.offset()) {
             (Ok(()), Offset::Offset(offset)) => {
                 offsets.insert(Partition::new(element.topic(), element.partition()), offset);
@@ -160,6 +153,29 @@ pub fn all_edges<'a, C: ConsumerContext>(
         (offsets, None) => Ok(offsets),
         (_, Some(error)) => Err(error),
     }
+}
+
+/// The offsets of partitions at a time, or at an end of their logs: one request to each broker.
+fn offsets_at<'a, C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partitions: impl IntoIterator<Item = &'a Partition>,
+    time: Offset,
+) -> Result<TopicPartitionList, KafkaError> {
+    let mut list = list_of(partitions);
+    if list.count() == 0 {
+        return Ok(list);
+    }
+    list.set_all_offsets(time)?;
+    consumer.offsets_for_times(list, ASK)
+}
+
+/// The list that librdkafka takes for `partitions`, without offsets.
+pub fn list_of<'a>(partitions: impl IntoIterator<Item = &'a Partition>) -> TopicPartitionList {
+    let mut list = TopicPartitionList::new();
+    for partition in partitions {
+        list.add_partition(&partition.topic, partition.number);
+    }
+    list
 }
 
 /// The parts of all partitions of `topics` from one point to another; the whole where none is given.
@@ -265,11 +281,7 @@ fn offsets<C: ConsumerContext>(
         }
         Point::Time(time) => time.as_millisecond(),
     };
-    let mut list = TopicPartitionList::new();
-    for partition in ranges.keys() {
-        list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(time.max(0)))?;
-    }
-    let found = again(|| consumer.offsets_for_times(list.clone(), ASK))?;
+    let found = again(|| offsets_at(consumer, ranges.keys(), Offset::Offset(time.max(0))))?;
     let mut offsets = BTreeMap::new();
     for element in found.elements() {
         element.error()?;

@@ -102,17 +102,11 @@ impl Source {
             Some(all) if !std::mem::replace(&mut self.assignment.compared, true) => self.compare_models(all),
             _ => Ok(()),
         };
-        if let Err(changed) = compared.and_then(|()| self.compare_models(&list)) {
+        let same_models = compared.and_then(|()| self.compare_models(&list));
+        if let Err(error) = same_models.and_then(|()| self.check_topics(&starts)) {
             // The client waits for an answer, also when it is about to leave.
             let _ = take_up(&self.consumer, &list);
-            return Err(changed);
-        }
-        if let Some(drain) = &self.bounds.drain {
-            let check = |start: &StartOf| drain.check_topic(&start.partition.topic, start.topic_id.as_ref());
-            if let Err(gone) = starts.iter().try_for_each(check) {
-                let _ = take_up(&self.consumer, &list);
-                return Err(gone.into());
-            }
+            return Err(error);
         }
         let mut partitions = Vec::new();
         for start in starts {
@@ -177,6 +171,15 @@ impl Source {
         match partitions.is_empty() {
             true => tracing::info!("in the group, standing by"),
             false => tracing::info!(partitions = %names(&partitions), "assigned"),
+        }
+        Ok(())
+    }
+
+    /// Whether the topics are those whose ends a drain froze.
+    fn check_topics(&self, starts: &[StartOf]) -> Result<(), SourceError> {
+        let Some(drain) = &self.bounds.drain else { return Ok(()) };
+        for start in starts {
+            drain.check_topic(&start.partition.topic, start.topic_id.as_ref())?;
         }
         Ok(())
     }

@@ -19,6 +19,18 @@ pub(super) struct Bounds {
     pub period: Period,
 }
 
+impl Bounds {
+    /// A drain wants nothing more of the partition.
+    pub fn is_done(&self, partition: &Partition) -> bool {
+        self.drain.as_ref().is_some_and(|drain| drain.is_done(partition))
+    }
+
+    /// Where a drain ends in the partition.
+    pub fn bound(&self, partition: &Partition) -> Option<i64> {
+        self.drain.as_ref()?.bound(partition)
+    }
+}
+
 impl Source {
     /// These partitions have given all that is wanted of them.
     pub(super) fn end(&mut self, ended: &BTreeSet<Partition>) {

@@ -13,7 +13,7 @@ use super::ledger::Hold;
 use super::lookup::{Looked, Question, Topics};
 use super::serve::{Source, SourceError};
 use crate::kafka::native::Identity;
-use crate::record::Partition;
+use crate::record::{Partition, topics_of};
 
 /// The loop turns more often, unless the process is stopped or starved. A topic can be deleted and recreated in less
 /// than half a second.
@@ -147,13 +147,12 @@ impl Source {
 
     pub(super) fn ask_for_topics(&mut self) {
         (self.doubt.asked, self.doubt.waiting) = (Instant::now(), true);
-        let mut owned: Vec<String> =
-            self.ledger.iter().map(|owned| owned.partition.topic.to_string()).collect();
+        let mut topics = topics_of(self.ledger.iter().map(|owned| &owned.partition));
         // Also those of which other members have all partitions.
-        owned.extend(self.bounds.drain.iter().flat_map(|drain| drain.open_topics()));
-        owned.sort();
-        owned.dedup();
-        self.lookup.ask(Question::Topics(owned));
+        topics.extend(self.bounds.drain.iter().flat_map(|drain| drain.open_topics()));
+        topics.sort();
+        topics.dedup();
+        self.lookup.ask(Question::Topics(topics));
     }
 
     pub(super) fn on_topics(&mut self, topics: Option<Topics>) -> Result<(), SourceError> {
@@ -254,7 +253,7 @@ impl Source {
                 Damage::UpTo(_) if owned.next() != at || owned.hold == Some(Hold::Revoked) => {}
                 Damage::UpTo(to) => {
                     owned.skip_to(to);
-                    let bound = self.bounds.drain.as_ref().and_then(|drain| drain.bound(&partition));
+                    let bound = self.bounds.bound(&partition);
                     if bound.is_some_and(|bound| to >= bound) {
                         ended.insert(partition.clone());
                     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::topic_partition_list::Offset;
 use serde::Serialize;
 
 use super::start::{Begin, start_of};
@@ -16,7 +16,7 @@ use crate::kafka::cluster;
 use crate::kafka::consumer::{self, Observer};
 use crate::kafka::native::{self, Identity, TopicId};
 use crate::kafka::range::{self, ASK, Range, RangeError};
-use crate::record::Partition;
+use crate::record::{Partition, topics_of};
 use crate::settings::{Settings, Start};
 use crate::window::Span;
 
@@ -134,8 +134,7 @@ impl Drain {
             (partition, bound)
         };
         let bounds: BTreeMap<Partition, Bound> = ranges.into_iter().map(bound).collect();
-        let mut names: Vec<String> = bounds.keys().map(|partition| partition.topic.to_string()).collect();
-        names.dedup();
+        let names = topics_of(bounds.keys());
         let identities = range::again(|| native::identities(&observer, &names, ASK))?;
         self.topics.get_or_init(|| identities);
         *self.lock() = bounds;
@@ -145,10 +144,7 @@ impl Drain {
     /// The topics of which something is left.
     pub(super) fn open_topics(&self) -> Vec<String> {
         let bounds = self.lock();
-        let open = bounds.iter().filter(|(_, bound)| bound.open);
-        let mut names: Vec<String> = open.map(|(partition, _)| partition.topic.to_string()).collect();
-        names.dedup();
-        names
+        topics_of(bounds.iter().filter(|(_, bound)| bound.open).map(|(partition, _)| partition))
     }
 
     /// # Errors
@@ -300,17 +296,11 @@ pub(super) fn standing_of<'a>(
     consumer: &Observer,
     partitions: impl Iterator<Item = &'a Partition>,
 ) -> Result<HashMap<Partition, i64>, KafkaError> {
-    let mut list = TopicPartitionList::new();
-    let mut names = Vec::new();
-    for partition in partitions {
-        list.add_partition(&partition.topic, partition.number);
-        if names.last().is_none_or(|last| *last != *partition.topic) {
-            names.push(partition.topic.to_string());
-        }
-    }
-    if list.count() == 0 {
+    let partitions: Vec<&Partition> = partitions.collect();
+    if partitions.is_empty() {
         return Ok(HashMap::new());
     }
+    let (list, names) = (range::list_of(partitions.iter().copied()), topics_of(partitions.into_iter()));
     let known = range::again(|| cluster::committed(consumer, &list, ASK))?;
     let identities = range::again(|| native::identities(consumer, &names, ASK))?;
     let start = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use rdkafka::Statistics;
 
+use super::lag::of_partition;
+use super::ledger::Owned;
 use super::lookup::{Offsets, Question};
 use super::serve::{Source, SourceError};
 use crate::failpoint;
@@ -103,10 +105,9 @@ impl Source {
         if self.intake.paused || self.doubt.is_open() {
             return self.fetching.pause(Instant::now());
         }
-        let position = |owned: &super::ledger::Owned| {
-            let topic = statistics.topics.get(&*owned.partition.topic)?;
-            let known = topic.partitions.get(&owned.partition.number)?;
-            let done = self.bounds.drain.as_ref().is_some_and(|drain| drain.is_done(&owned.partition));
+        let position = |owned: &Owned| {
+            let known = of_partition(statistics, &owned.partition)?;
+            let done = self.bounds.is_done(&owned.partition);
             let fetched = owned.hold.is_none() && !done && owned.is_idle();
             let waits = known.fetch_state == "active" && known.fetchq_cnt == 0;
             (fetched && waits).then(|| (owned.partition.clone(), known.next_offset))

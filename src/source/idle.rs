@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use rdkafka::statistics::{Partition as PartitionStatistics, Statistics};
 
 use super::doubt::Cause;
+use super::lag::of_partition;
 use super::ledger::Owned;
 use super::lookup::{Content, Question, Stretch};
 use super::serve::Source;
@@ -35,13 +36,11 @@ impl Source {
         }
         let mut stretches = Vec::new();
         for owned in self.ledger.iter() {
-            let bound = match &self.bounds.drain {
-                Some(drain) if drain.is_done(&owned.partition) => continue,
-                Some(drain) => drain.bound(&owned.partition),
-                None => None,
-            };
-            let topic = statistics.topics.get(&*owned.partition.topic);
-            let known = topic.and_then(|topic| topic.partitions.get(&owned.partition.number));
+            if self.bounds.is_done(&owned.partition) {
+                continue;
+            }
+            let bound = self.bounds.bound(&owned.partition);
+            let known = of_partition(statistics, &owned.partition);
             stretches.extend(known.and_then(|known| beyond(owned, known, bound)));
         }
         if !stretches.is_empty() {
@@ -62,7 +61,7 @@ impl Source {
                 continue;
             }
             owned.pass_to(to);
-            if self.bounds.drain.as_ref().and_then(|drain| drain.bound(&partition)) == Some(to) {
+            if self.bounds.bound(&partition) == Some(to) {
                 ended.insert(partition);
             }
         }

@@ -205,7 +205,7 @@ impl Source {
             let suspect = owned.suspects.contains(&message.offset());
             let parent = || TraceParent::read(headers::last(&message, headers::TRACEPARENT)?);
             let trace = if self.context.traced { parent().map(Box::new) } else { None };
-            let work = message.payload().map_or(0.0, |value| (self.context.work)(value.len()));
+            let work = message.payload().map_or(0.0, |value| self.context.compute.work(value.len()));
             let arrival = Arrival { origin, trace, ..arrival(&message, suspect, work) };
             full = self.intake.gatherer.push(&owned.partition, &owned.lease, arrival, now);
             if end == Some(message.offset() + 1) {
@@ -234,7 +234,7 @@ impl Source {
                 span.metadata = self.context.metadata(owned, span.first);
             }
         }
-        window.reserve(&self.context.footprint);
+        window.reserve(|value_bytes| self.context.compute.footprint(value_bytes));
         let metrics = &self.context.metrics;
         metrics.windows.with_label_values(&[window.closed_by.name()]).inc();
         metrics.window_records.observe(window.records.len() as f64);
@@ -322,7 +322,7 @@ impl Source {
             let mut wanted = TopicPartitionList::new();
             for e in all.elements() {
                 let partition = Partition::new(e.topic(), e.partition());
-                let done = self.bounds.drain.as_ref().is_some_and(|drain| drain.is_done(&partition));
+                let done = self.bounds.is_done(&partition);
                 let held = self.ledger.get(&partition).is_none_or(|owned| owned.hold.is_some());
                 if !done && !held {
                     wanted.add_partition(e.topic(), e.partition());

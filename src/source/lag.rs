@@ -50,9 +50,7 @@ impl Lag {
         let mut seen = HashSet::new();
         for owned in ledger.iter() {
             let Partition { topic, number } = &owned.partition;
-            let Some(known) = statistics.topics.get(&**topic).and_then(|t| t.partitions.get(number)) else {
-                continue;
-            };
+            let Some(known) = of_partition(statistics, &owned.partition) else { continue };
             prefetched += known.fetchq_size;
             let bound = drain.map(|drain| drain.end(&owned.partition));
             let end = known.hi_offset.max(ends.get(&owned.partition).copied().unwrap_or(-1));
@@ -111,6 +109,14 @@ impl Lag {
         }
         self.last = Some((now, self.published));
     }
+}
+
+/// What the client says of a partition.
+pub(super) fn of_partition<'a>(
+    statistics: &'a Statistics,
+    partition: &Partition,
+) -> Option<&'a PartitionStatistics> {
+    statistics.topics.get(&*partition.topic)?.partitions.get(&partition.number)
 }
 
 fn forget(partition: &Partition, metrics: &Metrics) {

@@ -22,7 +22,7 @@ use crate::kafka::metadata::{Metadata, add_offset};
 use crate::kafka::native::{self, First, Identity};
 use crate::kafka::range::{self, ASK, Edge, RangeError};
 use crate::kafka::topics::TopicFilter;
-use crate::record::Partition;
+use crate::record::{Partition, topics_of};
 use crate::settings::Start;
 
 /// Between two attempts at the same question.
@@ -251,8 +251,8 @@ impl Thread {
             Question::Start { id, partitions, compare_all } => {
                 Answer::Start(Box::new(self.begin(id, &partitions, compare_all)?))
             }
-            Question::Ends(partitions) => Answer::Ends(self.ends(&partitions)),
-            Question::Quiet(partitions) => Answer::Quiet(self.ends(&partitions)),
+            Question::Ends(partitions) => Answer::Ends(self.edges(&partitions, Edge::End)),
+            Question::Quiet(partitions) => Answer::Quiet(self.edges(&partitions, Edge::End)),
             Question::Progress(partitions) => match self.progress(&partitions) {
                 Ok(offsets) => Answer::Progress(offsets),
                 Err(error) => {
@@ -260,13 +260,7 @@ impl Thread {
                     Answer::Progress(Offsets::new())
                 }
             },
-            Question::Content(stretches) => {
-                let content = |stretch: Stretch| {
-                    let content = self.content(&stretch);
-                    (stretch, content)
-                };
-                Answer::Content(stretches.into_iter().map(content).collect())
-            }
+            Question::Content(stretches) => Answer::Content(self.contents(stretches)),
             Question::Topics(owned) => match self.topics(&owned) {
                 Ok(topics) => Answer::Topics(Some(topics)),
                 Err(error) => {
@@ -339,7 +333,7 @@ impl Thread {
         let mut first_start = None;
         if compare_all || latest {
             let found = self.partitions()?;
-            let known = committed(self.prober()?, &list_of(&found), ASK)?;
+            let known = committed(self.prober()?, &range::list_of(&found), ASK)?;
             if latest {
                 let none = !known.elements().iter().any(|e| matches!(e.offset(), Offset::Offset(_)));
                 // One member says for all where the group begins, so that nobody skips what another one is to read:
@@ -392,11 +386,7 @@ impl Thread {
 
     /// Commits the ends of all partitions, as the offsets at which the group begins.
     fn commit_ends(&mut self, partitions: &[Partition]) -> Result<Offsets, RangeError> {
-        let names: Vec<String> = {
-            let mut names: Vec<String> = partitions.iter().map(|p| p.topic.to_string()).collect();
-            names.dedup();
-            names
-        };
+        let names = topics_of(partitions.iter());
         let identities = native::identities(self.prober()?, &names, ASK)?;
         let mut ends = Offsets::new();
         let mut list = TopicPartitionList::with_capacity(partitions.len());
@@ -423,16 +413,17 @@ impl Thread {
         range::partitions(self.prober()?, &topics)
     }
 
-    fn ends(&mut self, partitions: &[Partition]) -> Offsets {
-        let ends = self.prober().and_then(|prober| range::edges(prober, partitions, Edge::End));
-        let (ends, failed) = match ends {
+    /// Where logs start or end, of the partitions that say so.
+    fn edges<'a>(&mut self, partitions: impl IntoIterator<Item = &'a Partition>, edge: Edge) -> Offsets {
+        let answer = self.prober().and_then(|prober| range::edges(prober, partitions, edge));
+        let (offsets, failed) = match answer {
             Ok(answer) => answer,
             Err(error) => (Offsets::new(), Some(error)),
         };
         if let Some(error) = failed {
             self.say("the ends of partitions", &error);
         }
-        ends
+        offsets
     }
 
     /// Where logs begin.
@@ -446,10 +437,6 @@ impl Thread {
     /// First offset and end of a log. Not tried again: other questions wait.
     fn watermarks(&mut self, partition: &Partition) -> Result<(i64, i64), KafkaError> {
         self.prober()?.fetch_watermarks(&partition.topic, partition.number, ASK)
-    }
-
-    fn log_start(&mut self, partition: &Partition) -> Result<i64, KafkaError> {
-        self.watermarks(partition).map(|(start, _)| start)
     }
 
     fn progress(&mut self, partitions: &[Partition]) -> Result<Offsets, KafkaError> {
@@ -485,14 +472,18 @@ impl Thread {
         })
     }
 
-    fn content(&mut self, stretch: &Stretch) -> Content {
-        let start = match self.log_start(&stretch.partition) {
-            Ok(start) => start,
-            Err(error) => {
-                self.say("where logs begin", &error);
-                return Content::Unknown;
-            }
+    fn contents(&mut self, stretches: Vec<Stretch>) -> Vec<(Stretch, Content)> {
+        let starts = self.edges(stretches.iter().map(|stretch| &stretch.partition), Edge::Start);
+        let content = |stretch: Stretch| {
+            let start = starts.get(&stretch.partition);
+            let content = start.map_or(Content::Unknown, |&start| self.content(&stretch, start));
+            (stretch, content)
         };
+        stretches.into_iter().map(content).collect()
+    }
+
+    /// `start`: where the log begins.
+    fn content(&mut self, stretch: &Stretch, start: i64) -> Content {
         // Retention has deleted what was there.
         if start >= stretch.to {
             return Content::Nothing;
@@ -567,12 +558,4 @@ impl Thread {
             }
         }
     }
-}
-
-fn list_of(partitions: &[Partition]) -> TopicPartitionList {
-    let mut list = TopicPartitionList::with_capacity(partitions.len());
-    for partition in partitions {
-        list.add_partition(&partition.topic, partition.number);
-    }
-    list
 }

@@ -24,12 +24,13 @@ use super::fetching::Fetching;
 use super::idle::Idle;
 use super::intake::Intake;
 use super::joining::Joining;
-use super::lag::Lag;
+use super::lag::{Lag, of_partition};
 use super::ledger::{Hold, Ledger};
 use super::lookup::{Answer, Lookup, Offsets as Ends, Question, Setup};
 use super::offsets::Offsets;
 use super::period::Period;
 use super::subscription::Subscription;
+use crate::compute::Compute;
 use crate::flow::{CommitSoon, Published, Queued, Report};
 use crate::kafka::consumer::{self, Group};
 use crate::record::Partition;
@@ -71,9 +72,6 @@ pub enum SourceError {
     OtherStage,
 }
 
-pub type Footprint = Box<dyn Fn(usize) -> usize + Send>;
-pub type Work = Box<dyn Fn(usize) -> f64 + Send>;
-
 /// What the source is given.
 pub struct Wiring {
     pub metrics: Arc<Metrics>,
@@ -94,12 +92,8 @@ pub struct Wiring {
     pub revive: Option<Arc<Origins>>,
     /// Partitions of the input topics.
     pub partitions: u64,
-    /// Bytes that a record takes, about, until it is published, by the bytes of its value and beside them.
-    pub footprint: Footprint,
-    /// Seconds that the device will need for a record, by the bytes of its value.
-    pub work: Work,
-    /// Records that keep the device busy, each by itself.
-    pub lanes: usize,
+    /// Asked what records take and cost.
+    pub compute: Arc<dyn Compute>,
 }
 
 /// What all parts of the source share, and never changes.
@@ -115,8 +109,7 @@ pub(super) struct Context {
     pub schedule: Arc<Schedule>,
     pub traced: bool,
     pub revive: Option<Arc<Origins>>,
-    pub footprint: Footprint,
-    pub work: Work,
+    pub compute: Arc<dyn Compute>,
     /// Offsets are committed in transactions.
     pub transactional: bool,
 }
@@ -185,7 +178,7 @@ impl Source {
             max_bytes: settings.window.max_bytes.0 as usize,
             max_wait: settings.window.max_wait.0,
             max_work: settings.window.max_work.0,
-            work_records: wiring.lanes,
+            work_records: wiring.compute.lanes(),
         };
         let source = Self {
             offsets: Offsets::new(committer, settings.delivery.commit_interval.0),
@@ -226,8 +219,7 @@ impl Source {
                 schedule: wiring.schedule,
                 traced: wiring.traced,
                 revive: wiring.revive,
-                footprint: wiring.footprint,
-                work: wiring.work,
+                compute: wiring.compute,
                 transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
             },
         };
@@ -438,10 +430,7 @@ impl Source {
         let (status, remaining) =
             self.lag.update(statistics, &self.ledger, drain, &self.ends, &self.context.metrics);
         self.reckon(remaining);
-        self.show_skipped(|p| {
-            let known = statistics.topics.get(&*p.topic)?.partitions.get(&p.number)?;
-            Some(known.lo_offset).filter(|&low| low >= 0)
-        });
+        self.show_skipped(|p| Some(of_partition(statistics, p)?.lo_offset).filter(|&low| low >= 0));
         self.context.health.set_source(status);
         self.look_around();
         let state = statistics.cgrp.as_ref().map_or("", |group| &group.join_state);
@@ -456,9 +445,8 @@ impl Source {
     fn look_at_ends(&mut self, statistics: &Statistics) {
         let mut back = false;
         for owned in self.ledger.iter_mut() {
-            let topic = statistics.topics.get(&*owned.partition.topic);
-            let end = topic.and_then(|topic| topic.partitions.get(&owned.partition.number));
-            let end = end.map(|partition| partition.hi_offset).filter(|&end| end >= 0);
+            let known = of_partition(statistics, &owned.partition);
+            let end = known.map(|known| known.hi_offset).filter(|&end| end >= 0);
             back |= end.is_some_and(|end| owned.end.is_some_and(|before| end < before));
             owned.end = end.or(owned.end);
         }

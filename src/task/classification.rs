@@ -3,11 +3,9 @@
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::kinds::Kind;
-use super::text::{TextModel, Texts};
-use super::{NUMBER, Task, to_json};
-use crate::codec::Input;
-use crate::engine::Rows;
-use crate::model::{self, Output, Tokens};
+use super::text::{self, PredictText};
+use super::{NUMBER, to_json};
+use crate::model::{self, Model, Output};
 use crate::record::RecordError;
 use crate::settings::TaskKind;
 
@@ -18,51 +16,25 @@ pub(super) const KIND: Kind = Kind {
     fields: &["label", "score", "scores"],
     output: Some(Output::Logits),
     load: |settings, metrics| {
-        let make = |texts, _: &_| Ok(Classification::new(texts, settings.task.top_k));
-        TextModel::load(settings, Output::Logits, metrics)?.with(settings, make)
+        let predict = |model: &_, _: &_| Ok(Classification::new(model, settings.task.top_k));
+        text::load(settings, Output::Logits, metrics, predict)
     },
 };
 
 pub struct Classification {
-    texts: Texts,
-    writer: Writer,
-}
-
-impl Classification {
-    pub fn new(texts: Texts, top_k: Option<usize>) -> Self {
-        let labels = texts.model.labels.clone();
-        let top_k = top_k.unwrap_or(usize::MAX).min(labels.len());
-        Self { writer: Writer { scores: texts.model.scores, labels, top_k }, texts }
-    }
-}
-
-impl Task for Classification {
-    type Item = Tokens;
-    type Value = f32;
-    type Kept = ();
-
-    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
-        items.push(self.texts.tokens(&input.text)?);
-        Ok(())
-    }
-
-    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
-        self.writer.write(answers.only(), out)
-    }
-
-    fn footprint(&self, value_bytes: usize) -> usize {
-        self.texts.footprint(value_bytes) + self.writer.bytes()
-    }
-}
-
-/// Logits to a prediction.
-struct Writer {
     labels: Vec<String>,
     scores: model::Scores,
     top_k: usize,
 }
 
-impl Writer {
+impl Classification {
+    pub fn new(model: &Model, top_k: Option<usize>) -> Self {
+        let labels = model.labels.clone();
+        Self { scores: model.scores, top_k: top_k.unwrap_or(usize::MAX).min(labels.len()), labels }
+    }
+}
+
+impl PredictText for Classification {
     fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
         let scores = match self.scores {
             model::Scores::Softmax => softmax(row),
@@ -125,7 +97,7 @@ mod tests {
     fn written(scores: model::Scores, top_k: usize, row: &[f32]) -> String {
         let labels = ["a", "b", "c"].map(str::to_owned).into();
         let mut out = Vec::new();
-        Writer { labels, scores, top_k }.write(row, &mut out).unwrap();
+        Classification { labels, scores, top_k }.write(row, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 

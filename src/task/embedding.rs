@@ -3,11 +3,9 @@
 use serde::Serialize;
 
 use super::kinds::Kind;
-use super::text::{TextModel, Texts};
-use super::{NUMBER, Task, to_json};
-use crate::codec::Input;
-use crate::engine::Rows;
-use crate::model::{Output, Tokens};
+use super::text::{self, PredictText};
+use super::{NUMBER, to_json};
+use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::TaskKind;
 
@@ -18,19 +16,18 @@ pub(super) const KIND: Kind = Kind {
     fields: &["embedding"],
     output: Some(Output::Embedding),
     load: |settings, metrics| {
-        TextModel::load(settings, Output::Embedding, metrics)?
-            .with(settings, |texts, _| Ok(Embed::new(texts)))
+        text::load(settings, Output::Embedding, metrics, |model, _| Ok(Embed::new(model)))
     },
 };
 
 pub struct Embed {
-    texts: Texts,
     normalize: bool,
+    width: usize,
 }
 
 impl Embed {
-    pub fn new(texts: Texts) -> Self {
-        Self { normalize: texts.model.embedding.normalize, texts }
+    pub fn new(model: &Model) -> Self {
+        Self { normalize: model.embedding.normalize, width: model.width() }
     }
 }
 
@@ -39,26 +36,16 @@ struct Embedding<'a> {
     embedding: &'a [f32],
 }
 
-impl Task for Embed {
-    type Item = Tokens;
-    type Value = f32;
-    type Kept = ();
-
-    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
-        items.push(self.texts.tokens(&input.text)?);
-        Ok(())
-    }
-
-    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let row = answers.only();
+impl PredictText for Embed {
+    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
         if !self.normalize {
             return to_json(&Embedding { embedding: row }, out);
         }
         to_json(&Embedding { embedding: &normalized(row) }, out)
     }
 
-    fn footprint(&self, value_bytes: usize) -> usize {
-        self.texts.footprint(value_bytes) + self.texts.model.width() * NUMBER
+    fn bytes(&self) -> usize {
+        self.width * NUMBER
     }
 }
 

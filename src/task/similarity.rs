@@ -7,11 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::embedding::normalized;
 use super::kinds::Kind;
-use super::text::{TextModel, Texts};
-use super::{NUMBER, Task, TaskError, to_json};
-use crate::codec::Input;
-use crate::engine::{Engine, Rows};
-use crate::model::{Model, Output, Tokens};
+use super::text::{self, PredictText};
+use super::{NUMBER, TaskError, to_json};
+use crate::engine::Engine;
+use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, TaskKind};
 
@@ -22,8 +21,8 @@ pub(super) const KIND: Kind = Kind {
     fields: &["matches"],
     output: Some(Output::Embedding),
     load: |settings, metrics| {
-        let make = |texts, engine: &_| Similarity::load(texts, engine, &settings.task);
-        TextModel::load(settings, Output::Embedding, metrics)?.with(settings, make)
+        let predict = |model: &_, engine: &_| Similarity::load(model, engine, &settings.task);
+        text::load(settings, Output::Embedding, metrics, predict)
     },
 };
 
@@ -34,7 +33,6 @@ struct Candidate {
 }
 
 pub(super) struct Similarity {
-    texts: Texts,
     ids: Vec<String>,
     /// `[candidates, width]`, each of length 1.
     vectors: Vec<f32>,
@@ -42,7 +40,7 @@ pub(super) struct Similarity {
 }
 
 impl Similarity {
-    pub fn load(texts: Texts, engine: &Engine<Model>, task: &settings::Task) -> Result<Self, TaskError> {
+    pub fn load(model: &Model, engine: &Engine<Model>, task: &settings::Task) -> Result<Self, TaskError> {
         let path = task.candidates.clone().unwrap_or_default();
         let wrong = |line: usize, message: String| {
             TaskError::Candidates(format!("{}:{line}: {message}", path.display()))
@@ -55,7 +53,7 @@ impl Similarity {
             if !seen.insert(candidate.id.clone()) {
                 return Err(wrong(i + 1, format!("id {:?} is there twice", candidate.id)));
             }
-            tokens.push(texts.model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e))?);
+            tokens.push(model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e))?);
             ids.push(candidate.id);
         }
         if ids.is_empty() {
@@ -71,7 +69,7 @@ impl Similarity {
         }
         let answers = response.answers.rows(0..ids.len());
         let vectors = answers.iter().flat_map(normalized).collect();
-        Ok(Self { texts, ids, vectors, top_k: task.top_k.unwrap_or(1) })
+        Ok(Self { ids, vectors, top_k: task.top_k.unwrap_or(1) })
     }
 }
 
@@ -86,18 +84,9 @@ struct Match<'a> {
     score: f32,
 }
 
-impl Task for Similarity {
-    type Item = Tokens;
-    type Value = f32;
-    type Kept = ();
-
-    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
-        items.push(self.texts.tokens(&input.text)?);
-        Ok(())
-    }
-
-    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let row = normalized(answers.only());
+impl PredictText for Similarity {
+    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let row = normalized(row);
         let mut matches: Vec<Match<'_>> = self
             .vectors
             .chunks_exact(row.len())
@@ -114,8 +103,8 @@ impl Task for Similarity {
         to_json(&Matches { matches }, out)
     }
 
-    fn footprint(&self, value_bytes: usize) -> usize {
+    fn bytes(&self) -> usize {
         let id = self.ids.iter().map(String::len).max().unwrap_or(0) + 24 + NUMBER;
-        self.texts.footprint(value_bytes) + 16 + self.top_k.min(self.ids.len()) * id
+        16 + self.top_k.min(self.ids.len()) * id
     }
 }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::TaskError;
-use crate::codec;
+use crate::codec::{self, Input};
 use crate::compute::{About, Batched, Compute, Pace};
-use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response};
+use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response, Rows};
 use crate::model::{Digest, Files, Model, Output, Placement, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{Overflow, Settings};
@@ -72,31 +72,63 @@ impl TextModel {
         Ok(Self { about, texts, engine, pace, metrics: Arc::clone(metrics) })
     }
 
-    /// With the task that `make` makes of the texts.
-    pub fn with<T>(
+    /// With a task that makes a prediction of each text's answer.
+    pub fn batched<P: PredictText>(
         self,
         settings: &Settings,
-        make: impl FnOnce(Texts, &Engine<Model>) -> Result<T, TaskError>,
-    ) -> Result<Arc<dyn Compute>, TaskError>
-    where
-        T: Task<Item = Tokens, Value = f32>,
-    {
-        Ok(Arc::new(self.batched(settings, make)?))
-    }
-
-    /// The same, for who wants to see the steps.
-    pub fn batched<T>(
-        self,
-        settings: &Settings,
-        make: impl FnOnce(Texts, &Engine<Model>) -> Result<T, TaskError>,
-    ) -> Result<Batched<T, Model>, TaskError>
-    where
-        T: Task<Item = Tokens, Value = f32>,
-    {
+        predict: impl FnOnce(&Model, &Engine<Model>) -> Result<P, TaskError>,
+    ) -> Result<Batched<TextTask<P>, Model>, TaskError> {
         let Self { about, texts, engine, pace, metrics } = self;
         let decoder = codec::decoder(settings)?;
-        let task = make(texts, &engine)?;
+        let task = TextTask { predict: predict(engine.model(), &engine)?, texts };
         Ok(Batched { about, decoder, task, engine, pace, metrics })
+    }
+}
+
+/// Loads a model, and a task over it that makes a prediction of each text's answer.
+pub(super) fn load<P: PredictText>(
+    settings: &Settings,
+    output: Output,
+    metrics: &Arc<Metrics>,
+    predict: impl FnOnce(&Model, &Engine<Model>) -> Result<P, TaskError>,
+) -> Result<Arc<dyn Compute>, TaskError> {
+    Ok(Arc::new(TextModel::load(settings, output, metrics)?.batched(settings, predict)?))
+}
+
+/// From the answer to a record's text to its prediction.
+pub trait PredictText: Send + Sync + 'static {
+    /// Appends the prediction, a JSON object.
+    ///
+    /// # Errors
+    /// The record is at fault; bytes that were appended do not count.
+    fn write(&self, answer: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError>;
+
+    /// Bytes of a prediction at most, about.
+    fn bytes(&self) -> usize;
+}
+
+/// A task whose records ask for one text each.
+pub struct TextTask<P> {
+    texts: Texts,
+    predict: P,
+}
+
+impl<P: PredictText> Task for TextTask<P> {
+    type Item = Tokens;
+    type Value = f32;
+    type Kept = ();
+
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
+        items.push(self.texts.tokens(&input.text)?);
+        Ok(())
+    }
+
+    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
+        self.predict.write(answers.only(), out)
+    }
+
+    fn footprint(&self, value_bytes: usize) -> usize {
+        self.texts.footprint(value_bytes) + self.predict.bytes()
     }
 }
 

@@ -8,6 +8,7 @@
 #   kafka.sh tool CLASS …     a tool of Kafka's, such as org.apache.kafka.tools.AclCommand
 #
 # CREATE_TOPICS=true: topics that somebody writes to are made, as most brokers do unless told otherwise.
+# TOOL_HEAP=512m: a tool may use more memory than 128 MiB.
 # FILE_KIB=20000: no file may grow larger, which the broker takes for a full disk.
 # One of several brokers: NODE=2 VOTERS=1@127.0.0.1:9093,2@… REPLICAS=3, each with a DIR of its own.
 set -euo pipefail
@@ -98,6 +99,6 @@ EOF
 case ${1:-} in
   fetch) fetch ;;
   run) run "$2" "$3" ;;
-  tool) shift; exec java -Xmx128m -cp "$libs/*" "$@" ;;
+  tool) shift; exec java "-Xmx${TOOL_HEAP:-128m}" -cp "$libs/*" "$@" ;;
   *) sed -n '2,13p' "$0"; exit 2 ;;
 esac

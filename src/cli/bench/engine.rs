@@ -17,9 +17,8 @@ use crate::cli::output::outln;
 use crate::engine::{Answers, Engine, Request, Response};
 use crate::flow::Queued;
 use crate::model::{Model, Output, Placement, Tokens};
-use crate::task::Task;
 use crate::task::embedding::Embed;
-use crate::task::text::{TextModel, Texts};
+use crate::task::text::{PredictText, TextModel, Texts};
 use crate::telemetry::Metrics;
 
 #[derive(Args)]
@@ -120,14 +119,14 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         seconds = seconds.min(started.elapsed().as_secs_f64());
     }
     let Done { answers, tokens, operations } = done;
-    let placement = model.model.placement.clone();
+    let placement = &model.model.placement;
     if let Some(path) = &options.output {
         let mut out = BufWriter::new(std::fs::File::create(path)?);
         let mut line = Vec::new();
-        let task = Embed::new(model);
-        for row in answers.iter().flat_map(|answers| (0..answers.len()).map(|i| answers.rows(i..i + 1))) {
+        let embed = Embed::new(&model.model);
+        for row in answers.iter().flat_map(|answers| (0..answers.len()).map(|i| answers.row(i))) {
             line.clear();
-            task.predict(&(), row, &mut line).map_err(|e| anyhow::anyhow!(e.message))?;
+            embed.write(row, &mut line).map_err(|e| anyhow::anyhow!(e.message))?;
             line.push(b'\n');
             out.write_all(&line)?;
         }
@@ -135,7 +134,7 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
     }
     let peak = match placement.is_cpu() {
         true => None,
-        false => Some(peak(&placement)?),
+        false => Some(peak(placement)?),
     };
     let report = Report {
         records: texts.len(),
