@@ -72,6 +72,8 @@ build: ## The release binary: target/release/kandle
 .PHONY: lint
 lint: ## rustfmt and clippy, warnings denied
 	cargo fmt --check
+	# Modules that a macro declares, which cargo fmt does not find.
+	rustfmt --check --edition 2024 src/task/*.rs
 	cargo clippy --all-targets -- -D warnings
 
 .PHONY: lint-deploy
@@ -84,6 +86,7 @@ lint-deploy: ## Dockerfile, compose.yaml and workflows (hadolint, check-jsonsche
 .PHONY: fmt
 fmt: ## Formats the code
 	cargo fmt
+	rustfmt --edition 2024 src/task/*.rs
 
 .PHONY: deps
 deps: ## Licences, bans and sources (cargo-deny), unused dependencies (cargo-machete)

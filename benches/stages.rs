@@ -10,7 +10,7 @@ use kandle::model::Output;
 use kandle::record::{Arrival, Partition};
 use kandle::settings::{self, Sources};
 use kandle::task::classification::Classification;
-use kandle::task::text::TextModel;
+use kandle::task::text::{TextModel, TextTask, Texts};
 use kandle::telemetry::Metrics;
 use kandle::window::{ClosedBy, Gatherer, Limits, Window};
 
@@ -21,6 +21,7 @@ fn gather(value: &[u8]) -> Window {
         max_records: usize::MAX,
         max_bytes: usize::MAX,
         max_wait: Duration::from_secs(3600),
+        max_memory: usize::MAX,
         max_work: Duration::MAX,
         work_records: 1,
     };
@@ -57,7 +58,11 @@ fn stages(c: &mut Criterion) {
     let sources = Sources { set: set.map(str::to_owned).to_vec(), ..Sources::default() };
     let settings = settings::load(&sources).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
     let model = TextModel::load(&settings, Output::Logits, &Arc::new(Metrics::new())).expect("bundled");
-    let batched = model.batched(&settings, |model, _| Ok(Classification::new(model, None))).expect("a task");
+    let task = |texts: Texts, _: &_| {
+        let predict = Classification::new(&texts.model, None);
+        Ok(TextTask { texts, predict })
+    };
+    let batched = model.batched(&settings, task).expect("a task");
     group.bench_function("predict", |b| {
         // All records are the same, so that one is computed.
         let response = || batched.engine.answer(batched.prepare(gather(value))).expect("answers");

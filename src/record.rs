@@ -97,6 +97,8 @@ pub struct Arrival<'a> {
     pub origin: Option<Box<Position>>,
     /// Where spans are sent: what its header says of where it comes from.
     pub trace: Option<Box<TraceParent>>,
+    /// Bytes that it takes until it is published, beside its own.
+    pub footprint: usize,
     /// Seconds that the model will need for it, as far as is known.
     pub work: f32,
 }
@@ -117,6 +119,8 @@ pub struct Record {
     pub origin: Option<Box<Position>>,
     /// Where spans are sent: what its header says of where it comes from.
     pub trace: Option<Box<TraceParent>>,
+    /// Bytes that it takes until it is published, beside its own.
+    pub footprint: usize,
     /// Seconds that the model will need for it, as far as is known.
     pub work: f32,
     pub(crate) key: Option<Range<usize>>,

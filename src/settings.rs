@@ -71,6 +71,12 @@ impl Settings {
         own.into_iter().find_map(|properties| properties.get(name)).map(|value| value.0.as_str())
     }
 
+    /// Bytes that a window may take until it is published, the footprints of its records included: a quarter of the half
+    /// of `memory.limit` that is for windows. One that `window.max_bytes` closes has room, and is decoded beside.
+    pub fn window_memory(&self) -> usize {
+        (self.memory.limit.0 / 8).max(2 * self.window.max_bytes.0) as usize
+    }
+
     /// After which the coordinator gives a transaction up: transaction.timeout.ms where it is set, else
     /// [`Settings::longest_transaction`] with time for a broker to come back.
     pub fn transaction_timeout(&self) -> Duration {
@@ -189,14 +195,42 @@ pub struct Task {
     /// for measuring.
     #[schemars(example = "text-classification")]
     pub kind: TaskKind,
-    /// text-classification: how many labels `scores` has (all of them where unset);
-    /// similarity: how many matches a prediction has (one where unset).
+    /// text-classification, zero-shot-classification: how many labels `scores` has (all of them where unset);
+    /// similarity: how many matches a prediction has (one where unset); reranking: how many results (all where unset).
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub top_k: Option<usize>,
-    /// What becomes of a text with more tokens than the model takes.
+    /// What becomes of a text with more tokens than the model takes: truncate (counted), dead_letter, or, for
+    /// token-classification, chunk (overlapping chunks, whose entities are merged). Where unset: chunk for
+    /// token-classification, truncate for the others.
     #[serde(default)]
-    pub overflow: Overflow,
+    pub overflow: Option<Overflow>,
+    /// token-classification: how tokens become entities, as in transformers' pipeline. none: each token is one.
+    /// simple: neighbours with one label are one. first, average, max: so are the tokens of a word, which have the
+    /// label of the first of them, of their average, or of the surest.
+    #[serde(default)]
+    pub aggregation: Aggregation,
+    /// token-classification: by how many tokens the chunks of a long text overlap (32 where unset, or half of what the
+    /// model takes if that is less).
+    #[serde(default)]
+    pub stride: Option<usize>,
+    /// reranking: JSON Pointer to the documents, an array of texts or of objects with `text` and perhaps `id`. The
+    /// query is `input.field`.
+    #[serde(default)]
+    pub documents: Option<String>,
+    /// zero-shot-classification: the labels, the same for every record.
+    #[serde(default)]
+    pub labels: Vec<String>,
+    /// zero-shot-classification: JSON Pointer to the record's own labels, an array of texts, instead of `labels`.
+    #[serde(default)]
+    pub labels_field: Option<String>,
+    /// zero-shot-classification: what the model judges of each label, which stands for {}.
+    #[serde(default = "default_hypothesis")]
+    pub hypothesis: String,
+    /// zero-shot-classification: more than one label may hold. Each has a score of its own then; otherwise they are
+    /// shares of 1.
+    #[serde(default)]
+    pub multi_label: bool,
     /// similarity: a file of candidates, one JSON object a line with `id` and `text`.
     #[serde(default)]
     pub candidates: Option<PathBuf>,
@@ -209,37 +243,65 @@ pub struct Task {
 impl Task {
     /// With nothing else set.
     pub fn of(kind: TaskKind) -> Self {
-        Self { kind, top_k: None, overflow: Overflow::default(), candidates: None, cache: None }
+        Self {
+            kind,
+            top_k: None,
+            overflow: None,
+            aggregation: Aggregation::default(),
+            stride: None,
+            documents: None,
+            labels: Vec::new(),
+            labels_field: None,
+            hypothesis: default_hypothesis(),
+            multi_label: false,
+            candidates: None,
+            cache: None,
+        }
+    }
+
+    /// The keys with another value than where nothing is set, beside `kind`.
+    pub fn set_keys(&self) -> serde_json::Map<String, serde_json::Value> {
+        let keys = |task: &Self| match serde_json::to_value(task) {
+            Ok(serde_json::Value::Object(keys)) => keys,
+            _ => serde_json::Map::new(),
+        };
+        let unset = keys(&Self::of(self.kind));
+        keys(self).into_iter().filter(|(key, value)| unset.get(key) != Some(value)).collect()
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum TaskKind {
-    TextClassification,
-    TextEmbedding,
-    Similarity,
-    Noop,
+fn default_hypothesis() -> String {
+    "This example is {}.".to_owned()
 }
+
+/// A task by its name in the table: [`crate::task::KINDS`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TaskKind(pub(crate) &'static str);
 
 impl TaskKind {
     /// The name in configuration and metrics.
     pub fn name(self) -> &'static str {
-        match self {
-            TaskKind::TextClassification => "text-classification",
-            TaskKind::TextEmbedding => "text-embedding",
-            TaskKind::Similarity => "similarity",
-            TaskKind::Noop => "noop",
-        }
+        self.0
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Overflow {
+    Truncate,
+    DeadLetter,
+    Chunk,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Overflow {
+pub enum Aggregation {
+    None,
     #[default]
-    Truncate,
-    DeadLetter,
+    Simple,
+    First,
+    Average,
+    Max,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]

@@ -1,7 +1,7 @@
 //! Windows and the rule by which records are gathered into them. Pure: no Kafka, no clock.
 //!
-//! A window closes by the first of four limits: records, bytes, the age of its oldest record, or how long the model will
-//! need for it.
+//! A window closes by the first of five limits: records, bytes, the age of its oldest record, the memory that it will
+//! take, or how long the model will need for it.
 //! It gathers across partitions and is contiguous in each of them.
 
 use std::sync::Arc;
@@ -19,6 +19,9 @@ pub struct Limits {
     pub max_bytes: usize,
     /// Counted from the arrival of the window's oldest record.
     pub max_wait: Duration,
+    /// Bytes until it is published: of the window, and the footprints of its records. The record that reaches it is the
+    /// window's last.
+    pub max_memory: usize,
     /// That the model will need. The record that reaches it is the window's last, unless there are fewer than
     /// `work_records`.
     pub max_work: Duration,
@@ -32,6 +35,7 @@ pub enum ClosedBy {
     Records,
     Bytes,
     Wait,
+    Memory,
     Work,
     /// A drain has all it wants.
     End,
@@ -39,11 +43,15 @@ pub enum ClosedBy {
 }
 
 impl ClosedBy {
+    pub const ALL: [Self; 7] =
+        [Self::Records, Self::Bytes, Self::Wait, Self::Memory, Self::Work, Self::End, Self::Stop];
+
     pub fn name(self) -> &'static str {
         match self {
             ClosedBy::Records => "records",
             ClosedBy::Bytes => "bytes",
             ClosedBy::Wait => "wait",
+            ClosedBy::Memory => "memory",
             ClosedBy::Work => "work",
             ClosedBy::End => "end",
             ClosedBy::Stop => "stop",
@@ -133,16 +141,6 @@ impl Window {
         }
     }
 
-    /// Reserves what this window takes of the memory limit until it is published: what it holds, once
-    /// more for what is decoded of it, and of each record its `footprint` by the bytes of its value.
-    pub fn reserve(&mut self, footprint: impl Fn(usize) -> usize) {
-        let headers: usize = self.records.iter().map(|r| headers::memory(r.headers.as_ref())).sum();
-        let footprints: usize =
-            self.records.iter().filter_map(|r| r.value.as_ref()).map(|value| footprint(value.len())).sum();
-        let records = self.records.capacity() * size_of::<Record>();
-        self.reserved = 2 * self.memory.capacity() + headers + records + footprints;
-    }
-
     pub fn load(&self) -> Load {
         Load { bytes: self.reserved, work: self.work, windows: 1 }
     }
@@ -158,6 +156,7 @@ pub struct Gatherer {
     memory: Vec<u8>,
     /// Bytes of headers.
     headers: usize,
+    footprints: usize,
     /// Seconds of the device.
     work: f64,
 }
@@ -171,6 +170,7 @@ impl Gatherer {
             records: Vec::new(),
             memory: Vec::new(),
             headers: 0,
+            footprints: 0,
             work: 0.0,
         }
     }
@@ -196,15 +196,19 @@ impl Gatherer {
             suspect: arrival.suspect,
             origin: arrival.origin,
             trace: arrival.trace,
+            footprint: arrival.footprint,
             work: arrival.work,
             key,
             value,
         });
+        self.footprints += arrival.footprint;
         self.work += f64::from(arrival.work);
         if self.records.len() >= self.limits.max_records {
             self.close(ClosedBy::Records)
         } else if self.memory.len() + self.headers >= self.limits.max_bytes {
             self.close(ClosedBy::Bytes)
+        } else if self.filled() >= self.limits.max_memory {
+            self.close(ClosedBy::Memory)
         } else if self.work >= self.limits.max_work.as_secs_f64()
             && self.records.len() >= self.limits.work_records
         {
@@ -229,13 +233,13 @@ impl Gatherer {
         if self.records.is_empty() {
             return None;
         }
-        let id = self.next_id;
+        let (id, reserved) = (self.next_id, self.bytes());
         self.next_id += 1;
         let records = std::mem::take(&mut self.records);
         let memory = std::mem::take(&mut self.memory);
-        self.headers = 0;
+        (self.headers, self.footprints) = (0, 0);
         let work = std::mem::take(&mut self.work);
-        if matches!(closed_by, ClosedBy::Records | ClosedBy::Bytes | ClosedBy::Work) {
+        if matches!(closed_by, ClosedBy::Records | ClosedBy::Bytes | ClosedBy::Memory | ClosedBy::Work) {
             // The next one will be much like it.
             self.records.reserve(records.len());
             self.memory.reserve(memory.len());
@@ -246,7 +250,7 @@ impl Gatherer {
             records,
             closed_by,
             memory,
-            reserved: 0,
+            reserved,
             work,
         })
     }
@@ -267,6 +271,7 @@ impl Gatherer {
         }
         self.records.retain(|record| keep[record.span as usize]);
         self.headers = self.records.iter().map(|record| headers::memory(record.headers.as_ref())).sum();
+        self.footprints = self.records.iter().map(|record| record.footprint).sum();
         self.work = self.records.iter().map(|record| f64::from(record.work)).sum();
         for record in &mut self.records {
             record.span = index[record.span as usize];
@@ -279,9 +284,16 @@ impl Gatherer {
         before - self.records.len()
     }
 
-    /// Bytes of memory the window that gathers now holds.
+    /// Bytes that the window that gathers now takes until it is published: what it holds, once more for what is decoded
+    /// of it, and the footprints of its records.
     pub fn bytes(&self) -> usize {
-        self.memory.capacity() + self.headers + self.records.capacity() * size_of::<Record>()
+        let records = self.records.capacity() * size_of::<Record>();
+        2 * self.memory.capacity() + self.headers + records + self.footprints
+    }
+
+    /// The same without what is kept ready for more records.
+    fn filled(&self) -> usize {
+        2 * self.memory.len() + self.headers + self.records.len() * size_of::<Record>() + self.footprints
     }
 
     fn span(&mut self, partition: &Partition, lease: &Lease, offset: i64) -> u32 {
@@ -321,6 +333,7 @@ mod tests {
 
     fn limits(max_records: usize, max_bytes: usize, max_wait_ms: u64) -> Limits {
         Limits {
+            max_memory: usize::MAX,
             max_records,
             max_bytes,
             max_wait: Duration::from_millis(max_wait_ms),
@@ -357,6 +370,22 @@ mod tests {
         assert!(gatherer.push(&a, &Lease::new(1), arrival(0, b"xxx"), now).is_none());
         let window = gatherer.push(&a, &Lease::new(1), arrival(1, b"y"), now).expect("four bytes close");
         assert_eq!(window.closed_by, ClosedBy::Bytes);
+    }
+
+    #[test]
+    fn closes_by_the_memory_that_its_records_will_take() {
+        let (a, now) = (Partition::new("t", 0), Instant::now());
+        let mut gatherer = Gatherer::new(Limits { max_memory: 10_000, ..limits(100, 1_000_000, 1000) });
+        let mut push = |offset, footprint| {
+            gatherer.push(&a, &Lease::new(1), Arrival { footprint, ..arrival(offset, b"x") }, now)
+        };
+        assert!(push(0, 4000).is_none());
+        let window = push(1, 6000).expect("a window");
+        assert_eq!((window.closed_by, window.records.len()), (ClosedBy::Memory, 2));
+        assert!(window.load().bytes >= 10_000);
+        // The next one begins from nothing, and one record may take more than all of it.
+        assert!(push(2, 4000).is_none());
+        assert_eq!(push(3, 1 << 30).expect("a window").records.len(), 2);
     }
 
     #[test]

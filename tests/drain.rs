@@ -116,10 +116,10 @@ fn two_drains_of_a_group_share_the_work_and_both_end() {
     }
 }
 
-/// A drain of 4,000 records that has published some.
+/// A drain that has published some records and needs most of a minute for the others.
 fn under_way(name: &str) -> (Place, Daemon) {
     let place = Place::new(name, 1);
-    place.produce(numbered(1, 0, 4000));
+    place.produce(numbered(1, 0, 40_000));
     let drain = slow(&place);
     place.predictions(40);
     (place, drain)

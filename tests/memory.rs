@@ -96,6 +96,35 @@ fn large_records(count: usize) {
     assert_within(&format!("{count} records of 1 MB"), base, most);
 }
 
+/// Records of a few kilobytes, each of which asks for 200 items.
+fn many_documents(count: usize) {
+    let place = Place::new("documents", 4);
+    let value = |record: usize| {
+        let document = |i: usize| format!("order {i} of customer {record} is late, the parcel was lost");
+        let documents: Vec<String> = (0..200).map(document).collect();
+        serde_json::json!({ "text": "where is my parcel", "documents": documents }).to_string()
+    };
+    place.produce((0..count).map(|i| Sent::new((i % 4) as i32, value(i))));
+    let model = format!("{{ source: \"{}/tests/fixtures/pairs-bert\" }}", support::root().display());
+    let more = [
+        ("task", "{ kind: reranking, documents: /documents }"),
+        ("model", model.as_str()),
+        ("input", "{ topics: [$INPUT], group: $GROUP, field: /text }"),
+        // Closed by what its records take alone.
+        ("window", "{ max_records: 1000000, max_bytes: 16MiB, max_wait: 10s, max_work: 1h }"),
+    ];
+    let config = settings(&place, &more);
+    let base = base(&place, &config);
+    let mut daemon = Daemon::start(&config);
+    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
+    let (_, metrics) = daemon.get("/metrics");
+    daemon.stop();
+    let by_memory =
+        metrics.lines().find_map(|line| line.strip_prefix("kandle_windows_total{closed_by=\"memory\"} "));
+    assert!(by_memory.is_some_and(|count| count != "0"), "no window closed by memory: {metrics}");
+    assert_within(&format!("{count} records of 200 documents"), base, most);
+}
+
 /// Small values with large headers, which count as much as values do.
 fn large_headers(count: usize, bytes: usize) {
     let place = Place::new("headers", 4);
@@ -159,6 +188,17 @@ fn records_with_headers_of_twenty_kilobytes() {
 fn many_records_with_large_headers() {
     large_headers(60_000, 20_000);
     large_headers(100_000, 10_000);
+}
+
+#[test]
+fn records_of_two_hundred_documents() {
+    many_documents(2000);
+}
+
+#[test]
+#[ignore = "make chaos"]
+fn many_records_of_two_hundred_documents() {
+    many_documents(20_000);
 }
 
 #[test]

@@ -163,8 +163,8 @@ fn killed_it_resumes_where_it_was() {
     for _ in 0..3 {
         let mut command = kandle();
         command.args(["replay", "-c"]).arg(&config.path).args(arguments);
-        // As if the model took its time.
-        command.env("FAILPOINTS", "encode=sleep(20)").stdout(Stdio::null()).stderr(Stdio::null());
+        // It stops in mid-work, so that it cannot end before it is killed.
+        command.env("FAILPOINTS", "encode=10*off->pause").stdout(Stdio::null()).stderr(Stdio::null());
         let before = Ledger::count_of(&place);
         let mut child = command.spawn().expect("started");
         let mut ended = false;

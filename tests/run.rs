@@ -236,6 +236,97 @@ fn similarity_routes_to_the_nearest_candidates() {
     }
 }
 
+/// A task with its own model and one record of each kind: predictions and dead letters are each in their place.
+fn task_of_records(name: &str, model: &str, task: &str, records: &[(&str, Result<&str, &str>)]) {
+    let place = Place::new(name, 1);
+    place.produce(records.iter().map(|(record, _)| Sent::new(0, *record)));
+    let source = format!("{{ source: \"{}/tests/fixtures/{model}\" }}", support::root().display());
+    let mut daemon = Daemon::start(&place.config(&[("task", task), ("model", &source)]));
+    let dead = place.dead_letters(records.iter().filter(|(_, outcome)| outcome.is_err()).count());
+    let good = place.predictions(records.len() - dead.len());
+    daemon.stop();
+    let (mut dead, mut good) = (dead.iter(), good.iter());
+    for (offset, (record, outcome)) in (0..).zip(records) {
+        match outcome {
+            Ok(part) => {
+                let got = good.next().expect("a prediction");
+                let value = got.json().to_string();
+                assert_eq!(got.source(), (0, offset), "{value}");
+                assert!(value.contains(part), "{value} of {record} lacks {part}");
+            }
+            Err(error) => {
+                let got = dead.next().expect("a dead letter");
+                assert_eq!(
+                    (got.source(), got.header("kandle-error")),
+                    ((0, offset), Some(*error)),
+                    "{record}"
+                );
+                assert_eq!(got.value.as_deref(), Some(record.as_bytes()));
+            }
+        }
+    }
+}
+
+#[test]
+fn entities_of_texts() {
+    let long = format!(r#"{{"text": "{}"}}"#, "parcel to Müller ".repeat(40));
+    task_of_records(
+        "entities",
+        "tokens-bert",
+        "{ kind: token-classification, aggregation: none }",
+        &[
+            (
+                r#"{"text": "Slow records where."}"#,
+                Ok(r#""label":"B-PER","start":5,"end":12,"text":"records""#),
+            ),
+            (r#"{"text": ""}"#, Ok(r#"{"entities":[]}"#)),
+            (r#"{"text": 7}"#, Err("field")),
+            ("no json", Err("decode")),
+            // Longer than the model takes: what its end holds is found too.
+            (&long, Ok(r#""start":663"#)),
+        ],
+    );
+}
+
+#[test]
+fn documents_by_their_queries() {
+    task_of_records(
+        "reranking",
+        "pairs-bert",
+        "{ kind: reranking, documents: /documents, top_k: 1 }",
+        &[
+            (
+                r#"{"text": "parcel", "documents": ["late", {"id": "b", "text": "parcel"}]}"#,
+                Ok(r#""score":"#),
+            ),
+            (r#"{"text": "parcel", "documents": []}"#, Ok(r#"{"results":[]}"#)),
+            (r#"{"text": "parcel"}"#, Err("field")),
+            (r#"{"text": "parcel", "documents": "late"}"#, Err("field")),
+            (r#"{"text": "parcel", "documents": [null]}"#, Err("field")),
+            (r#"{"documents": ["late"]}"#, Err("field")),
+        ],
+    );
+}
+
+#[test]
+fn labels_without_training() {
+    task_of_records(
+        "zero-shot",
+        "nli-bert",
+        "{ kind: zero-shot-classification, labels_field: /labels, overflow: dead_letter }",
+        &[
+            (r#"{"text": "where is it", "labels": ["parcel", "invoice"]}"#, Ok(r#""parcel":"#)),
+            (r#"{"text": "where is it", "labels": ["parcel"]}"#, Ok(r#""label":"parcel""#)),
+            (r#"{"text": "where is it", "labels": []}"#, Err("field")),
+            (r#"{"text": "where is it", "labels": ["a", "a"]}"#, Err("field")),
+            (r#"{"text": "where is it", "labels": [["a"]]}"#, Err("field")),
+            (r#"{"text": "where is it"}"#, Err("field")),
+            (&format!(r#"{{"text": "{}", "labels": ["a"]}}"#, "late ".repeat(60)), Err("too_long")),
+            (&format!(r#"{{"text": "a", "labels": ["{}"]}}"#, "late ".repeat(60)), Err("too_long")),
+        ],
+    );
+}
+
 #[test]
 fn windows_close_by_wait_counted_from_the_oldest_record() {
     let place = Place::new("wait", 1);

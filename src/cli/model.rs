@@ -48,10 +48,11 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
         ("max tokens", model.tokenizer.max_tokens().to_string()),
     ];
     match output {
-        Output::Logits => {
+        Output::Logits | Output::PairLogits => {
             rows.push(("labels", model.labels.join(", ")));
             rows.push(("scores", model.scores.name().to_owned()));
         }
+        Output::TokenLogits => rows.push(("labels", model.labels.join(", "))),
         Output::Embedding => {
             rows.push(("embedding", a.hidden.to_string()));
             rows.push(("pooling", format!("{:?}", model.embedding.pooling).to_lowercase()));

@@ -44,6 +44,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         max_bytes: settings.window.max_bytes.0 as usize,
         // Lines are there or not: nothing is waited for.
         max_wait: Duration::from_secs(3600),
+        max_memory: settings.window_memory(),
         max_work: Duration::MAX,
         work_records: 1,
     });
@@ -54,7 +55,8 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         while reader.read_until(b'\n', &mut line)? > 0 {
             let value = line.strip_suffix(b"\n").unwrap_or(&line);
             let value = value.strip_suffix(b"\r").unwrap_or(value);
-            let arrival = Arrival { offset: number, value: Some(value), ..Arrival::default() };
+            let footprint = compute.footprint(value);
+            let arrival = Arrival { offset: number, value: Some(value), footprint, ..Arrival::default() };
             number += 1;
             if let Some(window) = gatherer.push(&partition, &lease, arrival, Instant::now()) {
                 failed += answer(&*compute, window, &mut out)?;

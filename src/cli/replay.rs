@@ -164,6 +164,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
         max_records: usize::MAX,
         max_bytes: usize::MAX,
         max_wait: Duration::from_secs(3600),
+        max_memory: usize::MAX,
         max_work: Duration::MAX,
         work_records: 1,
     });

@@ -8,6 +8,6 @@ pub struct Bytes;
 
 impl Decoder for Bytes {
     fn decode<'a>(&self, value: &'a [u8]) -> Result<Input<'a>, RecordError> {
-        Ok(Input { text: String::from_utf8_lossy(value), include: String::new() })
+        Ok(Input { text: String::from_utf8_lossy(value), values: Vec::new(), include: String::new() })
     }
 }

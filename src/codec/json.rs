@@ -14,10 +14,13 @@ use serde_json::value::RawValue;
 
 use super::{Decoder, Input};
 use crate::record::{Fault, RecordError};
-use crate::settings;
+use crate::settings::Settings;
+use crate::task::Kind;
 
 pub struct Json {
     text: TextFrom,
+    /// The task's own pointers.
+    values: Vec<String>,
     /// Pointers to copy, each with its name in the prediction.
     include: Vec<(String, String)>,
 }
@@ -49,13 +52,15 @@ pub fn last_name(pointer: &str) -> String {
 }
 
 impl Json {
-    pub fn new(input: &settings::Input, include: &[String]) -> Result<Self, minijinja::Error> {
+    pub fn new(settings: &Settings) -> Result<Self, minijinja::Error> {
+        let (input, include) = (&settings.input, &settings.output.include);
         let text = match &input.template {
             Some(template) => TextFrom::Template(Box::new(Template::new(template)?)),
             None => TextFrom::Fields { pointers: input.field.0.clone(), join: input.join.clone() },
         };
         let include = include.iter().map(|pointer| (pointer.clone(), last_name(pointer))).collect();
-        Ok(Self { text, include })
+        let values = Kind::of(settings.task.kind).pointers_of(&settings.task);
+        Ok(Self { text, values, include })
     }
 }
 
@@ -92,7 +97,8 @@ impl Decoder for Json {
                 text.into()
             }
         };
-        Ok(Input { text, include })
+        let values = self.values.iter().map(|pointer| document.at(pointer)).collect();
+        Ok(Input { text, values, include })
     }
 }
 
@@ -145,23 +151,31 @@ impl<'a> Document<'a> {
     fn string_at(&self, pointer: &str) -> Result<Cow<'a, str>, RecordError> {
         let field = |message: String| RecordError::new(Fault::Field, message);
         let found = self.at(pointer).ok_or_else(|| field(format!("{pointer:?} is missing")))?;
-        let raw = found.get();
-        let kind = match raw.as_bytes().first() {
-            Some(b'"') => {
-                return match raw.contains('\\') {
-                    false => Ok(Cow::Borrowed(&raw[1..raw.len() - 1])),
-                    true => serde_json::from_str(raw)
-                        .map(Cow::Owned)
-                        .map_err(|e| RecordError::new(Fault::Decode, format!("{pointer:?}: {e}"))),
-                };
-            }
-            Some(b'n') => "null",
-            Some(b't' | b'f') => "a boolean",
-            Some(b'[') => "an array",
-            Some(b'{') => "an object",
-            _ => "a number",
-        };
-        Err(field(format!("{pointer:?} is {kind}, not a string")))
+        match string(found) {
+            Some(text) => text.map_err(|e| RecordError::new(Fault::Decode, format!("{pointer:?}: {e}"))),
+            None => Err(field(format!("{pointer:?} is {}, not a string", what_is(found)))),
+        }
+    }
+}
+
+/// A JSON string's text, borrowed where it has no escapes; `None` where the value is no string.
+pub fn string(value: &RawValue) -> Option<serde_json::Result<Cow<'_, str>>> {
+    let inner = value.get().strip_prefix('"')?.strip_suffix('"')?;
+    Some(match inner.contains('\\') {
+        false => Ok(Cow::Borrowed(inner)),
+        true => serde_json::from_str(value.get()).map(Cow::Owned),
+    })
+}
+
+/// The kind of a JSON value, for messages.
+pub fn what_is(value: &RawValue) -> &'static str {
+    match value.get().as_bytes().first() {
+        Some(b'"') => "a string",
+        Some(b'n') => "null",
+        Some(b't' | b'f') => "a boolean",
+        Some(b'[') => "an array",
+        Some(b'{') => "an object",
+        _ => "a number",
     }
 }
 
@@ -233,7 +247,7 @@ mod tests {
             },
         };
         let include = include.iter().map(|p| (p.to_string(), last_name(p))).collect();
-        Json { text, include }
+        Json { text, values: Vec::new(), include }
     }
 
     fn fault(decoder: &dyn Decoder, value: &[u8]) -> (Fault, String) {

@@ -9,6 +9,6 @@ impl Decoder for Text {
     fn decode<'a>(&self, value: &'a [u8]) -> Result<Input<'a>, RecordError> {
         let text = std::str::from_utf8(value)
             .map_err(|e| RecordError::new(Fault::Decode, format!("the value is not UTF-8: {e}")))?;
-        Ok(Input { text: text.into(), include: String::new() })
+        Ok(Input { text: text.into(), values: Vec::new(), include: String::new() })
     }
 }

@@ -268,8 +268,8 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
         &self.about
     }
 
-    fn footprint(&self, value_bytes: usize) -> usize {
-        self.task.footprint(value_bytes)
+    fn footprint(&self, value: &[u8]) -> usize {
+        self.task.footprint(value)
     }
 
     fn work(&self, value_bytes: usize) -> f64 {

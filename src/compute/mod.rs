@@ -63,7 +63,7 @@ pub trait Compute: Send + Sync {
     fn about(&self) -> &About;
 
     /// Bytes that a record takes, about, until it is published, beside its own: items, answers, the prediction.
-    fn footprint(&self, value_bytes: usize) -> usize;
+    fn footprint(&self, value: &[u8]) -> usize;
 
     /// Seconds that the device will need for a record with a value of so many bytes, as far as is known.
     fn work(&self, value_bytes: usize) -> f64;

@@ -42,7 +42,7 @@ impl Compute for Noop {
         &self.about
     }
 
-    fn footprint(&self, _: usize) -> usize {
+    fn footprint(&self, _: &[u8]) -> usize {
         64
     }
 

@@ -30,9 +30,12 @@ impl Digest {
                 .map_err(|error| FilesError::Io { file: path.display().to_string(), error })?;
             lines.push(format!("candidates {}", hex(&Sha256::digest(bytes))));
         }
-        let (task, input) = (&settings.task, &settings.input);
+        let (mut task, input) = (settings.task.set_keys(), &settings.input);
+        // The candidates themselves count, not where they are; the cache changes nothing.
+        task.retain(|key, _| !["candidates", "cache"].contains(&key.as_str()));
+        task.insert("kind".to_owned(), settings.task.kind.name().into());
         let settings = serde_json::json!({
-            "task": { "kind": task.kind, "top_k": task.top_k, "overflow": task.overflow },
+            "task": task,
             "input": { "format": input.format, "field": input.field, "join": input.join, "template": input.template },
             "output": { "format": settings.output.format, "include": settings.output.include },
             "dtype": dtype,

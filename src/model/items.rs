@@ -35,8 +35,7 @@ impl engine::Model for Model {
                 std::thread::park();
             }
         }
-        let rows = self.forward(batch).map_err(|e| classify(&e.to_string()))?;
-        Ok(Ragged::of_width(rows, self.width()))
+        self.forward(batch).map_err(|e| classify(&e.to_string()))
     }
 
     fn sample(&self, cost: u32) -> Tokens {

@@ -4,15 +4,16 @@ use candle_nn::VarBuilder;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-use super::architecture::{Architecture, ConfigError};
+use super::architecture::{Architecture, ConfigError, TOKEN_CLASSIFIER};
 use super::device::Placement;
 use super::encoder::{Encoder, Packed};
 use super::files::{Files, FilesError};
 use super::head::Head;
 use super::message;
 use super::ops::{Code, Rows};
-use super::sentence::{Embedding, TextSettings};
+use super::sentence::{Embedding, TextSettings, cross_encoder_scores};
 use super::tokenize::{Tokenizer, Tokens};
+use crate::ragged::Ragged;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -31,6 +32,10 @@ pub enum ModelError {
 pub enum Output {
     /// One logit per label.
     Logits,
+    /// The same of two texts, as sentence-transformers' cross-encoders are used.
+    PairLogits,
+    /// One logit per token and label.
+    TokenLogits,
     /// The pooled sequence.
     Embedding,
 }
@@ -81,6 +86,7 @@ pub struct Model {
     /// Ids of a plain text.
     pub(super) plain: Vec<u32>,
     encoder: Encoder,
+    output: Output,
     head: Head,
     width: usize,
     /// A GPU has one queue. Whoever holds this puts a whole batch there, so that nobody waits for half of
@@ -98,11 +104,17 @@ impl Model {
         let architecture = Architecture::from_config(&config, files.ignored_keys())?;
         // A classifier is made by transformers alone.
         let text = match output {
-            Output::Embedding => TextSettings::read(&files)?,
-            Output::Logits => TextSettings::default(),
+            Output::Embedding => TextSettings::read(&files, "feature-extraction")?,
+            Output::PairLogits => TextSettings::read(&files, "sequence-classification")?,
+            Output::Logits | Output::TokenLogits => TextSettings::default(),
         };
-        let tokenizer = Tokenizer::load(&files, architecture.max_tokens(), text)?;
-        let embedding = Embedding::read(&files)?;
+        refuse_another_head(&config, output)?;
+        let types = architecture.embeddings.token_type.map_or(0, |(_, count)| count);
+        let tokenizer = Tokenizer::load(&files, architecture.max_tokens(), types, text)?;
+        let embedding = match output {
+            Output::Embedding => Embedding::read(&files)?,
+            _ => Embedding::default(),
+        };
         let mut tensors = HashMap::new();
         for name in files.weights()? {
             let bytes = files.require(&name)?;
@@ -126,16 +138,22 @@ impl Model {
         let weights = |e: candle_core::Error| ModelError::Weights(message(&e));
 
         let labels = labels(&config);
+        let has = |what: &str, name: &str| match root.contains_tensor(&format!("{name}.weight")) {
+            true => Ok(()),
+            false => {
+                Err(ModelError::Unsupported(format!("it is not {what}: its weights have no {name}.weight")))
+            }
+        };
         let (head, width) = match output {
-            Output::Embedding => (Head::Embedding { pooling: embedding.pooling }, architecture.hidden),
-            Output::Logits => {
-                let out = format!("{}.weight", architecture.classifier.out);
-                if !root.contains_tensor(&out) {
-                    return Err(ModelError::Unsupported(format!(
-                        "it is not a text classifier: its weights have no {out}"
-                    )));
-                }
+            Output::Embedding => (Head::embedding(embedding.pooling), architecture.hidden),
+            Output::Logits | Output::PairLogits => {
+                has("a text classifier", architecture.classifier.out)?;
                 (Head::classifier(&architecture, labels.len(), &root, &vb).map_err(weights)?, labels.len())
+            }
+            Output::TokenLogits => {
+                has("a token classifier", TOKEN_CLASSIFIER)?;
+                let head = Head::token_classifier(&architecture, labels.len(), &root, &vb);
+                (head.map_err(weights)?, labels.len())
             }
         };
         let encoder = Encoder::load(architecture, &vb, placement.code).map_err(weights)?;
@@ -144,7 +162,10 @@ impl Model {
             candle_core::Device::Cuda(device) => super::ops::cuda::KeptMemory::on(device).map_err(weights)?,
             _ => None,
         };
-        let scores = Scores::of(&config, labels.len())?;
+        let scores = match output {
+            Output::PairLogits => cross_encoder_scores(&files, &config)?,
+            _ => Scores::of(&config, labels.len())?,
+        };
         let plain = tokenizer.encode("kandle").map_err(ModelError::Unsupported)?.ids;
         Ok(Self {
             files,
@@ -156,6 +177,7 @@ impl Model {
             parameters,
             plain,
             encoder,
+            output,
             head,
             width,
             queueing: Mutex::default(),
@@ -170,8 +192,8 @@ impl Model {
 
     /// A text as the model takes it; with the embedding's prompt where an embedding is wanted.
     pub fn tokens(&self, text: &str) -> Result<Tokens, String> {
-        match &self.head {
-            Head::Embedding { .. } if !self.embedding.prompt.is_empty() => {
+        match self.output {
+            Output::Embedding if !self.embedding.prompt.is_empty() => {
                 self.tokenizer.encode(&format!("{}{text}", self.embedding.prompt))
             }
             _ => self.tokenizer.encode(text),
@@ -193,13 +215,19 @@ impl Model {
         (of_layers * quantized + (self.parameters - of_layers) * whole) as u64
     }
 
-    /// Numbers per record.
+    /// Numbers of a sequence's answer, or of one of its tokens' where every token has some.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// `[batch, width]`, row after row, in the order of the batch.
-    pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Vec<f32>> {
+    /// Numbers of the answer to a sequence of so many tokens.
+    pub fn values(&self, tokens: usize) -> usize {
+        if self.head.is_per_token() { tokens * self.width } else { self.width }
+    }
+
+    /// One answer per sequence, in the order of the batch: a row of [`Model::width`] numbers, or one for each of its
+    /// tokens.
+    pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Ragged<f32>> {
         let packed = Packed::new(batch);
         let gpu = !self.encoder.device().is_cpu();
         let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
@@ -208,12 +236,31 @@ impl Model {
             .forward(&packed, |hidden, scratch| Rows::of(&self.head.forward(hidden, &packed, scratch)?))?;
         drop(turn);
         let rows = rows.finish()?;
-        let mut out = vec![0.0; rows.len()];
-        for (place, &i) in packed.order().iter().enumerate() {
-            out[i * self.width..][..self.width].copy_from_slice(&rows[place * self.width..][..self.width]);
+        let (mut places, mut end) = (vec![0..0; batch.len()], 0);
+        for (&i, length) in packed.order().iter().zip(packed.lengths()) {
+            let start = end;
+            end += self.values(length);
+            places[i] = start..end;
         }
-        Ok(out)
+        let mut answers = Ragged::with_capacity(batch.len(), rows.len());
+        for place in places {
+            answers.push(&rows[place]);
+        }
+        Ok(answers)
     }
+}
+
+/// Refuses a checkpoint that says in config.json's `architectures` that it was trained for another task.
+fn refuse_another_head(config: &serde_json::Value, output: Output) -> Result<(), ModelError> {
+    let Some(name) = config["architectures"][0].as_str() else { return Ok(()) };
+    let (tokens, texts) =
+        (name.ends_with("ForTokenClassification"), name.ends_with("ForSequenceClassification"));
+    let instead = match output {
+        Output::Logits | Output::PairLogits if tokens => "task.kind: token-classification",
+        Output::TokenLogits if texts => "task.kind: text-classification",
+        _ => return Ok(()),
+    };
+    Err(ModelError::Unsupported(format!("config.json says {name}: it is a model for {instead}")))
 }
 
 /// config.json's `id2label` in order of the ids; `LABEL_n` where it has none, as transformers does.

@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use super::files::{Files, FilesError};
-use super::load::ModelError;
+use super::load::{ModelError, Scores};
 use super::ops::Pooling;
 
 /// The names that sentence-transformers looks for, in this order; the first that is there counts.
@@ -30,6 +30,12 @@ pub struct Embedding {
     pub prompt: String,
 }
 
+impl Default for Embedding {
+    fn default() -> Self {
+        Self { pooling: Pooling::Mean, normalize: false, prompt: String::new() }
+    }
+}
+
 /// What is done to a text before it is tokenized.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TextSettings {
@@ -39,7 +45,8 @@ pub struct TextSettings {
 }
 
 impl TextSettings {
-    pub(super) fn read(files: &Files) -> Result<Self, ModelError> {
+    /// `task` is what the checkpoint is used for, as `transformer_task` names it.
+    pub(super) fn read(files: &Files, task: &str) -> Result<Self, ModelError> {
         for name in TEXT_SETTINGS {
             let Some(settings) = files.json(name)? else { continue };
             let known = [
@@ -52,14 +59,9 @@ impl TextSettings {
             ];
             refuse_others(name, &settings, &known)?;
             match settings["transformer_task"].as_str() {
-                None | Some("feature-extraction") => {}
-                Some(other) => {
-                    return Err(unsupported(
-                        name,
-                        &format!("transformer_task {other:?}"),
-                        "feature-extraction",
-                    ));
-                }
+                None => {}
+                Some(own) if own == task => {}
+                Some(other) => return Err(unsupported(name, &format!("transformer_task {other:?}"), task)),
             }
             let length = &settings["max_seq_length"];
             let max_seq_length = match (length.is_null(), length.as_u64()) {
@@ -81,9 +83,7 @@ impl TextSettings {
 impl Embedding {
     /// The mean, not normalized, where a checkpoint says nothing.
     pub(super) fn read(files: &Files) -> Result<Self, ModelError> {
-        let Some(modules) = files.json("modules.json")? else {
-            return Ok(Self { pooling: Pooling::Mean, normalize: false, prompt: String::new() });
-        };
+        let Some(modules) = files.json("modules.json")? else { return Ok(Self::default()) };
         let file = "config_sentence_transformers.json";
         let prompts = files.json(file)?.unwrap_or_default();
         refuse_others(
@@ -180,6 +180,32 @@ fn pooling(file: &str, config: &Value) -> Result<Pooling, ModelError> {
             None => Err(unsupported(file, one, SUPPORTED)),
         },
         many => Err(unsupported(file, &many.join(" and "), "one pooling mode")),
+    }
+}
+
+/// What sentence-transformers makes of a cross-encoder's logits: as config_sentence_transformers.json says, config.json
+/// under its newer key or its older one, else a sigmoid.
+///
+/// # Errors
+/// Another function than these two, or a prompt.
+pub(super) fn cross_encoder_scores(files: &Files, config: &Value) -> Result<Scores, ModelError> {
+    let file = "config_sentence_transformers.json";
+    let own = files.json(file)?.unwrap_or_default();
+    if let Some(prompt) = own["default_prompt_name"].as_str() {
+        return Err(unsupported(file, &format!("default_prompt_name {prompt:?}"), "none for pairs of texts"));
+    }
+    let places = [
+        (file, &own["activation_fn"]),
+        ("config.json", &config["sentence_transformers"]["activation_fn"]),
+        ("config.json", &config["sbert_ce_default_activation_function"]),
+    ];
+    let named = places.into_iter().find_map(|(file, value)| Some((file, value.as_str()?)));
+    match named.map(|(file, name)| (file, name, name.rsplit('.').next().unwrap_or_default())) {
+        None | Some((_, _, "Sigmoid")) => Ok(Scores::Sigmoid),
+        Some((_, _, "Identity")) => Ok(Scores::Raw),
+        Some((file, name, _)) => {
+            Err(unsupported(file, &format!("the activation {name}"), "Sigmoid, Identity"))
+        }
     }
 }
 

@@ -40,9 +40,6 @@ const PLANNED: &[(&str, &str)] = &[
     ("input.format", "json_schema"),
     ("task.kind", "image-classification"),
     ("task.kind", "image-embedding"),
-    ("task.kind", "token-classification"),
-    ("task.kind", "reranking"),
-    ("task.kind", "zero-shot-classification"),
     ("task.kind", "tensor"),
 ];
 

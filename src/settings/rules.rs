@@ -4,7 +4,7 @@ use rdkafka::ClientConfig;
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, KafkaResult};
 
-use super::{Fields, Format, Guarantee, Properties, Settings, Task};
+use super::{Fields, Format, Guarantee, Overflow, Properties, Settings, Task};
 use crate::kafka::consumer::Observing;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
@@ -176,6 +176,12 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for (key, message) in check_task(&settings.task, entry) {
         fault(&format!("task.{key}"), message);
     }
+    for pointer in entry.pointers.iter().filter(|key| settings.task.set_keys().contains_key(**key)) {
+        if input.format != Format::Json {
+            let format = format!("{:?}", input.format).to_lowercase();
+            fault(&format!("task.{pointer}"), format!("needs input.format: json, not {format}"));
+        }
+    }
     if settings.window.max_work.0.is_zero() {
         fault("window.max_work", "is zero".to_owned());
     }
@@ -259,25 +265,31 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
     faults
 }
 
-/// Keys of `task` that are set and have no effect with its kind, and one that it lacks.
+/// Keys of `task` that are set and have no effect with its kind, and what its kind finds wrong with the others.
 fn check_task(task: &Task, entry: &Kind) -> Vec<(String, String)> {
-    let keys = |task: &Task| match serde_json::to_value(task) {
-        Ok(serde_json::Value::Object(keys)) => keys,
-        _ => serde_json::Map::new(),
-    };
-    let (set, unset) = (keys(task), keys(&Task::of(task.kind)));
-    let name = entry.kind.name();
-    let without_effect = set
-        .iter()
-        .filter(|(key, value)| unset.get(*key) != Some(value) && !entry.keys.contains(&key.as_str()));
-    let mut problems: Vec<(String, String)> = without_effect
-        .map(|(key, _)| (key.clone(), format!("has no effect with task.kind: {name}")))
-        .collect();
-    if let Some((key, what)) = entry.needs
-        && set.get(key) == unset.get(key)
-    {
-        problems.push((key.to_owned(), format!("{name} needs {what}")));
+    let (set, name) = (task.set_keys(), entry.kind.name());
+    let without_effect = set.keys().filter(|key| !entry.keys.contains(&key.as_str()));
+    let mut problems: Vec<(String, String)> =
+        without_effect.map(|key| (key.clone(), format!("has no effect with task.kind: {name}"))).collect();
+    for key in entry.pointers {
+        if let Some(pointer) = set.get(*key).and_then(|value| value.as_str())
+            && let Err(message) = check_pointer(pointer)
+        {
+            problems.push(((*key).to_owned(), message));
+        }
     }
+    if let Some(overflow) =
+        task.overflow.filter(|of| entry.keys.contains(&"overflow") && !entry.overflow.contains(of))
+    {
+        let name_of = |overflow: &Overflow| {
+            let value = serde_json::to_value(overflow).unwrap_or_default();
+            value.as_str().unwrap_or_default().to_owned()
+        };
+        let allowed: Vec<String> = entry.overflow.iter().map(name_of).collect();
+        let message = format!("{} is not for {name}; allowed: {}", name_of(&overflow), allowed.join(", "));
+        problems.push(("overflow".to_owned(), message));
+    }
+    problems.extend((entry.check)(task).into_iter().map(|(key, message)| (key.to_owned(), message)));
     problems
 }
 

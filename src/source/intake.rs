@@ -13,6 +13,7 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::doubt::Cause;
 use super::ledger::{Owned, Read};
 use super::serve::{POLL, Source, SourceError};
+use crate::compute::Compute;
 use crate::flow::Queued;
 use crate::kafka::headers;
 use crate::record::{Arrival, Partition, TraceParent};
@@ -60,7 +61,7 @@ impl Intake {
     /// Bytes of windows that are not passed on yet.
     fn waiting(&self) -> usize {
         let held: usize = self.held.iter().map(|window| window.get().load().bytes).sum();
-        held + 2 * self.gatherer.bytes()
+        held + self.gatherer.bytes()
     }
 
     pub fn bytes(&self) -> usize {
@@ -205,8 +206,7 @@ impl Source {
             let suspect = owned.suspects.contains(&message.offset());
             let parent = || TraceParent::read(headers::last(&message, headers::TRACEPARENT)?);
             let trace = if self.context.traced { parent().map(Box::new) } else { None };
-            let work = message.payload().map_or(0.0, |value| self.context.compute.work(value.len()));
-            let arrival = Arrival { origin, trace, ..arrival(&message, suspect, work) };
+            let arrival = Arrival { origin, trace, ..arrival(&message, suspect, &*self.context.compute) };
             full = self.intake.gatherer.push(&owned.partition, &owned.lease, arrival, now);
             if end == Some(message.offset() + 1) {
                 ended.insert(owned.partition.clone());
@@ -234,7 +234,6 @@ impl Source {
                 span.metadata = self.context.metadata(owned, span.first);
             }
         }
-        window.reserve(|value_bytes| self.context.compute.footprint(value_bytes));
         let metrics = &self.context.metrics;
         metrics.windows.with_label_values(&[window.closed_by.name()]).inc();
         metrics.window_records.observe(window.records.len() as f64);
@@ -336,13 +335,15 @@ impl Source {
     }
 }
 
-fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool, work: f64) -> Arrival<'a> {
+fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool, compute: &dyn Compute) -> Arrival<'a> {
+    let value = message.payload();
     Arrival {
-        work: work as f32,
+        footprint: value.map_or(0, |value| compute.footprint(value)),
+        work: value.map_or(0.0, |value| compute.work(value.len())) as f32,
         offset: message.offset(),
         timestamp: timestamp(message),
         key: message.key(),
-        value: message.payload(),
+        value,
         headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
         suspect,
         origin: None,
@@ -362,8 +363,14 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn intake(bytes: usize) -> Intake {
-        let limits =
-            Limits { max_records: 10, max_bytes: 1000, max_wait: SECOND, max_work: SECOND, work_records: 1 };
+        let limits = Limits {
+            max_records: 10,
+            max_bytes: 1000,
+            max_wait: SECOND,
+            max_memory: 10_000,
+            max_work: SECOND,
+            work_records: 1,
+        };
         Intake::new(Gatherer::new(limits), Load { bytes, work: 2.0, windows: 2 })
     }
 

@@ -177,6 +177,7 @@ impl Source {
             max_records: settings.window.max_records,
             max_bytes: settings.window.max_bytes.0 as usize,
             max_wait: settings.window.max_wait.0,
+            max_memory: settings.window_memory(),
             max_work: settings.window.max_work.0,
             work_records: wiring.compute.lanes(),
         };

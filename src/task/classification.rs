@@ -2,22 +2,27 @@
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::kinds::Kind;
-use super::text::{self, PredictText};
+use super::kinds::{BEGINNING, Kind, NO_RULES};
+use super::text::{self, PredictText, TextTask};
 use super::{NUMBER, to_json};
 use crate::model::{self, Model, Output};
 use crate::record::RecordError;
 use crate::settings::TaskKind;
 
 pub(super) const KIND: Kind = Kind {
-    kind: TaskKind::TextClassification,
-    keys: &["top_k", "overflow", "cache"],
-    needs: None,
+    kind: TaskKind("text-classification"),
+    prediction: "`{\"label\":…,\"score\":…,\"scores\":{…}}`",
     fields: &["label", "score", "scores"],
+    keys: &["top_k", "overflow", "cache"],
+    pointers: &[],
+    overflow: BEGINNING,
+    check: NO_RULES,
     output: Some(Output::Logits),
     load: |settings, metrics| {
-        let predict = |model: &_, _: &_| Ok(Classification::new(model, settings.task.top_k));
-        text::load(settings, Output::Logits, metrics, predict)
+        text::load(settings, Output::Logits, metrics, |texts, _| {
+            let predict = Classification::new(&texts.model, settings.task.top_k);
+            Ok(TextTask { texts, predict })
+        })
     },
 };
 
@@ -41,18 +46,35 @@ impl PredictText for Classification {
             model::Scores::Sigmoid => sigmoid(row),
             model::Scores::Raw => row.to_vec(),
         };
-        let mut order: Vec<usize> = (0..scores.len()).collect();
-        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-        let best = order[0];
-        order.truncate(self.top_k);
-        let scores = Scores { labels: &self.labels, scores: &scores, order: &order, best };
-        to_json(&scores, out)
+        write(&self.labels, &scores, self.top_k, out)
     }
 
     fn bytes(&self) -> usize {
-        let label = self.labels.iter().map(String::len).max().unwrap_or(0) + 4 + NUMBER;
-        64 + (self.top_k + 1) * label
+        bytes(&self.labels, self.top_k)
     }
+}
+
+/// Appends the prediction: the label with the highest score, and the `top_k` best with theirs.
+///
+/// # Panics
+/// Where there are no labels.
+pub(super) fn write(
+    labels: &[String],
+    scores: &[f32],
+    top_k: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), RecordError> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+    let best = order[0];
+    order.truncate(top_k);
+    to_json(&Scores { labels, scores, order: &order, best }, out)
+}
+
+/// Bytes of such a prediction at most.
+pub(super) fn bytes(labels: &[String], top_k: usize) -> usize {
+    let label = labels.iter().map(String::len).max().unwrap_or(0) + 4 + NUMBER;
+    64 + (top_k.min(labels.len()) + 1) * label
 }
 
 struct Scores<'a> {
@@ -79,7 +101,7 @@ impl Serialize for Scores<'_> {
 }
 
 /// e^(x_i - max) / sum.
-fn softmax(logits: &[f32]) -> Vec<f32> {
+pub(super) fn softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let powers: Vec<f32> = logits.iter().map(|x| (x - max).exp()).collect();
     let sum: f32 = powers.iter().sum();

@@ -2,21 +2,27 @@
 
 use serde::Serialize;
 
-use super::kinds::Kind;
-use super::text::{self, PredictText};
+use super::kinds::{BEGINNING, Kind, NO_RULES};
+use super::text::{self, PredictText, TextTask};
 use super::{NUMBER, to_json};
 use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::TaskKind;
 
 pub(super) const KIND: Kind = Kind {
-    kind: TaskKind::TextEmbedding,
-    keys: &["overflow", "cache"],
-    needs: None,
+    kind: TaskKind("text-embedding"),
+    prediction: "`{\"embedding\":[…]}`, pooled and normalised as the model's own `modules.json` says",
     fields: &["embedding"],
+    keys: &["overflow", "cache"],
+    pointers: &[],
+    overflow: BEGINNING,
+    check: NO_RULES,
     output: Some(Output::Embedding),
     load: |settings, metrics| {
-        text::load(settings, Output::Embedding, metrics, |model, _| Ok(Embed::new(model)))
+        text::load(settings, Output::Embedding, metrics, |texts, _| {
+            let predict = Embed::new(&texts.model);
+            Ok(TextTask { texts, predict })
+        })
     },
 };
 

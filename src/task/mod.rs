@@ -1,16 +1,12 @@
-//! What is predicted: one file per task, and one entry of the table in `kinds.rs`. A task makes items of what a record says, and a prediction of the answers to
-//! them. Nothing here knows Kafka.
+//! What is predicted: one file per task, which holds its entry of the table, and one line below. A task makes items of
+//! what a record says, and a prediction of the answers to them. Nothing here knows Kafka.
 
-pub mod classification;
-pub mod embedding;
 mod kinds;
-mod noop;
-mod similarity;
 pub mod text;
 
 use std::sync::Arc;
 
-pub use kinds::{KINDS, Kind};
+pub use kinds::Kind;
 
 use crate::codec::Input;
 use crate::compute::Compute;
@@ -45,9 +41,8 @@ pub trait Task: Send + Sync + 'static {
         out: &mut Vec<u8>,
     ) -> Result<(), RecordError>;
 
-    /// Bytes that a record with a value of so many bytes takes, about, until it is published, beside the value itself:
-    /// items, answers, the prediction.
-    fn footprint(&self, value_bytes: usize) -> usize;
+    /// Bytes that a record takes, about, until it is published, beside the value itself: items, answers, the prediction.
+    fn footprint(&self, value: &[u8]) -> usize;
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +57,36 @@ pub enum TaskError {
     Files { model: String, error: FilesError },
     #[error("a first forward failed: {0}")]
     Forward(String),
+    /// The model cannot do the task.
+    #[error("the model does not fit task.kind: {0}")]
+    Unsuitable(String),
+    /// A setting does not fit the model.
+    #[error("{key}: {message}")]
+    Setting { key: &'static str, message: String },
     #[error("input.template: {0}")]
     Template(#[from] minijinja::Error),
+}
+
+/// Declares the tasks' files, and makes the table of their entries.
+macro_rules! tasks {
+    ($($(#[$attribute:meta])* $task:ident,)*) => {
+        $($(#[$attribute])* pub mod $task;)*
+
+        /// All kinds of task.
+        pub static KINDS: &[Kind] = &[$($(#[$attribute])* $task::KIND,)*];
+    };
+}
+
+tasks! {
+    classification,
+    #[cfg(test)]
+    dummy,
+    embedding,
+    noop,
+    reranking,
+    similarity,
+    token_classification,
+    zero_shot,
 }
 
 /// The task that the settings ask for, with its model.

@@ -3,15 +3,24 @@
 use std::sync::Arc;
 
 use super::TaskError;
-use super::kinds::Kind;
+use super::kinds::{Kind, NO_RULES};
 use crate::codec;
 use crate::compute::{About, Compute, Noop};
 use crate::model::Digest;
 use crate::settings::{Settings, TaskKind};
 use crate::telemetry::Metrics;
 
-pub(super) const KIND: Kind =
-    Kind { kind: TaskKind::Noop, keys: &[], needs: None, fields: &[], output: None, load };
+pub(super) const KIND: Kind = Kind {
+    kind: TaskKind("noop"),
+    prediction: "the value as it came: no model, for measuring",
+    fields: &[],
+    keys: &[],
+    pointers: &[],
+    overflow: &[],
+    check: NO_RULES,
+    output: None,
+    load,
+};
 
 fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError> {
     let files_error = |error| TaskError::Files { model: "noop".to_owned(), error };

@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::embedding::normalized;
-use super::kinds::Kind;
-use super::text::{self, PredictText};
+use super::kinds::{BEGINNING, Kind};
+use super::text::{self, PredictText, TextTask};
 use super::{NUMBER, TaskError, to_json};
 use crate::engine::Engine;
 use crate::model::{Model, Output};
@@ -15,14 +15,25 @@ use crate::record::RecordError;
 use crate::settings::{self, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
-    kind: TaskKind::Similarity,
-    keys: &["top_k", "candidates", "overflow", "cache"],
-    needs: Some(("candidates", "a file of candidates, one {\"id\":…,\"text\":…} a line")),
+    kind: TaskKind("similarity"),
+    prediction: "`{\"matches\":[{\"id\":…,\"score\":…},…]}`: the nearest of a file of candidates",
     fields: &["matches"],
+    keys: &["top_k", "candidates", "overflow", "cache"],
+    pointers: &[],
+    overflow: BEGINNING,
+    check: |task| match task.candidates {
+        Some(_) => Vec::new(),
+        None => vec![(
+            "candidates",
+            "similarity needs a file of candidates, one {\"id\":…,\"text\":…} a line".to_owned(),
+        )],
+    },
     output: Some(Output::Embedding),
     load: |settings, metrics| {
-        let predict = |model: &_, engine: &_| Similarity::load(model, engine, &settings.task);
-        text::load(settings, Output::Embedding, metrics, predict)
+        text::load(settings, Output::Embedding, metrics, |texts, engine| {
+            let predict = Similarity::load(&texts.model, engine, &settings.task)?;
+            Ok(TextTask { texts, predict })
+        })
     },
 };
 

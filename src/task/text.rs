@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::TaskError;
+use super::{Kind, TaskError};
 use crate::codec::{self, Input};
 use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response, Rows};
@@ -67,32 +67,32 @@ impl TextModel {
         // The first one makes memory ready, and is slower.
         let cost = 128.min(model.tokenizer.max_tokens());
         let seconds_per_token = first(cost as u32)?.as_secs_f64() / cost as f64;
-        let texts = Texts { model, overflow: settings.task.overflow, metrics: Arc::clone(metrics) };
+        let overflow = Kind::of(settings.task.kind).overflow(&settings.task);
+        let texts = Texts { model, overflow, metrics: Arc::clone(metrics) };
         let pace = Pace::new(seconds_per_token);
         Ok(Self { about, texts, engine, pace, metrics: Arc::clone(metrics) })
     }
 
-    /// With a task that makes a prediction of each text's answer.
-    pub fn batched<P: PredictText>(
+    /// With a task over it.
+    pub fn batched<T: Task<Item = Tokens, Value = f32>>(
         self,
         settings: &Settings,
-        predict: impl FnOnce(&Model, &Engine<Model>) -> Result<P, TaskError>,
-    ) -> Result<Batched<TextTask<P>, Model>, TaskError> {
+        task: impl FnOnce(Texts, &Engine<Model>) -> Result<T, TaskError>,
+    ) -> Result<Batched<T, Model>, TaskError> {
         let Self { about, texts, engine, pace, metrics } = self;
         let decoder = codec::decoder(settings)?;
-        let task = TextTask { predict: predict(engine.model(), &engine)?, texts };
-        Ok(Batched { about, decoder, task, engine, pace, metrics })
+        Ok(Batched { about, decoder, task: task(texts, &engine)?, engine, pace, metrics })
     }
 }
 
-/// Loads a model, and a task over it that makes a prediction of each text's answer.
-pub(super) fn load<P: PredictText>(
+/// Loads a model, and a task over it.
+pub(super) fn load<T: Task<Item = Tokens, Value = f32>>(
     settings: &Settings,
     output: Output,
     metrics: &Arc<Metrics>,
-    predict: impl FnOnce(&Model, &Engine<Model>) -> Result<P, TaskError>,
+    task: impl FnOnce(Texts, &Engine<Model>) -> Result<T, TaskError>,
 ) -> Result<Arc<dyn Compute>, TaskError> {
-    Ok(Arc::new(TextModel::load(settings, output, metrics)?.batched(settings, predict)?))
+    Ok(Arc::new(TextModel::load(settings, output, metrics)?.batched(settings, task)?))
 }
 
 /// From the answer to a record's text to its prediction.
@@ -109,8 +109,8 @@ pub trait PredictText: Send + Sync + 'static {
 
 /// A task whose records ask for one text each.
 pub struct TextTask<P> {
-    texts: Texts,
-    predict: P,
+    pub texts: Texts,
+    pub predict: P,
 }
 
 impl<P: PredictText> Task for TextTask<P> {
@@ -127,39 +127,58 @@ impl<P: PredictText> Task for TextTask<P> {
         self.predict.write(answers.only(), out)
     }
 
-    fn footprint(&self, value_bytes: usize) -> usize {
-        self.texts.footprint(value_bytes) + self.predict.bytes()
+    fn footprint(&self, value: &[u8]) -> usize {
+        self.texts.footprint(value.len()) + self.predict.bytes()
     }
 }
 
 /// Texts as a model takes them.
 pub struct Texts {
     pub model: Arc<Model>,
-    overflow: Overflow,
+    pub overflow: Overflow,
     metrics: Arc<Metrics>,
 }
 
 impl Texts {
     /// A text's tokens, within the model's limit.
     pub fn tokens(&self, text: &str) -> Result<Tokens, RecordError> {
-        let tokens = self.model.tokens(text).map_err(|e| RecordError::new(Fault::Prepare, e))?;
+        let tokens = self.model.tokens(text).map_err(not_tokens)?;
         if tokens.truncated {
-            if self.overflow == Overflow::DeadLetter {
-                let limit = self.model.tokenizer.max_tokens();
-                return Err(RecordError::new(
-                    Fault::TooLong,
-                    format!("more than the model's {limit} tokens"),
-                ));
-            }
-            self.metrics.truncated.inc();
+            self.too_long()?;
         }
         Ok(tokens)
+    }
+
+    /// Counts a record whose text is truncated.
+    ///
+    /// # Errors
+    /// `task.overflow` makes it a dead letter.
+    pub fn too_long(&self) -> Result<(), RecordError> {
+        if self.overflow == Overflow::DeadLetter {
+            let limit = self.model.tokenizer.max_tokens();
+            return Err(RecordError::new(Fault::TooLong, format!("more than the model's {limit} tokens")));
+        }
+        self.metrics.truncated.inc();
+        Ok(())
     }
 
     /// Bytes of a record's tokens and answer, at most.
     pub fn footprint(&self, value_bytes: usize) -> usize {
         // A token is a byte of the text at least; templates may add to it.
         let tokens = self.model.tokenizer.max_tokens().min(value_bytes + 512);
-        256 + tokens * size_of::<u32>() + self.model.width() * size_of::<f32>()
+        SEQUENCE + self.bytes(tokens)
     }
+
+    /// Bytes of so many tokens of one sequence, and of the answer to them.
+    pub fn bytes(&self, tokens: usize) -> usize {
+        tokens * size_of::<u32>() + self.model.values(tokens) * size_of::<f32>()
+    }
+}
+
+/// Bytes that a sequence takes beside its tokens: in the window, in the plan, in its answer.
+pub const SEQUENCE: usize = 256;
+
+/// The tokenizer's error, as the record's.
+pub fn not_tokens(message: String) -> RecordError {
+    RecordError::new(Fault::Prepare, message)
 }

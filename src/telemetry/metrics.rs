@@ -179,8 +179,8 @@ impl Metrics {
         for fault in crate::record::Fault::ALL {
             self.dead_letters.with_label_values(&[fault.name()]);
         }
-        for closed_by in ["records", "bytes", "wait", "end", "stop"] {
-            self.windows.with_label_values(&[closed_by]);
+        for closed_by in crate::window::ClosedBy::ALL {
+            self.windows.with_label_values(&[closed_by.name()]);
         }
         for kind in ["prefetched", "windows", "predictions"] {
             self.memory.with_label_values(&[kind]);

@@ -19,6 +19,7 @@ pub(super) fn classifier() -> Classifier {
         activation: Activation::Tanh,
         norm: None,
         out: "classifier",
+        dense_for_tokens: false,
     }
 }
 
@@ -81,6 +82,7 @@ pub(super) fn post_norm(
             activation: Activation::Tanh,
             norm: None,
             out: "classifier.out_proj",
+            dense_for_tokens: false,
         },
     })
 }

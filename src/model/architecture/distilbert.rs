@@ -55,6 +55,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             activation: Activation::Relu,
             norm: None,
             out: "classifier",
+            dense_for_tokens: false,
         },
     })
 }

@@ -208,7 +208,7 @@ pub enum FeedForward {
     Gated(Activation, Gate),
 }
 
-/// The tensors between a pooled sequence and its logits.
+/// The tensors between a pooled sequence, or a token, and its logits.
 #[derive(Debug, Clone)]
 pub struct Classifier {
     /// Pooled by the mean instead of the first token.
@@ -220,7 +220,12 @@ pub struct Classifier {
     pub activation: Activation,
     pub norm: Option<&'static str>,
     pub out: &'static str,
+    /// A classifier of tokens has `dense` too, and not its output layer alone.
+    pub dense_for_tokens: bool,
 }
+
+/// The output layer of every classifier of tokens.
+pub const TOKEN_CLASSIFIER: &str = "classifier";
 
 impl Architecture {
     /// Reads config.json. `ignored` are keys that change nothing although kandle does not know them.

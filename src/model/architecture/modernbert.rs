@@ -64,6 +64,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             activation: config.activation("classifier_activation", "gelu")?,
             norm: Some("head.norm"),
             out: "classifier",
+            dense_for_tokens: true,
         },
     })
 }

@@ -47,6 +47,8 @@ pub(super) struct ModelOutline {
     #[serde(default, rename = "type")]
     pub kind: String,
     pub max_input_chars_per_word: Option<usize>,
+    pub continuing_subword_prefix: Option<String>,
+    pub unk_token: Option<String>,
 }
 
 /// A part of a text.

@@ -1,12 +1,17 @@
 //! Texts to tokens, as the model's own tokenizer.json says, up to the model's limit.
 
 mod cuts;
+mod pair;
+mod spans;
 mod words;
 
 use serde_json::Value;
 use tokenizers::TruncationDirection;
 
 use self::cuts::{Cuts, Outline};
+pub use self::pair::{NoRoom, Part, Shorten};
+use self::spans::Spelling;
+pub use self::spans::{Span, Spans};
 use super::files::{Files, FilesError};
 use super::sentence::TextSettings;
 
@@ -32,6 +37,11 @@ pub struct Tokenizer {
     /// Added tokens are found by their contents in texts of ASCII alone, since they are looked for in normalized text.
     added_in_ascii: bool,
     special: Special,
+    /// What stands around two texts, or why that is not known.
+    template: Result<pair::Template, String>,
+    /// The model tells token types apart.
+    has_types: bool,
+    spelling: Spelling,
 }
 
 /// What the post-processor puts around a text.
@@ -44,8 +54,14 @@ struct Special {
 }
 
 impl Tokenizer {
-    /// `positions` is how many the model has; the tokenizer's own limit, or the one of `text`, counts where it is lower.
-    pub fn load(files: &Files, positions: usize, text: TextSettings) -> Result<Self, FilesError> {
+    /// `positions` and `types` are how many the model has; the tokenizer's own limit, or the one of `text`, counts where
+    /// it is lower.
+    pub fn load(
+        files: &Files,
+        positions: usize,
+        types: usize,
+        text: TextSettings,
+    ) -> Result<Self, FilesError> {
         let content = |message: String| FilesError::Content { file: "tokenizer.json".to_owned(), message };
         let bytes = files.require("tokenizer.json")?;
         let bytes = match text.lower_case {
@@ -67,17 +83,28 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|e| content(e.to_string()))?;
         inner.with_padding(None);
         let special = Special::of(&inner).map_err(content)?;
+        let asks_for_types = match config["model_input_names"].as_array() {
+            Some(names) => names.iter().any(|name| name == "token_type_ids"),
+            // The classes without a family of their own ask for none where nothing is said (transformers 5).
+            None => !matches!(
+                config["tokenizer_class"].as_str(),
+                Some("TokenizersBackend" | "PreTrainedTokenizerFast")
+            ),
+        };
         let tokens = &outline.added_tokens;
         let normalizer = !outline.normalizer.is_null();
         Ok(Self {
             cuts: Cuts::of(&outline),
             added: tokens.iter().filter_map(|token| Some(token["content"].as_str()?.to_owned())).collect(),
             added_in_ascii: normalizer && tokens.iter().any(|token| token["normalized"] == Value::Bool(true)),
-            inner,
             id: words::next_tokenizer(),
             max_tokens,
             direction,
             special,
+            template: pair::Template::of(&inner),
+            has_types: types > 1 && asks_for_types,
+            spelling: Spelling::of(&inner, &outline, &config).map_err(content)?,
+            inner,
         })
     }
 
@@ -236,7 +263,7 @@ mod tests {
     use super::*;
 
     /// Texts of what tokenizers treat differently.
-    fn texts() -> impl Strategy<Value = String> {
+    pub(super) fn texts() -> impl Strategy<Value = String> {
         let pieces = prop_oneof![
             5 => "[a-z]{1,8}",
             2 => "[A-Z0-9]{1,4}",
@@ -253,14 +280,14 @@ mod tests {
         proptest::collection::vec(pieces, 0..40).prop_map(|pieces| pieces.concat())
     }
 
-    fn tokenizer(path: &str, text: TextSettings) -> Tokenizer {
+    pub(super) fn tokenizer(path: &str, text: TextSettings) -> Tokenizer {
         let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
         let model =
             crate::settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
-        Tokenizer::load(&Files::find(&model).unwrap(), 1_000_000, text).unwrap()
+        Tokenizer::load(&Files::find(&model).unwrap(), 1_000_000, 2, text).unwrap()
     }
 
-    const KINDS: [&str; 4] =
+    pub(super) const KINDS: [&str; 4] =
         ["demo/model", "tests/fixtures/roberta", "tests/fixtures/modernbert", "tests/fixtures/xlm-roberta"];
 
     /// Against the library, which tokenizes the text as a whole.

@@ -1,0 +1,253 @@
+//! Two texts as one sequence: a query and a document, a premise and a hypothesis.
+
+use std::borrow::Cow;
+use std::sync::OnceLock;
+
+use tokenizers::TruncationDirection;
+
+use super::{Tokenizer, Tokens};
+
+/// What the post-processor puts around two texts, each token with its type.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Template {
+    before: Vec<(u32, u32)>,
+    between: Vec<(u32, u32)>,
+    after: Vec<(u32, u32)>,
+    /// Token types of the two texts.
+    types: [u32; 2],
+}
+
+/// Which text loses tokens where both together have more than the model takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shorten {
+    /// The longer one, until both are of one length; then both.
+    Longer,
+    First,
+}
+
+/// One text of a pair.
+#[derive(Debug)]
+pub struct Part<'t> {
+    text: Cow<'t, str>,
+    /// Without special ones: as many as could be kept, and one more.
+    ids: Vec<u32>,
+    /// How many there are, where that was asked for.
+    count: OnceLock<usize>,
+}
+
+/// The second text alone leaves no room for the first.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "it takes at least {tokens} tokens with the special ones, and the model has {limit}: no text fits beside it"
+)]
+pub struct NoRoom {
+    pub tokens: usize,
+    pub limit: usize,
+}
+
+impl Template {
+    /// Found by what the post-processor makes of two texts.
+    pub fn of(inner: &tokenizers::Tokenizer) -> Result<Self, String> {
+        let template = Self::of_texts(inner, "a", "b")?;
+        match template == Self::of_texts(inner, "a b, c", "d e")? {
+            true => Ok(template),
+            false => Err("what the post-processor puts around two texts depends on them".to_owned()),
+        }
+    }
+
+    fn of_texts(inner: &tokenizers::Tokenizer, first: &str, second: &str) -> Result<Self, String> {
+        let plain = |text: &str| inner.encode_fast(text, false).map_err(|e| e.to_string());
+        let (first, second) = (plain(first)?, plain(second)?);
+        let (ids_of_first, ids_of_second) = (first.get_ids().to_vec(), second.get_ids().to_vec());
+        let all = inner.post_process(first, Some(second), true).map_err(|e| e.to_string())?;
+        let tokens: Vec<(u32, u32)> =
+            all.get_ids().iter().copied().zip(all.get_type_ids().iter().copied()).collect();
+        let unknown = || "the post-processor does more than to put tokens around two texts".to_owned();
+        let find = |ids: &[u32], from: usize| {
+            let windows = tokens[from..].windows(ids.len());
+            let mut places = (from..).zip(windows);
+            let found = places.find(|(_, window)| window.iter().map(|(id, _)| id).eq(ids));
+            found.map(|(at, _)| at..at + ids.len()).ok_or_else(unknown)
+        };
+        let first = find(&ids_of_first, 0)?;
+        let second = find(&ids_of_second, first.end)?;
+        let type_of = |text: std::ops::Range<usize>| match tokens[text.clone()] {
+            [(_, one), ..] if tokens[text].iter().all(|(_, other)| *other == one) => Ok(one),
+            _ => Err(unknown()),
+        };
+        Ok(Self {
+            before: tokens[..first.start].to_vec(),
+            between: tokens[first.end..second.start].to_vec(),
+            after: tokens[second.end..].to_vec(),
+            types: [type_of(first)?, type_of(second)?],
+        })
+    }
+
+    fn count(&self) -> usize {
+        self.before.len() + self.between.len() + self.after.len()
+    }
+
+    fn has_types(&self) -> bool {
+        let special = [&self.before, &self.between, &self.after].into_iter().flatten().map(|(_, of)| *of);
+        self.types.into_iter().chain(special).any(|of| of != 0)
+    }
+}
+
+impl Tokenizer {
+    /// # Errors
+    /// The tokenizer has no form for two texts that kandle knows.
+    pub fn takes_pairs(&self) -> Result<(), String> {
+        self.template().map(|_| ())
+    }
+
+    fn template(&self) -> Result<&Template, String> {
+        self.template.as_ref().map_err(|message| format!("pairs of texts are not supported: {message}"))
+    }
+
+    /// One text of a pair.
+    ///
+    /// # Errors
+    /// The library fails on the text.
+    pub fn part<'t>(&self, text: impl Into<Cow<'t, str>>) -> Result<Part<'t>, String> {
+        let (text, mut ids, most) = (text.into(), Vec::new(), self.max_tokens + 1);
+        match self.direction {
+            TruncationDirection::Right => self.first(&text, most, &mut ids)?,
+            TruncationDirection::Left => self.last(&text, most, &mut ids)?,
+        };
+        Ok(Part { text, ids, count: OnceLock::new() })
+    }
+
+    /// All tokens of a text, of which not all are kept: which of two is longer decides who has the odd one.
+    fn count(&self, part: &Part<'_>) -> usize {
+        let counted = || {
+            let mut all = Vec::new();
+            // It did not fail on the part that is kept.
+            let done = self.first(&part.text, usize::MAX, &mut all);
+            done.map_or(part.ids.len(), |_| all.len())
+        };
+        *part.count.get_or_init(counted)
+    }
+
+    /// Two texts' tokens as one sequence of at most [`Tokenizer::max_tokens`].
+    ///
+    /// # Errors
+    /// The second one has to be whole ([`Shorten::First`]) and leaves no token to the first.
+    ///
+    /// # Panics
+    /// Where [`Tokenizer::takes_pairs`] fails.
+    pub fn pair(&self, first: &Part<'_>, second: &Part<'_>, shorten: Shorten) -> Result<Tokens, NoRoom> {
+        let template = self.template.as_ref().expect("takes_pairs was asked");
+        let are_cut = [first, second].iter().all(|part| part.ids.len() > self.max_tokens);
+        let second_is_longer = are_cut && self.count(first) <= self.count(second);
+        let (first, second) = (&first.ids, &second.ids);
+        let room = self.max_tokens.saturating_sub(template.count());
+        let truncated = first.len() + second.len() > room;
+        let kept = match shorten {
+            _ if !truncated => (first.len(), second.len()),
+            Shorten::Longer if are_cut && second_is_longer => (room / 2, room - room / 2),
+            Shorten::Longer if are_cut => (room - room / 2, room / 2),
+            Shorten::Longer => kept_of_both(first.len(), second.len(), room),
+            Shorten::First if second.len() >= room => {
+                return Err(NoRoom { tokens: second.len() + template.count(), limit: self.max_tokens });
+            }
+            Shorten::First => (room - second.len(), second.len()),
+        };
+        let (first, second) = (self.keep(first, kept.0), self.keep(second, kept.1));
+        let mut ids = Vec::with_capacity(template.count() + first.len() + second.len());
+        let special = |tokens: &[(u32, u32)], ids: &mut Vec<u32>| ids.extend(tokens.iter().map(|(id, _)| id));
+        special(&template.before, &mut ids);
+        ids.extend_from_slice(first);
+        special(&template.between, &mut ids);
+        ids.extend_from_slice(second);
+        special(&template.after, &mut ids);
+        let type_ids = (self.has_types && template.has_types()).then(|| {
+            let mut types = Vec::with_capacity(ids.len());
+            let special =
+                |tokens: &[(u32, u32)], types: &mut Vec<u32>| types.extend(tokens.iter().map(|(_, of)| of));
+            special(&template.before, &mut types);
+            types.resize(types.len() + first.len(), template.types[0]);
+            special(&template.between, &mut types);
+            types.resize(types.len() + second.len(), template.types[1]);
+            special(&template.after, &mut types);
+            types
+        });
+        Ok(Tokens { ids, type_ids, truncated })
+    }
+
+    /// `count` tokens of a text, at the end that is not truncated.
+    fn keep<'a>(&self, ids: &'a [u32], count: usize) -> &'a [u32] {
+        match self.direction {
+            TruncationDirection::Right => &ids[..count],
+            TruncationDirection::Left => &ids[ids.len() - count..],
+        }
+    }
+}
+
+/// What two texts keep of `room` tokens, as the tokenizers library shares it out (`LongestFirst`).
+fn kept_of_both(first: usize, second: usize, room: usize) -> (usize, usize) {
+    let shorter = first.min(second);
+    // The shorter one is whole where the other one can give way to it.
+    let (of_shorter, of_longer) = match shorter <= room && shorter + shorter.max(room - shorter) <= room {
+        true => (shorter, room - shorter),
+        false => (room / 2, room - room / 2),
+    };
+    if first > second { (of_longer, of_shorter) } else { (of_shorter, of_longer) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tokenizers::{TruncationParams, TruncationStrategy};
+
+    use super::super::tests::{KINDS, texts, tokenizer};
+    use super::*;
+    use crate::model::sentence::TextSettings;
+
+    proptest! {
+        #[test]
+        fn pairs_are_as_the_library_has_them(
+            texts in proptest::collection::vec((texts(), texts()), 6), limit in 8usize..60, left: bool
+        ) {
+            for kind in KINDS {
+                let mut tokenizer = tokenizer(kind, TextSettings::default());
+                tokenizer.has_types = true;
+                tokenizer.max_tokens = limit;
+                tokenizer.direction = if left { TruncationDirection::Left } else { TruncationDirection::Right };
+                let direction = tokenizer.direction;
+                for (strategy, shorten) in
+                    [(TruncationStrategy::LongestFirst, Shorten::Longer), (TruncationStrategy::OnlyFirst, Shorten::First)]
+                {
+                    let max_length = limit - tokenizer.template().unwrap().count();
+                    let truncation = TruncationParams { max_length, strategy, direction, stride: 0 };
+                    for (first, second) in &texts {
+                        let [a, b] = [first, second].map(|text| tokenizer.part(text.as_str()).unwrap());
+                        let got = tokenizer.pair(&a, &b, shorten);
+                        let [a, b] =
+                            [first, second].map(|text| tokenizer.inner.encode_fast(text.as_str(), false).unwrap());
+                        let Ok((a, b)) = tokenizers::truncate_encodings(a, Some(b), &truncation) else {
+                            prop_assert!(got.is_err(), "{} {:?} {:?}", kind, first, second);
+                            continue;
+                        };
+                        let cut = |encoding: &tokenizers::Encoding| !encoding.get_overflowing().is_empty();
+                        let truncated = cut(&a) || b.as_ref().is_some_and(cut);
+                        let want = tokenizer.inner.post_process(a, b, true).unwrap();
+                        let got = got.unwrap();
+                        prop_assert_eq!(&got.ids, want.get_ids(), "{} {:?} {:?} {:?}", kind, shorten, first, second);
+                        let types = got.type_ids.unwrap_or(vec![0; want.len()]);
+                        prop_assert_eq!(&types, want.get_type_ids());
+                        prop_assert_eq!(got.truncated, truncated);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_shorter_text_is_whole_where_it_can_be() {
+        assert_eq!(kept_of_both(3, 100, 10), (3, 7));
+        assert_eq!(kept_of_both(100, 3, 10), (7, 3));
+        assert_eq!(kept_of_both(50, 60, 11), (5, 6));
+        assert_eq!(kept_of_both(60, 50, 11), (6, 5));
+        assert_eq!(kept_of_both(6, 6, 11), (5, 6));
+    }
+}

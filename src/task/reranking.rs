@@ -1,0 +1,184 @@
+//! reranking: how well each of a record's documents answers its query, best first:
+//! `{"results":[{"index":…,"score":…},…]}`, with the documents' `id` where they have one. The query is the record's text,
+//! the model a cross-encoder: one sequence for each document, as sentence-transformers' `CrossEncoder` makes it.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
+
+use super::classification::softmax;
+use super::kinds::{BEGINNING, Kind};
+use super::text::{self, SEQUENCE, Texts, not_tokens};
+use super::{NUMBER, Task, TaskError, to_json};
+use crate::codec::{self, Input, json};
+use crate::engine::Rows;
+use crate::model::{Output, Scores, Shorten, Tokens};
+use crate::record::{Fault, RecordError};
+use crate::settings::{self, TaskKind};
+
+pub(super) const KIND: Kind = Kind {
+    kind: TaskKind("reranking"),
+    prediction: "`{\"results\":[{\"index\":…,\"score\":…},…]}`: a record's documents by how well they answer its query",
+    fields: &["results"],
+    keys: &["documents", "top_k", "overflow", "cache"],
+    pointers: &["documents"],
+    overflow: BEGINNING,
+    check: |task| match task.documents {
+        Some(_) => Vec::new(),
+        None => vec![(
+            "documents",
+            "reranking needs a JSON Pointer to the documents, such as /documents".to_owned(),
+        )],
+    },
+    output: Some(Output::PairLogits),
+    load: |settings, metrics| {
+        let task = |texts, _: &_| Reranking::new(texts, &settings.task);
+        text::load(settings, Output::PairLogits, metrics, task)
+    },
+};
+
+pub struct Reranking {
+    texts: Texts,
+    /// Where the documents are.
+    pointer: String,
+    top_k: usize,
+    scores: Scores,
+}
+
+/// A document among others.
+struct Document<'a> {
+    text: Cow<'a, str>,
+    id: Option<&'a RawValue>,
+}
+
+/// The documents' ids, as JSON; empty where none has one.
+type Ids = Vec<Option<Box<str>>>;
+
+#[derive(Serialize)]
+struct Results<'a> {
+    results: Vec<Ranked<'a>>,
+}
+
+#[derive(Serialize)]
+struct Ranked<'a> {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a RawValue>,
+    score: f32,
+}
+
+impl Reranking {
+    fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
+        let model = &texts.model;
+        model.tokenizer.takes_pairs().map_err(TaskError::Unsuitable)?;
+        let labels = model.labels.len();
+        if labels > 2 {
+            let message = format!("it has {labels} labels: a reranker has one (the score) or two (no, yes)");
+            return Err(TaskError::Unsuitable(message));
+        }
+        Ok(Self {
+            pointer: task.documents.clone().unwrap_or_default(),
+            top_k: task.top_k.unwrap_or(usize::MAX),
+            scores: model.scores,
+            texts,
+        })
+    }
+
+    fn documents<'a>(&self, found: Option<&'a RawValue>) -> Result<Vec<Document<'a>>, RecordError> {
+        let values = codec::list(&self.pointer, found)?;
+        let document = |(index, value)| self.document(index, value);
+        values.into_iter().enumerate().map(document).collect()
+    }
+
+    fn document<'a>(&self, index: usize, value: &'a RawValue) -> Result<Document<'a>, RecordError> {
+        #[derive(Deserialize)]
+        struct Object<'a> {
+            #[serde(borrow, default, deserialize_with = "even_null")]
+            text: Option<&'a RawValue>,
+            #[serde(borrow, default, deserialize_with = "even_null")]
+            id: Option<&'a RawValue>,
+        }
+        let at = || format!("{}/{index}", self.pointer);
+        let text_of = |value: &'a RawValue, at: &dyn Fn() -> String| {
+            let text = json::string(value).ok_or_else(|| {
+                let message = format!("{:?} is {}, not a string", at(), json::what_is(value));
+                RecordError::new(Fault::Field, message)
+            })?;
+            text.map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", at())))
+        };
+        if !value.get().starts_with('{') {
+            return Ok(Document { text: text_of(value, &at)?, id: None });
+        }
+        let object: Object<'_> = serde_json::from_str(value.get())
+            .map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", at())))?;
+        let at_text = || format!("{}/text", at());
+        let text = object
+            .text
+            .ok_or_else(|| RecordError::new(Fault::Field, format!("{:?} is missing", at_text())))?;
+        Ok(Document { text: text_of(text, &at_text)?, id: object.id })
+    }
+
+    /// The score of a pair, from its logits.
+    fn score(&self, logits: &[f32]) -> f32 {
+        match (logits, self.scores) {
+            // Two labels: how likely the second one is, which says yes.
+            ([_, _], _) => softmax(logits)[1],
+            ([logit], Scores::Raw) => *logit,
+            _ => 1.0 / (1.0 + (-logits[0]).exp()),
+        }
+    }
+}
+
+/// What is there, null too.
+fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
+impl Task for Reranking {
+    type Item = Tokens;
+    type Value = f32;
+    type Kept = Ids;
+
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Ids, RecordError> {
+        let documents = self.documents(input.values.first().copied().flatten())?;
+        let tokenizer = &self.texts.model.tokenizer;
+        let query = tokenizer.part(&*input.text).map_err(not_tokens)?;
+        let mut truncated = false;
+        for document in &documents {
+            let document = tokenizer.part(&*document.text).map_err(not_tokens)?;
+            let pair = tokenizer
+                .pair(&query, &document, Shorten::Longer)
+                .map_err(|e| RecordError::new(Fault::TooLong, e.to_string()))?;
+            truncated |= pair.truncated;
+            items.push(pair);
+        }
+        if truncated {
+            self.texts.too_long()?;
+        }
+        Ok(match documents.iter().any(|document| document.id.is_some()) {
+            false => Ids::new(),
+            true => documents.iter().map(|document| document.id.map(|id| id.get().into())).collect(),
+        })
+    }
+
+    fn predict(&self, ids: &Ids, answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let scores: Vec<f32> = answers.iter().map(|logits| self.score(logits)).collect();
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        // Stable: of equal ones the first comes first.
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        order.truncate(self.top_k);
+        let id = |index: usize| ids.get(index)?.as_deref().and_then(|id| serde_json::from_str(id).ok());
+        let results = order.into_iter().map(|index| Ranked { index, id: id(index), score: scores[index] });
+        to_json(&Results { results: results.collect() }, out)
+    }
+
+    fn footprint(&self, value: &[u8]) -> usize {
+        // Each string may be a document, and each document stands beside the query.
+        let strings = codec::Strings::of(value);
+        let tokens = self.texts.model.tokenizer.max_tokens();
+        let both = value.len() + strings.count * strings.longest.min(tokens);
+        let answers = strings.count * (SEQUENCE + self.texts.bytes(0) + NUMBER + 32);
+        both.min(strings.count * tokens) * size_of::<u32>() + answers
+    }
+}

@@ -1,0 +1,315 @@
+//! token-classification: `{"entities":[{"label":…,"start":…,"end":…,"text":…,"score":…},…]}`, as transformers' pipeline
+//! finds them (`TokenClassificationPipeline`): each aggregation, its words, and how entities of overlapping chunks are
+//! merged. Tokens and entities without a meaning (label "O") are left out.
+
+use std::ops::Range;
+
+use serde::Serialize;
+
+use super::classification::softmax;
+use super::kinds::{Kind, NO_RULES};
+use super::text::{self, SEQUENCE, Texts, not_tokens};
+use super::{Task, TaskError, to_json};
+use crate::codec::Input;
+use crate::engine::Rows;
+use crate::model::{Output, Span, Tokens};
+use crate::record::RecordError;
+use crate::settings::{self, Aggregation, Overflow, TaskKind};
+
+pub(super) const KIND: Kind = Kind {
+    kind: TaskKind("token-classification"),
+    prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, places in Unicode characters of the text",
+    fields: &["entities"],
+    keys: &["aggregation", "stride", "overflow", "cache"],
+    pointers: &[],
+    overflow: &[Overflow::Chunk, Overflow::Truncate, Overflow::DeadLetter],
+    check: |task| match (task.stride, task.overflow) {
+        (Some(_), Some(Overflow::Truncate | Overflow::DeadLetter)) => {
+            vec![("stride", "has no effect without overflow: chunk".to_owned())]
+        }
+        _ => NO_RULES(task),
+    },
+    output: Some(Output::TokenLogits),
+    load: |settings, metrics| {
+        let task = |texts, _: &_| TokenClassification::new(texts, &settings.task);
+        text::load(settings, Output::TokenLogits, metrics, task)
+    },
+};
+
+/// Tokens that chunks of a long text share, where the settings do not say.
+const STRIDE: usize = 32;
+/// What stands for nothing.
+const OUTSIDE: &str = "O";
+
+pub struct TokenClassification {
+    texts: Texts,
+    aggregation: Aggregation,
+    stride: usize,
+    labels: Vec<Label>,
+}
+
+/// A label as it is written, and what groups tokens by it.
+#[derive(Debug)]
+struct Label {
+    name: String,
+    /// It begins an entity ("B-…"), also behind one of its kind.
+    begins: bool,
+    /// Where of the name the kind begins that neighbours are compared by: behind "B-" or "I-".
+    tag: usize,
+    /// Where of the name the kind begins that is published: behind the first "-".
+    group: usize,
+}
+
+impl Label {
+    fn new(name: String) -> Self {
+        let tag = if name.starts_with("B-") || name.starts_with("I-") { 2 } else { 0 };
+        Self { begins: name.starts_with("B-"), tag, group: name.find('-').map_or(0, |at| at + 1), name }
+    }
+
+    fn tag(&self) -> &str {
+        &self.name[self.tag..]
+    }
+}
+
+/// A text whose tokens were asked about.
+#[derive(Debug)]
+pub struct Kept {
+    text: Box<str>,
+    spans: Vec<Span>,
+    /// The tokens of each item.
+    chunks: Vec<Range<usize>>,
+}
+
+/// Tokens in a row that are taken for one thing, whose label is this one of the model's.
+#[derive(Debug, Clone, PartialEq)]
+struct Entity {
+    label: usize,
+    start: u32,
+    end: u32,
+    score: f32,
+}
+
+#[derive(Serialize)]
+struct Entities<'a> {
+    entities: Vec<Found<'a>>,
+}
+
+#[derive(Serialize)]
+struct Found<'a> {
+    label: &'a str,
+    start: u32,
+    end: u32,
+    text: &'a str,
+    score: f32,
+}
+
+impl TokenClassification {
+    fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
+        let room = texts.model.tokenizer.room();
+        let stride = task.stride.unwrap_or(STRIDE.min(room / 2));
+        if stride >= room {
+            return Err(TaskError::Setting {
+                key: "task.stride",
+                message: format!(
+                    "{stride} is not less than the {room} tokens of a text that the model takes"
+                ),
+            });
+        }
+        let labels = texts.model.labels.iter().cloned().map(Label::new).collect();
+        Ok(Self { aggregation: task.aggregation, stride, labels, texts })
+    }
+
+    /// What a chunk's tokens are, each by itself or word by word.
+    fn judge(&self, spans: &[Span], scores: &[Vec<f32>]) -> Vec<Entity> {
+        let words = match self.aggregation {
+            Aggregation::None | Aggregation::Simple => (0..spans.len()).map(|at| at..at + 1).collect(),
+            Aggregation::First | Aggregation::Average | Aggregation::Max => words(spans),
+        };
+        let entity = |word: Range<usize>| {
+            let (label, score) = match self.aggregation {
+                Aggregation::None | Aggregation::Simple | Aggregation::First => best(&scores[word.start]),
+                Aggregation::Average => best(&average(&scores[word.clone()])),
+                Aggregation::Max => {
+                    let surest = scores[word.clone()].iter().map(|scores| best(scores));
+                    surest.reduce(|a, b| if b.1 > a.1 { b } else { a }).expect("a word has a token")
+                }
+            };
+            Entity { label, start: spans[word.start].start, end: spans[word.end - 1].end, score }
+        };
+        words.into_iter().map(entity).collect()
+    }
+
+    /// Neighbours of one kind are one, unless the second begins anew.
+    fn group(&self, entities: Vec<Entity>) -> Vec<Entity> {
+        let joins = |a: &Entity, b: &Entity| {
+            let (a, b) = (&self.labels[a.label], &self.labels[b.label]);
+            a.tag() == b.tag() && !b.begins
+        };
+        let one = |group: &[Entity]| {
+            let score = group.iter().map(|entity| f64::from(entity.score)).sum::<f64>() / group.len() as f64;
+            let last = &group[group.len() - 1];
+            Entity { label: group[0].label, start: group[0].start, end: last.end, score: score as f32 }
+        };
+        entities.chunk_by(joins).map(one).collect()
+    }
+
+    /// As it is published.
+    fn name(&self, entity: &Entity) -> &str {
+        let label = &self.labels[entity.label];
+        match self.aggregation {
+            Aggregation::None => &label.name,
+            _ => &label.name[label.group..],
+        }
+    }
+
+    /// The entities of all chunks, in the order of the text.
+    fn entities(&self, kept: &Kept, answers: &Rows<'_, f32>) -> Vec<Entity> {
+        let leading = self.texts.model.tokenizer.leading();
+        let mut all = Vec::new();
+        for (i, (chunk, answer)) in kept.chunks.iter().zip(answers.iter()).enumerate() {
+            let rows = answer.chunks_exact(self.labels.len()).skip(leading).take(chunk.len());
+            let scores: Vec<Vec<f32>> = rows.map(softmax).collect();
+            let mut found = self.judge(&kept.spans[chunk.clone()], &scores);
+            match self.aggregation {
+                // Each token counts in the chunk where more stands around it.
+                Aggregation::None => {
+                    let own = own_part(&kept.chunks, i);
+                    found = found.drain(own.start - chunk.start..own.end - chunk.start).collect();
+                }
+                _ => found = self.group(found),
+            }
+            found.retain(|entity| self.name(entity) != OUTSIDE);
+            all.extend(found);
+        }
+        match self.aggregation {
+            _ if kept.chunks.len() < 2 => all,
+            Aggregation::None => {
+                all.sort_by_key(|entity| entity.start);
+                all
+            }
+            _ => merge(all),
+        }
+    }
+}
+
+/// The tokens of chunk `i` that no other one has more of around them: overlaps are cut in the middle.
+fn own_part(chunks: &[Range<usize>], i: usize) -> Range<usize> {
+    let middle = |a: &Range<usize>, b: &Range<usize>| (a.start.max(b.start) + a.end.min(b.end)) / 2;
+    let chunk = &chunks[i];
+    let neighbours = [i.checked_sub(1), Some(i + 1)].into_iter().flatten().filter_map(|at| chunks.get(at));
+    neighbours.fold(chunk.clone(), |own, other| match other.start < chunk.start {
+        true => middle(other, chunk)..own.end,
+        false => own.start..middle(chunk, other),
+    })
+}
+
+/// Tokens that stand in one word.
+fn words(spans: &[Span]) -> Vec<Range<usize>> {
+    let mut words: Vec<Range<usize>> = Vec::new();
+    for (at, span) in spans.iter().enumerate() {
+        match words.last_mut() {
+            Some(word) if span.continues => word.end = at + 1,
+            _ => words.push(at..at + 1),
+        }
+    }
+    words
+}
+
+fn best(scores: &[f32]) -> (usize, f32) {
+    let all = scores.iter().copied().enumerate();
+    all.reduce(|a, b| if b.1 > a.1 { b } else { a }).expect("a model has labels")
+}
+
+fn average(scores: &[Vec<f32>]) -> Vec<f32> {
+    let mean = |label: usize| scores.iter().map(|of| of[label]).sum::<f32>() / scores.len() as f32;
+    (0..scores[0].len()).map(mean).collect()
+}
+
+/// Of entities that overlap, the longest counts, and of equally long ones the surest: each is compared with the one
+/// that counts so far, in the order of their beginnings.
+fn merge(mut entities: Vec<Entity>) -> Vec<Entity> {
+    entities.sort_by_key(|entity| entity.start);
+    let mut merged: Vec<Entity> = Vec::new();
+    for entity in entities {
+        match merged.last_mut() {
+            Some(last) if last.start <= entity.start && entity.start < last.end => {
+                let (length, of_last) = (entity.end - entity.start, last.end - last.start);
+                if length > of_last || (length == of_last && entity.score > last.score) {
+                    *last = entity;
+                }
+            }
+            _ => merged.push(entity),
+        }
+    }
+    merged
+}
+
+/// The text between two of its characters.
+struct Characters<'t> {
+    text: &'t str,
+    /// Where each begins; none for ASCII.
+    starts: Vec<usize>,
+}
+
+impl<'t> Characters<'t> {
+    fn of(text: &'t str) -> Self {
+        let starts = match text.is_ascii() {
+            true => Vec::new(),
+            false => text.char_indices().map(|(at, _)| at).chain([text.len()]).collect(),
+        };
+        Self { text, starts }
+    }
+
+    fn between(&self, start: u32, end: u32) -> &'t str {
+        let at = |character: u32| match self.starts.is_empty() {
+            true => character as usize,
+            false => self.starts[character as usize],
+        };
+        &self.text[at(start)..at(end)]
+    }
+}
+
+impl Task for TokenClassification {
+    type Item = Tokens;
+    type Value = f32;
+    type Kept = Kept;
+
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Kept, RecordError> {
+        let tokenizer = &self.texts.model.tokenizer;
+        let all = tokenizer.spans(&input.text).map_err(not_tokens)?;
+        let mut chunks = match all.ids.len() {
+            0 => Vec::new(),
+            tokens => tokenizer.chunks(tokens, self.stride),
+        };
+        if chunks.len() > 1 && self.texts.overflow != Overflow::Chunk {
+            self.texts.too_long()?;
+            chunks.truncate(1);
+        }
+        items.extend(chunks.iter().map(|chunk| tokenizer.whole(&all.ids[chunk.clone()])));
+        Ok(Kept { text: (*input.text).into(), spans: all.spans, chunks })
+    }
+
+    fn predict(&self, kept: &Kept, answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let characters = Characters::of(&kept.text);
+        let found = self.entities(kept, &answers);
+        let entities = found.iter().map(|entity| Found {
+            label: self.name(entity),
+            start: entity.start,
+            end: entity.end,
+            text: characters.between(entity.start, entity.end),
+            score: entity.score,
+        });
+        to_json(&Entities { entities: entities.collect() }, out)
+    }
+
+    fn footprint(&self, value: &[u8]) -> usize {
+        let room = self.texts.model.tokenizer.room();
+        // A token is a byte of the text at least. Chunks repeat some of them.
+        let chunks = 1 + value.len() / (room - self.stride);
+        let tokens = value.len() + chunks * (self.stride + 2);
+        let label = self.labels.iter().map(|label| label.name.len()).max().unwrap_or(0);
+        // Every third token an entity would be many.
+        let entities = tokens / 3 * (label + 64);
+        chunks * SEQUENCE + self.texts.bytes(tokens) + tokens * size_of::<Span>() + 2 * value.len() + entities
+    }
+}

@@ -1,0 +1,230 @@
+//! zero-shot-classification: labels that no model was trained for, `{"label":…,"score":…,"scores":{label: score, …}}`. The
+//! model judges whether the record's text entails a hypothesis about each label (natural language inference), as
+//! transformers' pipeline does it (`ZeroShotClassificationPipeline`).
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+
+use super::classification::{self, softmax};
+use super::kinds::{BEGINNING, Kind};
+use super::text::{self, SEQUENCE, Texts, not_tokens};
+use super::{Task, TaskError};
+use crate::codec::{self, Input, json};
+use crate::engine::Rows;
+use crate::model::{Output, Part, Shorten, Tokens};
+use crate::record::{Fault, RecordError};
+use crate::settings::{self, TaskKind};
+
+pub(super) const KIND: Kind = Kind {
+    kind: TaskKind("zero-shot-classification"),
+    prediction: "as `text-classification`, with labels that the configuration or the record names",
+    fields: &["label", "score", "scores"],
+    keys: &["labels", "labels_field", "hypothesis", "multi_label", "top_k", "overflow", "cache"],
+    pointers: &["labels_field"],
+    overflow: BEGINNING,
+    check,
+    output: Some(Output::Logits),
+    load: |settings, metrics| {
+        let task = |texts, _: &_| ZeroShot::new(texts, &settings.task);
+        text::load(settings, Output::Logits, metrics, task)
+    },
+};
+
+/// What stands for the label in `task.hypothesis`.
+const PLACE: &str = "{}";
+
+fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
+    let mut faults = Vec::new();
+    match (task.labels.is_empty(), &task.labels_field) {
+        (true, None) => {
+            let message =
+                "zero-shot-classification needs labels, or labels_field where each record names its own";
+            faults.push(("labels", message.to_owned()));
+        }
+        (false, Some(_)) => {
+            faults.push(("labels_field", "stands instead of task.labels, not beside it".to_owned()))
+        }
+        _ => {}
+    }
+    if let Some(twice) = twice(task.labels.iter().map(String::as_str)) {
+        faults.push(("labels", format!("{twice:?} is there twice")));
+    }
+    if !task.hypothesis.contains(PLACE) {
+        faults.push(("hypothesis", "has no {}, which stands for the label".to_owned()));
+    }
+    faults
+}
+
+fn twice<'a>(labels: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let mut seen = HashSet::new();
+    labels.into_iter().find(|label| !seen.insert(*label))
+}
+
+pub struct ZeroShot {
+    texts: Texts,
+    labels: Labels,
+    hypothesis: String,
+    /// Every label has a score of its own.
+    multi_label: bool,
+    top_k: usize,
+    /// Which of the model's logits say so, and which say the contrary.
+    entailment: usize,
+    contradiction: usize,
+}
+
+enum Labels {
+    /// Each with the tokens of its hypothesis.
+    Same(Vec<String>, Vec<Part<'static>>),
+    /// Where the record names its own.
+    At(String),
+}
+
+impl ZeroShot {
+    fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
+        let model = &texts.model;
+        model.tokenizer.takes_pairs().map_err(TaskError::Unsuitable)?;
+        let entails = |label: &String| label.to_lowercase().starts_with("entail");
+        let entailment = model.labels.iter().position(entails).ok_or_else(|| {
+            TaskError::Unsuitable(format!(
+                "none of its labels ({}) begins with \"entail\": it is no model of natural language inference, or its \
+                 config.json has no label2id",
+                model.labels.join(", ")
+            ))
+        })?;
+        if model.labels.len() < 2 {
+            return Err(TaskError::Unsuitable(
+                "it has one label, and needs one for contradiction too".to_owned(),
+            ));
+        }
+        let contradiction = if entailment == 0 { model.labels.len() - 1 } else { 0 };
+        let mut this = Self {
+            labels: Labels::At(String::new()),
+            hypothesis: task.hypothesis.clone(),
+            multi_label: task.multi_label,
+            top_k: task.top_k.unwrap_or(usize::MAX),
+            entailment,
+            contradiction,
+            texts,
+        };
+        this.labels = match &task.labels_field {
+            Some(pointer) => Labels::At(pointer.clone()),
+            None => {
+                let tokens = task.labels.iter().map(|label| this.tokens(label));
+                let setting = |e: RecordError| TaskError::Setting { key: "task.labels", message: e.message };
+                let tokens = tokens.collect::<Result<Vec<_>, _>>().map_err(setting)?;
+                let shortest = this.texts.model.tokenizer.part("a").map_err(not_tokens).map_err(setting)?;
+                for (label, tokens) in task.labels.iter().zip(&tokens) {
+                    if let Err(e) = this.texts.model.tokenizer.pair(&shortest, tokens, Shorten::First) {
+                        let message = format!("the hypothesis about {label:?} is too long: {e}");
+                        return Err(TaskError::Setting { key: "task.labels", message });
+                    }
+                }
+                Labels::Same(task.labels.clone(), tokens)
+            }
+        };
+        Ok(this)
+    }
+
+    /// The tokens of the hypothesis about a label.
+    fn tokens(&self, label: &str) -> Result<Part<'static>, RecordError> {
+        self.texts.model.tokenizer.part(self.hypothesis.replace(PLACE, label)).map_err(not_tokens)
+    }
+
+    /// A record's own labels.
+    fn labels_of<'a>(&self, input: &Input<'a>, pointer: &str) -> Result<Vec<Cow<'a, str>>, RecordError> {
+        let field = |message: String| RecordError::new(Fault::Field, message);
+        let values = codec::list(pointer, input.values.first().copied().flatten())?;
+        let label = |(index, value)| match json::string(value) {
+            Some(label) => {
+                label.map_err(|e| RecordError::new(Fault::Decode, format!("\"{pointer}/{index}\": {e}")))
+            }
+            None => Err(field(format!("\"{pointer}/{index}\" is {}, not a string", json::what_is(value)))),
+        };
+        let labels = values.into_iter().enumerate().map(label).collect::<Result<Vec<_>, _>>()?;
+        if labels.is_empty() {
+            return Err(field(format!("{pointer:?} has no labels")));
+        }
+        match twice(labels.iter().map(|label| &**label)) {
+            Some(twice) => Err(field(format!("{pointer:?} has {twice:?} twice"))),
+            None => Ok(labels),
+        }
+    }
+
+    /// A label's scores, from the logits of each of them.
+    fn scores(&self, logits: &Rows<'_, f32>) -> Vec<f32> {
+        match self.multi_label || logits.len() == 1 {
+            true => logits
+                .iter()
+                .map(|row| softmax(&[row[self.contradiction], row[self.entailment]])[1])
+                .collect(),
+            false => softmax(&logits.iter().map(|row| row[self.entailment]).collect::<Vec<_>>()),
+        }
+    }
+}
+
+impl Task for ZeroShot {
+    type Item = Tokens;
+    type Value = f32;
+    /// The record's own labels, where it names them.
+    type Kept = Vec<String>;
+
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Vec<String>, RecordError> {
+        let tokenizer = &self.texts.model.tokenizer;
+        let text = tokenizer.part(&*input.text).map_err(not_tokens)?;
+        let mut truncated = false;
+        let mut ask = |label: &str, hypothesis: &Part<'_>| {
+            let pair = tokenizer.pair(&text, hypothesis, Shorten::First).map_err(|e| {
+                RecordError::new(Fault::TooLong, format!("the hypothesis about {label:?} is too long: {e}"))
+            })?;
+            truncated |= pair.truncated;
+            items.push(pair);
+            Ok(())
+        };
+        let own = match &self.labels {
+            Labels::Same(labels, hypotheses) => {
+                for (label, hypothesis) in labels.iter().zip(hypotheses) {
+                    ask(label, hypothesis)?;
+                }
+                Vec::new()
+            }
+            Labels::At(pointer) => {
+                let labels = self.labels_of(input, pointer)?;
+                for label in &labels {
+                    ask(label, &self.tokens(label)?)?;
+                }
+                labels.into_iter().map(Cow::into_owned).collect()
+            }
+        };
+        if truncated {
+            self.texts.too_long()?;
+        }
+        Ok(own)
+    }
+
+    fn predict(
+        &self,
+        own: &Vec<String>,
+        answers: Rows<'_, f32>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), RecordError> {
+        let labels = match &self.labels {
+            Labels::Same(labels, _) => labels,
+            Labels::At(_) => own,
+        };
+        classification::write(labels, &self.scores(&answers), self.top_k, out)
+    }
+
+    fn footprint(&self, value: &[u8]) -> usize {
+        let most = self.texts.model.tokenizer.max_tokens();
+        let (labels, prediction) = match &self.labels {
+            Labels::Same(labels, _) => (labels.len(), classification::bytes(labels, self.top_k)),
+            // Each string may be a label, and is written again.
+            Labels::At(_) => {
+                let labels = codec::Strings::of(value).count;
+                (labels, 2 * value.len() + labels * 24)
+            }
+        };
+        let tokens = most.min(value.len() + self.hypothesis.len() + 16);
+        labels * (SEQUENCE + self.texts.bytes(tokens)) + prediction
+    }
+}
