@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
@@ -514,6 +515,8 @@ pub fn file(name: &str, content: &str) -> File {
 pub struct Daemon {
     child: Child,
     log: Arc<Mutex<String>>,
+    /// Until the process has ended.
+    log_reader: Option<JoinHandle<()>>,
     _config: File,
 }
 
@@ -540,14 +543,14 @@ impl Daemon {
         let mut child = command.spawn().expect("kandle starts");
         let log = Arc::new(Mutex::new(String::new()));
         let (kept, stderr) = (Arc::clone(&log), child.stderr.take().expect("piped"));
-        std::thread::spawn(move || {
+        let log_reader = std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 let mut log = kept.lock().expect("the log");
                 log.push_str(&line);
                 log.push('\n');
             }
         });
-        Self { child, log, _config: config }
+        Self { child, log, log_reader: Some(log_reader), _config: config }
     }
 
     pub fn pid(&self) -> u32 {
@@ -563,10 +566,11 @@ impl Daemon {
     pub fn wait_log(&mut self, text: &str) -> String {
         let started = Instant::now();
         loop {
+            // Asked first: what it wrote before it ended is in the log then.
+            let ended = self.ended();
             if let Some(line) = self.log().lines().find(|line| line.contains(text)) {
                 return line.to_owned();
             }
-            let ended = self.child.try_wait().expect("a status");
             assert!(
                 ended.is_none() && started.elapsed() < PATIENCE,
                 "{text:?} is not in the log ({ended:?}):\n{}",
@@ -610,10 +614,9 @@ impl Daemon {
     /// Waits for the end.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
-        let child = &mut self.child;
         let started = Instant::now();
         loop {
-            if let Some(status) = child.try_wait().expect("a status") {
+            if let Some(status) = self.ended() {
                 return status;
             }
             assert!(
@@ -637,11 +640,16 @@ impl Daemon {
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        self.ended();
     }
 
-    /// Whether it has ended by itself.
+    /// Whether it has ended; its log is complete then.
     pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().expect("a status")
+        let status = self.child.try_wait().expect("a status")?;
+        if let Some(reader) = self.log_reader.take() {
+            reader.join().expect("the log was read");
+        }
+        Some(status)
     }
 
     /// Resident memory in KiB; 0 once it has ended.
