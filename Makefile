@@ -101,6 +101,7 @@ bench: ## All that is measured: the pipeline on a real Kafka, the process's foot
 	benches/engine.sh
 	benches/drain.sh
 	benches/windows.sh
+	benches/latency.sh
 
 .PHONY: bench-engine
 bench-engine: ## The engine beside sentence-transformers, ONNX Runtime and OpenVINO (half an hour; Python)

@@ -172,6 +172,9 @@ pub struct Window {
     pub max_bytes: ByteSize,
     /// How long the oldest record waits at most for others.
     pub max_wait: Wait,
+    /// What becomes of a window while no other one is under way and no more records are there: wait for others, up to
+    /// max_wait, so that fewer and fuller batches do the work; or close, for the lowest latency.
+    pub when_idle: WhenIdle,
     /// How long the model will need at most, as long as the windows before took: the record that reaches it closes the
     /// window. Twice as much is under way at a time: what a crash repeats, and a stop waits for.
     pub max_work: Wait,
@@ -183,9 +186,18 @@ impl Default for Window {
             max_records: 1024,
             max_bytes: ByteSize::mib(8),
             max_wait: Wait::millis(200),
+            when_idle: WhenIdle::default(),
             max_work: Wait::millis(1000),
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenIdle {
+    #[default]
+    Wait,
+    Close,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

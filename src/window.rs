@@ -35,6 +35,8 @@ pub enum ClosedBy {
     Records,
     Bytes,
     Wait,
+    /// Nothing else was under way, and `window.when_idle` is close.
+    Idle,
     Memory,
     Work,
     /// A drain has all it wants.
@@ -43,14 +45,15 @@ pub enum ClosedBy {
 }
 
 impl ClosedBy {
-    pub const ALL: [Self; 7] =
-        [Self::Records, Self::Bytes, Self::Wait, Self::Memory, Self::Work, Self::End, Self::Stop];
+    pub const ALL: [Self; 8] =
+        [Self::Records, Self::Bytes, Self::Wait, Self::Idle, Self::Memory, Self::Work, Self::End, Self::Stop];
 
     pub fn name(self) -> &'static str {
         match self {
             ClosedBy::Records => "records",
             ClosedBy::Bytes => "bytes",
             ClosedBy::Wait => "wait",
+            ClosedBy::Idle => "idle",
             ClosedBy::Memory => "memory",
             ClosedBy::Work => "work",
             ClosedBy::End => "end",
@@ -216,6 +219,15 @@ impl Gatherer {
         } else {
             None
         }
+    }
+
+    /// Records of the window that gathers now.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
     }
 
     /// When the window that gathers now has waited long enough.

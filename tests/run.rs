@@ -236,6 +236,22 @@ fn similarity_routes_to_the_nearest_candidates() {
     }
 }
 
+#[test]
+fn an_idle_pipeline_closes_windows_at_once_where_it_may() {
+    let place = Place::new("idle", 1);
+    // No record would be there within a test's patience.
+    let window = "{ max_wait: 10m, max_records: 1000, when_idle: close }";
+    let mut daemon = Daemon::start(&place.config(&[("window", window)]));
+    daemon.wait_log("assigned");
+    for i in 0..3 {
+        place.produce([Sent::ticket(0, i, TEXTS[0])]);
+        place.predictions(i + 1);
+    }
+    let (_, metrics) = daemon.get("/metrics");
+    daemon.stop();
+    assert!(metrics.contains("kandle_windows_total{closed_by=\"idle\"} 3\n"), "{metrics}");
+}
+
 /// A task with its own model and one record of each kind: predictions and dead letters are each in their place.
 fn task_of_records(name: &str, model: &str, task: &str, records: &[(&str, Result<&str, &str>)]) {
     let place = Place::new(name, 1);

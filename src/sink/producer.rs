@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::bindings::{
-    rd_kafka_default_topic_conf_dup, rd_kafka_topic_conf_set, rd_kafka_topic_destroy, rd_kafka_topic_new,
-    rd_kafka_topic_t,
+    rd_kafka_default_topic_conf_dup, rd_kafka_flush, rd_kafka_topic_conf_set, rd_kafka_topic_destroy,
+    rd_kafka_topic_new, rd_kafka_topic_t,
 };
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, PurgeConfig};
@@ -177,6 +177,14 @@ impl RecordProducer {
             }),
             Err((error, _)) => Err(NotTaken::Other(error)),
         }
+    }
+
+    /// Has the client send what it holds, without waiting for more to fill its batches (`linger.ms`).
+    pub fn send_now(&self) {
+        // The client's threads look at a flag that is set during the call: so long, it takes them to wake up.
+        const WAKE_UP_MS: i32 = 1;
+        // SAFETY: the client is alive, and may be flushed from any thread. That not all is acknowledged is no matter.
+        unsafe { rd_kafka_flush(self.client.client().native_ptr(), WAKE_UP_MS) };
     }
 
     /// What was reported since the last time.

@@ -119,6 +119,10 @@ pub struct Publisher {
     pub(super) stopped: bool,
     /// How often batches were halved because a limit is not known.
     pub(super) halved: u32,
+    /// The client holds messages that wait for others (`linger.ms`).
+    lingers: bool,
+    /// Whether they are sent at once where no others are to come.
+    may_hurry: bool,
     /// Milliseconds since the epoch, when records were last handed over.
     now: i64,
     pub(super) reports: Sender<Report>,
@@ -159,6 +163,11 @@ impl Publisher {
             refused: Vec::new(),
             broken: None,
             stopped: false,
+            lingers: false,
+            // Who sets it wants to wait.
+            may_hurry: !["linger.ms", "queue.buffering.max.ms"]
+                .iter()
+                .any(|name| settings.property(name).is_some()),
             halved: 0,
             now: 0,
             reports,
@@ -188,6 +197,10 @@ impl Publisher {
             }
             if !ending {
                 self.send()?;
+            }
+            if self.lingers && self.all_is_sent() && (ending || windows.is_empty()) {
+                self.lingers = false;
+                self.producer.send_now();
             }
             self.book_reports()?;
             if self.stopped || !self.refused.is_empty() {
@@ -302,6 +315,7 @@ impl Publisher {
             let ticket = self.windows[index].ticket(place);
             return match self.producer.send(topic, partition, message, bytes, ticket) {
                 Ok(bytes) => {
+                    self.lingers = self.may_hurry;
                     self.windows[index].sent(place, bytes);
                     self.count_in_transaction(bytes);
                     Ok(true)

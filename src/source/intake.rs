@@ -17,7 +17,8 @@ use crate::compute::Compute;
 use crate::flow::Queued;
 use crate::kafka::headers;
 use crate::record::{Arrival, Partition, TraceParent};
-use crate::window::{Gatherer, Load, Window};
+use crate::settings::WhenIdle;
+use crate::window::{ClosedBy, Gatherer, Load, Window};
 
 /// Messages taken from the client between two looks at everything else.
 pub(super) const BURST: usize = 1024;
@@ -28,6 +29,8 @@ const BETWEEN_LOOKS: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long the source waits for the reports that make room.
 const ROOM: Duration = Duration::from_millis(5);
+/// How long the source waits for messages while the window that gathers closes as soon as no other one is under way.
+const UNTIL_IDLE: Duration = Duration::from_millis(2);
 
 /// Windows on their way in, and what they occupy.
 pub(super) struct Intake {
@@ -38,6 +41,7 @@ pub(super) struct Intake {
     pub in_flight: Load,
     /// What windows may hold in all, and what may be passed on and not yet published.
     limit: Load,
+    when_idle: WhenIdle,
     full_since: Option<Instant>,
     /// Memory or work under way holds windows up.
     pub out_of_room: bool,
@@ -46,9 +50,10 @@ pub(super) struct Intake {
 }
 
 impl Intake {
-    pub fn new(gatherer: Gatherer, limit: Load) -> Self {
+    pub fn new(gatherer: Gatherer, limit: Load, when_idle: WhenIdle) -> Self {
         Self {
             gatherer,
+            when_idle,
             held: VecDeque::new(),
             in_flight: Load::default(),
             limit,
@@ -70,7 +75,17 @@ impl Intake {
 
     /// Nothing at all is under way.
     fn is_idle(&self) -> bool {
-        self.in_flight.bytes == 0 && self.held.is_empty() && self.gatherer.deadline().is_none()
+        self.has_passed_all_on() && self.gatherer.is_empty()
+    }
+
+    /// No window is under way.
+    fn has_passed_all_on(&self) -> bool {
+        self.in_flight.windows == 0 && self.held.is_empty()
+    }
+
+    /// The window that gathers waits for records that are there already, and for no others.
+    fn hurries(&self) -> bool {
+        self.when_idle == WhenIdle::Close && self.has_passed_all_on() && !self.gatherer.is_empty()
     }
 
     /// The stages behind take nothing more at present.
@@ -115,11 +130,23 @@ impl Source {
 
     /// Takes messages until none is there, a window is full, or the burst is over.
     pub(super) fn poll(&mut self) -> Result<(), SourceError> {
+        let (hurries, records) = (self.intake.hurries(), self.intake.gatherer.len());
         let wait = match self.intake.gatherer.deadline() {
-            Some(deadline) => deadline.saturating_duration_since(Instant::now()).min(POLL),
+            _ if hurries => Duration::ZERO,
+            Some(deadline) => {
+                let longest = if self.intake.when_idle == WhenIdle::Close { UNTIL_IDLE } else { POLL };
+                deadline.saturating_duration_since(Instant::now()).min(longest)
+            }
             None => POLL,
         };
-        self.take(BURST, wait)
+        self.take(BURST, wait)?;
+        if hurries
+            && self.intake.gatherer.len() == records
+            && let Some(window) = self.intake.gatherer.close(ClosedBy::Idle)
+        {
+            self.hold(window);
+        }
+        Ok(())
     }
 
     /// Serves the client without taking messages, as far as it lets us: one that comes all the same
@@ -371,7 +398,7 @@ mod tests {
             max_work: SECOND,
             work_records: 1,
         };
-        Intake::new(Gatherer::new(limits), Load { bytes, work: 2.0, windows: 2 })
+        Intake::new(Gatherer::new(limits), Load { bytes, work: 2.0, windows: 2 }, WhenIdle::Wait)
     }
 
     fn load(bytes: usize, work: f64, windows: usize) -> Load {

@@ -195,6 +195,7 @@ impl Source {
                     work: 2.0 * limits.max_work.as_secs_f64(),
                     windows: UNDER_WAY,
                 },
+                settings.window.when_idle,
             ),
             doubt: Doubt::new(Instant::now(), refresh),
             bounds: Bounds {

@@ -2,7 +2,9 @@
 
 mod calibrate;
 mod engine;
+mod latency;
 mod pipeline;
+mod topics;
 
 use clap::Subcommand;
 
@@ -14,6 +16,8 @@ pub enum Command {
     Calibrate(super::Configuration),
     /// A model over a file of texts, tokenising included, without Kafka
     Engine(engine::Options),
+    /// A record's way at low load, from its produce call to its prediction, on a broker
+    Latency(latency::Options),
     /// The pipeline without a model, against a bare consume, produce, commit loop on the same broker
     Pipeline(pipeline::Options),
 }
@@ -22,6 +26,7 @@ pub fn bench(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Calibrate(configuration) => super::with(&configuration, calibrate::bench),
         Command::Engine(options) => engine::bench(&options),
+        Command::Latency(options) => latency::bench(&options),
         Command::Pipeline(options) => pipeline::bench(options),
     }
 }

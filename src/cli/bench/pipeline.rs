@@ -7,9 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders};
@@ -17,6 +14,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use serde::Serialize;
 
+use super::topics::{client, with_topics};
 use crate::cli::output::outln;
 use crate::kafka::cluster::{self, Missing};
 use crate::pipeline::{self, Shared};
@@ -74,24 +72,8 @@ struct Round {
 }
 
 pub fn bench(options: Options) -> anyhow::Result<()> {
-    let name = format!("kandle-bench-{}", std::process::id());
-    let topics = [format!("{name}-in"), format!("{name}-out"), format!("{name}-dead")];
-    let admin: AdminClient<DefaultClientContext> = client(&options).create()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let new: Vec<NewTopic<'_>> = topics
-        .iter()
-        .map(|topic| NewTopic::new(topic, options.partitions, TopicReplication::Fixed(-1)))
-        .collect();
-    let wait = AdminOptions::new().operation_timeout(Some(Duration::from_secs(30)));
-    for made in runtime.block_on(admin.create_topics(&new, &wait))? {
-        made.map_err(|(topic, code)| anyhow::anyhow!("topic {topic}: {code}"))?;
-    }
-    let result = measure(&options, &topics);
-    let names: Vec<&str> = topics.iter().map(String::as_str).collect();
-    if let Err(error) = runtime.block_on(admin.delete_topics(&names, &wait)) {
-        eprintln!("kandle: the topics {name}-* could not be deleted: {error}");
-    }
-    let Some(report) = result? else { return Ok(()) };
+    let report = with_topics(&options.brokers, options.partitions, |topics| measure(&options, topics))?;
+    let Some(report) = report else { return Ok(()) };
     if options.json {
         outln!("{}", super::super::pretty(&serde_json::to_value(&report)?));
     } else {
@@ -110,12 +92,6 @@ pub fn bench(options: Options) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-fn client(options: &Options) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", &options.brokers);
-    config
 }
 
 /// `None` where only a profiler looks on.
@@ -159,7 +135,7 @@ fn measure(options: &Options, [input, output, dead]: &[String; 3]) -> anyhow::Re
 
 fn fill(options: &Options, topic: &str) -> anyhow::Result<()> {
     let producer: BaseProducer =
-        client(options).set("linger.ms", "50").set("batch.size", "500000").create()?;
+        client(&options.brokers).set("linger.ms", "50").set("batch.size", "500000").create()?;
     for i in 0..options.records {
         let mut value = format!("ticket {i}: the parcel with order {} has not arrived; ", i * 7919 % 100_003);
         while value.len() < options.value_bytes {
@@ -203,7 +179,7 @@ fn bare(
     with_headers: bool,
     round: usize,
 ) -> anyhow::Result<f64> {
-    let consumer: BaseConsumer = client(options)
+    let consumer: BaseConsumer = client(&options.brokers)
         .set("group.id", format!("{input}-bare-{with_headers}-{round}"))
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "earliest")
@@ -211,7 +187,7 @@ fn bare(
         // As kandle sets it, so that what is compared is the work.
         .set("fetch.queue.backoff.ms", crate::kafka::consumer::FETCH_BACKOFF_MS)
         .create()?;
-    let producer: BaseProducer = client(options)
+    let producer: BaseProducer = client(&options.brokers)
         .set("enable.idempotence", "true")
         .set("partitioner", "murmur2_random")
         .set("queue.buffering.max.messages", "1000000")

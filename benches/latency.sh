@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# `kandle bench latency` on a Kafka of its own: 20 records a second through MODEL (make.py's minilm), windows that wait 10 ms.
+# Arguments go to the command; prints its JSON.
+set -euo pipefail
+port=${PORT:-19792}
+. "$(dirname "$0")/broker.sh"
+folder=${FOLDER:-$target/bench-engine}
+create 1 ready
+"$kandle" bench latency --brokers "$server" --input "${INPUT:-$folder/short.jsonl}" --model "${MODEL:-$folder/minilm}" --json \
+  --set window.max_wait=10ms "$@"
