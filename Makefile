@@ -102,6 +102,7 @@ bench: ## All that is measured: the pipeline on a real Kafka, the process's foot
 	benches/drain.sh
 	benches/windows.sh
 	benches/latency.sh
+	benches/reranking.sh
 
 .PHONY: bench-engine
 bench-engine: ## The engine beside sentence-transformers, ONNX Runtime and OpenVINO (half an hour; Python)

@@ -5,7 +5,8 @@
 
 Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): what a
 forward costs does not depend on what the weights are. Beside them six layers of ModernBERT-base (`modernbert`), for
-scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. Without MODEL, all but `large`.
+scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. And a cross-encoder in the shape
+of ms-marco-MiniLM-L6-v2 (`pairs`). Without MODEL, all but `large`.
 A WordPiece vocabulary of 30,522 made-up words and word parts; texts of such words, as often as in a language (Zipf's
 law), one in twenty of several pieces; by tokens with the special ones:
 
@@ -24,7 +25,8 @@ import sys
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig, BertForSequenceClassification, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast)
 
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -54,7 +56,7 @@ def tokenizer(rng):
     tok.normalizer = normalizers.BertNormalizer(lowercase=True)
     tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tok.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tok, model_max_length=LIMIT, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
         unk_token="[UNK]", mask_token="[MASK]")
@@ -98,6 +100,8 @@ def main(folder, wanted):
     models["modernbert"] = (ModernBertModel, ModernBertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_hidden_layers=6, pad_token_id=0, bos_token_id=2,
         cls_token_id=2, eos_token_id=3, sep_token_id=3))
+    models["pairs"] = (BertForSequenceClassification, BertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_labels=1, **SHAPES["minilm"]))
     for name in wanted or [name for name in models if name != "large"]:
         kind, config = models[name]
         torch.manual_seed(7)
@@ -105,6 +109,8 @@ def main(folder, wanted):
         out = folder / name
         model.save_pretrained(out)
         tok.save_pretrained(out)
+        if name == "pairs":
+            continue
         (out / "modules.json").write_text(json.dumps([
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
