@@ -82,22 +82,26 @@ fn layers(c: &mut Criterion) {
     group.sample_size(20);
     for length in [32, 256] {
         let (packed, scratch) = (batch(length), Scratch::default());
-        let qkv = Tensor::from_vec(numbers(TOKENS * 3 * HIDDEN), (TOKENS, 3 * HIDDEN), &device).unwrap();
+        let qkv =
+            Tensor::from_vec(numbers(TOKENS * 3 * HIDDEN), (TOKENS, 3 * HIDDEN), &device).expect("a result");
         let attention = Attention { heads: 12, width: HIDDEN / 12, reach: None };
         group.bench_function(format!("attention, texts of {length}"), |b| {
             b.iter(|| {
-                attention.forward(&qkv, None, None, &packed, scratch.at(Slot::Mixed, &device)).unwrap()
+                attention
+                    .forward(&qkv, None, None, &packed, scratch.at(Slot::Mixed, &device))
+                    .expect("a result")
             });
         });
     }
     let (packed, scratch, vars) = (batch(32), Scratch::default(), VarMap::new());
-    let x = Tensor::from_vec(numbers(TOKENS * HIDDEN), (TOKENS, HIDDEN), &device).unwrap();
-    let norm = Norm::load(HIDDEN, true, 1e-12, VarBuilder::from_varmap(&vars, DType::F32, &device)).unwrap();
+    let x = Tensor::from_vec(numbers(TOKENS * HIDDEN), (TOKENS, HIDDEN), &device).expect("a result");
+    let norm = Norm::load(HIDDEN, true, 1e-12, VarBuilder::from_varmap(&vars, DType::F32, &device))
+        .expect("a result");
     group.bench_function("norm", |b| {
-        b.iter(|| norm.forward(&x, scratch.at(Slot::Mixed, &device)).unwrap());
+        b.iter(|| norm.forward(&x, scratch.at(Slot::Mixed, &device)).expect("a result"));
     });
     group.bench_function("pool", |b| {
-        b.iter(|| Pooling::Mean.forward(&x, &packed, scratch.at(Slot::Pooled, &device)).unwrap());
+        b.iter(|| Pooling::Mean.forward(&x, &packed, scratch.at(Slot::Pooled, &device)).expect("a result"));
     });
     group.finish();
 }

@@ -430,7 +430,7 @@ mod tests {
             assert_eq!(response.answers.row(i), [100.0 + i as f32, 2.0], "item {i}");
         }
         assert!(response.answers.row(10).is_empty());
-        assert!(engine.device.metrics.bisections.with_label_values(&["forward"]).get() > 0);
+        assert!(engine.device.metrics.bisections.get() > 0);
     }
 
     #[test]
@@ -440,7 +440,7 @@ mod tests {
         let response = engine.run(items()).unwrap();
         assert!(response.failed.is_empty());
         assert_eq!(response.answers.row(49), [49.0, 8.0]);
-        let splits = engine.device.metrics.oom_splits.with_label_values(&["forward"]);
+        let splits = engine.device.metrics.oom_splits.with_label_values(&["batch"]);
         let (before, runs) = (splits.get(), engine.model().runs.load(Ordering::SeqCst));
         assert!(before > 0);
         engine.run(items()).unwrap();

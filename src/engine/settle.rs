@@ -81,7 +81,8 @@ impl<M: Model> Settling<'_, M> {
             }
             Err(RunError::Device(message)) => Err(Stop::Fatal(message)),
             Err(RunError::OutOfMemory(message)) => {
-                device.metrics.oom_splits.with_label_values(&["forward"]).inc();
+                let cause = if items.len() > 1 { "batch" } else { "item" };
+                device.metrics.oom_splits.with_label_values(&[cause]).inc();
                 device.budget.shrink(cost);
                 tracing::warn!(
                     cost,
@@ -100,7 +101,7 @@ impl<M: Model> Settling<'_, M> {
                     self.fail(*item, message);
                     return Ok(());
                 }
-                device.metrics.bisections.with_label_values(&["forward"]).inc();
+                device.metrics.bisections.inc();
                 tracing::debug!(items = items.len(), message, "a batch failed: bisecting it");
                 self.halves(items, purpose)
             }

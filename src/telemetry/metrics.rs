@@ -55,8 +55,8 @@ pub const TABLE: &[Row] = &[
     ("kandle_memory_limit_bytes", G, &[], "memory.limit."),
     ("kandle_retries_total", C, &["cause"], "What was tried again."),
     ("kandle_rebalances_total", C, &["cause"], "Changes of the assignment: assigned, revoked, lost."),
-    ("kandle_oom_splits_total", C, &["cause"], "Batches halved because the device was out of memory."),
-    ("kandle_bisections_total", C, &["cause"], "Batches halved in search of a record at fault."),
+    ("kandle_oom_splits_total", C, &["cause"], "Batches that did not fit the device's memory: several inputs, which are halved (batch), or one, which is tried again by itself (item)."),
+    ("kandle_bisections_total", C, &[], "Batches halved in search of a record at fault."),
     ("kandle_model_info", G, &["model", "digest", "task", "device", "dtype"], "1; what predicts."),
     ("kandle_build_info", G, &["version"], "1; this build."),
 ];
@@ -90,7 +90,7 @@ pub struct Metrics {
     pub retries: IntCounterVec,
     pub rebalances: IntCounterVec,
     pub oom_splits: IntCounterVec,
-    pub bisections: IntCounterVec,
+    pub bisections: IntCounter,
     pub model_info: IntGaugeVec,
 }
 
@@ -157,7 +157,7 @@ impl Metrics {
             retries: counters("kandle_retries_total"),
             rebalances: counters("kandle_rebalances_total"),
             oom_splits: counters("kandle_oom_splits_total"),
-            bisections: counters("kandle_bisections_total"),
+            bisections: counter("kandle_bisections_total"),
             model_info: gauges("kandle_model_info"),
             registry,
         };
@@ -196,8 +196,9 @@ impl Metrics {
         }
         self.deadline.set(f64::INFINITY);
         self.schedule_open.set(1.0);
-        self.oom_splits.with_label_values(&["forward"]);
-        self.bisections.with_label_values(&["forward"]);
+        for cause in ["batch", "item"] {
+            self.oom_splits.with_label_values(&[cause]);
+        }
     }
 
     /// The Prometheus text format, version 0.0.4.

@@ -146,7 +146,10 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         dtype: about.dtype,
         device: about.device,
         threads: engine.lanes(),
-        oom_splits: metrics.oom_splits.with_label_values(&["forward"]).get(),
+        oom_splits: ["batch", "item"]
+            .iter()
+            .map(|cause| metrics.oom_splits.with_label_values(&[cause]).get())
+            .sum(),
         operations_per_second: operations as f64 / seconds,
         peak_operations_per_second: peak,
         peak_share: peak.map(|peak| operations as f64 / seconds / peak),

@@ -300,14 +300,19 @@ impl Coded {
             // SAFETY: `choose` has seen the processor's features.
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => unsafe { x86::run_avx2(strip) },
+            // SAFETY: the same.
             #[cfg(target_arch = "x86_64")]
             Kernel::AvxVnni => unsafe { x86::run_avx_vnni(strip) },
+            // SAFETY: the same.
             #[cfg(target_arch = "x86_64")]
             Kernel::Vnni => unsafe { x86::run_vnni(strip) },
+            // SAFETY: the same.
             #[cfg(target_arch = "x86_64")]
             Kernel::Bf16 => unsafe { x86::run_bf16(strip) },
+            // SAFETY: the same.
             #[cfg(target_arch = "aarch64")]
             Kernel::Dot => unsafe { arm::run_dot(strip) },
+            // SAFETY: the same.
             #[cfg(target_arch = "aarch64")]
             Kernel::Bf16Dot => unsafe { arm::run_bf16_dot(strip) },
             // SAFETY: the same, and `multiply` has configured the tiles.

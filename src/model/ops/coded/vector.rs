@@ -168,6 +168,7 @@ macro_rules! kernel {
 
         #[target_feature(enable = $features)]
         pub unsafe fn $run(strip: Strip<'_>) {
+            // SAFETY: the caller has seen the features.
             run($name(unsafe { $simd::new_unchecked() }), strip);
         }
 
@@ -180,10 +181,12 @@ macro_rules! kernel {
 
             #[inline(always)]
             unsafe fn load(self, $from: *const u32) -> $vector {
+                // SAFETY: who has a kernel is in a function with its features; the caller has a vector's numbers there.
                 unsafe { $load }
             }
             #[inline(always)]
             fn dot(self, $into: $sums, $group: u32, $by: $vector) -> $sums {
+                // SAFETY: who has a kernel is in a function with its features.
                 unsafe { $dot }
             }
         }
@@ -197,12 +200,14 @@ macro_rules! kernel {
             }
             #[inline(always)]
             fn start(self, $start: &[i32]) -> $sums {
+                // SAFETY: who has a kernel is in a function with its features.
                 unsafe { $begin }
             }
             #[inline(always)]
             // Sums may be floats.
             #[allow(unused_unsafe)]
             fn floats(self, $end: $sums) -> <$simd as Simd>::f32s {
+                // SAFETY: who has a kernel is in a function with its features.
                 unsafe { $floats }
             }
         }
