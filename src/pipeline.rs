@@ -27,13 +27,13 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{bounded, unbounded};
 
-use crate::compute::{About, Compute, Stage, Wires};
+use crate::compute::{About, Compute, ComputeError, Stage, Wires};
 use crate::flow::{CommitSoon, Encoded, Queued, Report};
 use crate::kafka::cluster::Topics;
 use crate::schedule::Schedule;
 use crate::settings::Settings;
-use crate::sink::{self, Publisher};
-use crate::source::{self, Drain, Origins, Source};
+use crate::sink::{self, PublishError, Publisher};
+use crate::source::{self, Drain, Origins, Source, SourceError};
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
 use crate::window::Window;
@@ -80,6 +80,33 @@ impl Shared {
     }
 }
 
+/// Why the pipeline ended before it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    #[error("source: {0}")]
+    Source(#[from] SourceError),
+    #[error("infer: {0}")]
+    Compute(#[from] ComputeError),
+    #[error("publish: {0}")]
+    Publish(#[from] PublishError),
+    #[error("thread {name}: {error}")]
+    Thread { name: &'static str, error: std::io::Error },
+    /// It ended in good order, all that was under way published, for a reason that a stage found.
+    #[error("{0}")]
+    Verdict(String),
+}
+
+impl<E: 'static> Stage<E> {
+    /// Its error as the pipeline's.
+    fn into(self) -> Stage<PipelineError>
+    where
+        PipelineError: From<E>,
+    {
+        let Self { name, work } = self;
+        Stage { name, work: Box::new(move || work().map_err(PipelineError::from)) }
+    }
+}
+
 /// Windows that may wait to be published: the stages before go on while a transaction is committed,
 /// which takes 40 to 100 ms.
 const BEFORE_PUBLISH: usize = 64;
@@ -95,7 +122,7 @@ pub fn run(
     compute: Arc<dyn Compute>,
     topics: &Topics,
     shared: &Shared,
-) -> Result<(), String> {
+) -> Result<(), PipelineError> {
     describe(compute.about(), shared);
     let about = compute.about().clone();
     let (metrics, health) = (&shared.metrics, &shared.health);
@@ -118,8 +145,7 @@ pub fn run(
             partitions: topics.input_partitions,
             compute: Arc::clone(&compute),
         },
-    )
-    .map_err(|e| e.to_string())?;
+    )?;
     let (report, reports) = unbounded::<Report>();
     let publisher = Publisher::new(
         settings,
@@ -144,19 +170,18 @@ pub fn run(
         Box::new(move |verdict: &str| shared.end(verdict))
     };
     let wires = Wires { windows, encoded, reports: report, health: Arc::clone(health), end };
-    let mut stages = compute.stages(wires);
-    stages.push(Stage {
-        name: "source",
-        work: Box::new(move || source.serve(gathered, &reports).map_err(|e| e.to_string())),
-    });
-    stages.push(Stage { name: "publish", work: Box::new(move || publisher.serve(&to_publish)) });
+    let mut stages: Vec<Stage<PipelineError>> = compute.stages(wires).into_iter().map(Stage::into).collect();
+    let source = Box::new(move || source.serve(gathered, &reports));
+    let publish = Box::new(move || publisher.serve(&to_publish));
+    stages.push(Stage { name: "source", work: source }.into());
+    stages.push(Stage { name: "publish", work: publish }.into());
     let (ended, ends) = unbounded();
     for Stage { name, work } in stages {
         let ended = ended.clone();
         std::thread::Builder::new()
             .name(format!("kandle-{name}"))
             .spawn(move || drop(ended.send((name, work()))))
-            .map_err(|e| format!("thread {name}: {e}"))?;
+            .map_err(|error| PipelineError::Thread { name, error })?;
     }
     drop(ended);
     while let Ok((name, result)) = ends.recv() {
@@ -168,11 +193,11 @@ pub fn run(
             && let Ok((other, _)) = ends.recv_deadline(deadline)
             && other != "source"
         {}
-        return Err(format!("{name}: {error}"));
+        return Err(error);
     }
     match shared.verdict.get() {
         None => Ok(()),
-        Some(verdict) => Err(verdict.clone()),
+        Some(verdict) => Err(PipelineError::Verdict(verdict.clone())),
     }
 }
 

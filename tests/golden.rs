@@ -199,10 +199,13 @@ fn a_models_own_prompt_stands_before_every_text() {
         &[("modules.json", modules.to_owned()), ("config_sentence_transformers.json", prompts.to_owned())],
     );
     let model = load(directory.path(), Output::Embedding);
-    assert_eq!(model.tokens("parcel"), model.tokenizer.encode("late parcel"));
+    assert_eq!(
+        model.tokens("parcel").expect("tokens"),
+        model.tokenizer.encode("late parcel").expect("tokens")
+    );
     // Not for a classifier.
     let model = load(directory.path(), Output::Logits);
-    assert_eq!(model.tokens("parcel"), model.tokenizer.encode("parcel"));
+    assert_eq!(model.tokens("parcel").expect("tokens"), model.tokenizer.encode("parcel").expect("tokens"));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::{AlreadySaid, drain};
 use crate::cli::output::outln;
 use crate::compute::About;
-use crate::kafka::cluster::{Cluster, committed};
+use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
 use crate::settings::{Guarantee, Loaded, Settings};
 use crate::task;
@@ -201,9 +201,10 @@ fn transaction(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
 fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let inputs = settings.input.topics.iter().filter(|topic| !topic.starts_with('^'));
     let limit = |topic: &String| {
-        cluster.rules(topic)?.max_bytes.ok_or_else(|| format!("{topic}: max.message.bytes is not shown"))
+        let not_shown = || ConfigurationError::NotShown(format!("{topic}: max.message.bytes"));
+        cluster.rules(topic)?.max_bytes.ok_or_else(not_shown)
     };
-    let read: Result<Vec<u64>, String> = inputs.map(limit).collect();
+    let read: Result<Vec<u64>, ConfigurationError> = inputs.map(limit).collect();
     let (read, dead) = match (read, limit(&settings.dead_letters.topic)) {
         (Ok(read), Ok(dead)) => (read.into_iter().max().unwrap_or(0), dead),
         (Err(reason), _) | (_, Err(reason)) => {

@@ -93,7 +93,7 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     };
     let shown = show(options, &settings, &shared, &device, || running.is_finished());
     shared.stop.store(true, Ordering::Relaxed);
-    running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))?.map_err(anyhow::Error::msg)?;
+    running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))??;
     shown?;
     outln!("\nOn your own Kafka:");
     outln!(

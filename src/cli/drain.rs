@@ -67,7 +67,7 @@ pub(super) fn carry_out(
     let mut shared = Shared::new(settings);
     shared.drain = Some(Arc::clone(&bounds));
     shared.revive = revive.map(Arc::new);
-    shared.traces = Traces::start(&settings.otel).map_err(anyhow::Error::msg)?;
+    shared.traces = Traces::start(&settings.otel)?;
     run::serve(settings, &shared, || work(settings, &shared, &bounds, settings_digest, options))
 }
 
@@ -96,7 +96,7 @@ fn work(
             .name("kandle-progress".to_owned())
             .spawn(move || show(&shared, &drain, &over, every, started))?
     };
-    let result = pipeline::run(settings, compute, &topics, shared).map_err(anyhow::Error::msg);
+    let result = pipeline::run(settings, compute, &topics, shared).map_err(anyhow::Error::new);
     over.store(true, Ordering::Relaxed);
     shown.thread().unpark();
     // It ends by itself, and a panic has ended the process already.

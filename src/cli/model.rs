@@ -31,8 +31,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let settings = &loaded.settings;
     let files = files(&loaded)?;
     let name = files.name();
-    let placement =
-        Placement::choose(settings.model.device, settings.model.dtype).map_err(anyhow::Error::msg)?;
+    let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
     let output = Kind::of(settings.task.kind).output.context("the task has a model")?;
     let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;
     let model = Model::load(files, placement, output).with_context(|| format!("model {name}"))?;

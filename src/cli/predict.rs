@@ -85,7 +85,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
 /// One line a record: its prediction, or `{"error":…,"message":…}`. Returns how many of the latter there are.
 fn answer(compute: &dyn Compute, window: Window, out: &mut impl Write) -> anyhow::Result<u64> {
     let mut failed = 0;
-    let encoded = compute.answer(window).map_err(anyhow::Error::msg)?;
+    let encoded = compute.answer(window)?;
     for (record, outcome) in encoded.window.records.iter().zip(&encoded.outcomes) {
         match outcome {
             Outcome::Prediction { part, bytes } => {

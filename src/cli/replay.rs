@@ -186,7 +186,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
     };
     let sampled = window.records.len();
     let started = Instant::now();
-    let encoded = compute.answer(window).map_err(anyhow::Error::msg)?;
+    let encoded = compute.answer(window)?;
     let seconds = started.elapsed().as_secs_f64().max(1e-9);
     let dead = encoded.outcomes.iter().filter(|o| matches!(o, crate::flow::Outcome::Dead(_))).count();
     let records: i64 = ranges.values().map(|range| range.to - range.from).sum();

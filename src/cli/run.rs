@@ -21,7 +21,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
     let mut shared = Shared::new(&settings);
-    shared.traces = Traces::start(&settings.otel).map_err(anyhow::Error::msg)?;
+    shared.traces = Traces::start(&settings.otel)?;
     serve(&settings, &shared, || consume(&settings, &shared))
 }
 
@@ -70,7 +70,7 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
             return Ok(());
         };
         refuse_other_models(settings, compute.about())?;
-        pipeline::run(settings, Arc::clone(&compute), &topics, shared).map_err(anyhow::Error::msg)?;
+        pipeline::run(settings, Arc::clone(&compute), &topics, shared)?;
         if shared.stop.load(Ordering::Relaxed) || shared.schedule.outside == Outside::Stay {
             return Ok(());
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
-use super::{About, Compute, Pace, Stage, Wires};
+use super::{About, Compute, ComputeError, Pace, Stage, Wires};
 use crate::codec::{Decoder, Input};
 use crate::engine::{Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError};
 use crate::failpoint;
@@ -225,7 +225,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         responses: &Sender<Queued<ResponseOf<T>>>,
         reports: &Sender<Report>,
         health: &Health,
-    ) -> Result<(), String> {
+    ) -> Result<(), ComputeError> {
         self.engine.serve(requests, responses, Some(health)).map_err(|error| {
             if let EngineError::TimedOut { window: prepared, items, .. } = &error {
                 let window = &prepared.window;
@@ -233,7 +233,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
                     prepared.records_of(items).map(|record| window.position(&window.records[record]));
                 remember(positions.collect(), reports);
             }
-            error.to_string()
+            error.without_window()
         })
     }
 
@@ -280,7 +280,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
         self.engine.lanes()
     }
 
-    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage> {
+    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage<ComputeError>> {
         let Wires { windows, encoded, reports, health, end } = wires;
         let (to_infer, requests) = bounded(1);
         let (to_predict, responses) = bounded(1);
@@ -306,8 +306,8 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
         ]
     }
 
-    fn answer(&self, window: Window) -> Result<Encoded, String> {
-        let response = self.engine.answer(self.prepare(window)).map_err(|error| error.to_string())?;
+    fn answer(&self, window: Window) -> Result<Encoded, ComputeError> {
+        let response = self.engine.answer(self.prepare(window)).map_err(EngineError::without_window)?;
         Ok(self.predict(response))
     }
 

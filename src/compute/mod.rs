@@ -20,7 +20,7 @@ pub use batched::Batched;
 pub use noop::Noop;
 pub use pace::Pace;
 
-use crate::engine::{Calibration, RunError};
+use crate::engine::{Calibration, EngineError, RunError};
 use crate::flow::{Encoded, Queued, Report};
 use crate::model::Digest;
 use crate::settings::TaskKind;
@@ -51,12 +51,15 @@ pub struct Wires {
     pub end: Box<dyn Fn(&str) + Send + Sync>,
 }
 
-/// A thread of the pipeline.
-pub struct Stage {
+/// A thread of the pipeline, and what ends it early.
+pub struct Stage<E> {
     pub name: &'static str,
     /// Works until the channel before it is closed and empty, or nobody takes what it makes.
-    pub work: Box<dyn FnOnce() -> Result<(), String> + Send>,
+    pub work: Box<dyn FnOnce() -> Result<(), E> + Send>,
 }
+
+/// Why nothing more can be computed.
+pub type ComputeError = EngineError<()>;
 
 /// A task with its model, ready to run.
 pub trait Compute: Send + Sync {
@@ -72,13 +75,13 @@ pub trait Compute: Send + Sync {
     fn lanes(&self) -> usize;
 
     /// The stages between `windows` and `encoded`. Windows leave in the order they came.
-    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage>;
+    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage<ComputeError>>;
 
     /// One window by itself, through the same steps.
     ///
     /// # Errors
     /// Nothing more can be computed.
-    fn answer(&self, window: Window) -> Result<Encoded, String>;
+    fn answer(&self, window: Window) -> Result<Encoded, ComputeError>;
 
     /// The budgets of a batch, measured; `None` without a model.
     fn calibrate(&self) -> Option<Result<Calibration, RunError>>;

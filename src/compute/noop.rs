@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::{About, Compute, Stage, Wires};
+use super::{About, Compute, ComputeError, Stage, Wires};
 use crate::codec::Decoder;
 use crate::engine::{Calibration, RunError};
 use crate::failpoint;
@@ -54,7 +54,7 @@ impl Compute for Noop {
         1
     }
 
-    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage> {
+    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage<ComputeError>> {
         let work = move || {
             for window in wires.windows {
                 wires.health.busy(health::Stage::Encode);
@@ -70,7 +70,7 @@ impl Compute for Noop {
         vec![Stage { name: "encode", work: Box::new(work) }]
     }
 
-    fn answer(&self, window: Window) -> Result<Encoded, String> {
+    fn answer(&self, window: Window) -> Result<Encoded, ComputeError> {
         Ok(self.encoded(window))
     }
 

@@ -89,6 +89,17 @@ pub enum EngineError<W> {
     Unresponsive(Duration),
 }
 
+impl<W> EngineError<W> {
+    /// The error alone.
+    pub fn without_window(self) -> EngineError<()> {
+        match self {
+            Self::Fatal(message) => EngineError::Fatal(message),
+            Self::TimedOut { items, limit, .. } => EngineError::TimedOut { window: (), items, limit },
+            Self::Unresponsive(limit) => EngineError::Unresponsive(limit),
+        }
+    }
+}
+
 /// How an engine is set.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {

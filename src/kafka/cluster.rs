@@ -41,6 +41,22 @@ pub struct Topics {
     pub dead_letters: Written,
 }
 
+/// Why the configuration of a topic or of a broker cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigurationError {
+    #[error(transparent)]
+    Kafka(#[from] KafkaError),
+    #[error("{0}")]
+    Resource(#[from] RDKafkaErrorCode),
+    #[error(transparent)]
+    Runtime(#[from] std::io::Error),
+    #[error("no answer")]
+    NoAnswer,
+    /// This user may not see it.
+    #[error("{0} is not shown")]
+    NotShown(String),
+}
+
 /// Why the cluster cannot be used now.
 #[derive(Debug, thiserror::Error)]
 pub enum Trouble {
@@ -181,28 +197,31 @@ impl<'a> Cluster<'a> {
     ///
     /// # Errors
     /// The cluster cannot be asked, or this user may not see the topic's configuration.
-    pub fn rules(&self, topic: &str) -> Result<TopicRules, String> {
+    pub fn rules(&self, topic: &str) -> Result<TopicRules, ConfigurationError> {
         Ok(TopicRules::of(&self.configuration(ResourceSpecifier::Topic(topic))?))
     }
 
     /// A setting of the first broker, which all share in a cluster that is well kept.
-    pub fn broker_setting(&self, name: &str) -> Result<u64, String> {
+    pub fn broker_setting(&self, name: &str) -> Result<u64, ConfigurationError> {
         let topic = self.settings.output.topic.as_str();
-        let metadata = self.client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| e.to_string())?;
-        let broker = metadata.brokers().first().ok_or("no broker")?.id();
+        let metadata = self.client.fetch_metadata(Some(topic), ATTEMPT)?;
+        let broker = metadata.brokers().first().ok_or(ConfigurationError::NoAnswer)?.id();
         let configuration = self.configuration(ResourceSpecifier::Broker(broker))?;
         let value = configuration.get(name).and_then(|value| value.parse().ok());
-        value.ok_or_else(|| format!("{name} is not shown"))
+        value.ok_or_else(|| ConfigurationError::NotShown(name.to_owned()))
     }
 
     /// Name to value.
-    fn configuration(&self, of: ResourceSpecifier<'_>) -> Result<HashMap<String, String>, String> {
+    fn configuration(
+        &self,
+        of: ResourceSpecifier<'_>,
+    ) -> Result<HashMap<String, String>, ConfigurationError> {
         let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
         let resources = [of];
         let asked = self.admin.describe_configs(&resources, &options);
-        let runtime = tokio::runtime::Builder::new_current_thread().build().map_err(|e| e.to_string())?;
-        let resources = runtime.block_on(asked).map_err(|e| e.to_string())?;
-        let resource = resources.into_iter().next().ok_or("no answer")?.map_err(|e| e.to_string())?;
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        let resources = runtime.block_on(asked)?;
+        let resource = resources.into_iter().next().ok_or(ConfigurationError::NoAnswer)??;
         let entries = resource.entries.into_iter();
         Ok(entries.filter_map(|entry| Some((entry.name, entry.value?))).collect())
     }
@@ -228,7 +247,7 @@ impl<'a> Cluster<'a> {
             let rules = self.rules(topic).unwrap_or_else(|reason| {
                 tracing::info!(
                     topic,
-                    reason,
+                    %reason,
                     "the topic's configuration cannot be read: what the topic refuses is found by trying"
                 );
                 TopicRules::default()

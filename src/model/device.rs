@@ -19,26 +19,42 @@ pub struct Placement {
     pub reason: Option<String>,
 }
 
+/// Why a model cannot be placed as the settings ask.
+#[derive(Debug, thiserror::Error)]
+pub enum PlacementError {
+    #[error("model.device: {0}")]
+    Device(#[from] DeviceError),
+    #[error("model.dtype: f16 is for GPUs: on a CPU f32, bf16 or int8")]
+    HalfOnCpu,
+    #[error("model.dtype: int8 is for CPUs: on {0} bf16, f16 or f32")]
+    Int8OnGpu(String),
+}
+
+/// Why there is no such device.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("this build has no {name}: build kandle with --features {feature}")]
+    NotBuilt { name: &'static str, feature: &'static str },
+    #[error("{device} cannot be used: {message}")]
+    Unusable { device: String, message: String },
+}
+
 impl Placement {
-    /// The error names the setting, and the feature or the device that is missing.
-    pub fn choose(device: DeviceChoice, dtype: Dtype) -> Result<Self, String> {
-        let no_device = |message| format!("model.device: {message}");
+    /// # Errors
+    /// Build or machine do not have the device, or it does not have the precision.
+    pub fn choose(device: DeviceChoice, dtype: Dtype) -> Result<Self, PlacementError> {
         let (device, name, reason) = match device {
             DeviceChoice::Cpu => (Device::Cpu, "cpu".to_owned(), None),
-            DeviceChoice::Cuda(n) => (cuda(n).map_err(no_device)?, format!("cuda:{n}"), None),
-            DeviceChoice::Metal => (metal().map_err(no_device)?, "metal".to_owned(), None),
+            DeviceChoice::Cuda(n) => (cuda(n)?, format!("cuda:{n}"), None),
+            DeviceChoice::Metal => (metal()?, "metal".to_owned(), None),
             DeviceChoice::Auto => auto(),
         };
         let (dtype, code) = match (dtype, &device) {
             (Dtype::F32 | Dtype::Auto, Device::Cpu) => (DType::F32, None),
             (Dtype::Int8, Device::Cpu) => (DType::F32, Some(Code::Int8)),
             (Dtype::Bf16, Device::Cpu) => (DType::F32, Some(Code::Bf16)),
-            (Dtype::F16, Device::Cpu) => {
-                return Err("model.dtype: f16 is for GPUs: on a CPU f32, bf16 or int8".to_owned());
-            }
-            (Dtype::Int8, _) => {
-                return Err(format!("model.dtype: int8 is for CPUs: on {name} bf16, f16 or f32"));
-            }
+            (Dtype::F16, Device::Cpu) => return Err(PlacementError::HalfOnCpu),
+            (Dtype::Int8, _) => return Err(PlacementError::Int8OnGpu(name)),
             (Dtype::F32, _) => (DType::F32, None),
             (Dtype::Bf16, _) | (Dtype::Auto, Device::Cuda(_)) => (DType::BF16, None),
             (Dtype::F16, _) | (Dtype::Auto, Device::Metal(_)) => (DType::F16, None),
@@ -67,26 +83,31 @@ fn auto() -> (Device, String, Option<String>) {
             Ok(device) => {
                 return (device, name.to_owned(), Some("the build and the machine have it".to_owned()));
             }
-            Err(reason) => reasons.push(reason),
+            Err(reason) => reasons.push(reason.to_string()),
         }
     }
     (Device::Cpu, "cpu".to_owned(), Some(reasons.join("; ")))
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(ordinal: usize) -> Result<Device, String> {
-    super::ops::cuda::open(ordinal)
-        .map_err(|e| format!("CUDA device {ordinal} cannot be used: {}", super::message(&e)))
+fn cuda(ordinal: usize) -> Result<Device, DeviceError> {
+    super::ops::cuda::open(ordinal).map_err(|e| DeviceError::Unusable {
+        device: format!("CUDA device {ordinal}"),
+        message: super::message(&e),
+    })
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: usize) -> Result<Device, String> {
-    Err("this build has no CUDA: build kandle with --features cuda".to_owned())
+fn cuda(_: usize) -> Result<Device, DeviceError> {
+    Err(DeviceError::NotBuilt { name: "CUDA", feature: "cuda" })
 }
 
-fn metal() -> Result<Device, String> {
+fn metal() -> Result<Device, DeviceError> {
     if !cfg!(feature = "metal") {
-        return Err("this build has no Metal: build kandle with --features metal".to_owned());
+        return Err(DeviceError::NotBuilt { name: "Metal", feature: "metal" });
     }
-    Device::new_metal(0).map_err(|e| format!("the Metal device cannot be used: {}", super::message(&e)))
+    Device::new_metal(0).map_err(|e| DeviceError::Unusable {
+        device: "the Metal device".to_owned(),
+        message: super::message(&e),
+    })
 }

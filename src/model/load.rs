@@ -12,7 +12,7 @@ use super::head::Head;
 use super::message;
 use super::ops::{Code, Rows};
 use super::sentence::{Embedding, TextSettings, cross_encoder_scores};
-use super::tokenize::{Tokenizer, Tokens};
+use super::tokenize::{TokenizeError, Tokenizer, Tokens};
 use crate::ragged::Ragged;
 
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +21,8 @@ pub enum ModelError {
     Files(#[from] FilesError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Tokenize(#[from] TokenizeError),
     #[error("weights: {0}")]
     Weights(String),
     #[error("{0}")]
@@ -166,7 +168,7 @@ impl Model {
             Output::PairLogits => cross_encoder_scores(&files, &config)?,
             _ => Scores::of(&config, labels.len())?,
         };
-        let plain = tokenizer.encode("kandle").map_err(ModelError::Unsupported)?.ids;
+        let plain = tokenizer.encode("kandle")?.ids;
         Ok(Self {
             files,
             placement,
@@ -191,7 +193,7 @@ impl Model {
     }
 
     /// A text as the model takes it; with the embedding's prompt where an embedding is wanted.
-    pub fn tokens(&self, text: &str) -> Result<Tokens, String> {
+    pub fn tokens(&self, text: &str) -> Result<Tokens, TokenizeError> {
         match self.output {
             Output::Embedding if !self.embedding.prompt.is_empty() => {
                 self.tokenizer.encode(&format!("{}{text}", self.embedding.prompt))

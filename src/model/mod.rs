@@ -14,7 +14,7 @@ pub mod ops;
 mod sentence;
 mod tokenize;
 
-pub use device::Placement;
+pub use device::{Placement, PlacementError};
 pub use digest::Digest;
 pub(crate) use digest::hex;
 pub use encoder::{Encoder, Packed};
@@ -23,7 +23,7 @@ pub use head::Head;
 pub use load::{Model, ModelError, Output, Scores};
 pub use ops::Pooling;
 pub use sentence::{Embedding, TextSettings};
-pub use tokenize::{NoRoom, Part, Shorten, Span, Spans, Tokenizer, Tokens};
+pub use tokenize::{NoRoom, Part, Shorten, Span, Spans, TokenizeError, Tokenizer, Tokens};
 
 /// The message of an error of Candle's, which carries a backtrace below it.
 pub(crate) fn message(error: &candle_core::Error) -> String {

@@ -13,6 +13,7 @@
 mod acks;
 mod budget;
 mod compose;
+mod error;
 mod isolation;
 mod producer;
 mod publisher;
@@ -22,4 +23,5 @@ mod transactional_id;
 mod transactions;
 mod window;
 
+pub use error::{PublishError, TransactionalIdError};
 pub use publisher::{Context, Publisher};

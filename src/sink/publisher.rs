@@ -22,6 +22,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::{Arrived, Failure, Ticket};
 use super::compose::{Composed, Composer, Stamp, Target, partition};
+use super::error::PublishError;
 use super::isolation::Meaning;
 use super::producer::{NotTaken, ProducerLimits, RecordProducer, compresses, config};
 use super::transactions::Transactions;
@@ -129,7 +130,7 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    pub fn new(settings: &Settings, context: Context, reports: Sender<Report>) -> Result<Self, String> {
+    pub fn new(settings: &Settings, context: Context, reports: Sender<Report>) -> Result<Self, PublishError> {
         let topics = TopicsWritten {
             output: context.topics.output.clone(),
             dead_letters: context.topics.dead_letters.clone(),
@@ -139,8 +140,8 @@ impl Publisher {
         let config = config(settings, limits);
         let (producer, delivery) = match settings.delivery.guarantee {
             Guarantee::AtLeastOnce => {
-                let producer = RecordProducer::new(&config, settings, &context.health)
-                    .map_err(|e| format!("the producer cannot be made: {e}"))?;
+                let producer =
+                    RecordProducer::new(&config, settings, &context.health).map_err(PublishError::Client)?;
                 (producer, Delivery::AtLeastOnce)
             }
             Guarantee::ExactlyOnce => {
@@ -175,7 +176,7 @@ impl Publisher {
     }
 
     /// Publishes windows until their channel closes and the last is acknowledged.
-    pub fn serve(mut self, windows: &Receiver<Queued<Encoded>>) -> Result<(), String> {
+    pub fn serve(mut self, windows: &Receiver<Queued<Encoded>>) -> Result<(), PublishError> {
         if matches!(self.delivery, Delivery::ExactlyOnce(_)) && !self.become_transactional()? {
             return Ok(());
         }
@@ -247,7 +248,7 @@ impl Publisher {
     }
 
     /// Sends what may be sent now: a burst at most.
-    fn send(&mut self) -> Result<(), String> {
+    fn send(&mut self) -> Result<(), PublishError> {
         self.now = now();
         for _ in 0..BURST {
             if !self.may_send() || !self.begin_transaction()? {
@@ -271,7 +272,7 @@ impl Publisher {
     }
 
     /// Sends a record unless it is settled or its lease has ended; false where it cannot be sent now.
-    pub(super) fn send_if_ours(&mut self, index: usize, place: usize) -> Result<bool, String> {
+    pub(super) fn send_if_ours(&mut self, index: usize, place: usize) -> Result<bool, PublishError> {
         let window = &mut self.windows[index];
         if window.is_settled(place) {
             return Ok(true);
@@ -289,7 +290,7 @@ impl Publisher {
     }
 
     /// Hands a record's message to the client; false where it does not take it now.
-    fn send_record(&mut self, index: usize, place: usize) -> Result<bool, String> {
+    fn send_record(&mut self, index: usize, place: usize) -> Result<bool, PublishError> {
         self.check_against_rules(index, place);
         let by = self.composer.partitioning;
         loop {
@@ -331,7 +332,7 @@ impl Publisher {
                 }
                 // A refused batch is reported, anything else is found by `book_reports`.
                 Err(NotTaken::ProducerFailed) => Ok(false),
-                Err(NotTaken::Other(error)) => Err(format!("cannot publish to {topic}: {error}")),
+                Err(NotTaken::Other(error)) => Err(PublishError::Topic { topic: topic.clone(), error }),
             };
         }
     }
@@ -396,7 +397,7 @@ impl Publisher {
                     written.rules = rules;
                     read = true;
                 }
-                Err(reason) => tracing::debug!(topic, reason, "the topic's configuration cannot be read"),
+                Err(reason) => tracing::debug!(topic, %reason, "the topic's configuration cannot be read"),
             }
         }
         read
@@ -411,7 +412,7 @@ impl Publisher {
         index: usize,
         place: usize,
         why: RefusedBecause<'_>,
-    ) -> Result<(), String> {
+    ) -> Result<(), PublishError> {
         use RDKafkaErrorCode::{InvalidTimestamp, MessageSizeTooLarge};
         let window = &mut self.windows[index];
         let position = window.position(place);
@@ -456,14 +457,14 @@ impl Publisher {
         } else if !form.bare {
             form.bare = true;
         } else {
-            return Err(format!("{position}: {topic} refuses its dead letter in every form: {code}"));
+            return Err(PublishError::DeadLetterRefused { position, topic: topic.clone(), reason: code });
         }
         tracing::warn!(source = %position, topic, code, form = ?*form, "the topic refuses the dead letter: it is published in another form");
         Ok(())
     }
 
     /// Serves the producer and books what it reports.
-    pub(super) fn book_reports(&mut self) -> Result<(), String> {
+    pub(super) fn book_reports(&mut self) -> Result<(), PublishError> {
         loop {
             let arrived = self.producer.poll();
             if arrived.acknowledged.is_empty() && arrived.failed.is_empty() {
@@ -478,13 +479,13 @@ impl Publisher {
                 Ok(())
             }
             Some((code, _)) if self.may_outlive(code) => Ok(()),
-            Some((code, reason)) => Err(format!("the producer failed for good: {code}: {reason}")),
+            Some((code, reason)) => Err(PublishError::Fatal { code, reason }),
         }
     }
 
     /// # Errors
     /// The broker takes nothing at all: a right or a topic is missing.
-    pub(super) fn book(&mut self, arrived: Arrived) -> Result<(), String> {
+    pub(super) fn book(&mut self, arrived: Arrived) -> Result<(), PublishError> {
         for ticket in arrived.acknowledged {
             let Some(at) = self.index(ticket.window()) else { continue };
             let bytes = self.windows[at].take_size(ticket.place());
@@ -501,10 +502,7 @@ impl Publisher {
             match Meaning::of(failure.code) {
                 Meaning::Hopeless => {
                     let position = self.windows[at].position(failure.ticket.place());
-                    return Err(format!(
-                        "{position}: the broker refuses its prediction for good: {}",
-                        failure.code
-                    ));
+                    return Err(PublishError::Refused { position, code: failure.code });
                 }
                 Meaning::Refused | Meaning::Neighbour => self.refused.push(failure),
                 Meaning::Passing => {

@@ -16,6 +16,7 @@ use std::time::Duration;
 use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::{Failure, Ticket};
+use super::error::PublishError;
 use super::isolation::{Meaning, Verdict, judge};
 use super::producer::{ProducerLimits, RecordProducer, config};
 use super::publisher::{Cursor, Delivery, Publisher, RefusedBecause};
@@ -37,7 +38,7 @@ enum Sent {
 
 impl Publisher {
     /// Deals with the refused batch: returns when everything that had been sent is published.
-    pub(super) fn recover(&mut self) -> Result<(), String> {
+    pub(super) fn recover(&mut self) -> Result<(), PublishError> {
         let failures = self.take_refused();
         let first = failures.iter().find(|failure| Meaning::of(failure.code) == Meaning::Refused);
         tracing::warn!(
@@ -91,7 +92,7 @@ impl Publisher {
         verdict: Verdict,
         judged: &[Ticket],
         groups: &mut VecDeque<Vec<Ticket>>,
-    ) -> Result<(), String> {
+    ) -> Result<(), PublishError> {
         groups.pop_front();
         match verdict {
             Verdict::Blame(failures) => {
@@ -122,7 +123,7 @@ impl Publisher {
     }
 
     /// Ends what is under way, and leaves a producer behind that sends one request at a time.
-    fn stop_after_refusal(&mut self) -> Result<(), String> {
+    fn stop_after_refusal(&mut self) -> Result<(), PublishError> {
         match self.delivery {
             Delivery::AtLeastOnce => {
                 self.wind_up(WIND_UP)?;
@@ -139,18 +140,18 @@ impl Publisher {
     }
 
     /// Waits until all that the producer has sent is answered, at most for `limit`, and books that.
-    pub(super) fn wind_up(&mut self, limit: Duration) -> Result<(), String> {
+    pub(super) fn wind_up(&mut self, limit: Duration) -> Result<(), PublishError> {
         let arrived = self.producer.wind_up(limit, || self.context.health.busy(Stage::Publish));
         arrived.into_iter().try_for_each(|reports| self.book(reports))
     }
 
-    fn start_producer(&mut self, careful: bool) -> Result<(), String> {
+    fn start_producer(&mut self, careful: bool) -> Result<(), PublishError> {
         let limits = ProducerLimits { batch: self.topics.batch_limit(), halved: self.halved, careful };
         let config = config(&self.settings, limits);
         match self.delivery {
             Delivery::AtLeastOnce => {
                 self.producer = RecordProducer::new(&config, &self.settings, &self.context.health)
-                    .map_err(|e| format!("another producer cannot be made: {e}"))?;
+                    .map_err(PublishError::Client)?;
                 for window in &mut self.windows {
                     for place in 0..window.len() {
                         window.take_size(place);
@@ -167,7 +168,7 @@ impl Publisher {
     }
 
     /// Sends these records and waits until all of them are published; or for what is refused of them.
-    fn publish_group(&mut self, group: &[Ticket]) -> Result<Sent, String> {
+    fn publish_group(&mut self, group: &[Ticket]) -> Result<Sent, PublishError> {
         loop {
             if let Delivery::ExactlyOnce(_) = self.delivery {
                 self.cursor = Cursor { window: group[0].window(), place: group[0].place() };
@@ -216,7 +217,7 @@ impl Publisher {
         self.broken.is_none() && self.refused.is_empty() && !self.stopped
     }
 
-    fn wait_for_reports(&mut self) -> Result<(), String> {
+    fn wait_for_reports(&mut self) -> Result<(), PublishError> {
         self.context.health.busy(Stage::Publish);
         std::thread::park_timeout(POLL_INTERVAL);
         self.book_reports()

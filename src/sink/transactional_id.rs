@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
 
+use super::error::TransactionalIdError;
 use crate::settings::Settings;
 
 /// The id; others on this machine take another one for as long as this lives.
@@ -21,7 +22,7 @@ impl TransactionalId {
     /// `delivery.transactional_id`; else the group with its static member's `group.instance.id`,
     /// which the group itself keeps from being used twice; else with the machine's name and the first
     /// number that no other process here holds.
-    pub fn take(settings: &Settings) -> Result<Self, String> {
+    pub fn take(settings: &Settings) -> Result<Self, TransactionalIdError> {
         if let Some(id) = &settings.delivery.transactional_id {
             return Ok(Self { text: id.clone(), _held: None });
         }
@@ -36,38 +37,28 @@ impl TransactionalId {
 }
 
 /// The lowest free number among those of `name`.
-fn slot(directory: &Path, name: &str) -> Result<(usize, File), String> {
+fn slot(directory: &Path, name: &str) -> Result<(usize, File), TransactionalIdError> {
     use sha2::{Digest, Sha256};
     let name: String = Sha256::digest(name).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     for number in 0..SLOTS {
         let path = directory.join(format!("kandle-{name}-{number}.lock"));
-        let failed = |e: &dyn std::fmt::Display| {
-            format!(
-                "{}: {e}; set delivery.transactional_id, or group.instance.id in input.properties, where there is no room for files",
-                path.display()
-            )
-        };
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(|e| failed(&e))?;
+        let failed = |error| TransactionalIdError::Lock { path: path.display().to_string(), error };
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
         match file.try_lock() {
             Ok(()) => return Ok((number, file)),
             Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(e)) => return Err(failed(&e)),
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
     }
-    Err(format!("{SLOTS} members of the group run on this machine"))
+    Err(TransactionalIdError::TooMany(SLOTS))
 }
 
-fn host() -> Result<String, String> {
+fn host() -> Result<String, TransactionalIdError> {
     let name =
         std::fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok());
     name.map(|name| name.trim().to_owned())
         .filter(|name| !name.is_empty())
-        .ok_or_else(|| "this machine does not say its name: set delivery.transactional_id".to_owned())
+        .ok_or(TransactionalIdError::NoHostName)
 }
 
 #[cfg(test)]

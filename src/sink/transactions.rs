@@ -21,6 +21,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::Ticket;
 use super::budget::Budget;
+use super::error::PublishError;
 use super::producer::RecordProducer;
 use super::publisher::{Cursor, Delivery, Publisher};
 use super::transaction_thread::{Broken, Call, TransactionThread};
@@ -63,15 +64,14 @@ impl Transactions {
         settings: &Settings,
         mut config: ClientConfig,
         health: &Arc<Health>,
-    ) -> Result<(RecordProducer, Self), String> {
-        let cannot = |e: &dyn std::fmt::Display| format!("the producer cannot be made: {e}");
+    ) -> Result<(RecordProducer, Self), PublishError> {
         let id = TransactionalId::take(settings)?;
         let timeout = settings.transaction_timeout();
         config.set("transactional.id", &id.text);
         config.set("transaction.timeout.ms", timeout.as_millis().to_string());
-        let producer = RecordProducer::new(&config, settings, health).map_err(|e| cannot(&e))?;
+        let producer = RecordProducer::new(&config, settings, health).map_err(PublishError::Client)?;
         let thread =
-            TransactionThread::start(Arc::clone(&producer.client), timeout).map_err(|e| cannot(&e))?;
+            TransactionThread::start(Arc::clone(&producer.client), timeout).map_err(PublishError::Thread)?;
         let transactions = Self {
             thread,
             config,
@@ -121,7 +121,7 @@ impl Publisher {
     }
 
     /// Opens a transaction where one is needed and none is open; false where that failed.
-    pub(super) fn begin_transaction(&mut self) -> Result<bool, String> {
+    pub(super) fn begin_transaction(&mut self) -> Result<bool, PublishError> {
         let cursor = self.cursor;
         let Delivery::ExactlyOnce(transactions) = &mut self.delivery else { return Ok(true) };
         if transactions.open.is_some() {
@@ -163,7 +163,7 @@ impl Publisher {
     }
 
     /// Commits the transaction once it is due and acknowledged, or aborts it where it cannot be committed.
-    pub(super) fn advance_transaction(&mut self, due: bool) -> Result<(), String> {
+    pub(super) fn advance_transaction(&mut self, due: bool) -> Result<(), PublishError> {
         if let Some(reason) = self.broken.take() {
             return self.abort(&reason);
         }
@@ -213,7 +213,7 @@ impl Publisher {
     }
 
     /// Commits the open transaction, which holds these records; false where it was aborted instead.
-    pub(super) fn commit(&mut self, tickets: &[Ticket]) -> Result<bool, String> {
+    pub(super) fn commit(&mut self, tickets: &[Ticket]) -> Result<bool, PublishError> {
         failpoint::pass("acknowledged");
         // In this order; see `lease`.
         let group = (self.context.group)();
@@ -232,7 +232,7 @@ impl Publisher {
             result = self.call(Call::Commit);
             if let Err(Broken::Again(message) | Broken::Lost(message)) = result {
                 // The coordinator may have taken it: only the group's offsets say so, where the next start reads on.
-                return Err(format!("transaction: {message}: whether it is committed is unknown"));
+                return Err(PublishError::InDoubt(message));
             }
         }
         match result {
@@ -255,7 +255,7 @@ impl Publisher {
     }
 
     /// The offset after the last of these records, by partition.
-    fn offsets(&self, tickets: &[Ticket]) -> Result<TopicPartitionList, String> {
+    fn offsets(&self, tickets: &[Ticket]) -> Result<TopicPartitionList, PublishError> {
         let mut offsets: BTreeMap<&Partition, (i64, &str)> = BTreeMap::new();
         let mut tickets = tickets;
         while let Some(first) = tickets.first() {
@@ -268,14 +268,14 @@ impl Publisher {
         }
         let mut list = TopicPartitionList::with_capacity(offsets.len());
         for (partition, (offset, metadata)) in offsets {
-            add_offset(&mut list, partition, offset, metadata)
-                .map_err(|e| format!("{partition}: offset {offset}: {e}"))?;
+            let failed = |error| PublishError::Offset { partition: partition.clone(), offset, error };
+            add_offset(&mut list, partition, offset, metadata).map_err(failed)?;
         }
         Ok(list)
     }
 
     /// Aborts the open transaction. What was in it is sent again, from its first record on.
-    pub(super) fn abort(&mut self, reason: &str) -> Result<(), String> {
+    pub(super) fn abort(&mut self, reason: &str) -> Result<(), PublishError> {
         self.say_aborted(reason);
         match self.call(Call::Abort) {
             Ok(()) => {
@@ -296,7 +296,7 @@ impl Publisher {
     }
 
     /// Goes back to the first record of the transaction that is no more.
-    fn rewind(&mut self) -> Result<(), String> {
+    fn rewind(&mut self) -> Result<(), PublishError> {
         // Reports of its messages would be taken for those of the next one's.
         let limit = self.transactions().map_or(Duration::ZERO, |transactions| transactions.timeout);
         self.wind_up(limit)?;
@@ -316,37 +316,36 @@ impl Publisher {
     }
 
     /// An error that ends the producer: the process too, unless the transaction had only timed out.
-    fn fatal(&mut self, message: String) -> Result<(), String> {
+    fn fatal(&mut self, message: String) -> Result<(), PublishError> {
         match self.transactions() {
             Some(transactions) if transactions.has_timed_out() => {
                 self.renew(&format!("the broker timed the transaction out ({message})"))
             }
-            _ => Err(format!("transaction: {message}")),
+            _ => Err(PublishError::Transaction(message)),
         }
     }
 
     /// Abandons the producer for a new one with the same id, which fences it and aborts what it left open.
-    pub(super) fn renew(&mut self, reason: &str) -> Result<(), String> {
+    pub(super) fn renew(&mut self, reason: &str) -> Result<(), PublishError> {
         self.say_aborted(reason);
         self.replace_producer()?;
         self.become_transactional().map(drop)
     }
 
     /// Puts a new producer, by the present configuration, in the old one's place.
-    fn replace_producer(&mut self) -> Result<(), String> {
-        let cannot = |e: &dyn std::fmt::Display| format!("another producer cannot be made: {e}");
+    fn replace_producer(&mut self) -> Result<(), PublishError> {
         let Delivery::ExactlyOnce(transactions) = &mut self.delivery else { return Ok(()) };
         let producer = RecordProducer::new(&transactions.config, &self.settings, &self.context.health)
-            .map_err(|e| cannot(&e))?;
+            .map_err(PublishError::Client)?;
         transactions.thread = TransactionThread::start(Arc::clone(&producer.client), transactions.timeout)
-            .map_err(|e| cannot(&e))?;
+            .map_err(PublishError::Thread)?;
         self.producer = producer;
         self.refused.clear();
         self.rewind()
     }
 
     /// Takes the producer's configuration as it is now; between transactions.
-    pub(super) fn reconfigure(&mut self, mut config: ClientConfig) -> Result<(), String> {
+    pub(super) fn reconfigure(&mut self, mut config: ClientConfig) -> Result<(), PublishError> {
         let Some(transactions) = self.transactions() else { return Ok(()) };
         for own in ["transactional.id", "transaction.timeout.ms"] {
             if let Some(value) = transactions.config.get(own) {
@@ -362,13 +361,13 @@ impl Publisher {
     }
 
     /// Becomes the transactional producer, however long the coordinator takes; false when asked to stop.
-    pub(super) fn become_transactional(&mut self) -> Result<bool, String> {
+    pub(super) fn become_transactional(&mut self) -> Result<bool, PublishError> {
         loop {
             let result = self.call(Call::Init);
             self.context.health.busy(Stage::Publish);
             match result {
                 Ok(()) => return Ok(true),
-                Err(Broken::Fatal(message)) => return Err(format!("transaction: {message}")),
+                Err(Broken::Fatal(message)) => return Err(PublishError::Transaction(message)),
                 Err(Broken::Again(message) | Broken::Abort(message)) => {
                     tracing::warn!(reason = message, "the transactional producer cannot start: trying again");
                     self.context.health.error(&message);

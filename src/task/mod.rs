@@ -11,7 +11,7 @@ pub use kinds::Kind;
 use crate::codec::Input;
 use crate::compute::Compute;
 use crate::engine::{Item, Rows, Value};
-use crate::model::{FilesError, ModelError};
+use crate::model::{FilesError, ModelError, PlacementError};
 use crate::record::{Fault, RecordError};
 use crate::settings::Settings;
 use crate::telemetry::Metrics;
@@ -47,8 +47,8 @@ pub trait Task: Send + Sync + 'static {
 
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    #[error("{0}")]
-    Placement(String),
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     #[error("model {model}: {error}")]
     Model { model: String, error: ModelError },
     #[error("task.candidates: {0}")]

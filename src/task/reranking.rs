@@ -71,7 +71,7 @@ struct Ranked<'a> {
 impl Reranking {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let model = &texts.model;
-        model.tokenizer.takes_pairs().map_err(TaskError::Unsuitable)?;
+        model.tokenizer.takes_pairs().map_err(|e| TaskError::Unsuitable(format!("pairs of texts: {e}")))?;
         let labels = model.labels.len();
         if labels > 2 {
             let message = format!("it has {labels} labels: a reranker has one (the score) or two (no, yes)");

@@ -64,7 +64,7 @@ impl Similarity {
             if !seen.insert(candidate.id.clone()) {
                 return Err(wrong(i + 1, format!("id {:?} is there twice", candidate.id)));
             }
-            tokens.push(model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e))?);
+            tokens.push(model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e.to_string()))?);
             ids.push(candidate.id);
         }
         if ids.is_empty() {

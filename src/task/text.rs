@@ -6,7 +6,7 @@ use super::{Kind, TaskError};
 use crate::codec::{self, Input};
 use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response, Rows};
-use crate::model::{Digest, Files, Model, Output, Placement, Tokens};
+use crate::model::{Digest, Files, Model, Output, Placement, TokenizeError, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{Overflow, Settings};
 use crate::task::Task;
@@ -26,8 +26,7 @@ impl TextModel {
     pub fn load(settings: &Settings, output: Output, metrics: &Arc<Metrics>) -> Result<Self, TaskError> {
         let name = settings.model.source.clone().unwrap_or_default();
         let files_error = |error| TaskError::Files { model: name.clone(), error };
-        let placement =
-            Placement::choose(settings.model.device, settings.model.dtype).map_err(TaskError::Placement)?;
+        let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
         let (device, dtype) = (&placement.name, placement.dtype_name());
         match &placement.reason {
             Some(reason) => tracing::info!(device, dtype, reason, "device chosen"),
@@ -179,6 +178,6 @@ impl Texts {
 pub const SEQUENCE: usize = 256;
 
 /// The tokenizer's error, as the record's.
-pub fn not_tokens(message: String) -> RecordError {
-    RecordError::new(Fault::Prepare, message)
+pub fn not_tokens(error: TokenizeError) -> RecordError {
+    RecordError::new(Fault::Prepare, error.to_string())
 }

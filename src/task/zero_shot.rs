@@ -82,7 +82,7 @@ enum Labels {
 impl ZeroShot {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let model = &texts.model;
-        model.tokenizer.takes_pairs().map_err(TaskError::Unsuitable)?;
+        model.tokenizer.takes_pairs().map_err(|e| TaskError::Unsuitable(format!("pairs of texts: {e}")))?;
         let entails = |label: &String| label.to_lowercase().starts_with("entail");
         let entailment = model.labels.iter().position(entails).ok_or_else(|| {
             TaskError::Unsuitable(format!(

@@ -27,6 +27,11 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last spans may take at the end.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// Why no spans can be sent.
+#[derive(Debug, thiserror::Error)]
+#[error("otel.endpoint: {0}")]
+pub struct TracesError(#[from] opentelemetry_otlp::ExporterBuildError);
+
 /// Where spans go.
 pub struct Traces {
     provider: SdkTracerProvider,
@@ -35,7 +40,7 @@ pub struct Traces {
 
 impl Traces {
     /// `None` where no endpoint is set.
-    pub fn start(otel: &Otel) -> Result<Option<Arc<Self>>, String> {
+    pub fn start(otel: &Otel) -> Result<Option<Arc<Self>>, TracesError> {
         let Some(endpoint) = &otel.endpoint else { return Ok(None) };
         let exporter = opentelemetry_otlp::SpanExporter::builder()
             .with_http()
@@ -48,8 +53,7 @@ impl Traces {
             ))
             .with_endpoint(format!("{}/v1/traces", endpoint.trim_end_matches('/')))
             .with_timeout(TIMEOUT)
-            .build()
-            .map_err(|e| format!("otel.endpoint: {e}"))?;
+            .build()?;
         let resource = Resource::builder()
             .with_service_name(otel.service_name.clone())
             .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))

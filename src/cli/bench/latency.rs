@@ -139,7 +139,7 @@ fn kandle(
         };
         let result = measure(options, texts, input, output, ended);
         shared.stop.store(true, Ordering::Relaxed);
-        running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))?.map_err(anyhow::Error::msg)?;
+        running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))??;
         result
     })
 }

@@ -255,7 +255,7 @@ fn kandle(
     }
     let seconds = started.map_or(f64::NAN, |s| s.elapsed().as_secs_f64());
     shared.stop.store(true, Ordering::Relaxed);
-    running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))?.map_err(anyhow::Error::msg)?;
+    running.join().map_err(|_| anyhow::anyhow!("the pipeline panicked"))??;
     Ok(options.records as f64 / seconds)
 }
 

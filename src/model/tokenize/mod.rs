@@ -25,6 +25,18 @@ pub struct Tokens {
     pub truncated: bool,
 }
 
+/// Why there are no tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizeError {
+    #[error("the text has no tokens")]
+    Empty,
+    #[error("{0}")]
+    Library(#[from] tokenizers::Error),
+    /// The tokenizer does what kandle does not know to do by parts.
+    #[error("the post-processor is not supported: {0}")]
+    PostProcessor(&'static str),
+}
+
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// A number of its own.
@@ -38,7 +50,7 @@ pub struct Tokenizer {
     added_in_ascii: bool,
     special: Special,
     /// What stands around two texts, or why that is not known.
-    template: Result<pair::Template, String>,
+    template: Result<pair::Template, TokenizeError>,
     /// The model tells token types apart.
     has_types: bool,
     spelling: Spelling,
@@ -82,7 +94,7 @@ impl Tokenizer {
         };
         inner.with_truncation(None).map_err(|e| content(e.to_string()))?;
         inner.with_padding(None);
-        let special = Special::of(&inner).map_err(content)?;
+        let special = Special::of(&inner).map_err(|e| content(e.to_string()))?;
         let asks_for_types = match config["model_input_names"].as_array() {
             Some(names) => names.iter().any(|name| name == "token_type_ids"),
             // The classes without a family of their own ask for none where nothing is said (transformers 5).
@@ -103,7 +115,7 @@ impl Tokenizer {
             special,
             template: pair::Template::of(&inner),
             has_types: types > 1 && asks_for_types,
-            spelling: Spelling::of(&inner, &outline, &config).map_err(content)?,
+            spelling: Spelling::of(&inner, &outline, &config).map_err(|e| content(e.to_string()))?,
             inner,
         })
     }
@@ -115,7 +127,7 @@ impl Tokenizer {
 
     /// Truncates what is over the limit and says so. A text without any token, where the tokenizer
     /// adds none, is an error.
-    pub fn encode(&self, text: &str) -> Result<Tokens, String> {
+    pub fn encode(&self, text: &str) -> Result<Tokens, TokenizeError> {
         let room = self.max_tokens.saturating_sub(self.special.count());
         let mut ids = self.special.before.clone();
         let before = ids.len();
@@ -126,7 +138,7 @@ impl Tokenizer {
         let length = ids.len() - before;
         ids.extend_from_slice(&self.special.after);
         if ids.is_empty() {
-            return Err("the text has no tokens".to_owned());
+            return Err(TokenizeError::Empty);
         }
         Ok(Tokens { ids, type_ids: self.special.type_ids(length), truncated })
     }
@@ -144,16 +156,15 @@ impl Tokenizer {
     }
 
     /// Appends the tokens that a text begins with until there are `most`; whether there were more.
-    fn first(&self, text: &str, most: usize, ids: &mut Vec<u32>) -> Result<bool, String> {
+    fn first(&self, text: &str, most: usize, ids: &mut Vec<u32>) -> Result<bool, TokenizeError> {
         let (cuts, added) = self.cuts_of(text);
         let mut at = 0;
         while ids.len() <= most
             && let Some(part) = cuts.part(text, at, added)
         {
             words::append(self.id, part.text, ids, |part, ids| {
-                let encoding = self.inner.encode_fast(part, false).map_err(|e| e.to_string())?;
-                ids.extend_from_slice(encoding.get_ids());
-                Ok::<_, String>(())
+                ids.extend_from_slice(self.inner.encode_fast(part, false)?.get_ids());
+                Ok::<_, TokenizeError>(())
             })?;
             at = part.next;
         }
@@ -163,7 +174,7 @@ impl Tokenizer {
     }
 
     /// Appends the tokens that a text ends with until there are `most`; whether there were more.
-    fn last(&self, text: &str, most: usize, ids: &mut Vec<u32>) -> Result<bool, String> {
+    fn last(&self, text: &str, most: usize, ids: &mut Vec<u32>) -> Result<bool, TokenizeError> {
         let (cuts, added) = self.cuts_of(text);
         let kept = ids.len();
         let mut look = (most * BYTES_PER_TOKEN).max(LEAST_LOOK);
@@ -208,15 +219,12 @@ const LEAST_LOOK: usize = 4096;
 
 impl Special {
     /// Found by what the post-processor makes of two texts.
-    fn of(inner: &tokenizers::Tokenizer) -> Result<Self, String> {
+    fn of(inner: &tokenizers::Tokenizer) -> Result<Self, TokenizeError> {
         let of_text = |text: &str| {
-            let plain = inner.encode_fast(text, false).map_err(|e| e.to_string())?;
+            let plain = inner.encode_fast(text, false)?;
             let (ids, length) = (plain.get_ids().to_vec(), plain.len());
-            let all = inner.post_process(plain, None, true).map_err(|e| e.to_string())?;
-            let unknown = || {
-                "the post-processor is not supported: it does more than to put tokens around a text"
-                    .to_owned()
-            };
+            let all = inner.post_process(plain, None, true)?;
+            let unknown = || TokenizeError::PostProcessor("it does more than to put tokens around a text");
             let places = 0..=all.len().checked_sub(length).ok_or_else(unknown)?;
             let mut places = places.filter(|&at| all.get_ids()[at..at + length] == ids);
             let at = places.next().ok_or_else(unknown)?;
@@ -226,7 +234,7 @@ impl Special {
                 [first, rest @ ..] if rest.iter().all(|t| t == first) => Ok(*first),
                 _ => Err(unknown()),
             };
-            Ok::<_, String>(Self {
+            Ok::<_, TokenizeError>(Self {
                 before: all.get_ids()[..at].to_vec(),
                 after: all.get_ids()[end..].to_vec(),
                 types: [one(&types[..at])?, one(&types[at..end])?, one(&types[end..])?],
@@ -235,10 +243,7 @@ impl Special {
         let special = of_text("a")?;
         match special == of_text("a b, c")? {
             true => Ok(special),
-            false => {
-                Err("the post-processor is not supported: what it puts around a text depends on the text"
-                    .to_owned())
-            }
+            false => Err(TokenizeError::PostProcessor("what it puts around a text depends on the text")),
         }
     }
 

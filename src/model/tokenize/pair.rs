@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use tokenizers::TruncationDirection;
 
-use super::{Tokenizer, Tokens};
+use super::{TokenizeError, Tokenizer, Tokens};
 
 /// What the post-processor puts around two texts, each token with its type.
 #[derive(Debug, PartialEq, Eq)]
@@ -47,22 +47,22 @@ pub struct NoRoom {
 
 impl Template {
     /// Found by what the post-processor makes of two texts.
-    pub fn of(inner: &tokenizers::Tokenizer) -> Result<Self, String> {
+    pub fn of(inner: &tokenizers::Tokenizer) -> Result<Self, TokenizeError> {
         let template = Self::of_texts(inner, "a", "b")?;
         match template == Self::of_texts(inner, "a b, c", "d e")? {
             true => Ok(template),
-            false => Err("what the post-processor puts around two texts depends on them".to_owned()),
+            false => Err(TokenizeError::PostProcessor("what it puts around two texts depends on them")),
         }
     }
 
-    fn of_texts(inner: &tokenizers::Tokenizer, first: &str, second: &str) -> Result<Self, String> {
-        let plain = |text: &str| inner.encode_fast(text, false).map_err(|e| e.to_string());
+    fn of_texts(inner: &tokenizers::Tokenizer, first: &str, second: &str) -> Result<Self, TokenizeError> {
+        let plain = |text: &str| inner.encode_fast(text, false);
         let (first, second) = (plain(first)?, plain(second)?);
         let (ids_of_first, ids_of_second) = (first.get_ids().to_vec(), second.get_ids().to_vec());
-        let all = inner.post_process(first, Some(second), true).map_err(|e| e.to_string())?;
+        let all = inner.post_process(first, Some(second), true)?;
         let tokens: Vec<(u32, u32)> =
             all.get_ids().iter().copied().zip(all.get_type_ids().iter().copied()).collect();
-        let unknown = || "the post-processor does more than to put tokens around two texts".to_owned();
+        let unknown = || TokenizeError::PostProcessor("it does more than to put tokens around two texts");
         let find = |ids: &[u32], from: usize| {
             let windows = tokens[from..].windows(ids.len());
             let mut places = (from..).zip(windows);
@@ -96,19 +96,15 @@ impl Template {
 impl Tokenizer {
     /// # Errors
     /// The tokenizer has no form for two texts that kandle knows.
-    pub fn takes_pairs(&self) -> Result<(), String> {
-        self.template().map(|_| ())
-    }
-
-    fn template(&self) -> Result<&Template, String> {
-        self.template.as_ref().map_err(|message| format!("pairs of texts are not supported: {message}"))
+    pub fn takes_pairs(&self) -> Result<(), &TokenizeError> {
+        self.template.as_ref().map(|_| ())
     }
 
     /// One text of a pair.
     ///
     /// # Errors
     /// The library fails on the text.
-    pub fn part<'t>(&self, text: impl Into<Cow<'t, str>>) -> Result<Part<'t>, String> {
+    pub fn part<'t>(&self, text: impl Into<Cow<'t, str>>) -> Result<Part<'t>, TokenizeError> {
         let (text, mut ids, most) = (text.into(), Vec::new(), self.max_tokens + 1);
         match self.direction {
             TruncationDirection::Right => self.first(&text, most, &mut ids)?,
@@ -217,7 +213,7 @@ mod tests {
                 for (strategy, shorten) in
                     [(TruncationStrategy::LongestFirst, Shorten::Longer), (TruncationStrategy::OnlyFirst, Shorten::First)]
                 {
-                    let max_length = limit - tokenizer.template().unwrap().count();
+                    let max_length = limit - tokenizer.template.as_ref().unwrap().count();
                     let truncation = TruncationParams { max_length, strategy, direction, stride: 0 };
                     for (first, second) in &texts {
                         let [a, b] = [first, second].map(|text| tokenizer.part(text.as_str()).unwrap());

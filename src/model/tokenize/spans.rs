@@ -6,7 +6,7 @@ use serde_json::Value;
 use tokenizers::TruncationDirection;
 
 use super::cuts::{Cuts, Outline};
-use super::{Tokenizer, Tokens};
+use super::{TokenizeError, Tokenizer, Tokens};
 
 /// A longer text is tokenized in pieces of about so many bytes: a tokenizer needs hundreds of bytes for each byte.
 const PIECE: usize = 64 << 10;
@@ -38,10 +38,14 @@ pub(super) struct Spelling {
 }
 
 impl Spelling {
-    pub fn of(inner: &tokenizers::Tokenizer, outline: &Outline, config: &Value) -> Result<Self, String> {
+    pub fn of(
+        inner: &tokenizers::Tokenizer,
+        outline: &Outline,
+        config: &Value,
+    ) -> Result<Self, TokenizeError> {
         let named = &config["unk_token"];
         let unknown = named.as_str().or(named["content"].as_str()).or(outline.model.unk_token.as_deref());
-        let two = inner.encode_char_offsets("a b", false).map_err(|e| e.to_string())?;
+        let two = inner.encode_char_offsets("a b", false)?;
         Ok(Self {
             marks_continued: outline
                 .model
@@ -59,11 +63,11 @@ impl Tokenizer {
     ///
     /// # Errors
     /// The library fails on the text.
-    pub fn spans(&self, text: &str) -> Result<Spans, String> {
+    pub fn spans(&self, text: &str) -> Result<Spans, TokenizeError> {
         self.spans_by(text, PIECE)
     }
 
-    fn spans_by(&self, text: &str, piece: usize) -> Result<Spans, String> {
+    fn spans_by(&self, text: &str, piece: usize) -> Result<Spans, TokenizeError> {
         let (cuts, added) = self.cuts_of(text);
         let mut all = Spans::default();
         let (mut start, mut characters) = (0, 0);
@@ -75,7 +79,7 @@ impl Tokenizer {
             // The space between two pieces belongs to the second one, or to none.
             let between = matches!(cuts, Cuts::Spaces { keep: false }) && end < text.len();
             let part = &text[start..end - usize::from(between && text[..end].ends_with(' '))];
-            let encoding = self.inner.encode_char_offsets(part, false).map_err(|e| e.to_string())?;
+            let encoding = self.inner.encode_char_offsets(part, false)?;
             // What the library takes for the text's beginning is within it.
             let space = match cuts {
                 Cuts::Spaces { keep: true } if start > 0 && part.starts_with(' ') => Some(characters),
