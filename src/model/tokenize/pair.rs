@@ -200,6 +200,7 @@ mod tests {
     use crate::model::sentence::TextSettings;
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
         fn pairs_are_as_the_library_has_them(
             texts in proptest::collection::vec((texts(), texts()), 6), limit in 8usize..60, left: bool

@@ -198,6 +198,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
         fn by_pieces_as_the_library_has_it_whole(text in texts(), words in proptest::collection::vec("[a-z]{1,9}", 60)) {
             let text = format!("{} {text} {}", words[..30].join(" "), words[30..].join(" "));
