@@ -22,10 +22,11 @@ build() {
   cargo build "${options[@]}" --lib
   driver_stub "$target/cuda/release/deps"
   cargo build "${options[@]}"
-  golden=$(cargo test "${options[@]}" --test golden --no-run --message-format=json |
-    sed -n 's/.*"executable":"\([^"]*golden-[^"]*\)".*/\1/p' | tail -1)
   strip -o "$out/kandle" "$target/cuda/release/kandle"
-  strip -o "$out/golden" "$golden"
+  for tests in golden tasks; do
+    strip -o "$out/$tests" "$(cargo test "${options[@]}" --test "$tests" --no-run --message-format=json |
+      sed -n "s/.*\"executable\":\"\([^\"]*$tests-[^\"]*\)\".*/\1/p" | tail -1)"
+  done
   # Where there is no driver, DEVICE=cpu runs beside this.
   cp "$stub/libcuda.so.1" "$out/stub/"
   cp -L "$CUDA_HOME"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.[0-9]* "$out/lib/"
@@ -73,7 +74,7 @@ run() {
   libraries
   folder=${1:-}
   [ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >&2
-  (cd "$root" && KANDLE_TEST_DEVICE=$device "$out/golden") >&2
+  for tests in golden tasks; do (cd "$root" && KANDLE_TEST_DEVICE=$device "$out/$tests") >&2; done
   default="bundled tickets auto"
   [ -z "$folder" ] || default="minilm mixed bf16,minilm long bf16,base mixed bf16,base long bf16,base long f16,base long f32,modernbert long bf16,large long bf16"
   IFS=, read -ra cases <<< "${CASES:-$default}"

@@ -1,7 +1,7 @@
 //! A model: files, placement, tokenizer, encoder and head together.
 
 use candle_nn::VarBuilder;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
 use super::architecture::{Architecture, ConfigError, TOKEN_CLASSIFIER};
@@ -81,6 +81,8 @@ pub struct Model {
     pub tokenizer: Tokenizer,
     /// Label names by index, for a classifier.
     pub labels: Vec<String>,
+    /// A classifier's logits by name: config.json's `label2id`.
+    pub label_ids: BTreeMap<String, usize>,
     /// What makes scores of a classifier's logits.
     pub scores: Scores,
     pub embedding: Embedding,
@@ -173,6 +175,7 @@ impl Model {
             files,
             placement,
             tokenizer,
+            label_ids: label_ids(&config, &labels),
             labels,
             scores,
             embedding,
@@ -263,6 +266,15 @@ fn refuse_another_head(config: &serde_json::Value, output: Output) -> Result<(),
         _ => return Ok(()),
     };
     Err(ModelError::Unsupported(format!("config.json says {name}: it is a model for {instead}")))
+}
+
+/// config.json's `label2id`; what `id2label` says where there is none.
+fn label_ids(config: &serde_json::Value, labels: &[String]) -> BTreeMap<String, usize> {
+    let id = |value: &serde_json::Value| Some(value.as_u64()? as usize).filter(|&id| id < labels.len());
+    match config["label2id"].as_object().filter(|map| !map.is_empty()) {
+        Some(map) => map.iter().filter_map(|(label, value)| Some((label.clone(), id(value)?))).collect(),
+        None => labels.iter().cloned().zip(0..).collect(),
+    }
 }
 
 /// config.json's `id2label` in order of the ids; `LABEL_n` where it has none, as transformers does.

@@ -84,11 +84,13 @@ impl ZeroShot {
         let model = &texts.model;
         model.tokenizer.takes_pairs().map_err(|e| TaskError::Unsuitable(format!("pairs of texts: {e}")))?;
         let entails = |label: &String| label.to_lowercase().starts_with("entail");
-        let entailment = model.labels.iter().position(entails).ok_or_else(|| {
+        let entailment = model.label_ids.iter().find(|(label, _)| entails(label)).map(|(_, id)| *id);
+        let entailment = entailment.ok_or_else(|| {
+            let labels: Vec<&str> = model.label_ids.keys().map(String::as_str).collect();
             TaskError::Unsuitable(format!(
                 "none of its labels ({}) begins with \"entail\": it is no model of natural language inference, or its \
                  config.json has no label2id",
-                model.labels.join(", ")
+                labels.join(", ")
             ))
         })?;
         if model.labels.len() < 2 {
