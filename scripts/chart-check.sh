@@ -71,6 +71,13 @@ metadata:
     pod-security.kubernetes.io/enforce: restricted
     pod-security.kubernetes.io/warn: restricted
 Y
+# As NVIDIA's operator makes it; the server rejects pods of a class that it does not have.
+post /apis/node.k8s.io/v1/runtimeclasses <<'Y'
+apiVersion: node.k8s.io/v1
+kind: RuntimeClass
+metadata: { name: nvidia }
+handler: nvidia
+Y
 keda=$(source_of "$KEDA") operator=$(source_of "$OPERATOR")
 for crd in "$keda"/config/crd/bases/keda.sh_{scaledobjects,triggerauthentications}.yaml \
   "$operator"/example/prometheus-operator-crd/monitoring.coreos.com_{podmonitors,servicemonitors,prometheusrules}.yaml; do
