@@ -238,6 +238,27 @@ fn rules_between_keys() {
         let noop = format!("task: {{ kind: noop, {key} }}\nmodel: {{ source: null }}");
         one_fault(&noop, &[&format!("task.{name}"), "has no effect with task.kind: noop"]);
     }
+    one_fault("task: { overflow: chunk }", &["task.overflow", "allowed: truncate, dead_letter"]);
+    one_fault("task: { kind: reranking }", &["task.documents", "needs a JSON Pointer"]);
+    one_fault(
+        "task: { kind: reranking, documents: docs }",
+        &["task.documents", "not a JSON Pointer: /docs?"],
+    );
+    one_fault(
+        "task: { kind: reranking, documents: /d }\ninput: { format: text, field: null }",
+        &["task.documents", "needs input.format: json, not text"],
+    );
+    let zero_shot = |keys: &str| format!("task: {{ kind: zero-shot-classification, {keys} }}");
+    one_fault(&zero_shot("top_k: 2"), &["task.labels", "needs labels, or labels_field"]);
+    one_fault(&zero_shot("labels: [a], labels_field: /l"), &["task.labels_field", "not beside it"]);
+    one_fault(&zero_shot("labels: [a, b, a]"), &["task.labels", "\"a\" is there twice"]);
+    one_fault(&zero_shot("labels: [a], hypothesis: so"), &["task.hypothesis", "has no {}"]);
+    assert!(faults(&zero_shot("labels: [a], multi_label: true, overflow: dead_letter")).is_empty());
+    one_fault(
+        "task: { kind: token-classification, overflow: truncate, stride: 4 }",
+        &["task.stride", "no effect"],
+    );
+    assert!(faults("task: { kind: token-classification, aggregation: first, stride: 4 }").is_empty());
     assert!(faults("task: { kind: text-embedding }\noutput: { include: [/label] }").is_empty());
     one_fault("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
     one_fault("server: { listen: here }", &["server.listen", "address:port"]);

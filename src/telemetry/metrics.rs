@@ -35,7 +35,7 @@ pub const TABLE: &[Row] = &[
     ("kandle_record_latency_seconds", H(SECONDS), &[], "From a record's arrival in kandle to the acknowledgement of its window."),
     ("kandle_record_age_seconds", H(AGES), &[], "From a record's own timestamp to the acknowledgement of its window."),
     ("kandle_stage_seconds", H(SECONDS), &["stage"], "A window's time in a stage, and waiting for it (stage wait_*)."),
-    ("kandle_windows_total", C, &["closed_by"], "Windows, by what closed them."),
+    ("kandle_windows_total", C, &["closed_by"], "Windows, by what closed them: records, bytes, wait, idle, memory, work (the limits of `window`), end (of a drain), stop."),
     ("kandle_window_records", H(COUNTS), &[], "Records in a window."),
     ("kandle_batch_records", H(COUNTS), &[], "Records in a batch."),
     ("kandle_batch_tokens", H(TOKENS), &[], "Tokens in a batch."),
