@@ -180,7 +180,7 @@ pub fn what_is(value: &RawValue) -> &'static str {
 }
 
 /// Members of an object; `None` for anything else.
-fn members(value: &RawValue) -> Option<Members<'_>> {
+pub fn members(value: &RawValue) -> Option<Members<'_>> {
     if !value.get().starts_with('{') {
         return None;
     }
@@ -197,11 +197,12 @@ fn item<'a>(value: &'a RawValue, index: &str) -> Option<&'a RawValue> {
     items.get(index.parse::<usize>().ok()?).copied()
 }
 
-struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+/// The members of an object, in their order.
+pub struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl<'a> Members<'a> {
     /// Of several members of a name the last one counts.
-    fn get(&self, name: &str) -> Option<&'a RawValue> {
+    pub fn get(&self, name: &str) -> Option<&'a RawValue> {
         self.0.iter().rev().find(|(known, _)| known == name).map(|(_, value)| *value)
     }
 }

@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::classification::softmax;
@@ -92,13 +92,6 @@ impl Reranking {
     }
 
     fn document<'a>(&self, index: usize, value: &'a RawValue) -> Result<Document<'a>, RecordError> {
-        #[derive(Deserialize)]
-        struct Object<'a> {
-            #[serde(borrow, default, deserialize_with = "even_null")]
-            text: Option<&'a RawValue>,
-            #[serde(borrow, default, deserialize_with = "even_null")]
-            id: Option<&'a RawValue>,
-        }
         let at = || format!("{}/{index}", self.pointer);
         let text_of = |value: &'a RawValue, at: &dyn Fn() -> String| {
             let text = json::string(value).ok_or_else(|| {
@@ -107,16 +100,14 @@ impl Reranking {
             })?;
             text.map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", at())))
         };
-        if !value.get().starts_with('{') {
+        let Some(object) = json::members(value) else {
             return Ok(Document { text: text_of(value, &at)?, id: None });
-        }
-        let object: Object<'_> = serde_json::from_str(value.get())
-            .map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", at())))?;
+        };
         let at_text = || format!("{}/text", at());
         let text = object
-            .text
+            .get("text")
             .ok_or_else(|| RecordError::new(Fault::Field, format!("{:?} is missing", at_text())))?;
-        Ok(Document { text: text_of(text, &at_text)?, id: object.id })
+        Ok(Document { text: text_of(text, &at_text)?, id: object.get("id") })
     }
 
     /// The score of a pair, from its logits.
@@ -128,11 +119,6 @@ impl Reranking {
             _ => 1.0 / (1.0 + (-logits[0]).exp()),
         }
     }
-}
-
-/// What is there, null too.
-fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 impl Task for Reranking {
