@@ -1,7 +1,7 @@
 //! What kandle itself does to a record beside the model: gather, plan, prepare, predict. `cargo bench --bench stages`.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use kandle::engine::{Planned, plan};
@@ -17,15 +17,7 @@ use kandle::window::{ClosedBy, Gatherer, Limits, Window};
 const RECORDS: usize = 1024;
 
 fn gather(value: &[u8]) -> Window {
-    let limits = Limits {
-        max_records: usize::MAX,
-        max_bytes: usize::MAX,
-        max_wait: Duration::from_secs(3600),
-        max_memory: usize::MAX,
-        max_work: Duration::MAX,
-        work_records: 1,
-    };
-    let (mut gatherer, now) = (Gatherer::new(limits), Instant::now());
+    let (mut gatherer, now) = (Gatherer::new(Limits::NONE), Instant::now());
     let (partition, lease) = (Partition::new("in", 0), Lease::new(0));
     for offset in 0..RECORDS as i64 {
         let arrival = Arrival { offset, key: Some(b"customer-1"), value: Some(value), ..Arrival::default() };

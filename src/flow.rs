@@ -29,6 +29,13 @@ pub struct Encoded {
     pub memory: Vec<Vec<u8>>,
 }
 
+impl Encoded {
+    /// The bytes of an [`Outcome::Prediction`].
+    pub fn prediction(&self, part: u32, bytes: &Range<u32>) -> &[u8] {
+        &self.memory[part as usize][bytes.start as usize..bytes.end as usize]
+    }
+}
+
 /// A window whose every prediction and dead letter is acknowledged: what the source may commit.
 #[derive(Debug)]
 pub struct Published {

@@ -29,6 +29,18 @@ pub struct Limits {
     pub work_records: usize,
 }
 
+impl Limits {
+    /// A window closes when it is told to.
+    pub const NONE: Self = Self {
+        max_records: usize::MAX,
+        max_bytes: usize::MAX,
+        max_wait: Duration::MAX,
+        max_memory: usize::MAX,
+        max_work: Duration::MAX,
+        work_records: 1,
+    };
+}
+
 /// Why a window closed: the label of `kandle_windows_total`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClosedBy {
@@ -232,7 +244,7 @@ impl Gatherer {
 
     /// When the window that gathers now has waited long enough.
     pub fn deadline(&self) -> Option<Instant> {
-        self.records.first().map(|oldest| oldest.arrived + self.limits.max_wait)
+        self.records.first()?.arrived.checked_add(self.limits.max_wait)
     }
 
     /// Closes the window that gathers now if its oldest record has waited `max_wait`.

@@ -70,17 +70,27 @@ fn published(daemon: &mut Daemon, topic: &str) -> u64 {
     metrics.lines().find_map(|line| line.strip_prefix(&name)?.trim().parse().ok()).unwrap_or(0)
 }
 
+/// Has a daemon publish so many records, within the limit; returns how long that took, and its metrics at the end.
+#[track_caller]
+fn work_off(what: &str, place: &Place, config: &str, count: usize) -> (Duration, String) {
+    let base = base(place, config);
+    let mut daemon = Daemon::start(config);
+    let started = Instant::now();
+    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
+    let took = started.elapsed();
+    let (_, metrics) = daemon.get("/metrics");
+    daemon.stop();
+    assert_within(what, base, most);
+    (took, metrics)
+}
+
 fn small_records(count: usize) {
     for guarantee in ["at_least_once", "exactly_once"] {
         let place = Place::new("small", 8);
         place.produce((0..count).map(|i| Sent::new((i % 8) as i32, format!("ticket {i}"))));
         let delivery = format!("{{ guarantee: {guarantee} }}");
         let config = settings(&place, &[("task", "{ kind: noop }"), ("model", ""), ("delivery", &delivery)]);
-        let base = base(&place, &config);
-        let mut daemon = Daemon::start(&config);
-        let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
-        daemon.stop();
-        assert_within(&format!("{count} small records, {guarantee}"), base, most);
+        work_off(&format!("{count} small records, {guarantee}"), &place, &config, count);
     }
 }
 
@@ -89,11 +99,7 @@ fn large_records(count: usize) {
     let text = "where is my order ".repeat(1_000_000 / 18);
     place.produce((0..count).map(|i| Sent::new((i % 4) as i32, text.clone())));
     let config = settings(&place, &[]);
-    let base = base(&place, &config);
-    let mut daemon = Daemon::start(&config);
-    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
-    daemon.stop();
-    assert_within(&format!("{count} records of 1 MB"), base, most);
+    work_off(&format!("{count} records of 1 MB"), &place, &config, count);
 }
 
 /// Records of a few kilobytes, each of which asks for 200 items.
@@ -114,15 +120,10 @@ fn many_documents(count: usize) {
         ("window", "{ max_records: 1000000, max_bytes: 16MiB, max_wait: 10s, max_work: 1h }"),
     ];
     let config = settings(&place, &more);
-    let base = base(&place, &config);
-    let mut daemon = Daemon::start(&config);
-    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
-    let (_, metrics) = daemon.get("/metrics");
-    daemon.stop();
+    let (_, metrics) = work_off(&format!("{count} records of 200 documents"), &place, &config, count);
     let by_memory =
         metrics.lines().find_map(|line| line.strip_prefix("kandle_windows_total{closed_by=\"memory\"} "));
     assert!(by_memory.is_some_and(|count| count != "0"), "no window closed by memory: {metrics}");
-    assert_within(&format!("{count} records of 200 documents"), base, most);
 }
 
 /// Small values with large headers, which count as much as values do.
@@ -134,11 +135,7 @@ fn large_headers(count: usize, bytes: usize) {
         ..Sent::new((i % 4) as i32, format!("ticket {i}"))
     }));
     let config = settings(&place, &[("task", "{ kind: noop }"), ("model", "")]);
-    let base = base(&place, &config);
-    let mut daemon = Daemon::start(&config);
-    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
-    daemon.stop();
-    assert_within(&format!("{count} records with headers of {bytes} bytes"), base, most);
+    work_off(&format!("{count} records with headers of {bytes} bytes"), &place, &config, count);
 }
 
 /// Texts of a megabyte in which nothing separates words, and how long all of them take.
@@ -146,13 +143,8 @@ fn without_spaces(what: &str, count: usize, text: &str) -> Duration {
     let place = Place::new("without-spaces", 4);
     place.produce((0..count).map(|i| Sent::new((i % 4) as i32, text)));
     let config = settings(&place, &[]);
-    let base = base(&place, &config);
-    let mut daemon = Daemon::start(&config);
-    let started = Instant::now();
-    let most = highest(&mut daemon, |d| published(d, &place.input) >= count as u64);
-    let took = started.elapsed();
-    daemon.stop();
-    assert_within(&format!("{count} texts of {} KB, {what}", text.len() / 1000), base, most);
+    let (took, _) =
+        work_off(&format!("{count} texts of {} KB, {what}", text.len() / 1000), &place, &config, count);
     println!("memory: {what}: {:.1} s", took.as_secs_f64());
     took
 }

@@ -236,11 +236,9 @@ fn similarity_routes_to_the_nearest_candidates() {
     }
 }
 
-#[test]
-fn an_idle_pipeline_closes_windows_at_once_where_it_may() {
-    let place = Place::new("idle", 1);
-    // No record would be there within a test's patience.
-    let window = "{ max_wait: 10m, max_records: 1000, when_idle: close }";
+/// The metrics after three records, each produced when the one before it was published.
+fn one_by_one(name: &str, window: &str) -> String {
+    let place = Place::new(name, 1);
     let mut daemon = Daemon::start(&place.config(&[("window", window)]));
     daemon.wait_log("assigned");
     for i in 0..3 {
@@ -249,6 +247,13 @@ fn an_idle_pipeline_closes_windows_at_once_where_it_may() {
     }
     let (_, metrics) = daemon.get("/metrics");
     daemon.stop();
+    metrics
+}
+
+#[test]
+fn an_idle_pipeline_closes_windows_at_once_where_it_may() {
+    // No record would be there within a test's patience.
+    let metrics = one_by_one("idle", "{ max_wait: 10m, max_records: 1000, when_idle: close }");
     assert!(metrics.contains("kandle_windows_total{closed_by=\"idle\"} 3\n"), "{metrics}");
 }
 
@@ -345,16 +350,8 @@ fn labels_without_training() {
 
 #[test]
 fn windows_close_by_wait_counted_from_the_oldest_record() {
-    let place = Place::new("wait", 1);
-    let mut daemon = Daemon::start(&place.config(&[("window", "{ max_wait: 300ms, max_records: 1000 }")]));
-    daemon.wait_log("assigned");
     // Long after any earlier flush could have been: the wait starts with the record.
-    for i in 0..3 {
-        place.produce([Sent::ticket(0, i, TEXTS[0])]);
-        place.predictions(i + 1);
-    }
-    let (_, metrics) = daemon.get("/metrics");
-    daemon.stop();
+    let metrics = one_by_one("wait", "{ max_wait: 300ms, max_records: 1000 }");
     let value = |name: &str| -> f64 {
         metrics
             .lines()

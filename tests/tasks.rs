@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kandle::compute::Compute;
 use kandle::flow::Outcome;
@@ -19,6 +19,16 @@ use serde_json::{Value, json};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// A fixture as a directory of its own.
+fn copy_of(name: &str) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("a directory");
+    for file in std::fs::read_dir(fixture(name)).expect("files") {
+        let path = file.expect("a file").path();
+        std::fs::copy(&path, directory.path().join(path.file_name().expect("a name"))).expect("copied");
+    }
+    directory
 }
 
 fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> Vec<T> {
@@ -49,14 +59,7 @@ fn load(kind: &str, model: &Path, set: &[String]) -> Result<Arc<dyn Compute>, St
 
 /// What becomes of each record: its prediction, or the fault and its message.
 fn predict(compute: &dyn Compute, records: &[Value]) -> Vec<Result<Value, (String, String)>> {
-    let mut gatherer = Gatherer::new(Limits {
-        max_records: usize::MAX,
-        max_bytes: usize::MAX,
-        max_wait: Duration::MAX,
-        max_memory: usize::MAX,
-        max_work: Duration::MAX,
-        work_records: 1,
-    });
+    let mut gatherer = Gatherer::new(Limits::NONE);
     let (partition, lease, now) = (Partition::new("in", 0), Lease::new(0), Instant::now());
     for (offset, record) in (0..).zip(records) {
         let value = record.to_string();
@@ -66,8 +69,7 @@ fn predict(compute: &dyn Compute, records: &[Value]) -> Vec<Result<Value, (Strin
     let encoded = compute.answer(gatherer.close(ClosedBy::End).expect("records")).expect("answers");
     let outcome = |outcome: &Outcome| match outcome {
         Outcome::Prediction { part, bytes } => {
-            let bytes = &encoded.memory[*part as usize][bytes.start as usize..bytes.end as usize];
-            Ok(serde_json::from_slice(bytes).expect("JSON"))
+            Ok(serde_json::from_slice(encoded.prediction(*part, bytes)).expect("JSON"))
         }
         Outcome::Dead(error) => Err((format!("{:?}", error.fault), error.message.clone())),
         other => panic!("{other:?}"),
@@ -212,12 +214,7 @@ fn documents_are_ranked_as_cross_encoders_score_them() {
         }
         // As older checkpoints say it, and those that want the logit itself.
         let copy = |changed: &str, from: &str, to: &str| {
-            let directory = tempfile::tempdir().expect("a directory");
-            for file in std::fs::read_dir(fixture(name)).expect("files") {
-                let path = file.expect("a file").path();
-                std::fs::copy(&path, directory.path().join(path.file_name().expect("a name")))
-                    .expect("copied");
-            }
+            let directory = copy_of(name);
             let path = directory.path().join(changed);
             let content = std::fs::read_to_string(&path).expect("content");
             assert!(content.contains(from), "{content}");
@@ -390,11 +387,7 @@ fn a_model_that_cannot_do_the_task_is_refused_at_the_start() {
     let message = error("zero-shot-classification", "bert", &["task.labels=a,b"]);
     assert!(message.contains("none of its labels (calm, spam, urgent) begins with \"entail\""), "{message}");
     // Found by label2id, whatever id2label says.
-    let directory = tempfile::tempdir().expect("a directory");
-    for file in std::fs::read_dir(fixture("nli-bert")).expect("files") {
-        let path = file.expect("a file").path();
-        std::fs::copy(&path, directory.path().join(path.file_name().expect("a name"))).expect("copied");
-    }
+    let directory = copy_of("nli-bert");
     let path = directory.path().join("config.json");
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
     config["id2label"] = json!({ "0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2" });

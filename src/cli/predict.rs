@@ -3,7 +3,7 @@
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
@@ -42,11 +42,9 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let mut gatherer = Gatherer::new(Limits {
         max_records: settings.window.max_records,
         max_bytes: settings.window.max_bytes.0 as usize,
-        // Lines are there or not: nothing is waited for.
-        max_wait: Duration::from_secs(3600),
         max_memory: settings.window_memory(),
-        max_work: Duration::MAX,
-        work_records: 1,
+        // Lines are there or not: nothing is waited for.
+        ..Limits::NONE
     });
     let (partition, lease) = (Partition::new("line", 0), Lease::new(0));
     let (mut number, mut failed) = (0, 0);
@@ -89,7 +87,7 @@ fn answer(compute: &dyn Compute, window: Window, out: &mut impl Write) -> anyhow
     for (record, outcome) in encoded.window.records.iter().zip(&encoded.outcomes) {
         match outcome {
             Outcome::Prediction { part, bytes } => {
-                out.write_all(&encoded.memory[*part as usize][bytes.start as usize..bytes.end as usize])?;
+                out.write_all(encoded.prediction(*part, bytes))?;
             }
             Outcome::Unchanged => out.write_all(encoded.window.value(record).unwrap_or_default())?,
             Outcome::Tombstone => out.write_all(b"null")?,

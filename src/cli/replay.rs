@@ -160,14 +160,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
 ) -> anyhow::Result<()> {
     let shared = Shared::new(settings);
     let compute = task::load(settings, &shared.metrics)?;
-    let mut gatherer = Gatherer::new(Limits {
-        max_records: usize::MAX,
-        max_bytes: usize::MAX,
-        max_wait: Duration::from_secs(3600),
-        max_memory: usize::MAX,
-        max_work: Duration::MAX,
-        work_records: 1,
-    });
+    let mut gatherer = Gatherer::new(Limits::NONE);
     let wanted = ranges.values().filter(|range| range.from < range.to).count().max(1);
     let each = (SAMPLE / wanted / PLACES as usize).max(AT_LEAST);
     for (partition, range) in ranges {

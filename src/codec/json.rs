@@ -149,26 +149,35 @@ impl<'a> Document<'a> {
     }
 
     fn string_at(&self, pointer: &str) -> Result<Cow<'a, str>, RecordError> {
-        let field = |message: String| RecordError::new(Fault::Field, message);
-        let found = self.at(pointer).ok_or_else(|| field(format!("{pointer:?} is missing")))?;
-        match string(found) {
-            Some(text) => text.map_err(|e| RecordError::new(Fault::Decode, format!("{pointer:?}: {e}"))),
-            None => Err(field(format!("{pointer:?} is {}, not a string", what_is(found)))),
-        }
+        let found = self.at(pointer).ok_or_else(|| missing(pointer))?;
+        text(found, || pointer.to_owned())
     }
 }
 
-/// A JSON string's text, borrowed where it has no escapes; `None` where the value is no string.
-pub fn string(value: &RawValue) -> Option<serde_json::Result<Cow<'_, str>>> {
-    let inner = value.get().strip_prefix('"')?.strip_suffix('"')?;
-    Some(match inner.contains('\\') {
-        false => Ok(Cow::Borrowed(inner)),
-        true => serde_json::from_str(value.get()).map(Cow::Owned),
-    })
+/// Nothing is at a place of a record.
+pub fn missing(place: &str) -> RecordError {
+    RecordError::new(Fault::Field, format!("{place:?} is missing"))
+}
+
+/// The text of a JSON string, borrowed where it has no escapes. `place` is where it stands in the record.
+///
+/// # Errors
+/// It is no string.
+pub fn text(value: &RawValue, place: impl Fn() -> String) -> Result<Cow<'_, str>, RecordError> {
+    match value.get().strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
+        None => {
+            let message = format!("{:?} is {}, not a string", place(), what_is(value));
+            Err(RecordError::new(Fault::Field, message))
+        }
+        Some(inner) if !inner.contains('\\') => Ok(Cow::Borrowed(inner)),
+        Some(_) => serde_json::from_str(value.get())
+            .map(Cow::Owned)
+            .map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", place()))),
+    }
 }
 
 /// The kind of a JSON value, for messages.
-pub fn what_is(value: &RawValue) -> &'static str {
+fn what_is(value: &RawValue) -> &'static str {
     match value.get().as_bytes().first() {
         Some(b'"') => "a string",
         Some(b'n') => "null",
@@ -176,6 +185,50 @@ pub fn what_is(value: &RawValue) -> &'static str {
         Some(b'[') => "an array",
         Some(b'{') => "an object",
         _ => "a number",
+    }
+}
+
+/// The members of an array that a pointer of the task's points to.
+///
+/// # Errors
+/// Nothing is there, or something else.
+pub fn list<'a>(pointer: &str, found: Option<&'a RawValue>) -> Result<Vec<&'a RawValue>, RecordError> {
+    let found = found.ok_or_else(|| missing(pointer))?;
+    if !found.get().starts_with('[') {
+        let message = format!("{pointer:?} is {}, not an array", what_is(found));
+        return Err(RecordError::new(Fault::Field, message));
+    }
+    serde_json::from_str(found.get())
+        .map_err(|e| RecordError::new(Fault::Decode, format!("{pointer:?}: {e}")))
+}
+
+/// How many strings a JSON text has, names included, and how many bytes the longest: what a record may ask for, found
+/// without reading it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Strings {
+    pub count: usize,
+    pub longest: usize,
+}
+
+impl Strings {
+    pub fn of(json: &[u8]) -> Self {
+        let (mut strings, mut at) = (Self::default(), 0);
+        let mut begin = None;
+        while let Some(found) = memchr::memchr2(b'"', b'\\', &json[at..]) {
+            let found = at + found;
+            at = found + 1;
+            match (json[found], begin) {
+                // What is escaped is no end.
+                (b'\\', _) => at = (found + 2).min(json.len()),
+                (_, None) => begin = Some(at),
+                (_, Some(start)) => {
+                    strings.count += 1;
+                    strings.longest = strings.longest.max(found - start);
+                    begin = None;
+                }
+            }
+        }
+        strings
     }
 }
 
@@ -336,5 +389,14 @@ mod tests {
         assert_eq!(Text.decode("größe".as_bytes()).unwrap().text, "größe");
         assert_eq!(fault(&Text, b"a\xff").0, Fault::Decode);
         assert_eq!(Bytes.decode(b"a\xff").unwrap().text, "a\u{fffd}");
+    }
+
+    #[test]
+    fn strings_are_counted_whatever_they_hold() {
+        let of = |json: &str| Strings::of(json.as_bytes());
+        assert_eq!(of(r#"{"q":"a\"b\\","d":["","x"]}"#), Strings { count: 5, longest: 6 });
+        assert_eq!(of("[1, 2]"), Strings::default());
+        assert_eq!(of(r#"["cut"#), Strings::default());
+        assert_eq!(of("\"\\"), Strings::default());
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::architecture::{Architecture, TOKEN_CLASSIFIER};
+use super::architecture::Architecture;
 use super::encoder::{Dense, Packed};
 use super::ops::{Pooling, Scratch, Slot};
 
@@ -27,30 +27,25 @@ impl Head {
         Self { pooling: Some(pooling), classifier: None }
     }
 
-    /// Logits of each sequence, one per label. `root` is before the encoder's prefix, `encoder` after it.
+    /// Logits of each sequence, or of each token, one per label. `root` is before the encoder's prefix, `encoder` after
+    /// it.
     pub fn classifier(
         a: &Architecture,
         labels: usize,
+        per_token: bool,
         root: &VarBuilder<'_>,
         encoder: &VarBuilder<'_>,
     ) -> Result<Self> {
         let c = &a.classifier;
-        let hidden = Some(hidden(a, root, encoder)?);
-        let out = Dense::new((a.hidden, labels), true, None, None, root.pp(c.out))?;
+        let hidden = (!per_token || c.dense_for_tokens).then(|| {
+            let vb = if c.dense_in_encoder { encoder } else { root };
+            let norm = c.norm.map(|name| (root.pp(name), a.norm_bias, a.norm_eps));
+            Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(c.dense))
+        });
+        let out = Dense::new((a.hidden, labels), true, None, None, root.pp(c.out(per_token)))?;
         let pooling = if c.mean { Pooling::Mean } else { Pooling::First };
-        Ok(Self { pooling: Some(pooling), classifier: Some(Classifier { hidden, out }) })
-    }
-
-    /// Logits of each token, one per label.
-    pub fn token_classifier(
-        a: &Architecture,
-        labels: usize,
-        root: &VarBuilder<'_>,
-        encoder: &VarBuilder<'_>,
-    ) -> Result<Self> {
-        let hidden = a.classifier.dense_for_tokens.then(|| hidden(a, root, encoder)).transpose()?;
-        let out = Dense::new((a.hidden, labels), true, None, None, root.pp(TOKEN_CLASSIFIER))?;
-        Ok(Self { pooling: None, classifier: Some(Classifier { hidden, out }) })
+        let classifier = Some(Classifier { hidden: hidden.transpose()?, out });
+        Ok(Self { pooling: (!per_token).then_some(pooling), classifier })
     }
 
     /// Every token has a row, instead of every sequence.
@@ -66,21 +61,11 @@ impl Head {
         };
         let rows = match &self.classifier {
             None => pooled,
-            Some(Classifier { hidden, out }) => match hidden {
-                None => out.forward(&pooled, scratch, Slot::Logits)?,
-                Some(hidden) => {
-                    out.forward(&hidden.forward(&pooled, scratch, Slot::Hidden)?, scratch, Slot::Logits)?
-                }
-            },
+            Some(Classifier { hidden, out }) => {
+                let hidden = hidden.as_ref().map(|layer| layer.forward(&pooled, scratch, Slot::Hidden));
+                out.forward(hidden.transpose()?.as_ref().unwrap_or(&pooled), scratch, Slot::Logits)?
+            }
         };
         rows.to_dtype(DType::F32)
     }
-}
-
-/// A classifier's hidden layer.
-fn hidden(a: &Architecture, root: &VarBuilder<'_>, encoder: &VarBuilder<'_>) -> Result<Dense> {
-    let c = &a.classifier;
-    let vb = if c.dense_in_encoder { encoder } else { root };
-    let norm = c.norm.map(|name| (root.pp(name), a.norm_bias, a.norm_eps));
-    Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(c.dense))
 }

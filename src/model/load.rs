@@ -4,7 +4,7 @@ use candle_nn::VarBuilder;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
-use super::architecture::{Architecture, ConfigError, TOKEN_CLASSIFIER};
+use super::architecture::{Architecture, ConfigError};
 use super::device::Placement;
 use super::encoder::{Encoder, Packed};
 use super::files::{Files, FilesError};
@@ -142,21 +142,18 @@ impl Model {
         let weights = |e: candle_core::Error| ModelError::Weights(message(&e));
 
         let labels = labels(&config);
-        let has = |what: &str, name: &str| match root.contains_tensor(&format!("{name}.weight")) {
-            true => Ok(()),
-            false => {
-                Err(ModelError::Unsupported(format!("it is not {what}: its weights have no {name}.weight")))
-            }
-        };
         let (head, width) = match output {
             Output::Embedding => (Head::embedding(embedding.pooling), architecture.hidden),
-            Output::Logits | Output::PairLogits => {
-                has("a text classifier", architecture.classifier.out)?;
-                (Head::classifier(&architecture, labels.len(), &root, &vb).map_err(weights)?, labels.len())
-            }
-            Output::TokenLogits => {
-                has("a token classifier", TOKEN_CLASSIFIER)?;
-                let head = Head::token_classifier(&architecture, labels.len(), &root, &vb);
+            Output::Logits | Output::PairLogits | Output::TokenLogits => {
+                let per_token = output == Output::TokenLogits;
+                let out = format!("{}.weight", architecture.classifier.out(per_token));
+                if !root.contains_tensor(&out) {
+                    let what = if per_token { "token" } else { "text" };
+                    return Err(ModelError::Unsupported(format!(
+                        "it is not a {what} classifier: its weights have no {out}"
+                    )));
+                }
+                let head = Head::classifier(&architecture, labels.len(), per_token, &root, &vb);
                 (head.map_err(weights)?, labels.len())
             }
         };

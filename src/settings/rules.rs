@@ -3,8 +3,9 @@
 use rdkafka::ClientConfig;
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, KafkaResult};
+use serde::Serialize;
 
-use super::{Fields, Format, Guarantee, Overflow, Properties, Settings, Task};
+use super::{Fields, Format, Guarantee, Properties, Settings, Task};
 use crate::kafka::consumer::Observing;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
@@ -129,7 +130,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             }
         },
         Format::Text | Format::Bytes => {
-            let format = format!("{:?}", input.format).to_lowercase();
+            let format = name_of(&input.format);
             if !input.field.0.is_empty() {
                 fault("input.field", format!("has no effect with input.format: {format}"));
             }
@@ -173,14 +174,8 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         let message = "is required: a hub id (org/name), a directory, or bundled".to_owned();
         fault("model.source", message);
     }
-    for (key, message) in check_task(&settings.task, entry) {
+    for (key, message) in check_task(&settings.task, entry, input.format) {
         fault(&format!("task.{key}"), message);
-    }
-    for pointer in entry.pointers.iter().filter(|key| settings.task.set_keys().contains_key(**key)) {
-        if input.format != Format::Json {
-            let format = format!("{:?}", input.format).to_lowercase();
-            fault(&format!("task.{pointer}"), format!("needs input.format: json, not {format}"));
-        }
     }
     if settings.window.max_work.0.is_zero() {
         fault("window.max_work", "is zero".to_owned());
@@ -266,31 +261,36 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
 }
 
 /// Keys of `task` that are set and have no effect with its kind, and what its kind finds wrong with the others.
-fn check_task(task: &Task, entry: &Kind) -> Vec<(String, String)> {
+fn check_task(task: &Task, entry: &Kind, format: Format) -> Vec<(String, String)> {
     let (set, name) = (task.set_keys(), entry.kind.name());
     let without_effect = set.keys().filter(|key| !entry.keys.contains(&key.as_str()));
     let mut problems: Vec<(String, String)> =
         without_effect.map(|key| (key.clone(), format!("has no effect with task.kind: {name}"))).collect();
     for key in entry.pointers {
-        if let Some(pointer) = set.get(*key).and_then(|value| value.as_str())
-            && let Err(message) = check_pointer(pointer)
-        {
+        let Some(pointer) = set.get(*key).and_then(|value| value.as_str()) else { continue };
+        if let Err(message) = check_pointer(pointer) {
             problems.push(((*key).to_owned(), message));
+        }
+        if format != Format::Json {
+            let format = name_of(&format);
+            problems.push(((*key).to_owned(), format!("needs input.format: json, not {format}")));
         }
     }
     if let Some(overflow) =
         task.overflow.filter(|of| entry.keys.contains(&"overflow") && !entry.overflow.contains(of))
     {
-        let name_of = |overflow: &Overflow| {
-            let value = serde_json::to_value(overflow).unwrap_or_default();
-            value.as_str().unwrap_or_default().to_owned()
-        };
         let allowed: Vec<String> = entry.overflow.iter().map(name_of).collect();
         let message = format!("{} is not for {name}; allowed: {}", name_of(&overflow), allowed.join(", "));
         problems.push(("overflow".to_owned(), message));
     }
     problems.extend((entry.check)(task).into_iter().map(|(key, message)| (key.to_owned(), message)));
     problems
+}
+
+/// As a setting's value is written.
+fn name_of(value: &impl Serialize) -> String {
+    let value = serde_json::to_value(value).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_owned()
 }
 
 fn check_properties(section: &str, properties: &Properties) -> Vec<(String, String)> {

@@ -94,9 +94,7 @@ impl Composer {
                 target: Target::Output,
                 key,
                 value: match outcome {
-                    Outcome::Prediction { part, bytes } => {
-                        Some(&content.memory[*part as usize][bytes.start as usize..bytes.end as usize])
-                    }
+                    Outcome::Prediction { part, bytes } => Some(content.prediction(*part, bytes)),
                     Outcome::Unchanged => content.window.value(record),
                     Outcome::Tombstone | Outcome::Dead(_) => None,
                 },

@@ -41,12 +41,7 @@ impl Classification {
 
 impl PredictText for Classification {
     fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let scores = match self.scores {
-            model::Scores::Softmax => softmax(row),
-            model::Scores::Sigmoid => sigmoid(row),
-            model::Scores::Raw => row.to_vec(),
-        };
-        write(&self.labels, &scores, self.top_k, out)
+        write(&self.labels, &scores(self.scores, row), self.top_k, out)
     }
 
     fn bytes(&self) -> usize {
@@ -97,6 +92,15 @@ impl Serialize for Scores<'_> {
         map.serialize_entry("score", &self.scores[self.best])?;
         map.serialize_entry("scores", &Map(self))?;
         map.end()
+    }
+}
+
+/// What a model's logits say.
+pub(super) fn scores(kind: model::Scores, logits: &[f32]) -> Vec<f32> {
+    match kind {
+        model::Scores::Softmax => softmax(logits),
+        model::Scores::Sigmoid => sigmoid(logits),
+        model::Scores::Raw => logits.to_vec(),
     }
 }
 

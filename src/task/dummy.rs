@@ -139,15 +139,7 @@ mod tests {
     fn a_file_and_a_line_are_a_task_with_settings_rules_and_predictions() {
         let settings = load(&[]).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
         let compute = super::super::load(&settings, &std::sync::Arc::new(Metrics::new())).unwrap();
-        let limits = Limits {
-            max_records: 10,
-            max_bytes: 1000,
-            max_wait: std::time::Duration::MAX,
-            max_memory: usize::MAX,
-            max_work: std::time::Duration::MAX,
-            work_records: 1,
-        };
-        let mut gatherer = Gatherer::new(limits);
+        let mut gatherer = Gatherer::new(Limits::NONE);
         for (offset, value) in [&b"here we see"[..], b"", b"no!", b"eee"].into_iter().enumerate() {
             let arrival = Arrival { offset: offset as i64, value: Some(value), ..Arrival::default() };
             gatherer.push(&Partition::new("in", 0), &Lease::new(0), arrival, Instant::now());
@@ -158,8 +150,7 @@ mod tests {
             .iter()
             .map(|outcome| match outcome {
                 Outcome::Prediction { part, bytes } => {
-                    let bytes = &encoded.memory[*part as usize][bytes.start as usize..bytes.end as usize];
-                    String::from_utf8_lossy(bytes).into_owned()
+                    String::from_utf8_lossy(encoded.prediction(*part, bytes)).into_owned()
                 }
                 Outcome::Dead(error) => {
                     assert_eq!(error.fault, Fault::Prepare);

@@ -7,11 +7,11 @@ use std::borrow::Cow;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::classification::softmax;
+use super::classification::{scores, softmax};
 use super::kinds::{BEGINNING, Kind};
 use super::text::{self, SEQUENCE, Texts, not_tokens};
 use super::{NUMBER, Task, TaskError, to_json};
-use crate::codec::{self, Input, json};
+use crate::codec::{Input, json};
 use crate::engine::Rows;
 use crate::model::{Output, Scores, Shorten, Tokens};
 use crate::record::{Fault, RecordError};
@@ -86,37 +86,27 @@ impl Reranking {
     }
 
     fn documents<'a>(&self, found: Option<&'a RawValue>) -> Result<Vec<Document<'a>>, RecordError> {
-        let values = codec::list(&self.pointer, found)?;
+        let values = json::list(&self.pointer, found)?;
         let document = |(index, value)| self.document(index, value);
         values.into_iter().enumerate().map(document).collect()
     }
 
     fn document<'a>(&self, index: usize, value: &'a RawValue) -> Result<Document<'a>, RecordError> {
         let at = || format!("{}/{index}", self.pointer);
-        let text_of = |value: &'a RawValue, at: &dyn Fn() -> String| {
-            let text = json::string(value).ok_or_else(|| {
-                let message = format!("{:?} is {}, not a string", at(), json::what_is(value));
-                RecordError::new(Fault::Field, message)
-            })?;
-            text.map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", at())))
-        };
         let Some(object) = json::members(value) else {
-            return Ok(Document { text: text_of(value, &at)?, id: None });
+            return Ok(Document { text: json::text(value, at)?, id: None });
         };
         let at_text = || format!("{}/text", at());
-        let text = object
-            .get("text")
-            .ok_or_else(|| RecordError::new(Fault::Field, format!("{:?} is missing", at_text())))?;
-        Ok(Document { text: text_of(text, &at_text)?, id: object.get("id") })
+        let text = object.get("text").ok_or_else(|| json::missing(&at_text()))?;
+        Ok(Document { text: json::text(text, at_text)?, id: object.get("id") })
     }
 
     /// The score of a pair, from its logits.
     fn score(&self, logits: &[f32]) -> f32 {
-        match (logits, self.scores) {
+        match logits {
             // Two labels: how likely the second one is, which says yes.
-            ([_, _], _) => softmax(logits)[1],
-            ([logit], Scores::Raw) => *logit,
-            _ => 1.0 / (1.0 + (-logits[0]).exp()),
+            [_, _] => softmax(logits)[1],
+            _ => scores(self.scores, logits)[0],
         }
     }
 }
@@ -161,7 +151,7 @@ impl Task for Reranking {
 
     fn footprint(&self, value: &[u8]) -> usize {
         // Each string may be a document, and each document stands beside the query.
-        let strings = codec::Strings::of(value);
+        let strings = json::Strings::of(value);
         let tokens = self.texts.model.tokenizer.max_tokens();
         let both = value.len() + strings.count * strings.longest.min(tokens);
         let answers = strings.count * (SEQUENCE + self.texts.bytes(0) + NUMBER + 32);

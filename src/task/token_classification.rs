@@ -121,10 +121,8 @@ impl TokenClassification {
 
     /// What a chunk's tokens are, each by itself or word by word.
     fn judge(&self, spans: &[Span], scores: &[Vec<f32>]) -> Vec<Entity> {
-        let words = match self.aggregation {
-            Aggregation::None | Aggregation::Simple => (0..spans.len()).map(|at| at..at + 1).collect(),
-            Aggregation::First | Aggregation::Average | Aggregation::Max => words(spans),
-        };
+        // Where words do not count, no token goes on with one.
+        let words = words(spans);
         let entity = |word: Range<usize>| {
             let (label, score) = match self.aggregation {
                 Aggregation::None | Aggregation::Simple | Aggregation::First => best(&scores[word.start]),
@@ -276,7 +274,8 @@ impl Task for TokenClassification {
 
     fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Kept, RecordError> {
         let tokenizer = &self.texts.model.tokenizer;
-        let all = tokenizer.spans(&input.text).map_err(not_tokens)?;
+        let words = !matches!(self.aggregation, Aggregation::None | Aggregation::Simple);
+        let all = tokenizer.spans(&input.text, words).map_err(not_tokens)?;
         let mut chunks = match all.ids.len() {
             0 => Vec::new(),
             tokens => tokenizer.chunks(tokens, self.stride),

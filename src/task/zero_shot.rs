@@ -9,7 +9,7 @@ use super::classification::{self, softmax};
 use super::kinds::{BEGINNING, Kind};
 use super::text::{self, SEQUENCE, Texts, not_tokens};
 use super::{Task, TaskError};
-use crate::codec::{self, Input, json};
+use crate::codec::{Input, json};
 use crate::engine::Rows;
 use crate::model::{Output, Part, Shorten, Tokens};
 use crate::record::{Fault, RecordError};
@@ -135,13 +135,8 @@ impl ZeroShot {
     /// A record's own labels.
     fn labels_of<'a>(&self, input: &Input<'a>, pointer: &str) -> Result<Vec<Cow<'a, str>>, RecordError> {
         let field = |message: String| RecordError::new(Fault::Field, message);
-        let values = codec::list(pointer, input.values.first().copied().flatten())?;
-        let label = |(index, value)| match json::string(value) {
-            Some(label) => {
-                label.map_err(|e| RecordError::new(Fault::Decode, format!("\"{pointer}/{index}\": {e}")))
-            }
-            None => Err(field(format!("\"{pointer}/{index}\" is {}, not a string", json::what_is(value)))),
-        };
+        let values = json::list(pointer, input.values.first().copied().flatten())?;
+        let label = |(index, value)| json::text(value, || format!("{pointer}/{index}"));
         let labels = values.into_iter().enumerate().map(label).collect::<Result<Vec<_>, _>>()?;
         if labels.is_empty() {
             return Err(field(format!("{pointer:?} has no labels")));
@@ -222,7 +217,7 @@ impl Task for ZeroShot {
             Labels::Same(labels, _) => (labels.len(), classification::bytes(labels, self.top_k)),
             // Each string may be a label, and is written again.
             Labels::At(_) => {
-                let labels = codec::Strings::of(value).count;
+                let labels = json::Strings::of(value).count;
                 (labels, 2 * value.len() + labels * 24)
             }
         };

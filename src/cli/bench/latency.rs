@@ -16,7 +16,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde::Serialize;
 
-use super::topics::{client, with_topics};
+use super::topics::{client, job, with_topics};
 use crate::cli::output::outln;
 use crate::kafka::cluster::{self, Missing};
 use crate::pipeline::{self, Shared};
@@ -115,16 +115,10 @@ fn kandle(
     texts: &[String],
     [input, output, dead]: &[String; 3],
 ) -> anyhow::Result<Latency> {
-    let mut set = vec![
-        format!("kafka.brokers={}", options.brokers),
-        format!("input.topics={input}"),
-        format!("input.group={input}"),
-        "input.field=/text".to_owned(),
-        "task.kind=text-embedding".to_owned(),
-        format!("model.source={}", options.model),
-        format!("output.topic={output}"),
-        format!("dead_letters.topic={dead}"),
-    ];
+    let mut set = job(&options.brokers, [input, output, dead], input);
+    set.push("input.field=/text".to_owned());
+    set.push("task.kind=text-embedding".to_owned());
+    set.push(format!("model.source={}", options.model));
     set.extend(options.set.iter().cloned());
     let settings = super::settings(set)?;
     let shared = Shared::new(&settings);

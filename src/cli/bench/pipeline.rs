@@ -14,7 +14,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use serde::Serialize;
 
-use super::topics::{client, with_topics};
+use super::topics::{client, job, with_topics};
 use crate::cli::output::outln;
 use crate::kafka::cluster::{self, Missing};
 use crate::pipeline::{self, Shared};
@@ -265,16 +265,11 @@ fn pipeline_settings(
     guarantee: &str,
     round: usize,
 ) -> anyhow::Result<Settings> {
-    let mut set = vec![
-        format!("kafka.brokers={}", options.brokers),
-        format!("input.topics={input}"),
-        format!("input.group={input}-{guarantee}-{round}"),
-        format!("delivery.guarantee={guarantee}"),
-        "input.format=text".to_owned(),
-        "task.kind=noop".to_owned(),
-        format!("output.topic={output}"),
-        format!("dead_letters.topic={dead}"),
-    ];
+    let group = format!("{input}-{guarantee}-{round}");
+    let mut set = job(&options.brokers, [input, output, dead], &group);
+    set.push(format!("delivery.guarantee={guarantee}"));
+    set.push("input.format=text".to_owned());
+    set.push("task.kind=noop".to_owned());
     set.extend(options.set.iter().cloned());
     super::settings(set)
 }

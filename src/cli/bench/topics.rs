@@ -12,6 +12,17 @@ pub fn client(brokers: &str) -> ClientConfig {
     config
 }
 
+/// The settings of a job between such topics.
+pub fn job(brokers: &str, [input, output, dead]: [&str; 3], group: &str) -> Vec<String> {
+    vec![
+        format!("kafka.brokers={brokers}"),
+        format!("input.topics={input}"),
+        format!("input.group={group}"),
+        format!("output.topic={output}"),
+        format!("dead_letters.topic={dead}"),
+    ]
+}
+
 /// Makes topics for input, predictions and dead letters, runs `measure` on them, and deletes them.
 ///
 /// # Errors

@@ -224,8 +224,12 @@ pub struct Classifier {
     pub dense_for_tokens: bool,
 }
 
-/// The output layer of every classifier of tokens.
-pub const TOKEN_CLASSIFIER: &str = "classifier";
+impl Classifier {
+    /// The output layer, which all classifiers of tokens name alike.
+    pub fn out(&self, per_token: bool) -> &'static str {
+        if per_token { "classifier" } else { self.out }
+    }
+}
 
 impl Architecture {
     /// Reads config.json. `ignored` are keys that change nothing although kandle does not know them.

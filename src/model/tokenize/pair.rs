@@ -87,6 +87,17 @@ impl Template {
         self.before.len() + self.between.len() + self.after.len()
     }
 
+    /// One number of each special token, and those of the two texts in their places.
+    fn around(
+        &self,
+        of: impl Fn(&(u32, u32)) -> u32 + Copy,
+        first: impl Iterator<Item = u32>,
+        second: impl Iterator<Item = u32>,
+    ) -> Vec<u32> {
+        let (before, between, after) = (self.before.iter(), self.between.iter(), self.after.iter());
+        before.map(of).chain(first).chain(between.map(of)).chain(second).chain(after.map(of)).collect()
+    }
+
     fn has_types(&self) -> bool {
         let special = [&self.before, &self.between, &self.after].into_iter().flatten().map(|(_, of)| *of);
         self.types.into_iter().chain(special).any(|of| of != 0)
@@ -133,39 +144,27 @@ impl Tokenizer {
     /// Where [`Tokenizer::takes_pairs`] fails.
     pub fn pair(&self, first: &Part<'_>, second: &Part<'_>, shorten: Shorten) -> Result<Tokens, NoRoom> {
         let template = self.template.as_ref().expect("takes_pairs was asked");
-        let are_cut = [first, second].iter().all(|part| part.ids.len() > self.max_tokens);
-        let second_is_longer = are_cut && self.count(first) <= self.count(second);
-        let (first, second) = (&first.ids, &second.ids);
         let room = self.max_tokens.saturating_sub(template.count());
-        let truncated = first.len() + second.len() > room;
+        let lengths = (first.ids.len(), second.ids.len());
+        let truncated = lengths.0 + lengths.1 > room;
         let kept = match shorten {
-            _ if !truncated => (first.len(), second.len()),
-            Shorten::Longer if are_cut && second_is_longer => (room / 2, room - room / 2),
-            Shorten::Longer if are_cut => (room - room / 2, room / 2),
-            Shorten::Longer => kept_of_both(first.len(), second.len(), room),
-            Shorten::First if second.len() >= room => {
-                return Err(NoRoom { tokens: second.len() + template.count(), limit: self.max_tokens });
+            _ if !truncated => lengths,
+            // Which is longer does not show where neither is whole.
+            Shorten::Longer if lengths.0.min(lengths.1) > self.max_tokens => {
+                kept_of_both(self.count(first), self.count(second), room)
             }
-            Shorten::First => (room - second.len(), second.len()),
+            Shorten::Longer => kept_of_both(lengths.0, lengths.1, room),
+            Shorten::First if lengths.1 >= room => {
+                return Err(NoRoom { tokens: lengths.1 + template.count(), limit: self.max_tokens });
+            }
+            Shorten::First => (room - lengths.1, lengths.1),
         };
-        let (first, second) = (self.keep(first, kept.0), self.keep(second, kept.1));
-        let mut ids = Vec::with_capacity(template.count() + first.len() + second.len());
-        let special = |tokens: &[(u32, u32)], ids: &mut Vec<u32>| ids.extend(tokens.iter().map(|(id, _)| id));
-        special(&template.before, &mut ids);
-        ids.extend_from_slice(first);
-        special(&template.between, &mut ids);
-        ids.extend_from_slice(second);
-        special(&template.after, &mut ids);
+        let (first, second) = (self.keep(&first.ids, kept.0), self.keep(&second.ids, kept.1));
+        let ids = template.around(|(id, _)| *id, first.iter().copied(), second.iter().copied());
         let type_ids = (self.has_types && template.has_types()).then(|| {
-            let mut types = Vec::with_capacity(ids.len());
-            let special =
-                |tokens: &[(u32, u32)], types: &mut Vec<u32>| types.extend(tokens.iter().map(|(_, of)| of));
-            special(&template.before, &mut types);
-            types.resize(types.len() + first.len(), template.types[0]);
-            special(&template.between, &mut types);
-            types.resize(types.len() + second.len(), template.types[1]);
-            special(&template.after, &mut types);
-            types
+            let [of_first, of_second] = template.types;
+            let types = |of: u32, ids: &[u32]| std::iter::repeat_n(of, ids.len());
+            template.around(|(_, of)| *of, types(of_first, first), types(of_second, second))
         });
         Ok(Tokens { ids, type_ids, truncated })
     }

@@ -17,7 +17,7 @@ pub struct Span {
     /// In Unicode characters of the text.
     pub start: u32,
     pub end: u32,
-    /// It goes on with the word of the token before, as transformers' pipeline tells it.
+    /// It goes on with the word of the token before, as transformers' pipeline tells it; where that was asked for.
     pub continues: bool,
 }
 
@@ -59,12 +59,16 @@ impl Spelling {
 }
 
 impl Tokenizer {
-    /// All tokens of a text, and where they stand.
+    /// All tokens of a text, and where they stand; `words`: also which go on with a word.
     ///
     /// # Errors
     /// The library fails on the text.
-    pub fn spans(&self, text: &str) -> Result<Spans, TokenizeError> {
-        self.spans_by(text, PIECE)
+    pub fn spans(&self, text: &str, words: bool) -> Result<Spans, TokenizeError> {
+        let mut all = self.spans_by(text, PIECE)?;
+        if words {
+            self.find_continued(text, &mut all);
+        }
+        Ok(all)
     }
 
     fn spans_by(&self, text: &str, piece: usize) -> Result<Spans, TokenizeError> {
@@ -110,7 +114,6 @@ impl Tokenizer {
                 break;
             }
         }
-        self.find_continued(text, &mut all);
         Ok(all)
     }
 
@@ -244,7 +247,7 @@ mod tests {
     fn words_go_on_where_transformers_says_so() {
         let marked = tokenizer("demo/model", TextSettings::default());
         let continues = |tokenizer: &Tokenizer, text: &str| {
-            let spans = tokenizer.spans(text).unwrap().spans;
+            let spans = tokenizer.spans(text, true).unwrap().spans;
             spans.iter().map(|span| (span.start, span.continues)).collect::<Vec<_>>()
         };
         // Unknown words do not; marks of punctuation are words of their own.
