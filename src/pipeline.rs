@@ -31,9 +31,9 @@ use crate::compute::{About, Compute, ComputeError, Stage, Wires};
 use crate::flow::{CommitSoon, Encoded, Queued, Report};
 use crate::kafka::cluster::Topics;
 use crate::schedule::Schedule;
-use crate::settings::Settings;
+use crate::settings::{Guarantee, Settings};
 use crate::sink::{self, PublishError, Publisher};
-use crate::source::{self, Drain, Origins, Source, SourceError};
+use crate::source::{self, Drain, OriginalTopics, Source, SourceError};
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
 use crate::window::Window;
@@ -50,7 +50,7 @@ pub struct Shared {
     /// When records are consumed; with `outside: leave` it ends by itself at the end of a period.
     pub schedule: Arc<Schedule>,
     /// The input are dead letters, of records of these topics.
-    pub revive: Option<Arc<Origins>>,
+    pub reprocess: Option<Arc<OriginalTopics>>,
     /// Where spans go, if anywhere.
     pub traces: Option<Arc<Traces>>,
     /// Why the pipeline ends by itself, in good order.
@@ -64,7 +64,7 @@ impl Shared {
             health: Arc::new(Health::new(settings.server.stall_after.0)),
             stop: Arc::new(AtomicBool::new(false)),
             drain: None,
-            revive: None,
+            reprocess: None,
             traces: None,
             // The settings have been checked.
             schedule: Arc::new(Schedule::new(&settings.schedule).unwrap_or_else(Schedule::always)),
@@ -130,20 +130,22 @@ pub fn run(
     let commit_soon = Arc::new(CommitSoon::default());
     let source = Source::new(
         settings,
-        source::Wiring {
+        source::Context {
             metrics: Arc::clone(metrics),
             health: Arc::clone(health),
             commit_soon: Arc::clone(&commit_soon),
             digest: about.digest.short().to_owned(),
             model: about.model.clone(),
+            on_change: settings.model.on_change,
             stop: Arc::clone(&shared.stop),
             failed: Arc::clone(&failed),
             drain: shared.drain.clone(),
             schedule: Arc::clone(&shared.schedule),
-            revive: shared.revive.clone(),
+            reprocess: shared.reprocess.clone(),
             traced: shared.traces.is_some(),
             partitions: topics.input_partitions,
             compute: Arc::clone(&compute),
+            transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
         },
     )?;
     let (report, reports) = unbounded::<Report>();

@@ -6,9 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The headers of a record, opaque between the source and the sink: they are passed on as they
-/// came, whatever bytes their names hold.
-pub type Headers = rdkafka::message::OwnedHeaders;
+use crate::kafka::headers::Headers;
 
 /// A topic's partition.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

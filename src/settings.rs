@@ -1,9 +1,9 @@
 //! The typed configuration: one struct per section, from which the JSON Schema, the defaults and
 //! the checks are made. How files, environment and flags become it is in [`load`].
 
-mod faults;
 mod file;
 pub mod load;
+mod problems;
 mod rules;
 mod units;
 
@@ -14,8 +14,8 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use faults::Fault;
 pub use load::{Loaded, Sources, escape, load};
+pub use problems::Problem;
 pub use units::{ByteSize, Scalar, Wait};
 
 /// The settings of one kandle job.
@@ -385,7 +385,7 @@ pub struct Batch {
     #[schemars(range(min = 1))]
     pub lanes: Option<usize>,
     /// How long one forward may take. One that takes longer ends the process, and on the next start its
-    /// records run one by one: the one at fault becomes a dead letter.
+    /// records run one by one: the one at problem becomes a dead letter.
     pub timeout: Wait,
 }
 

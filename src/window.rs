@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::kafka::headers;
+use crate::kafka::headers::Headers;
 use crate::lease::Lease;
 use crate::record::{Arrival, Partition, Position, Record};
 
@@ -201,7 +201,7 @@ impl Gatherer {
         let span = self.span(partition, lease, arrival.offset);
         let key = arrival.key.map(|bytes| self.keep(bytes));
         let value = arrival.value.map(|bytes| self.keep(bytes));
-        self.headers += headers::memory(arrival.headers.as_ref());
+        self.headers += arrival.headers.as_ref().map_or(0, Headers::memory);
         self.records.push(Record {
             span,
             offset: arrival.offset,
@@ -294,7 +294,8 @@ impl Gatherer {
             kept += u32::from(keep);
         }
         self.records.retain(|record| keep[record.span as usize]);
-        self.headers = self.records.iter().map(|record| headers::memory(record.headers.as_ref())).sum();
+        self.headers =
+            self.records.iter().filter_map(|record| record.headers.as_ref()).map(Headers::memory).sum();
         self.footprints = self.records.iter().map(|record| record.footprint).sum();
         self.work = self.records.iter().map(|record| f64::from(record.work)).sum();
         for record in &mut self.records {

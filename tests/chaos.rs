@@ -21,7 +21,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use support::kafka::{self, Kafka};
 use support::ledger::Ledger;
-use support::{Daemon, Got, PATIENCE, Place, Sent};
+use support::{Daemon, Got, Place, Sent, TIMEOUT};
 
 const PARTITIONS: i32 = 6;
 /// Members that the schedule keeps.
@@ -180,7 +180,7 @@ fn produce(place: &Place, stop: Arc<AtomicBool>, made: Arc<AtomicU64>) -> std::t
             std::thread::park_timeout(Duration::from_millis(10));
             made.store(next, Ordering::Relaxed);
         }
-        producer.flush(PATIENCE).expect("all acknowledged");
+        producer.flush(TIMEOUT).expect("all acknowledged");
         next
     })
 }
@@ -202,7 +202,7 @@ fn now_ms() -> i64 {
 fn terminate(member: &mut Daemon, ledger: &mut Ledger) {
     member.signal("TERM");
     let started = Instant::now();
-    while member.ended().is_none() && started.elapsed() < PATIENCE {
+    while member.ended().is_none() && started.elapsed() < TIMEOUT {
         ledger.read(Duration::from_millis(50));
     }
     assert!(member.ended().is_some(), "SIGTERM is not heard:\n{}", member.log());
@@ -334,7 +334,7 @@ impl Chaos {
             if missing.is_empty() {
                 return;
             }
-            if started.elapsed() > 2 * PATIENCE {
+            if started.elapsed() > 2 * TIMEOUT {
                 let statuses: Vec<String> = self.members.iter_mut().map(|m| m.get("/status").1).collect();
                 panic!("no outcome: {missing:?}\n{}\n{}", statuses.join("\n"), self.logs());
             }
@@ -431,7 +431,7 @@ fn chaos(guarantee: &str, faults: u64) {
     while !chaos.ledger.missing(&ends).is_empty() {
         let missing = chaos.ledger.missing(&ends);
         assert!(
-            end.elapsed() < 2 * PATIENCE,
+            end.elapsed() < 2 * TIMEOUT,
             "{} positions have no outcome, the first {:?}; CHAOS_SEED={seed}\n{}",
             missing.len(),
             &missing[..missing.len().min(10)],

@@ -1,10 +1,10 @@
-//! Configuration as a user meets it: layers, faults, `config show`, `config schema`, default.yaml.
+//! Configuration as a user meets it: layers, problems, `config show`, `config schema`, default.yaml.
 
 mod support;
 
 use std::path::PathBuf;
 
-use kandle::settings::{self, Fault, Loaded, Sources};
+use kandle::settings::{self, Loaded, Problem, Sources};
 use serde_json::Value;
 use support::{file, finish, kandle, root};
 
@@ -17,7 +17,7 @@ output: { topic: out }
 dead_letters: { topic: dead }
 ";
 
-fn load(files: &[PathBuf], set: &[&str], environment: &[(&str, &str)]) -> Result<Loaded, Vec<Fault>> {
+fn load(files: &[PathBuf], set: &[&str], environment: &[(&str, &str)]) -> Result<Loaded, Vec<Problem>> {
     settings::load(&Sources {
         files: files.to_vec(),
         set: set.iter().map(|s| s.to_string()).collect(),
@@ -25,21 +25,21 @@ fn load(files: &[PathBuf], set: &[&str], environment: &[(&str, &str)]) -> Result
     })
 }
 
-/// The faults of the minimal file with `more` over it, as lines.
-fn faults(more: &str) -> Vec<String> {
+/// The problems of the minimal file with `more` over it, as lines.
+fn problems(more: &str) -> Vec<String> {
     let (base, over) = (file("base.yaml", MINIMAL), file("over.yaml", more));
     match load(&[base.path.clone(), over.path.clone()], &[], &[]) {
         Ok(_) => Vec::new(),
-        Err(faults) => faults.iter().map(ToString::to_string).collect(),
+        Err(problems) => problems.iter().map(ToString::to_string).collect(),
     }
 }
 
 #[track_caller]
 fn one_fault(more: &str, parts: &[&str]) {
-    let faults = faults(more);
-    assert_eq!(faults.len(), 1, "{faults:#?}");
+    let problems = problems(more);
+    assert_eq!(problems.len(), 1, "{problems:#?}");
     for part in parts {
-        assert!(faults[0].contains(part), "{part:?} is not in {:?}", faults[0]);
+        assert!(problems[0].contains(part), "{part:?} is not in {:?}", problems[0]);
     }
 }
 
@@ -121,8 +121,8 @@ fn default_yaml_the_schema_and_the_struct_say_the_same() {
 fn the_examples_are_configurations() {
     for entry in std::fs::read_dir(root().join("config/examples")).expect("examples") {
         let path = entry.expect("an example").path();
-        if let Err(faults) = load(std::slice::from_ref(&path), &[], &[("KAFKA_PASSWORD", "x")]) {
-            panic!("{}: {faults:#?}", path.display());
+        if let Err(problems) = load(std::slice::from_ref(&path), &[], &[("KAFKA_PASSWORD", "x")]) {
+            panic!("{}: {problems:#?}", path.display());
         }
     }
 }
@@ -158,9 +158,9 @@ fn later_layers_win_and_origins_are_known() {
     assert!(!loaded.origins.contains_key("batch.max_tokens"));
     let lists = load(std::slice::from_ref(&first.path), &["input.topics=[\"a\", \"b\"]"], &[]);
     assert_eq!(lists.expect("a configuration").settings.input.topics, ["a", "b"]);
-    let faults = load(std::slice::from_ref(&first.path), &["input.topics=[x]"], &[]).expect_err("a fault");
-    let fault = faults[0].to_string();
-    assert!(faults.len() == 1 && fault.contains("write a,b or [\"a\",\"b\"]"), "{faults:#?}");
+    let problems = load(std::slice::from_ref(&first.path), &["input.topics=[x]"], &[]).expect_err("a fault");
+    let fault = problems[0].to_string();
+    assert!(problems.len() == 1 && fault.contains("write a,b or [\"a\",\"b\"]"), "{problems:#?}");
 }
 
 #[test]
@@ -177,10 +177,10 @@ delivery: { guarantee: exactly_onse }
 batch: { max_token: 5 }
 ",
     );
-    let faults =
+    let problems =
         load(std::slice::from_ref(&base.path), &["memory.limit=1MiB"], &[("KANDLE__LOG__LEVEL", "loud")])
-            .expect_err("faults");
-    let lines: Vec<String> = faults.iter().map(ToString::to_string).collect();
+            .expect_err("problems");
+    let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
     for (key, parts) in [
         ("kafka.brokers", &["is required"][..]),
         ("kafka.properties.enable.auto.commit", &["managed by kandle"]),
@@ -213,7 +213,7 @@ batch: { max_token: 5 }
 
 #[test]
 fn rules_between_keys() {
-    assert!(faults("").is_empty());
+    assert!(problems("").is_empty());
     one_fault("input: { field: null }", &["input.field", "needs a field or a template"]);
     one_fault("input: { template: '{{ x }}' }", &["input.template", "instead of input.field"]);
     one_fault("input: { field: null, template: '{{ x' }", &["input.template", "not a valid template"]);
@@ -253,13 +253,13 @@ fn rules_between_keys() {
     one_fault(&zero_shot("labels: [a], labels_field: /l"), &["task.labels_field", "not beside it"]);
     one_fault(&zero_shot("labels: [a, b, a]"), &["task.labels", "\"a\" is there twice"]);
     one_fault(&zero_shot("labels: [a], hypothesis: so"), &["task.hypothesis", "has no {}"]);
-    assert!(faults(&zero_shot("labels: [a], multi_label: true, overflow: dead_letter")).is_empty());
+    assert!(problems(&zero_shot("labels: [a], multi_label: true, overflow: dead_letter")).is_empty());
     one_fault(
         "task: { kind: token-classification, overflow: truncate, stride: 4 }",
         &["task.stride", "no effect"],
     );
-    assert!(faults("task: { kind: token-classification, aggregation: first, stride: 4 }").is_empty());
-    assert!(faults("task: { kind: text-embedding }\noutput: { include: [/label] }").is_empty());
+    assert!(problems("task: { kind: token-classification, aggregation: first, stride: 4 }").is_empty());
+    assert!(problems("task: { kind: text-embedding }\noutput: { include: [/label] }").is_empty());
     one_fault("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
     one_fault("server: { listen: here }", &["server.listen", "address:port"]);
     one_fault("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
@@ -267,7 +267,7 @@ fn rules_between_keys() {
     one_fault("batch: { timeout: 10m }", &["batch.timeout", "not less than server.stall_after 5m"]);
     one_fault("delivery: { transactional_id: x }", &["delivery.transactional_id", "has no effect"]);
     let exactly_once = "delivery: { guarantee: exactly_once }\n";
-    assert!(faults(exactly_once).is_empty());
+    assert!(problems(exactly_once).is_empty());
     one_fault(
         &format!("{exactly_once}output: {{ properties: {{ transaction.timeout.ms: 5000 }} }}"),
         &["output.properties", "less than a transaction may last, 10000 ms"],
@@ -279,7 +279,7 @@ fn rules_between_keys() {
     one_fault("otel: { endpoint: 'localhost:4318' }", &["otel.endpoint", "http://localhost:4318"]);
     let night = "{ cron: '0 22 * * *', duration: 8h }";
     let more = ", outside: leave, unload_model: true, timezone: Europe/Berlin, finish_by: '06:00'";
-    assert!(faults(&format!("schedule: {{ periods: [{night}]{more} }}")).is_empty());
+    assert!(problems(&format!("schedule: {{ periods: [{night}]{more} }}")).is_empty());
     one_fault(
         "schedule: { periods: [{ cron: '0 0 30 2 *', duration: 1h }] }",
         &["schedule.periods.0.cron", "never comes"],
@@ -353,12 +353,12 @@ fn properties_keep_their_text_and_secrets_of_any_type_are_hidden() {
         "kafka: { properties: { sasl.pasword: hunter2, Ssl.Password: hunter2 } }\n",
         "kafka: { properties: { sasl.password: '${env:OPEN hunter2', ssl.key.password: '${env:A hunter2} b' } }\n",
     ] {
-        let faults = faults(more);
-        assert!(faults.len() == 2 && !faults.join("").contains("hunter2"), "{faults:#?}");
+        let problems = problems(more);
+        assert!(problems.len() == 2 && !problems.join("").contains("hunter2"), "{problems:#?}");
     }
     let refused = |set: &[&str], environment: &[(&str, &str)]| {
-        let faults = load(std::slice::from_ref(&config.path), set, environment).expect_err("faults");
-        let text = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        let problems = load(std::slice::from_ref(&config.path), set, environment).expect_err("problems");
+        let text = problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
         assert!(!text.contains("hunter2"), "{text}");
         text
     };
@@ -368,8 +368,8 @@ fn properties_keep_their_text_and_secrets_of_any_type_are_hidden() {
     assert!(refused(&["kafka.properties.sasl.password:hunter2"], &[]).contains("expected section.key=value"));
     refused(&["input.topics=${env:T}"], &[("T", "[hunter2")]);
     let toml = file("broken.toml", "[kafka.properties]\n\"sasl.password\" = hunter2\n");
-    let faults = load(std::slice::from_ref(&toml.path), &[], &[]).expect_err("a fault");
-    let fault = faults[0].to_string();
+    let problems = load(std::slice::from_ref(&toml.path), &[], &[]).expect_err("a fault");
+    let fault = problems[0].to_string();
     assert!(fault.contains("broken.toml: line 2: ") && !fault.contains("hunter2"), "{fault}");
     // A variable brings a secret as it is.
     let variable = [("KANDLE__KAFKA__PROPERTIES__SASL_PASSWORD", "pa$$word")];
@@ -379,10 +379,10 @@ fn properties_keep_their_text_and_secrets_of_any_type_are_hidden() {
 
 #[test]
 fn a_fault_of_a_property_hides_no_other() {
-    let faults = faults(
+    let problems = problems(
         "kafka: { properties: { sasl.password: '${env:NOT_SET}' } }\ninput: { topics: [out] }\nwindow: { max_records: 0 }\n",
     );
-    assert_eq!(faults.len(), 3, "{faults:#?}");
+    assert_eq!(problems.len(), 3, "{problems:#?}");
     one_fault("kafka.properties: { client.id: 0123 }", &["kafka.properties is not a section"]);
     one_fault(
         "kafka: { properties: { sasl.mechanism: PLAIN } }\noutput: { properties: { sasl.mechanisms: PLAIN } }",
@@ -438,7 +438,7 @@ fn what_the_build_lacks_is_refused() {
         &["kafka.properties.sasl.oauthbearer.method", "not supported in this build"],
     );
     let scram = ", sasl.mechanism: SCRAM-SHA-512, sasl.username: u, sasl.password: p";
-    assert!(faults(&sasl(scram)).is_empty(), "{:?}", faults(&sasl(scram)));
+    assert!(problems(&sasl(scram)).is_empty(), "{:?}", problems(&sasl(scram)));
     let other = format!("{}\noutput: {{ properties: {{ sasl.mechanism: GSSAPI }} }}", sasl(scram));
     one_fault(&other, &["output.properties.sasl.mechanism", "GSSAPI"]);
 }

@@ -43,7 +43,7 @@ fn settle(place: &Place, ends: &[i64], once: bool) -> Ledger {
     let mut ledger = Ledger::of(place);
     let started = Instant::now();
     while !ledger.missing(ends).is_empty() {
-        assert!(started.elapsed() < support::PATIENCE, "missing: {:?}", ledger.missing(ends));
+        assert!(started.elapsed() < support::TIMEOUT, "missing: {:?}", ledger.missing(ends));
         ledger.read(Duration::from_millis(200));
     }
     // What is doubled comes right behind, if it comes.
@@ -68,7 +68,7 @@ fn killed_at(boundary: &str, delivery: (&str, &str)) {
     // Boundaries of commits are passed once an interval: there has to be something to commit.
     let started = Instant::now();
     while !first.log().contains(&reached) {
-        assert!(started.elapsed() < support::PATIENCE, "{boundary} is not reached:\n{}", first.log());
+        assert!(started.elapsed() < support::TIMEOUT, "{boundary} is not reached:\n{}", first.log());
         assert!(first.ended().is_none(), "{}", first.log());
         place.produce(numbered(2, more, more + 100));
         more += 100;

@@ -243,7 +243,7 @@ fn every_query_has_data_from_a_kandle_under_load() {
     let started = Instant::now();
     while !open.is_empty() {
         open.retain(|(_, _, query)| !prometheus.has(query));
-        assert!(started.elapsed() < support::PATIENCE, "these have no data: {open:#?}");
+        assert!(started.elapsed() < support::TIMEOUT, "these have no data: {open:#?}");
         std::thread::park_timeout(Duration::from_millis(500));
     }
     // Alerts and annotations rest while all is well: what they are made of is there.

@@ -301,7 +301,7 @@ fn patterns_are_kandles_own() {
         place.create(topic, 1, &[]);
         let producer = place.producer();
         producer.send(BaseRecord::<[u8], [u8]>::to(topic).payload(value.as_bytes())).expect("queued");
-        producer.flush(support::PATIENCE).expect("acknowledged");
+        producer.flush(support::TIMEOUT).expect("acknowledged");
     };
     produce(&format!("{}-x", place.input), "no match");
     produce(&format!("{}-1", place.input), "one");
@@ -321,17 +321,17 @@ fn transaction(place: &Place, values: &[&str], commit: bool) {
         .set("transactional.id", support::unique("producer"))
         .create()
         .expect("a producer");
-    producer.init_transactions(support::PATIENCE).expect("an id");
+    producer.init_transactions(support::TIMEOUT).expect("an id");
     producer.begin_transaction().expect("begun");
     for value in values {
         producer
             .send(BaseRecord::<[u8], [u8]>::to(&place.input).partition(0).payload(value.as_bytes()))
             .expect("queued");
     }
-    producer.flush(support::PATIENCE).expect("acknowledged");
+    producer.flush(support::TIMEOUT).expect("acknowledged");
     match commit {
-        true => producer.commit_transaction(support::PATIENCE).expect("committed"),
-        false => producer.abort_transaction(support::PATIENCE).expect("aborted"),
+        true => producer.commit_transaction(support::TIMEOUT).expect("committed"),
+        false => producer.abort_transaction(support::TIMEOUT).expect("aborted"),
     }
 }
 
@@ -438,7 +438,7 @@ fn damaged_batches_are_counted_as_lost_and_passed() {
         let started = Instant::now();
         let (code, _, log) = finish(kandle().args(["drain", "-c"]).arg(&file.path), b"");
         assert_eq!(code, 0, "{log}");
-        assert!(log.contains("data lost") && started.elapsed() < support::PATIENCE, "{log}");
+        assert!(log.contains("data lost") && started.elapsed() < support::TIMEOUT, "{log}");
         assert_eq!(place.committed(0).map(|committed| committed.0), Some(131));
     }
 }

@@ -44,7 +44,7 @@ fn highest(daemon: &mut Daemon, mut done: impl FnMut(&mut Daemon) -> bool) -> u6
     let started = Instant::now();
     while !done(daemon) {
         assert!(daemon.ended().is_none(), "{}", daemon.log());
-        assert!(started.elapsed() < 10 * support::PATIENCE, "{}", daemon.log());
+        assert!(started.elapsed() < 10 * support::TIMEOUT, "{}", daemon.log());
         highest = highest.max(daemon.rss_kib());
         std::thread::park_timeout(Duration::from_millis(20));
     }

@@ -335,12 +335,7 @@ fn transactions_become_as_small_as_a_throttled_broker_wants_them() {
     let started = std::time::Instant::now();
     while ledger.count() < count {
         ledger.read(Duration::from_millis(500));
-        assert!(
-            started.elapsed() < 3 * support::PATIENCE,
-            "{} of {count}:\n{}",
-            ledger.count(),
-            daemon.log()
-        );
+        assert!(started.elapsed() < 3 * support::TIMEOUT, "{} of {count}:\n{}", ledger.count(), daemon.log());
     }
     assert_eq!((ledger.duplicates(), ledger.out_of_order.len()), (0, 0));
     assert!(!daemon.log().contains("newer producer"), "{}", daemon.log());
@@ -380,12 +375,7 @@ fn transactions_are_bounded_in_the_middle_of_a_window() {
     let started = std::time::Instant::now();
     while ledger.count() < count {
         ledger.read(Duration::from_millis(500));
-        assert!(
-            started.elapsed() < 3 * support::PATIENCE,
-            "{} of {count}:\n{}",
-            ledger.count(),
-            daemon.log()
-        );
+        assert!(started.elapsed() < 3 * support::TIMEOUT, "{} of {count}:\n{}", ledger.count(), daemon.log());
     }
     assert_eq!((ledger.duplicates(), ledger.out_of_order.len()), (0, 0));
     until("the commit", || place.committed(0).filter(|(offset, _)| *offset >= count as i64));

@@ -69,7 +69,7 @@ fn by_time_over_segments_and_holes() {
         .expect("a producer");
     let reader: BaseConsumer =
         ClientConfig::new().set("bootstrap.servers", &place.brokers).create().expect("a client");
-    producer.init_transactions(support::PATIENCE).expect("a transactional producer");
+    producer.init_transactions(support::TIMEOUT).expect("a transactional producer");
     producer.begin_transaction().expect("begun");
     for i in 1500..1600 {
         let record = sent(i, before + i * 1000);
@@ -77,11 +77,11 @@ fn by_time_over_segments_and_holes() {
         let value = record.value.expect("a value");
         producer.send(base.payload(&value[..]).timestamp(before + i * 1000)).expect("sent");
     }
-    producer.flush(support::PATIENCE).expect("acknowledged");
-    producer.abort_transaction(support::PATIENCE).expect("aborted");
+    producer.flush(support::TIMEOUT).expect("acknowledged");
+    producer.abort_transaction(support::TIMEOUT).expect("aborted");
     // The broker answers before the marker is written.
     until("the transaction's marker", || {
-        let (_, end) = reader.fetch_watermarks(&place.input, 0, support::PATIENCE).ok()?;
+        let (_, end) = reader.fetch_watermarks(&place.input, 0, support::TIMEOUT).ok()?;
         (end == 1601).then_some(())
     });
     let after = Timestamp::now().as_millisecond() - 1600;

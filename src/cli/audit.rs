@@ -10,7 +10,7 @@ use rdkafka::message::Message;
 use serde::Serialize;
 
 use crate::cli::output::outln;
-use crate::kafka::consumer::{self, Observer};
+use crate::kafka::consumer::{self, Reader};
 use crate::kafka::headers;
 use crate::kafka::range::{self, Point, Range, Read};
 use crate::record::Partition;
@@ -43,7 +43,7 @@ pub struct Findings {
 }
 
 /// How long Kafka may give nothing before it is given up.
-const PATIENCE: Duration = Duration::from_secs(30);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Ranges shown of each kind, where not all are asked for.
 const SHOWN: usize = 10;
 
@@ -121,7 +121,7 @@ struct Tally {
 }
 
 fn read_back(
-    consumer: &Observer,
+    consumer: &Reader,
     topic: &str,
     from: Option<Point>,
     dead: bool,
@@ -161,7 +161,7 @@ fn read_back(
 
 /// Reads a part of a partition.
 fn read(
-    consumer: &Observer,
+    consumer: &Reader,
     partition: &Partition,
     from: i64,
     to: i64,
@@ -170,7 +170,7 @@ fn read(
     if from >= to {
         return Ok(());
     }
-    let seen = range::read(consumer, partition, from, PATIENCE, |message| {
+    let seen = range::read(consumer, partition, from, SILENCE_TIMEOUT, |message| {
         if message.offset() < to {
             take(message);
         }
@@ -178,13 +178,13 @@ fn read(
     });
     match seen.with_context(|| format!("reading {partition}"))? {
         Read::Stopped(()) | Read::End => Ok(()),
-        Read::Silence => bail!("{partition}: nothing came from Kafka for {} s", PATIENCE.as_secs()),
+        Read::Silence => bail!("{partition}: nothing came from Kafka for {} s", SILENCE_TIMEOUT.as_secs()),
     }
 }
 
 /// `stands`: the group's offset; where it has none, all of the input should be there.
 fn judge(
-    consumer: &Observer,
+    consumer: &Reader,
     settings: &Settings,
     partition: &Partition,
     range: &Range,

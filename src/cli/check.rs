@@ -125,7 +125,7 @@ fn group(settings: &Settings) -> Result<String, String> {
     for (name, value) in &settings.input.properties {
         config.set(name, &value.0);
     }
-    let consumer = consumer::observer(&config).map_err(|e| e.to_string())?;
+    let consumer = consumer::reader_with(&config).map_err(|e| e.to_string())?;
     let mut list = TopicPartitionList::new();
     for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
         let metadata = consumer.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| e.to_string())?;

@@ -23,7 +23,7 @@ use crate::model::hex;
 use crate::pipeline::{self, Shared};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings, Start};
-use crate::source::{self, Bound, Drain, Origins};
+use crate::source::{self, Bound, Drain, OriginalTopics};
 use crate::task;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Metrics, logging};
@@ -55,18 +55,18 @@ pub fn drain(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     carry_out(&settings, Drain::default(), None, &settings_digest, options)
 }
 
-/// Drains, with the admin server up, and reports. `revive`: the input are dead letters of these topics.
+/// Drains, with the admin server up, and reports. `reprocess`: the input are dead letters of these topics.
 pub(super) fn carry_out(
     settings: &Settings,
     bounds: Drain,
-    revive: Option<Origins>,
+    reprocess: Option<OriginalTopics>,
     settings_digest: &str,
     options: &Options,
 ) -> anyhow::Result<()> {
     let bounds = Arc::new(bounds);
     let mut shared = Shared::new(settings);
     shared.drain = Some(Arc::clone(&bounds));
-    shared.revive = revive.map(Arc::new);
+    shared.reprocess = reprocess.map(Arc::new);
     shared.traces = Traces::start(&settings.otel)?;
     run::serve(settings, &shared, || work(settings, &shared, &bounds, settings_digest, options))
 }

@@ -21,7 +21,7 @@ use crate::model::hex;
 use crate::pipeline::Shared;
 use crate::record::{Arrival, Partition};
 use crate::settings::{Loaded, Settings};
-use crate::source::{self, Drain, Origins};
+use crate::source::{self, Drain, OriginalTopics};
 use crate::task;
 use crate::telemetry::logging;
 use crate::window::{ClosedBy, Gatherer, Limits};
@@ -53,9 +53,9 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let mut settings = loaded.settings;
     logging::start(&settings.log);
     let settings_digest = drain::digest(&loaded.shown);
-    let mut revive = None;
+    let mut reprocess = None;
     if options.dead_letters {
-        revive = Some(Origins::new(TopicFilter::new(&settings.input.topics)?));
+        reprocess = Some(OriginalTopics::new(TopicFilter::new(&settings.input.topics)?));
         settings.input.topics = vec![settings.dead_letters.topic.clone()];
     }
     let id = options.id.clone().unwrap_or_else(|| name(&settings, options));
@@ -85,10 +85,10 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
             Ok(topics) => drain::warn_of_retention(&settings, &topics, Some(&ranges)),
             Err(troubles) => troubles.iter().for_each(|trouble| tracing::warn!(%trouble, "the topics")),
         }
-        return dry_run(&settings, &consumer, &ranges, revive.as_ref());
+        return dry_run(&settings, &consumer, &ranges, reprocess.as_ref());
     }
     refuse_another_range(&settings, &ranges, &id)?;
-    drain::carry_out(&settings, Drain::between(ranges), revive, &settings_digest, &options.drain)
+    drain::carry_out(&settings, Drain::between(ranges), reprocess, &settings_digest, &options.drain)
 }
 
 /// The same replay has the same name, so that it resumes: what, from where to where, by which model, into
@@ -156,7 +156,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
     settings: &Settings,
     consumer: &rdkafka::consumer::BaseConsumer<C>,
     ranges: &BTreeMap<Partition, Range>,
-    revive: Option<&Origins>,
+    reprocess: Option<&OriginalTopics>,
 ) -> anyhow::Result<()> {
     let shared = Shared::new(settings);
     let compute = task::load(settings, &shared.metrics)?;
@@ -171,7 +171,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
             if from >= range.to {
                 break;
             }
-            next = sample(consumer, partition, from, range.to, each, revive, &mut gatherer)?;
+            next = sample(consumer, partition, from, range.to, each, reprocess, &mut gatherer)?;
         }
     }
     let Some(window) = gatherer.close(ClosedBy::End) else {
@@ -207,7 +207,7 @@ fn sample<C: rdkafka::consumer::ConsumerContext>(
     from: i64,
     to: i64,
     count: usize,
-    revive: Option<&Origins>,
+    reprocess: Option<&OriginalTopics>,
     gatherer: &mut Gatherer,
 ) -> anyhow::Result<i64> {
     let lease = Lease::new(0);
@@ -218,7 +218,7 @@ fn sample<C: rdkafka::consumer::ConsumerContext>(
             return ControlFlow::Break(());
         }
         next = message.offset() + 1;
-        if revive.is_none_or(|origins| origins.origin(message).is_some()) {
+        if reprocess.is_none_or(|topics| topics.origin(message).is_some()) {
             taken += 1;
             let arrival = Arrival {
                 offset: message.offset(),

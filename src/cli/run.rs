@@ -129,7 +129,7 @@ fn await_period(shared: &Shared, ahead: Duration) -> bool {
                     shared.health.set_ready();
                     said = true;
                 }
-                std::thread::park_timeout(LOOK);
+                std::thread::park_timeout(POLL_INTERVAL);
             }
             _ => {
                 if ahead.is_zero() {
@@ -143,7 +143,7 @@ fn await_period(shared: &Shared, ahead: Duration) -> bool {
 }
 
 /// Between two looks at the clock.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The first SIGTERM or SIGINT asks for the end, the second takes it.
 async fn signals(shared: Shared) {

@@ -129,7 +129,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             .collect();
         let plan = self.engine.plan(&items, |item| suspects.contains(&item));
         self.observe("prepare", decoded);
-        Request { window: Prepared { window, states }, items, plan }
+        Request { id: window.id, window: Prepared { window, states }, items, plan }
     }
 
     fn prepare_part(&self, inputs: Vec<Option<Result<Input<'_>, RecordError>>>) -> Part<T> {

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Forwards without a fault after which the budget grows by an eighth.
-const PATIENCE: usize = 64;
+const GROW_AFTER: usize = 64;
 
 #[derive(Debug)]
 pub struct Budget {
@@ -30,7 +30,7 @@ impl Budget {
     /// A forward fitted.
     pub fn fitted(&self) {
         let now = self.tokens();
-        if now < self.most && self.good.fetch_add(1, Ordering::Relaxed) + 1 >= PATIENCE {
+        if now < self.most && self.good.fetch_add(1, Ordering::Relaxed) + 1 >= GROW_AFTER {
             self.good.store(0, Ordering::Relaxed);
             self.now.store((now + now.div_ceil(8)).min(self.most), Ordering::Relaxed);
         }
@@ -48,13 +48,13 @@ mod tests {
         assert_eq!(budget.tokens(), 500);
         budget.shrink(900);
         assert_eq!(budget.tokens(), 450, "a smaller batch that fails counts");
-        for _ in 0..PATIENCE - 1 {
+        for _ in 0..GROW_AFTER - 1 {
             budget.fitted();
         }
         assert_eq!(budget.tokens(), 450);
         budget.fitted();
         assert_eq!(budget.tokens(), 507);
-        for _ in 0..20 * PATIENCE {
+        for _ in 0..20 * GROW_AFTER {
             budget.fitted();
         }
         assert_eq!(budget.tokens(), 1000);

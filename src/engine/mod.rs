@@ -55,6 +55,8 @@ pub struct Plan<V> {
 /// What the engine is asked: one window.
 #[derive(Debug)]
 pub struct Request<W, I, V> {
+    /// The window's id: no other request under way has it.
+    pub id: u64,
     /// Travels along untouched.
     pub window: W,
     pub items: Vec<I>,
@@ -217,9 +219,9 @@ impl<M: Model> Engine<M> {
                 recv(source) -> request => match request {
                     Ok(request) => {
                         active(true);
-                        let Request { window, items, plan } = request.take(metrics, "wait_infer");
+                        let Request { id, window, items, plan } = request.take(metrics, "wait_infer");
                         let items = Arc::new(items);
-                        let (id, batches) = windows.open(window, Arc::clone(&items), plan, Instant::now());
+                        let batches = windows.open(id, window, Arc::clone(&items), plan, Instant::now());
                         for batch in batches {
                             lanes.run(Work { window: id, items: Arc::clone(&items), batch });
                         }
@@ -267,7 +269,7 @@ impl<M: Model> Engine<M> {
     /// Plans and runs one window by itself.
     pub fn run(&self, items: Vec<M::Item>) -> Result<Response<(), M::Value>, EngineError<()>> {
         let plan = self.plan(&items, |_| false);
-        self.answer(Request { window: (), items, plan })
+        self.answer(Request { id: 0, window: (), items, plan })
     }
 
     /// Runs one window by itself.
@@ -426,7 +428,7 @@ mod tests {
         suspects: &[usize],
     ) -> Result<Response<(), f32>, EngineError<()>> {
         let plan = engine.plan(&items, |item| suspects.contains(&item));
-        engine.answer(Request { window: (), items, plan })
+        engine.answer(Request { id: 0, window: (), items, plan })
     }
 
     #[test]
@@ -478,7 +480,8 @@ mod tests {
         // In two batches: the first holds its memory until the second has been refused.
         let batch = |item, cost| Batch { items: vec![item], cost, suspect: false };
         let plan = Plan { batches: vec![batch(0, 3), batch(1, 4)], duplicates: vec![], cached: vec![] };
-        let response = engine.answer(Request { window: (), items: vec![greedy, large], plan }).unwrap();
+        let response =
+            engine.answer(Request { id: 0, window: (), items: vec![greedy, large], plan }).unwrap();
         assert!(response.failed.is_empty(), "{:?}", response.failed);
         assert_eq!(response.answers.row(1), [9.0, 4.0]);
     }
@@ -526,14 +529,14 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| engine.serve(&requests, &respond, None).unwrap());
             let ask = ask;
-            let send = |items: Vec<Number>, suspects: &[usize]| {
+            let send = |id: u64, items: Vec<Number>, suspects: &[usize]| {
                 let plan = engine.plan(&items, |item| suspects.contains(&item));
-                ask.send(Queued::new(Request { window: (), items, plan })).unwrap();
+                ask.send(Queued::new(Request { id, window: (), items, plan })).unwrap();
             };
-            send(vec![Number::new(ENDLESS)], &[0]);
+            send(0, vec![Number::new(ENDLESS)], &[0]);
             assert!(responses.recv().unwrap().into_inner().lane_abandoned);
             // Its thread comes back while another window is open.
-            send(vec![Number::new(5), Number::of(GREEDY, 2)], &[]);
+            send(1, vec![Number::new(5), Number::of(GREEDY, 2)], &[]);
             engine.model().released.store(true, Ordering::SeqCst);
             until(|| engine.model().returned.load(Ordering::SeqCst) == 1);
             engine.model().did_not_fit.store(1, Ordering::SeqCst);
@@ -541,7 +544,7 @@ mod tests {
                 let response = responses.recv().unwrap().into_inner();
                 assert!(response.failed.is_empty() && !response.lane_abandoned);
                 assert_eq!(response.answers.row(0)[0], if i == 0 { 5.0 } else { 100.0 + i as f32 });
-                send(numbers([101 + i]), &[]);
+                send(2 + u64::from(i), numbers([101 + i]), &[]);
             }
             drop(responses.recv().unwrap());
         });
@@ -583,7 +586,7 @@ mod tests {
         for window in 0..20u32 {
             let items: Vec<Number> = (0..window % 5 * 30).map(|i| Number::of(i + 100, 3)).collect();
             let plan = engine.plan(&items, |_| false);
-            ask.send(Queued::new(Request { window, items, plan })).unwrap();
+            ask.send(Queued::new(Request { id: window.into(), window, items, plan })).unwrap();
         }
         drop(ask);
         engine.serve(&requests, &respond, None).unwrap();

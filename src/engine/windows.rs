@@ -14,7 +14,6 @@ use crate::ragged::Ragged;
 
 /// Windows in the order they came, which is that in which they leave.
 pub(super) struct Windows<W, I, V: Value> {
-    next: u64,
     open: VecDeque<Open<W, I, V>>,
 }
 
@@ -30,7 +29,7 @@ struct Open<W, I, V: Value> {
 
 impl<W, I: Item, V: Value> Windows<W, I, V> {
     pub fn new() -> Self {
-        Self { next: 0, open: VecDeque::new() }
+        Self { open: VecDeque::new() }
     }
 
     pub fn len(&self) -> usize {
@@ -41,10 +40,15 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         self.open.is_empty()
     }
 
-    /// Opens a window; returns its id, and its batches, which are to be run.
-    pub fn open(&mut self, window: W, items: Arc<Vec<I>>, plan: Plan<V>, now: Instant) -> (u64, Vec<Batch>) {
-        let id = self.next;
-        self.next += 1;
+    /// Opens a window; returns its batches, which are to be run.
+    pub fn open(
+        &mut self,
+        id: u64,
+        window: W,
+        items: Arc<Vec<I>>,
+        plan: Plan<V>,
+        now: Instant,
+    ) -> Vec<Batch> {
         let mut answers = Answers::new(items.len());
         let mut cached = Ragged::with_capacity(plan.cached.len(), 0);
         plan.cached.iter().for_each(|(_, answer)| cached.push(answer));
@@ -53,7 +57,7 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
             Response { window, answers, failed: Vec::new(), lane_abandoned: false, busy: Duration::ZERO };
         let (left, duplicates) = (plan.batches.len(), plan.duplicates);
         self.open.push_back(Open { id, left, items, duplicates, started: now, response });
-        (id, plan.batches)
+        plan.batches
     }
 
     fn find(&mut self, id: u64) -> Option<&mut Open<W, I, V>> {

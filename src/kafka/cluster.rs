@@ -59,7 +59,7 @@ pub enum ConfigurationError {
 
 /// Why the cluster cannot be used now.
 #[derive(Debug, thiserror::Error)]
-pub enum Trouble {
+pub enum ClusterError {
     #[error("kafka.brokers {brokers}: cannot be reached: {reason}")]
     Unreachable { brokers: String, reason: String },
     #[error(
@@ -72,9 +72,9 @@ pub enum Trouble {
 
 /// Remembers what the client last complained of: metadata calls themselves only say "timed out".
 #[derive(Debug, Default)]
-pub struct Complaints(Mutex<Option<String>>);
+pub struct LastClientError(Mutex<Option<String>>);
 
-impl ClientContext for Complaints {
+impl ClientContext for LastClientError {
     fn error(&self, _: KafkaError, reason: &str) {
         self.keep(reason);
     }
@@ -86,9 +86,9 @@ impl ClientContext for Complaints {
     }
 }
 
-impl ConsumerContext for Complaints {}
+impl ConsumerContext for LastClientError {}
 
-impl Complaints {
+impl LastClientError {
     fn keep(&self, reason: &str) {
         *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(reason.to_owned());
     }
@@ -102,19 +102,19 @@ impl Complaints {
 pub struct Cluster<'a> {
     settings: &'a Settings,
     /// Looks, and changes nothing.
-    client: BaseConsumer<Complaints>,
+    client: BaseConsumer<LastClientError>,
     /// Brokers that create topics on demand do so when it asks for one.
-    creator: Option<BaseConsumer<Complaints>>,
-    admin: AdminClient<Complaints>,
+    creator: Option<BaseConsumer<LastClientError>>,
+    admin: AdminClient<LastClientError>,
 }
 
 impl<'a> Cluster<'a> {
     /// Asking changes nothing on the cluster.
     pub fn connect(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
-        let admin = config.create_with_context(Complaints::default())?;
+        let admin = config.create_with_context(LastClientError::default())?;
         config.set("allow.auto.create.topics", "false");
-        let client = config.create_with_context(Complaints::default())?;
+        let client = config.create_with_context(LastClientError::default())?;
         Ok(Self { settings, client, creator: None, admin })
     }
 
@@ -123,7 +123,7 @@ impl<'a> Cluster<'a> {
     fn connect_and_create(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
         config.set("allow.auto.create.topics", "true");
-        let creator = Some(config.create_with_context(Complaints::default())?);
+        let creator = Some(config.create_with_context(LastClientError::default())?);
         Ok(Self { creator, ..Self::connect(settings)? })
     }
 
@@ -136,12 +136,12 @@ impl<'a> Cluster<'a> {
         config
     }
 
-    pub fn client(&self) -> &BaseConsumer<Complaints> {
+    pub fn client(&self) -> &BaseConsumer<LastClientError> {
         &self.client
     }
 
     /// Number of brokers.
-    pub fn reach(&self) -> Result<usize, Trouble> {
+    pub fn reach(&self) -> Result<usize, ClusterError> {
         // Any answer will do; asking for one topic keeps it short.
         let topic = self.settings.output.topic.as_str();
         match self.client.fetch_metadata(Some(topic), ATTEMPT) {
@@ -150,42 +150,44 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    fn unreachable(&self, error: &KafkaError) -> Trouble {
-        // Complaints are served by polling.
+    fn unreachable(&self, error: &KafkaError) -> ClusterError {
+        // LastClientError are served by polling.
         self.client.poll(Duration::ZERO);
         let reason = self.client.context().last().unwrap_or_else(|| error.to_string());
-        Trouble::Unreachable { brokers: self.settings.kafka.brokers.clone(), reason }
+        ClusterError::Unreachable { brokers: self.settings.kafka.brokers.clone(), reason }
     }
 
     /// Partitions of a topic.
-    pub fn partitions(&self, key: &'static str, topic: &str) -> Result<i32, Trouble> {
+    pub fn partitions(&self, key: &'static str, topic: &str) -> Result<i32, ClusterError> {
         self.partitions_by(&self.client, key, topic)
     }
 
     fn partitions_by(
         &self,
-        client: &BaseConsumer<Complaints>,
+        client: &BaseConsumer<LastClientError>,
         key: &'static str,
         topic: &str,
-    ) -> Result<i32, Trouble> {
+    ) -> Result<i32, ClusterError> {
         let metadata = client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| self.unreachable(&e))?;
         let found = metadata.topics().iter().find(|t| t.name() == topic);
         let error = found.and_then(|t| t.error()).map(RDKafkaErrorCode::from);
         match (found, error) {
             (Some(found), None) if !found.partitions().is_empty() => Ok(found.partitions().len() as i32),
             (_, Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) | None) => {
-                Err(Trouble::Missing {
+                Err(ClusterError::Missing {
                     key,
                     topic: topic.to_owned(),
                     brokers: self.settings.kafka.brokers.clone(),
                 })
             }
-            (_, Some(code)) => Err(Trouble::Topic { key, topic: topic.to_owned(), reason: code.to_string() }),
+            (_, Some(code)) => {
+                Err(ClusterError::Topic { key, topic: topic.to_owned(), reason: code.to_string() })
+            }
         }
     }
 
     /// Partitions of the topics that match a pattern now; none may.
-    fn matching(&self, pattern: &str) -> Result<u64, Trouble> {
+    fn matching(&self, pattern: &str) -> Result<u64, ClusterError> {
         let metadata = self.client.fetch_metadata(None, ATTEMPT).map_err(|e| self.unreachable(&e))?;
         // The rules have read it.
         let Ok(filter) = TopicFilter::new(&[pattern]) else { return Ok(0) };
@@ -227,7 +229,7 @@ impl<'a> Cluster<'a> {
     }
 
     /// The topics of the settings, all that is wrong with them at once.
-    pub fn topics(&self) -> Result<Topics, Vec<Trouble>> {
+    pub fn topics(&self) -> Result<Topics, Vec<ClusterError>> {
         let mut troubles = Vec::new();
         let mut input_partitions = 0;
         for topic in &self.settings.input.topics {
@@ -344,7 +346,7 @@ pub fn wait(
         };
         let (gone, troubles): (Vec<_>, Vec<_>) = troubles
             .into_iter()
-            .partition(|trouble| missing == Missing::Fail && matches!(trouble, Trouble::Missing { .. }));
+            .partition(|trouble| missing == Missing::Fail && matches!(trouble, ClusterError::Missing { .. }));
         // Brokers that make topics on demand say at first that there is none.
         if let Some(trouble) = gone.first()
             && backoff >= MADE

@@ -90,12 +90,12 @@ impl Role {
 }
 
 /// A client that asks and joins no group.
-pub type Observer = BaseConsumer<Observing>;
+pub type Reader = BaseConsumer<ReaderContext>;
 
 /// Errors of these clients are returned to the caller, which reports them.
-pub struct Observing;
+pub struct ReaderContext;
 
-impl ClientContext for Observing {
+impl ClientContext for ReaderContext {
     fn stats(&self, _: Statistics) {}
 
     fn error(&self, error: KafkaError, reason: &str) {
@@ -107,37 +107,37 @@ impl ClientContext for Observing {
     }
 }
 
-impl ConsumerContext for Observing {}
+impl ConsumerContext for ReaderContext {}
 
 /// A consumer that reads and commits nothing, and sees what the settings' group would see. It joins no group.
-pub fn reader(settings: &Settings) -> KafkaResult<Observer> {
-    observer(&config(settings, Role::Drain, "", 1))
+pub fn reader(settings: &Settings) -> KafkaResult<Reader> {
+    reader_with(&config(settings, Role::Drain, "", 1))
 }
 
 /// The same, by a member's properties.
-pub fn observer(config: &ClientConfig) -> KafkaResult<Observer> {
-    observing(config).create_with_context(Observing)
+pub fn reader_with(config: &ClientConfig) -> KafkaResult<Reader> {
+    reader_config(config).create_with_context(ReaderContext)
 }
 
 /// A consumer that stops where it would otherwise jump: at offsets that are not there, and at batches that cannot be
 /// read.
-pub fn prober(config: &ClientConfig) -> KafkaResult<Observer> {
-    let mut config = observing(config);
+pub fn prober(config: &ClientConfig) -> KafkaResult<Reader> {
+    let mut config = reader_config(config);
     config.set("auto.offset.reset", "error").set("check.crcs", "true");
     // It looks at one place, and is told soon where nothing is there.
     config.set("fetch.wait.max.ms", "20");
-    config.create_with_context(Observing)
+    config.create_with_context(ReaderContext)
 }
 
 /// A client that is told at once where the group stands: it waits neither for the group's rebalance, as a member's
 /// requests do, nor for open transactions.
-pub fn bystander(config: &ClientConfig) -> KafkaResult<Observer> {
-    let mut config = observing(config);
+pub fn offset_reader(config: &ClientConfig) -> KafkaResult<Reader> {
+    let mut config = reader_config(config);
     config.set("isolation.level", "read_uncommitted");
-    config.create_with_context(Observing)
+    config.create_with_context(ReaderContext)
 }
 
-fn observing(config: &ClientConfig) -> ClientConfig {
+fn reader_config(config: &ClientConfig) -> ClientConfig {
     let mut config = config.clone();
     // A static member's name stays that member's.
     config.remove("group.instance.id");

@@ -8,7 +8,7 @@ use rdkafka::bindings::{
     rd_kafka_header_add, rd_kafka_header_get, rd_kafka_header_get_all, rd_kafka_header_get_last,
     rd_kafka_header_remove, rd_kafka_headers_t, rd_kafka_message_headers,
 };
-use rdkafka::message::{BorrowedMessage, Header, OwnedHeaders};
+use rdkafka::message::{BorrowedMessage, Header, Message, OwnedHeaders};
 use rdkafka::types::RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR as DONE;
 
 use crate::record::{Partition, Position};
@@ -93,6 +93,33 @@ pub fn remove_last(message: &mut BorrowedMessage<'_>, name: Name) {
     }
 }
 
+/// The headers of a record as they came, whatever bytes their names hold. Only source and sink look into them.
+#[derive(Debug, Clone)]
+pub struct Headers(OwnedHeaders);
+
+impl From<OwnedHeaders> for Headers {
+    fn from(headers: OwnedHeaders) -> Self {
+        Self(headers)
+    }
+}
+
+impl Headers {
+    /// A copy of the headers of a message that has any.
+    pub fn of(message: &BorrowedMessage<'_>) -> Option<Self> {
+        Some(Self(message.headers()?.detach()))
+    }
+
+    /// A copy in the client's form.
+    pub fn copy(&self) -> OwnedHeaders {
+        self.0.clone()
+    }
+
+    /// Bytes of memory that they take, about.
+    pub fn memory(&self) -> usize {
+        lengths(&self.0).map(|(name, value)| name + value.unwrap_or(0) + OVERHEAD).sum()
+    }
+}
+
 /// Headers without those of some names.
 pub fn without(headers: OwnedHeaders, names: &[Name]) -> OwnedHeaders {
     for name in names {
@@ -122,12 +149,6 @@ pub fn lengths(headers: &OwnedHeaders) -> impl Iterator<Item = (usize, Option<us
 
 /// What librdkafka takes for one header beside its name and its value.
 const OVERHEAD: usize = 64;
-
-/// Bytes of memory that headers take, about.
-pub fn memory(headers: Option<&OwnedHeaders>) -> usize {
-    let one = |(name, value): (usize, Option<usize>)| name + value.unwrap_or(0) + OVERHEAD;
-    headers.map_or(0, |headers| lengths(headers).map(one).sum())
-}
 
 /// `kandle-source`: the position of the input that a prediction or a dead letter is about.
 pub fn origin(message: &BorrowedMessage<'_>) -> Option<Position> {
@@ -160,8 +181,7 @@ mod tests {
             .insert(Header { key: "four", value: Some("123456") })
             .insert(Header::<&str> { key: "no", value: None });
         assert_eq!(lengths(&headers).collect::<Vec<_>>(), [(4, Some(6)), (2, None)]);
-        assert_eq!(memory(Some(&headers)), 4 + 6 + 2 + 2 * OVERHEAD);
-        assert_eq!(memory(None), 0);
+        assert_eq!(Headers(headers).memory(), 4 + 6 + 2 + 2 * OVERHEAD);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::topics::TopicFilter;
 use crate::record::Partition;
 
 /// How long one question to the cluster may take, and how often it is asked.
-pub const ASK: Duration = Duration::from_secs(5);
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 const TRIES: usize = 6;
 
 /// A point in a partition: `2026-11-25T22:00:00+01:00` (RFC 3339) or `offset:1200`.
@@ -97,7 +97,7 @@ pub fn partitions<C: ConsumerContext>(
     };
     let mut partitions = Vec::new();
     for topic in wanted {
-        let metadata = again(|| consumer.fetch_metadata(topic, ASK))?;
+        let metadata = retry(|| consumer.fetch_metadata(topic, REQUEST_TIMEOUT))?;
         for found in metadata.topics().iter().filter(|found| topics.holds(found.name())) {
             if found.partitions().is_empty() {
                 return Err(RangeError::Unknown(found.name().to_owned()));
@@ -166,7 +166,7 @@ fn offsets_at<'a, C: ConsumerContext>(
         return Ok(list);
     }
     list.set_all_offsets(time)?;
-    consumer.offsets_for_times(list, ASK)
+    consumer.offsets_for_times(list, REQUEST_TIMEOUT)
 }
 
 /// The list that librdkafka takes for `partitions`, without offsets.
@@ -206,8 +206,8 @@ pub fn resolve<C: ConsumerContext>(
         return Err(RangeError::Future(to));
     }
     let partitions = partitions(consumer, topics)?;
-    let starts = again(|| all_edges(consumer, &partitions, Edge::Start))?;
-    let ends = again(|| all_edges(consumer, &partitions, Edge::End))?;
+    let starts = retry(|| all_edges(consumer, &partitions, Edge::Start))?;
+    let ends = retry(|| all_edges(consumer, &partitions, Edge::End))?;
     let mut ranges = BTreeMap::new();
     for partition in partitions {
         let low = starts[&partition];
@@ -281,7 +281,7 @@ fn offsets<C: ConsumerContext>(
         }
         Point::Time(time) => time.as_millisecond(),
     };
-    let found = again(|| offsets_at(consumer, ranges.keys(), Offset::Offset(time.max(0))))?;
+    let found = retry(|| offsets_at(consumer, ranges.keys(), Offset::Offset(time.max(0))))?;
     let mut offsets = BTreeMap::new();
     for element in found.elements() {
         element.error()?;
@@ -342,7 +342,7 @@ pub fn timestamp_at<C: ConsumerContext>(
     partition: &Partition,
     offset: i64,
 ) -> Result<Option<Timestamp>, KafkaError> {
-    let first = read(consumer, partition, offset, ASK, |message| {
+    let first = read(consumer, partition, offset, REQUEST_TIMEOUT, |message| {
         ControlFlow::Break(
             message.timestamp().to_millis().and_then(|ms| Timestamp::from_millisecond(ms).ok()),
         )
@@ -371,7 +371,7 @@ fn there_is<C: ConsumerContext>(consumer: &BaseConsumer<C>, ranges: &BTreeMap<Pa
 }
 
 /// Asks until there is an answer, some times: brokers come and go.
-pub fn again<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
+pub fn retry<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
     let mut tries = 1;
     loop {
         match ask() {

@@ -99,7 +99,7 @@ impl Written {
     }
 
     /// # Errors
-    /// Line and fault; the parser's own error quotes the line, which may hold a secret.
+    /// Line and problem; the parser's own error quotes the line, which may hold a secret.
     fn of_toml(text: &str) -> Result<Self, String> {
         fn written(value: &Spanned<DeValue<'_>>, text: &str) -> Written {
             match value.get_ref() {

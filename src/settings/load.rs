@@ -1,4 +1,4 @@
-//! Defaults < files < `KANDLE__SECTION__KEY` < `--set section.key=value`, every fault at once,
+//! Defaults < files < `KANDLE__SECTION__KEY` < `--set section.key=value`, every problem at once,
 //! each with the key, where it was set, and what is allowed.
 //!
 //! The layers are merged by the config crate, which remembers where each value came from; the
@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use config::{Map, Source, Value as Layered, ValueKind};
 use serde_json::Value;
 
-use super::faults::{Fault, check, schema_at};
 use super::file::File;
+use super::problems::{Problem, check, schema_at};
 use super::{Settings, rules, schema};
 
 /// Where settings come from.
@@ -35,69 +35,69 @@ pub struct Loaded {
     pub origins: BTreeMap<String, String>,
 }
 
-/// Reads, merges and checks. All faults are returned, not only the first.
-pub fn load(sources: &Sources) -> Result<Loaded, Vec<Fault>> {
-    let mut faults = Vec::new();
+/// Reads, merges and checks. All problems are returned, not only the first.
+pub fn load(sources: &Sources) -> Result<Loaded, Vec<Problem>> {
+    let mut problems = Vec::new();
     let mut builder = config::Config::builder();
     for path in &sources.files {
         match File::read(path) {
             Ok(file) => builder = builder.add_source(file),
-            Err(message) => faults.push(Fault { key: String::new(), message, origin: None }),
+            Err(message) => problems.push(Problem { key: String::new(), message, origin: None }),
         }
     }
     builder = builder.add_source(Assignments::from_environment(&sources.environment));
     match Assignments::from_flags(&sources.set) {
         Ok(flags) => builder = builder.add_source(flags),
-        Err(fault) => faults.push(fault),
+        Err(problem) => problems.push(problem),
     }
-    if !faults.is_empty() {
-        return Err(faults);
+    if !problems.is_empty() {
+        return Err(problems);
     }
     let merged = builder
         .build()
-        .map_err(|e| vec![Fault { key: String::new(), message: e.to_string(), origin: None }])?;
+        .map_err(|e| vec![Problem { key: String::new(), message: e.to_string(), origin: None }])?;
 
     let schema = schema();
     let mut tree = Tree {
         origins: BTreeMap::new(),
         secrets: Vec::new(),
-        faults: Vec::new(),
+        problems: Vec::new(),
         environment: &sources.environment,
     };
     let mut value = tree.value(&merged.cache, &schema, "");
-    let Tree { origins, secrets, mut faults, .. } = tree;
+    let Tree { origins, secrets, mut problems, .. } = tree;
     fill_defaults(&mut value, &schema);
-    let unread: Vec<String> = faults.iter().map(|fault| fault.key.clone()).collect();
-    for fault in check(&value, &schema, &origins, &secrets) {
+    let unread: Vec<String> = problems.iter().map(|problem| problem.key.clone()).collect();
+    for problem in check(&value, &schema, &origins, &secrets) {
         // A key whose text could not be read is not wrong twice.
-        if !unread.iter().any(|key| covers(key, &fault.key)) {
-            faults.push(fault);
+        if !unread.iter().any(|key| covers(key, &problem.key)) {
+            problems.push(problem);
         }
     }
-    mend(&mut value, &schema, &faults);
+    mend(&mut value, &schema, &problems);
     match serde_json::from_value::<Settings>(value.clone()) {
         Ok(settings) => {
-            for fault in rules::check(&settings) {
+            for problem in rules::check(&settings) {
                 // A key that is already wrong is not wrong twice.
-                if !faults.iter().any(|f| covers(&f.key, &fault.0)) {
-                    faults.push(Fault {
-                        origin: origin_of(&origins, &fault.0),
-                        key: fault.0,
-                        message: fault.1,
+                if !problems.iter().any(|f| covers(&f.key, &problem.0)) {
+                    problems.push(Problem {
+                        origin: origin_of(&origins, &problem.0),
+                        key: problem.0,
+                        message: problem.1,
                     });
                 }
             }
-            if faults.is_empty() {
+            if problems.is_empty() {
                 hide(&mut value, &secrets);
                 return Ok(Loaded { settings, shown: value, origins });
             }
         }
-        Err(e) if faults.is_empty() => {
-            faults.push(Fault { key: String::new(), message: e.to_string(), origin: None })
+        Err(e) if problems.is_empty() => {
+            problems.push(Problem { key: String::new(), message: e.to_string(), origin: None })
         }
         Err(_) => {}
     }
-    Err(faults)
+    Err(problems)
 }
 
 /// Whether a key is another one, or below it.
@@ -131,12 +131,12 @@ impl Assignments {
         Self(list)
     }
 
-    fn from_flags(set: &[String]) -> Result<Self, Fault> {
+    fn from_flags(set: &[String]) -> Result<Self, Problem> {
         let mut list = Vec::new();
         for assignment in set {
             let Some((key, value)) = assignment.split_once('=') else {
                 let message = "--set: expected section.key=value".to_owned();
-                return Err(Fault { key: String::new(), message, origin: None });
+                return Err(Problem { key: String::new(), message, origin: None });
             };
             let mut path: Vec<String> = key.split('.').map(str::to_owned).collect();
             if path.len() > 2 && path[1] == "properties" {
@@ -185,7 +185,7 @@ struct Tree<'a> {
     origins: BTreeMap<String, String>,
     /// Keys whose values are not to be shown.
     secrets: Vec<String>,
-    faults: Vec<Fault>,
+    problems: Vec<Problem>,
     environment: &'a [(String, String)],
 }
 
@@ -226,7 +226,7 @@ impl Tree<'_> {
     }
 
     fn text(&mut self, text: &str, origin: Option<&str>, schema: &Value, key: &str) -> Value {
-        let given = |text: &str| Fault {
+        let given = |text: &str| Problem {
             key: key.to_owned(),
             message: text.to_owned(),
             origin: origin.map(str::to_owned),
@@ -242,7 +242,7 @@ impl Tree<'_> {
         let (text, replaced) = match interpolate(text, self.environment) {
             Ok(done) => done,
             Err(message) => {
-                self.faults.push(given(&message));
+                self.problems.push(given(&message));
                 return text.into();
             }
         };
@@ -255,7 +255,7 @@ impl Tree<'_> {
             return text.into();
         }
         coerce(&text, schema).unwrap_or_else(|message| {
-            self.faults.push(given(&message));
+            self.problems.push(given(&message));
             text.into()
         })
     }
@@ -406,13 +406,13 @@ fn fill_defaults(value: &mut Value, schema: &Value) {
     }
 }
 
-/// Puts something readable where a key is at fault, so that the other rules can still be checked.
-fn mend(value: &mut Value, schema: &Value, faults: &[Fault]) {
-    for fault in faults {
-        let parts = parts(&fault.key);
+/// Puts something readable where a key is at problem, so that the other rules can still be checked.
+fn mend(value: &mut Value, schema: &Value, problems: &[Problem]) {
+    for problem in problems {
+        let parts = parts(&problem.key);
         let Some((name, section)) = parts.split_last() else { continue };
-        let property = fault.key.contains(".properties.").then(|| "-".into());
-        let stand_in = exemplar(schema_at(schema, &fault.key)).or(property);
+        let property = problem.key.contains(".properties.").then(|| "-".into());
+        let stand_in = exemplar(schema_at(schema, &problem.key)).or(property);
         let mut at = &mut *value;
         for &part in section {
             if let Value::Array(items) = at {

@@ -6,7 +6,7 @@ use rdkafka::error::{KafkaError, KafkaResult};
 use serde::Serialize;
 
 use super::{Fields, Format, Guarantee, Properties, Settings, Task};
-use crate::kafka::consumer::Observing;
+use crate::kafka::consumer::ReaderContext;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
 use crate::task::Kind;
@@ -49,8 +49,8 @@ const OWNED: &[(&str, &str)] = &[
 
 /// Key and message of each broken rule.
 pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
-    let mut faults = Vec::new();
-    let mut fault = |key: &str, message: String| faults.push((key.to_owned(), message));
+    let mut problems = Vec::new();
+    let mut problem = |key: &str, message: String| problems.push((key.to_owned(), message));
 
     for (section, properties) in [
         ("kafka.properties", &settings.kafka.properties),
@@ -58,87 +58,87 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         ("output.properties", &settings.output.properties),
     ] {
         for (key, message) in check_properties(section, properties) {
-            fault(&key, message);
+            problem(&key, message);
         }
     }
     for (key, message) in check_aliases(settings) {
-        fault(&key, message);
+        problem(&key, message);
     }
     for (key, message) in check_login(settings) {
-        fault(&key, message);
+        problem(&key, message);
     }
     if settings.kafka.brokers.trim().is_empty() {
-        fault("kafka.brokers", "names no broker".to_owned());
+        problem("kafka.brokers", "names no broker".to_owned());
     }
     let input = &settings.input;
     if input.topics.iter().any(|topic| TopicFilter::is_pattern(topic)) && input.topics.len() > 1 {
-        fault("input.topics", "holds names or one pattern that starts with ^, not both".to_owned());
+        problem("input.topics", "holds names or one pattern that starts with ^, not both".to_owned());
     }
     let twice = input.topics.iter().enumerate().find(|(i, topic)| input.topics[..*i].contains(topic));
     if let Some((_, topic)) = twice {
-        fault("input.topics", format!("{topic} is named twice"));
+        problem("input.topics", format!("{topic} is named twice"));
     }
     for (key, topic) in
         [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)]
     {
         if let Err(message) = check_topic(topic) {
-            fault(key, message);
+            problem(key, message);
         } else if TopicFilter::new(&input.topics).is_ok_and(|input| input.holds(topic)) {
-            fault(key, format!("{topic} is also in input.topics: kandle would read what it wrote"));
+            problem(key, format!("{topic} is also in input.topics: kandle would read what it wrote"));
         }
     }
     for topic in &input.topics {
         if TopicFilter::is_pattern(topic) {
             if let Err(e) = TopicFilter::new(&[topic]) {
-                fault("input.topics", format!("{topic} is not a valid pattern: {e}"));
+                problem("input.topics", format!("{topic} is not a valid pattern: {e}"));
             }
         } else if let Err(message) = check_topic(topic) {
-            fault("input.topics", message);
+            problem("input.topics", message);
         }
     }
     if settings.output.topic == settings.dead_letters.topic {
-        fault(
+        problem(
             "dead_letters.topic",
             "is the same as output.topic: readers could not tell them apart".to_owned(),
         );
     }
     if input.group.is_empty() {
-        fault("input.group", "is empty".to_owned());
+        problem("input.group", "is empty".to_owned());
     }
     match input.format {
         Format::Json => match (&input.field, &input.template) {
             (Fields(fields), None) if fields.is_empty() => {
-                fault(
+                problem(
                     "input.field",
                     "json needs a field or a template: say where the text is, such as /text".to_owned(),
                 );
             }
             (Fields(fields), Some(_)) if !fields.is_empty() => {
-                fault("input.template", "stands instead of input.field, not beside it".to_owned());
+                problem("input.template", "stands instead of input.field, not beside it".to_owned());
             }
             (Fields(fields), None) => {
                 for field in fields {
                     if let Err(message) = check_pointer(field) {
-                        fault("input.field", message);
+                        problem("input.field", message);
                     }
                 }
             }
             (_, Some(template)) => {
                 if let Err(e) = crate::codec::json::Template::new(template) {
-                    fault("input.template", format!("is not a valid template: {e}"));
+                    problem("input.template", format!("is not a valid template: {e}"));
                 }
             }
         },
         Format::Text | Format::Bytes => {
             let format = name_of(&input.format);
             if !input.field.0.is_empty() {
-                fault("input.field", format!("has no effect with input.format: {format}"));
+                problem("input.field", format!("has no effect with input.format: {format}"));
             }
             if input.template.is_some() {
-                fault("input.template", format!("has no effect with input.format: {format}"));
+                problem("input.template", format!("has no effect with input.format: {format}"));
             }
             if !settings.output.include.is_empty() {
-                fault("output.include", format!("needs input.format: json, not {format}"));
+                problem("output.include", format!("needs input.format: json, not {format}"));
             }
         }
     }
@@ -147,44 +147,47 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for pointer in &settings.output.include {
         match check_pointer(pointer) {
             Ok(()) if pointer.is_empty() => {
-                fault("output.include", "\"\" is the whole input: name its fields".to_owned())
+                problem("output.include", "\"\" is the whole input: name its fields".to_owned())
             }
             Ok(()) => {
                 let name = crate::codec::json::last_name(pointer);
                 if names.contains(&name) {
-                    fault("output.include", format!("{pointer}: a prediction already has a field {name:?}"));
+                    problem(
+                        "output.include",
+                        format!("{pointer}: a prediction already has a field {name:?}"),
+                    );
                 }
                 names.push(name);
             }
-            Err(message) => fault("output.include", message),
+            Err(message) => problem("output.include", message),
         }
     }
     if entry.output.is_none() {
         let name = entry.kind.name();
         if !settings.output.include.is_empty() {
-            fault(
+            problem(
                 "output.include",
                 format!("{name} publishes the value as it came: there is nothing to add to"),
             );
         }
         if settings.model.source.is_some() {
-            fault("model.source", format!("{name} runs no model"));
+            problem("model.source", format!("{name} runs no model"));
         }
     } else if settings.model.source.as_deref().unwrap_or_default().is_empty() {
         let message = "is required: a hub id (org/name), a directory, or bundled".to_owned();
-        fault("model.source", message);
+        problem("model.source", message);
     }
     for (key, message) in check_task(&settings.task, entry, input.format) {
-        fault(&format!("task.{key}"), message);
+        problem(&format!("task.{key}"), message);
     }
     if settings.window.max_work.0.is_zero() {
-        fault("window.max_work", "is zero".to_owned());
+        problem("window.max_work", "is zero".to_owned());
     }
     if settings.window.max_wait.0.is_zero() {
-        fault("window.max_wait", "is zero".to_owned());
+        problem("window.max_wait", "is zero".to_owned());
     }
     if settings.window.max_bytes.0 == 0 {
-        fault("window.max_bytes", "is zero".to_owned());
+        problem("window.max_bytes", "is zero".to_owned());
     }
     // Half the limit is for windows, and at least three overlap.
     if settings.memory.limit.0 < 8 * settings.window.max_bytes.0 {
@@ -193,56 +196,56 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             "{} is less than eight windows of window.max_bytes: at least {least}",
             settings.memory.limit
         );
-        fault("memory.limit", message);
+        problem("memory.limit", message);
     }
     if settings.memory.limit.0 < 16 << 20 {
-        fault("memory.limit", "is less than 16MiB, which librdkafka's queues alone need".to_owned());
+        problem("memory.limit", "is less than 16MiB, which librdkafka's queues alone need".to_owned());
     }
     if settings.server.listen.parse::<std::net::SocketAddr>().is_err() {
-        fault(
+        problem(
             "server.listen",
             format!("{:?} is not address:port, such as 0.0.0.0:9464", settings.server.listen),
         );
     }
     if settings.batch.timeout.0.is_zero() {
-        fault("batch.timeout", "is zero".to_owned());
+        problem("batch.timeout", "is zero".to_owned());
     } else if settings.batch.timeout.0 >= settings.server.stall_after.0 {
         let message = format!(
             "{} is not less than server.stall_after {}: the process would be taken for stalled first",
             settings.batch.timeout, settings.server.stall_after
         );
-        fault("batch.timeout", message);
+        problem("batch.timeout", message);
     }
     for (key, message) in check_delivery(settings) {
-        fault(key, message);
+        problem(key, message);
     }
     for (key, message) in Schedule::check(&settings.schedule) {
-        fault(&key, message);
+        problem(&key, message);
     }
     if let Some(endpoint) = &settings.otel.endpoint
         && !["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme))
     {
-        fault("otel.endpoint", format!("{endpoint:?} is not an address such as http://localhost:4318"));
+        problem("otel.endpoint", format!("{endpoint:?} is not an address such as http://localhost:4318"));
     }
     if settings.delivery.commit_interval.0.is_zero() {
-        fault("delivery.commit_interval", "is zero".to_owned());
+        problem("delivery.commit_interval", "is zero".to_owned());
     }
-    faults
+    problems
 }
 
 fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
-    let mut faults = Vec::new();
+    let mut problems = Vec::new();
     if settings.delivery.guarantee != Guarantee::ExactlyOnce {
         if settings.delivery.transactional_id.is_some() {
-            faults.push((
+            problems.push((
                 "delivery.transactional_id",
                 "has no effect without guarantee: exactly_once".to_owned(),
             ));
         }
-        return faults;
+        return problems;
     }
     if settings.delivery.transactional_id.as_deref() == Some("") {
-        faults.push(("delivery.transactional_id", "is empty".to_owned()));
+        problems.push(("delivery.transactional_id", "is empty".to_owned()));
     }
     let (timeout, longest) = (settings.transaction_timeout(), settings.longest_transaction());
     if timeout < longest {
@@ -251,13 +254,13 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
             timeout.as_millis(),
             longest.as_millis()
         );
-        faults.push(("output.properties", message));
+        problems.push(("output.properties", message));
     }
     if settings.property("isolation.level").is_some_and(|level| level != "read_committed") {
         let message = "isolation.level must be read_committed with guarantee: exactly_once".to_owned();
-        faults.push(("input.properties", message));
+        problems.push(("input.properties", message));
     }
-    faults
+    problems
 }
 
 /// Keys of `task` that are set and have no effect with its kind, and what its kind finds wrong with the others.
@@ -294,18 +297,18 @@ fn name_of(value: &impl Serialize) -> String {
 }
 
 fn check_properties(section: &str, properties: &Properties) -> Vec<(String, String)> {
-    let mut faults = Vec::new();
+    let mut problems = Vec::new();
     for (name, value) in properties {
         let key = format!("{section}.{name}");
         if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| owned == name) {
-            faults.push((key, format!("is managed by kandle: {reason}")));
+            problems.push((key, format!("is managed by kandle: {reason}")));
             continue;
         }
         if let Err(e) = ClientConfig::new().set(name, &value.0).create_native_config() {
-            faults.push((key, reason(e)));
+            problems.push((key, reason(e)));
         }
     }
-    faults
+    problems
 }
 
 /// Names of librdkafka for one property.
@@ -325,23 +328,23 @@ fn clients(settings: &Settings) -> [[(&'static str, &Properties); 2]; 2] {
 
 /// Two names of one property, of which one client would take either.
 fn check_aliases(settings: &Settings) -> Vec<(String, String)> {
-    let mut faults = Vec::new();
+    let mut problems = Vec::new();
     for sections in clients(settings) {
         let section =
             |name: &str| sections.iter().find(|(_, set)| set.contains_key(name)).map(|(section, _)| *section);
         for (one, other) in ALIASES {
             if let (Some(first), Some(second)) = (section(one), section(other)) {
-                let fault = (
+                let problem = (
                     format!("{second}.{other}"),
                     format!("is the same property as {one}, which {first} sets: write one name"),
                 );
-                if !faults.contains(&fault) {
-                    faults.push(fault);
+                if !problems.contains(&problem) {
+                    problems.push(problem);
                 }
             }
         }
     }
-    faults
+    problems
 }
 
 /// What librdkafka says, without the value, which may be a secret.
@@ -355,7 +358,7 @@ fn reason(error: KafkaError) -> String {
 /// Creates a client to let librdkafka check the SASL settings: the mechanisms depend on the build, and some need more
 /// properties. Without brokers it connects to nothing.
 fn check_login(settings: &Settings) -> Vec<(String, String)> {
-    let mut faults: Vec<(String, String)> = Vec::new();
+    let mut problems: Vec<(String, String)> = Vec::new();
     for sections in clients(settings) {
         let all =
             || sections.into_iter().flat_map(|(section, set)| set.iter().map(move |pair| (section, pair)));
@@ -367,24 +370,24 @@ fn check_login(settings: &Settings) -> Vec<(String, String)> {
         let mut config = ClientConfig::new();
         config.set("security.protocol", "SASL_PLAINTEXT").set("log_level", "0");
         for (_, (name, value)) in all().filter(|(_, (name, _))| name.contains("sasl.")) {
-            // A property that does not exist is a fault of its own.
+            // A property that does not exist is a problem of its own.
             if ClientConfig::new().set(name, &value.0).create_native_config().is_ok() {
                 config.set(name, &value.0);
             }
         }
-        let made: KafkaResult<BaseConsumer<Observing>> = config.create_with_context(Observing);
+        let made: KafkaResult<BaseConsumer<ReaderContext>> = config.create_with_context(ReaderContext);
         if let Err(error) = made {
             let (section, name) = ["sasl.mechanism", "sasl.mechanisms"]
                 .iter()
                 .find_map(|name| last(name).map(|(section, _)| (section, *name)))
                 .unwrap_or((protocol_in, "security.protocol"));
-            let fault = (format!("{section}.{name}"), reason(error));
-            if !faults.contains(&fault) {
-                faults.push(fault);
+            let problem = (format!("{section}.{name}"), reason(error));
+            if !problems.contains(&problem) {
+                problems.push(problem);
             }
         }
     }
-    faults
+    problems
 }
 
 /// Kafka's own rule for names: `[a-zA-Z0-9._-]{1,249}`.

@@ -13,7 +13,7 @@ use rdkafka::types::RDKafkaErrorCode;
 use crate::kafka::log;
 use crate::telemetry::Health;
 
-/// Identifies a record with a message under way: window number and place in the window, in the one
+/// Identifies a record with a message under way: the window's id and the place in the window, in the one
 /// word that librdkafka carries along.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ticket(usize);

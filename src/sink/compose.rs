@@ -6,8 +6,9 @@ use rdkafka::message::OwnedHeaders;
 
 use super::window::{Form, UnderWay};
 use crate::flow::Outcome;
-use crate::kafka::{headers, record_size};
-use crate::record::{Headers, Partition, RecordError};
+use crate::kafka::headers::{self, Headers};
+use crate::kafka::record_size;
+use crate::record::{Partition, RecordError};
 use crate::settings::{OutputTimestamp, Partitioning, Settings};
 
 /// What every message says of the model.
@@ -121,7 +122,7 @@ pub(super) fn partition(by: Partitioning, key: Option<&[u8]>, source: i32, count
 /// The record's own headers, with room for ours.
 fn own(headers: Option<&Headers>, more: usize) -> OwnedHeaders {
     match headers {
-        Some(headers) => headers.clone(),
+        Some(headers) => headers.copy(),
         None => OwnedHeaders::new_with_capacity(more),
     }
 }
@@ -129,7 +130,7 @@ fn own(headers: Option<&Headers>, more: usize) -> OwnedHeaders {
 /// Of a prediction or a tombstone. Where the input is another job's predictions, what that job said of itself goes.
 fn prediction(headers: Option<&Headers>, source: &str, stamp: &Stamp) -> OwnedHeaders {
     let own = match headers {
-        Some(headers) => headers::without(headers.clone(), &headers::OF_PREDICTIONS),
+        Some(headers) => headers::without(headers.copy(), &headers::OF_PREDICTIONS),
         None => OwnedHeaders::new_with_capacity(headers::OF_PREDICTIONS.len()),
     };
     let headers = headers::with(own, headers::SOURCE, source);
@@ -191,7 +192,7 @@ mod tests {
     fn own_headers_come_first_and_all_of_ours_follow() {
         let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
         let own = OwnedHeaders::new().insert(Header { key: "traceparent", value: Some("00-x") });
-        let made = prediction(Some(&own), "t/0/1", &stamp);
+        let made = prediction(Some(&own.into()), "t/0/1", &stamp);
         assert_eq!(names(&made), ["traceparent", "kandle-source", "kandle-model", "kandle-model-digest"]);
         let error = RecordError::new(Fault::Decode, "bad");
         let made = dead_letter(None, "t/0/1", &error, &stamp);
@@ -205,7 +206,7 @@ mod tests {
     #[test]
     fn predictions_of_predictions_say_where_they_come_from_themselves() {
         let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
-        let first = prediction(None, "a/0/1", &stamp);
+        let first = prediction(None, "a/0/1", &stamp).into();
         let second = prediction(Some(&first), "b/0/7", &stamp);
         assert_eq!(names(&second), ["kandle-source", "kandle-model", "kandle-model-digest"]);
         assert_eq!(listed(&second)[0].1, "b/0/7");

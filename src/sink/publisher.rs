@@ -69,7 +69,7 @@ pub(super) enum Delivery {
     ExactlyOnce(Box<Transactions>),
 }
 
-/// A place in the windows under way: the number of a window, and a record in it.
+/// A place in the windows under way: the id of a window, and a record in it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Cursor {
     pub window: u64,
@@ -108,7 +108,7 @@ pub struct Publisher {
     compresses: bool,
     /// Windows taken in and not yet reported. The source's share of the memory limit bounds them.
     pub(super) windows: VecDeque<UnderWay>,
-    /// The number of the next window.
+    /// The id after that of the last window taken in: ids grow.
     next: u64,
     /// The next record to send.
     pub(super) cursor: Cursor,
@@ -123,7 +123,7 @@ pub struct Publisher {
     /// The client holds messages that wait for others (`linger.ms`).
     lingers: bool,
     /// Whether they are sent at once where no others are to come.
-    may_hurry: bool,
+    sends_at_once: bool,
     /// Milliseconds since the epoch, when records were last handed over.
     now: i64,
     pub(super) reports: Sender<Report>,
@@ -166,7 +166,7 @@ impl Publisher {
             stopped: false,
             lingers: false,
             // Who sets it wants to wait.
-            may_hurry: !["linger.ms", "queue.buffering.max.ms"]
+            sends_at_once: !["linger.ms", "queue.buffering.max.ms"]
                 .iter()
                 .any(|name| settings.property(name).is_some()),
             halved: 0,
@@ -217,21 +217,19 @@ impl Publisher {
     }
 
     fn take(&mut self, content: Encoded) {
-        let number = self.next;
-        self.next += 1;
-        let window = UnderWay::new(number, content);
+        let window = UnderWay::new(content);
+        self.next = window.id() + 1;
         failpoint::pass("publish");
         if self.windows.is_empty() {
-            self.cursor = Cursor { window: number, place: 0 };
+            self.cursor = Cursor { window: window.id(), place: 0 };
         }
         self.windows.push_back(window);
         self.show_memory();
     }
 
     /// Where the window stands in `windows`.
-    pub(super) fn index(&self, number: u64) -> Option<usize> {
-        let first = self.windows.front()?.number;
-        usize::try_from(number.checked_sub(first)?).ok().filter(|&at| at < self.windows.len())
+    pub(super) fn index(&self, id: u64) -> Option<usize> {
+        self.windows.binary_search_by_key(&id, UnderWay::id).ok()
     }
 
     pub(super) fn all_is_sent(&self) -> bool {
@@ -254,9 +252,12 @@ impl Publisher {
             if !self.may_send() || !self.begin_transaction()? {
                 return Ok(());
             }
-            // The cursor stands at a window, where not all is sent.
-            let Some(index) = self.index(self.cursor.window) else { return Ok(()) };
-            let window = &mut self.windows[index];
+            // Not every id comes this far: a window may have been dropped before.
+            let index = self.windows.partition_point(|window| window.id() < self.cursor.window);
+            let Some(window) = self.windows.get(index) else { return Ok(()) };
+            if window.id() > self.cursor.window {
+                self.cursor = Cursor { window: window.id(), place: 0 };
+            }
             if self.cursor.place == window.len() {
                 failpoint::pass("sent");
                 self.cursor = Cursor { window: self.cursor.window + 1, place: 0 };
@@ -316,7 +317,7 @@ impl Publisher {
             let ticket = self.windows[index].ticket(place);
             return match self.producer.send(topic, partition, message, bytes, ticket) {
                 Ok(bytes) => {
-                    self.lingers = self.may_hurry;
+                    self.lingers = self.sends_at_once;
                     self.windows[index].sent(place, bytes);
                     self.count_in_transaction(bytes);
                     Ok(true)
@@ -521,8 +522,8 @@ impl Publisher {
         while self.windows.front().is_some_and(UnderWay::is_done) {
             failpoint::pass("acknowledged");
             let Some(first) = self.windows.pop_front() else { return };
-            if self.cursor.window == first.number {
-                self.cursor = Cursor { window: first.number + 1, place: 0 };
+            if self.cursor.window == first.id() {
+                self.cursor = Cursor { window: first.id() + 1, place: 0 };
             }
             let live = first.live_spans().next().is_some();
             let report = match live {
@@ -606,13 +607,13 @@ impl Publisher {
     pub(super) fn unsettled(&self, from: Cursor, to: Cursor) -> Vec<Ticket> {
         let mut tickets = Vec::new();
         for window in &self.windows {
-            let start = if window.number == from.window { from.place } else { 0 };
-            let end = match window.number.cmp(&to.window) {
+            let start = if window.id() == from.window { from.place } else { 0 };
+            let end = match window.id().cmp(&to.window) {
                 std::cmp::Ordering::Less => window.len(),
                 std::cmp::Ordering::Equal => to.place,
                 std::cmp::Ordering::Greater => break,
             };
-            if window.number >= from.window {
+            if window.id() >= from.window {
                 tickets.extend(window.unsettled(start, end));
             }
         }

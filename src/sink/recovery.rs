@@ -20,6 +20,7 @@ use super::error::PublishError;
 use super::isolation::{Meaning, Verdict, judge};
 use super::producer::{ProducerLimits, RecordProducer, config};
 use super::publisher::{Cursor, Delivery, Publisher, RefusedBecause};
+use super::window::UnderWay;
 use crate::telemetry::health::Stage;
 
 /// How long messages that have been sent may take to be answered once the producer has stopped.
@@ -54,8 +55,7 @@ impl Publisher {
             self.halved += 1;
         }
         self.stop_after_refusal()?;
-        let start =
-            Cursor { window: self.windows.front().map_or(end.window, |window| window.number), place: 0 };
+        let start = Cursor { window: self.windows.front().map_or(end.window, UnderWay::id), place: 0 };
         let all = self.unsettled(start, end);
         let mut groups = VecDeque::from([all.clone()]);
         if !failures.is_empty() {
@@ -79,7 +79,7 @@ impl Publisher {
             self.apply(judge(&left, &failures), &left, &mut groups)?;
         }
         // Windows that nobody waits for any more may be gone.
-        let first = self.windows.front().map_or(end, |window| Cursor { window: window.number, place: 0 });
+        let first = self.windows.front().map_or(end, |window| Cursor { window: window.id(), place: 0 });
         self.cursor = end.max(first);
         self.start_producer(false)?;
         tracing::info!("everything that had been sent is published");

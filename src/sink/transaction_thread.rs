@@ -15,9 +15,9 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::acks::Reports;
 
 /// Between two looks for the answer.
-const LOOK: Duration = Duration::from_millis(2);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// Between two tries of a call that the coordinator could not take just now.
-const AGAIN: Duration = Duration::from_millis(100);
+const RETRY_DELAY: Duration = Duration::from_millis(100);
 /// One try of `init_transactions`.
 const INIT: Duration = Duration::from_secs(10);
 
@@ -77,13 +77,13 @@ impl TransactionThread {
     /// Makes the call and waits for its end; `serve` is what the producer needs meanwhile.
     pub fn call(&self, call: Call, mut serve: impl FnMut()) -> Result<(), Broken> {
         let name = call.name();
-        let limit = if matches!(call, Call::Init) { 3 * INIT } else { self.timeout + 2 * AGAIN };
+        let limit = if matches!(call, Call::Init) { 3 * INIT } else { self.timeout + 2 * RETRY_DELAY };
         let started = Instant::now();
         if self.calls.send(call).is_err() {
             return Err(Broken::Lost(format!("{name}: the thread for transactions has ended")));
         }
         loop {
-            match self.answers.recv_timeout(LOOK) {
+            match self.answers.recv_timeout(POLL_INTERVAL) {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) => return Err(judge(name, &error)),
                 Err(RecvTimeoutError::Disconnected) => {
@@ -112,9 +112,9 @@ fn make(producer: &BaseProducer<Reports>, call: &Call, timeout: Duration) -> Kaf
         };
         match result {
             Err(KafkaError::Transaction(error))
-                if error.is_retriable() && Instant::now() + AGAIN < deadline =>
+                if error.is_retriable() && Instant::now() + RETRY_DELAY < deadline =>
             {
-                std::thread::park_timeout(AGAIN);
+                std::thread::park_timeout(RETRY_DELAY);
             }
             result => return result,
         }

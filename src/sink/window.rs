@@ -20,7 +20,6 @@ pub(super) struct Form {
 
 /// A window that is published, in whole or in part.
 pub(super) struct UnderWay {
-    pub number: u64,
     pub content: Encoded,
     /// By span: its lease is held.
     live: Vec<bool>,
@@ -35,10 +34,9 @@ pub(super) struct UnderWay {
 }
 
 impl UnderWay {
-    pub fn new(number: u64, content: Encoded) -> Self {
+    pub fn new(content: Encoded) -> Self {
         let count = content.outcomes.len();
         let mut window = Self {
-            number,
             live: vec![true; content.window.spans.len()],
             settled: vec![0; count.div_ceil(64)],
             left: count,
@@ -51,12 +49,16 @@ impl UnderWay {
         window
     }
 
+    pub fn id(&self) -> u64 {
+        self.content.window.id
+    }
+
     pub fn len(&self) -> usize {
         self.content.outcomes.len()
     }
 
     pub fn ticket(&self, place: usize) -> Ticket {
-        Ticket::new(self.number, place)
+        Ticket::new(self.id(), place)
     }
 
     pub fn position(&self, place: usize) -> Position {

@@ -13,7 +13,7 @@ use rdkafka::consumer::Consumer;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use super::callbacks::{give_up, take_up};
-use super::ledger::Owned;
+use super::ledger::PartitionState;
 use super::lookup::{Question, Started};
 use super::serve::{Source, SourceError};
 use super::start::{Begin, StartOf};
@@ -249,7 +249,7 @@ impl Source {
             owned().for_each(|owned| owned.lease.end());
         }
         let in_flight = owned().any(|owned| owned.windows_in_flight() > 0);
-        let uncommitted = owned().any(Owned::is_uncommitted);
+        let uncommitted = owned().any(PartitionState::is_uncommitted);
         match revoking.next(Instant::now(), lost, in_flight, uncommitted) {
             Next::Wait => self.assignment.revoking = Some(revoking),
             Next::Commit => {

@@ -9,14 +9,14 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::drain::Drain;
 use super::ledger::Hold;
 use super::lookup::{Offsets, Question};
-use super::period::Period;
+use super::schedule_state::ScheduleState;
 use super::serve::Source;
 use crate::record::Partition;
 use crate::window::ClosedBy;
 
 pub(super) struct Bounds {
     pub drain: Option<Arc<Drain>>,
-    pub period: Period,
+    pub schedule: ScheduleState,
 }
 
 impl Bounds {

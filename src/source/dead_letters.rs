@@ -9,9 +9,9 @@ use crate::record::Position;
 
 /// Which dead letters are a job's own: those whose records came from its topics.
 #[derive(Debug)]
-pub struct Origins(TopicFilter);
+pub struct OriginalTopics(TopicFilter);
 
-impl Origins {
+impl OriginalTopics {
     pub fn new(topics: TopicFilter) -> Self {
         Self(topics)
     }
@@ -26,7 +26,7 @@ impl Origins {
     }
 
     /// Makes a dead letter the record it was, and says where that came from.
-    pub(super) fn revive(&self, message: &mut BorrowedMessage<'_>) -> Option<Position> {
+    pub(super) fn restore(&self, message: &mut BorrowedMessage<'_>) -> Option<Position> {
         let origin = self.origin(message)?;
         headers::OF_DEAD_LETTERS.into_iter().for_each(|name| headers::remove_last(message, name));
         Some(origin)

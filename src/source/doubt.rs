@@ -19,12 +19,12 @@ use crate::record::{Partition, topics_of};
 /// than half a second.
 const STALE: Duration = Duration::from_millis(250);
 /// Between two looks at the topics, while nothing gives cause; `topic.metadata.refresh.interval.ms` where that is less.
-const LOOK: Duration = Duration::from_secs(5);
+const TOPICS_INTERVAL: Duration = Duration::from_secs(5);
 /// Between two looks at what is held.
-const LOOK_AT_HELD: Duration = Duration::from_secs(1);
+const HELD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Between two attempts at partitions that cannot be read.
-const LOOK_AT_UNREADABLE: Duration = Duration::from_secs(10);
+const UNREADABLE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What is doubted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +65,7 @@ pub(super) struct Doubt {
 impl Doubt {
     /// `refresh`: how often the client looks for topics, where that is set.
     pub fn new(now: Instant, refresh: Option<Duration>) -> Self {
-        let every = refresh.map_or(LOOK, |refresh| refresh.min(LOOK));
+        let every = refresh.map_or(TOPICS_INTERVAL, |refresh| refresh.min(TOPICS_INTERVAL));
         Self {
             stage: Stage::None,
             seeks: 0,
@@ -91,7 +91,7 @@ impl Doubt {
 
     /// Whether it is time to look at the topics again; `held`: some partition waits for it.
     fn is_due(&self, held: bool, now: Instant) -> bool {
-        let every = if held { LOOK_AT_HELD } else { self.every };
+        let every = if held { HELD_INTERVAL } else { self.every };
         !self.waiting && now.saturating_duration_since(self.asked) >= every
     }
 
@@ -130,7 +130,7 @@ impl Source {
         match cause {
             Cause::Topics => self.ask_for_topics(),
             Cause::Damage => {
-                let next = |owned: &super::ledger::Owned| (owned.partition.clone(), owned.next());
+                let next = |owned: &super::ledger::PartitionState| (owned.partition.clone(), owned.next());
                 self.lookup.ask(Question::Damage(self.ledger.iter().map(next).collect()));
             }
         }
@@ -213,7 +213,7 @@ impl Source {
 
     /// The topic was deleted and recreated: its offsets begin anew.
     fn recreated(&mut self, partition: Partition, before: &str) {
-        let at = self.ledger.get(&partition).and_then(super::ledger::Owned::next);
+        let at = self.ledger.get(&partition).and_then(super::ledger::PartitionState::next);
         let owned = self.ledger.renew(partition.clone(), None);
         let now = owned.topic_id.as_ref().map(ToString::to_string);
         self.count_recreated(&partition, at, before, now.as_deref());
@@ -284,7 +284,7 @@ impl Source {
 
     /// Tries partitions again that could not be read.
     fn look_at_unreadable(&mut self) {
-        if self.doubt.trying || self.doubt.tried.elapsed() < LOOK_AT_UNREADABLE {
+        if self.doubt.trying || self.doubt.tried.elapsed() < UNREADABLE_INTERVAL {
             return;
         }
         self.doubt.tried = Instant::now();

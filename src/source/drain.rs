@@ -13,15 +13,15 @@ use serde::Serialize;
 
 use super::start::{Begin, start_of};
 use crate::kafka::cluster;
-use crate::kafka::consumer::{self, Observer};
+use crate::kafka::consumer::{self, Reader};
 use crate::kafka::native::{self, Identity, TopicId};
-use crate::kafka::range::{self, ASK, Range, RangeError};
+use crate::kafka::range::{self, REQUEST_TIMEOUT, Range, RangeError};
 use crate::record::{Partition, topics_of};
 use crate::settings::{Settings, Start};
 use crate::window::Span;
 
 /// Between two looks at how far the group's other members are.
-const LOOK: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A topic counts as deleted once it has been absent for so long: a broker that has just started may know no topics yet.
 const ABSENT: Duration = Duration::from_secs(3);
@@ -104,12 +104,12 @@ impl Drain {
         topics: &[&str],
         start: Start,
     ) -> Result<Vec<String>, RangeError> {
-        let observer = consumer::observer(config)?;
+        let reader = consumer::reader_with(config)?;
         let ranges = match &self.ranges {
             Some(ranges) => ranges.clone(),
-            None => range::resolve(&observer, topics, None, None, true)?,
+            None => range::resolve(&reader, topics, None, None, true)?,
         };
-        let known = standing_of(&consumer::bystander(config)?, ranges.keys())?;
+        let known = standing_of(&consumer::offset_reader(config)?, ranges.keys())?;
         // A group without any offset begins at the ends.
         let at_ends = start == Start::Latest && known.is_empty() && self.ranges.is_none();
         let bound = |(partition, range): (Partition, Range)| {
@@ -135,7 +135,7 @@ impl Drain {
         };
         let bounds: BTreeMap<Partition, Bound> = ranges.into_iter().map(bound).collect();
         let names = topics_of(bounds.keys());
-        let identities = range::again(|| native::identities(&observer, &names, ASK))?;
+        let identities = range::retry(|| native::identities(&reader, &names, REQUEST_TIMEOUT))?;
         self.topics.get_or_init(|| identities);
         *self.lock() = bounds;
         Ok(names)
@@ -256,7 +256,7 @@ impl Drain {
     /// The partitions of which it is time to ask how far the group is.
     pub(super) fn to_look_at(&self) -> Option<Vec<Partition>> {
         let mut looked = self.looked.lock().unwrap_or_else(|e| e.into_inner());
-        if looked.is_some_and(|at| at.elapsed() < LOOK) {
+        if looked.is_some_and(|at| at.elapsed() < POLL_INTERVAL) {
             return None;
         }
         *looked = Some(Instant::now());
@@ -288,12 +288,12 @@ pub fn standing<'a>(
     partitions: impl Iterator<Item = &'a Partition>,
 ) -> Result<HashMap<Partition, i64>, KafkaError> {
     let config = consumer::config(settings, consumer::Role::Drain, "", 1);
-    standing_of(&consumer::bystander(&config)?, partitions)
+    standing_of(&consumer::offset_reader(&config)?, partitions)
 }
 
 /// The offsets of a client's group, less those of earlier topics of the same names.
 pub(super) fn standing_of<'a>(
-    consumer: &Observer,
+    consumer: &Reader,
     partitions: impl Iterator<Item = &'a Partition>,
 ) -> Result<HashMap<Partition, i64>, KafkaError> {
     let partitions: Vec<&Partition> = partitions.collect();
@@ -301,8 +301,8 @@ pub(super) fn standing_of<'a>(
         return Ok(HashMap::new());
     }
     let (list, names) = (range::list_of(partitions.iter().copied()), topics_of(partitions.into_iter()));
-    let known = range::again(|| cluster::committed(consumer, &list, ASK))?;
-    let identities = range::again(|| native::identities(consumer, &names, ASK))?;
+    let known = range::retry(|| cluster::committed(consumer, &list, REQUEST_TIMEOUT))?;
+    let identities = range::retry(|| native::identities(consumer, &names, REQUEST_TIMEOUT))?;
     let start = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
         let offset = match element.offset() {
             Offset::Offset(offset) => Some(offset),

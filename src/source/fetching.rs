@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rdkafka::Statistics;
 
 use super::lag::of_partition;
-use super::ledger::Owned;
+use super::ledger::PartitionState;
 use super::lookup::{Offsets, Question};
 use super::serve::{Source, SourceError};
 use crate::failpoint;
@@ -105,7 +105,7 @@ impl Source {
         if self.intake.paused || self.doubt.is_open() {
             return self.fetching.pause(Instant::now());
         }
-        let position = |owned: &Owned| {
+        let position = |owned: &PartitionState| {
             let known = of_partition(statistics, &owned.partition)?;
             let done = self.bounds.is_done(&owned.partition);
             let fetched = owned.hold.is_none() && !done && owned.is_idle();

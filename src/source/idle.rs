@@ -7,8 +7,8 @@ use rdkafka::statistics::{Partition as PartitionStatistics, Statistics};
 
 use super::doubt::Cause;
 use super::lag::of_partition;
-use super::ledger::Owned;
-use super::lookup::{Content, Question, Stretch};
+use super::ledger::PartitionState;
+use super::lookup::{Content, OffsetRange, Question};
 use super::serve::Source;
 
 /// A question is under way.
@@ -20,12 +20,12 @@ pub(super) struct Idle {
 /// What lies between the last record read and the end; `None` where records may come. `bound`: where a drain ends.
 ///
 /// What statistics say of a position is not enough: after a pause they count what was fetched and thrown away again.
-fn beyond(owned: &Owned, known: &PartitionStatistics, bound: Option<i64>) -> Option<Stretch> {
+fn beyond(owned: &PartitionState, known: &PartitionStatistics, bound: Option<i64>) -> Option<OffsetRange> {
     let from = owned.next().unwrap_or(known.lo_offset);
     // What of an open transaction lies beyond the last stable offset may still become records.
     let to = bound.unwrap_or(known.ls_offset);
     let read = owned.is_idle() && owned.hold.is_none() && known.fetchq_cnt == 0 && known.next_offset >= to;
-    (read && (0..to).contains(&from)).then(|| Stretch { partition: owned.partition.clone(), from, to })
+    (read && (0..to).contains(&from)).then(|| OffsetRange { partition: owned.partition.clone(), from, to })
 }
 
 impl Source {
@@ -34,25 +34,25 @@ impl Source {
         if self.idle.asked || self.intake.paused {
             return;
         }
-        let mut stretches = Vec::new();
+        let mut ranges = Vec::new();
         for owned in self.ledger.iter() {
             if self.bounds.is_done(&owned.partition) {
                 continue;
             }
             let bound = self.bounds.bound(&owned.partition);
             let known = of_partition(statistics, &owned.partition);
-            stretches.extend(known.and_then(|known| beyond(owned, known, bound)));
+            ranges.extend(known.and_then(|known| beyond(owned, known, bound)));
         }
-        if !stretches.is_empty() {
+        if !ranges.is_empty() {
             self.idle.asked = true;
-            self.lookup.ask(Question::Content(stretches));
+            self.lookup.ask(Question::Content(ranges));
         }
     }
 
-    pub(super) fn on_content(&mut self, found: Vec<(Stretch, Content)>) {
+    pub(super) fn on_content(&mut self, found: Vec<(OffsetRange, Content)>) {
         self.idle.asked = false;
         let (mut ended, mut damaged) = (BTreeSet::new(), false);
-        for (Stretch { partition, from, to }, content) in found {
+        for (OffsetRange { partition, from, to }, content) in found {
             damaged |= content == Content::Damaged;
             let Some(owned) = self.ledger.get_mut(&partition) else { continue };
             // Meanwhile records may have come after all.
@@ -92,7 +92,7 @@ mod tests {
             ..Default::default()
         };
         let beyond = |ledger: &Ledger, known: &PartitionStatistics, bound| {
-            super::beyond(ledger.get(&p).unwrap(), known, bound).map(|stretch| (stretch.from, stretch.to))
+            super::beyond(ledger.get(&p).unwrap(), known, bound).map(|range| (range.from, range.to))
         };
         assert_eq!(beyond(&ledger, &known(9, 9, 0), None), Some((4, 9)));
         assert_eq!(beyond(&ledger, &known(9, 9, 1), None), None, "records wait");

@@ -11,11 +11,11 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::doubt::Cause;
-use super::ledger::{Owned, Read};
+use super::ledger::{PartitionState, Read};
 use super::serve::{POLL, Source, SourceError};
 use crate::compute::Compute;
 use crate::flow::Queued;
-use crate::kafka::headers;
+use crate::kafka::headers::{self, Headers};
 use crate::record::{Arrival, Partition, TraceParent};
 use crate::settings::WhenIdle;
 use crate::window::{ClosedBy, Gatherer, Load, Window};
@@ -23,14 +23,14 @@ use crate::window::{ClosedBy, Gatherer, Load, Window};
 /// Messages taken from the client between two looks at everything else.
 pub(super) const BURST: usize = 1024;
 /// Messages taken between two looks at the clock.
-const BETWEEN_LOOKS: usize = 64;
+const MESSAGES_PER_CLOCK_READ: usize = 64;
 /// How long a full pipeline may hold up polling before partitions are paused. Pausing throws away
 /// what the client has prefetched, so it is for pipelines that stay full.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE_AFTER: Duration = Duration::from_secs(2);
 /// How long the source waits for the reports that make room.
-const ROOM: Duration = Duration::from_millis(5);
+const FULL_INTERVAL: Duration = Duration::from_millis(5);
 /// How long the source waits for messages while the window that gathers closes as soon as no other one is under way.
-const UNTIL_IDLE: Duration = Duration::from_millis(2);
+const IDLE_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Windows on their way in, and what they occupy.
 pub(super) struct Intake {
@@ -84,7 +84,7 @@ impl Intake {
     }
 
     /// The window that gathers waits for records that are there already, and for no others.
-    fn hurries(&self) -> bool {
+    fn closes_when_idle(&self) -> bool {
         self.when_idle == WhenIdle::Close && self.has_passed_all_on() && !self.gatherer.is_empty()
     }
 
@@ -119,7 +119,7 @@ impl Intake {
         let since = *self.full_since.get_or_insert(now);
         // Some messages still come until partitions are paused: of large ones, few may.
         let large = self.waiting() > self.limit.bytes / 4;
-        !self.paused && (large || now.saturating_duration_since(since) >= PATIENCE)
+        !self.paused && (large || now.saturating_duration_since(since) >= PAUSE_AFTER)
     }
 }
 
@@ -130,17 +130,17 @@ impl Source {
 
     /// Takes messages until none is there, a window is full, or the burst is over.
     pub(super) fn poll(&mut self) -> Result<(), SourceError> {
-        let (hurries, records) = (self.intake.hurries(), self.intake.gatherer.len());
+        let (closes_when_idle, records) = (self.intake.closes_when_idle(), self.intake.gatherer.len());
         let wait = match self.intake.gatherer.deadline() {
-            _ if hurries => Duration::ZERO,
+            _ if closes_when_idle => Duration::ZERO,
             Some(deadline) => {
-                let longest = if self.intake.when_idle == WhenIdle::Close { UNTIL_IDLE } else { POLL };
+                let longest = if self.intake.when_idle == WhenIdle::Close { IDLE_INTERVAL } else { POLL };
                 deadline.saturating_duration_since(Instant::now()).min(longest)
             }
             None => POLL,
         };
         self.take(BURST, wait)?;
-        if hurries
+        if closes_when_idle
             && self.intake.gatherer.len() == records
             && let Some(window) = self.intake.gatherer.close(ClosedBy::Idle)
         {
@@ -163,7 +163,7 @@ impl Source {
         // Partitions of which a drain has all.
         let mut ended = BTreeSet::new();
         // Messages come in runs of one partition.
-        let mut run: Option<&mut Owned> = None;
+        let mut run: Option<&mut PartitionState> = None;
         // Where a drain ends in it.
         let mut end = None;
         for i in 0..limit {
@@ -173,7 +173,7 @@ impl Source {
                 self.context.metrics.input_wait.inc_by(since.elapsed().as_secs_f64());
             }
             wait = Duration::ZERO;
-            if i % BETWEEN_LOOKS == 0 {
+            if i % MESSAGES_PER_CLOCK_READ == 0 {
                 now = Instant::now();
                 doubtful = self.doubt.turns(now);
             }
@@ -205,8 +205,8 @@ impl Source {
                 continue;
             }
             let mut origin = None;
-            if let Some(origins) = &self.context.revive {
-                origin = origins.revive(&mut message).map(Box::new);
+            if let Some(topics) = &self.context.reprocess {
+                origin = topics.restore(&mut message).map(Box::new);
                 if origin.is_none() {
                     owned.pass_over(message.offset());
                     if let Some(drain) = &self.bounds.drain {
@@ -292,7 +292,7 @@ impl Source {
             if wait {
                 self.intake.held.push_front(window);
                 // Nothing tells when room is there but the reports, read by the caller.
-                std::thread::park_timeout(ROOM);
+                std::thread::park_timeout(FULL_INTERVAL);
                 return self.full();
             }
             match windows.send_timeout(window, POLL) {
@@ -329,7 +329,8 @@ impl Source {
     /// Nothing is left that partitions were paused for.
     pub(super) fn may_resume(&self) -> bool {
         let stopping = self.context.stop.load(Ordering::Relaxed);
-        let held_up = stopping || self.intake.is_full() || self.bounds.period.resting || self.doubt.is_open();
+        let held_up =
+            stopping || self.intake.is_full() || self.bounds.schedule.resting || self.doubt.is_open();
         self.intake.paused && !held_up
     }
 
@@ -371,7 +372,7 @@ fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool, compute: &dyn Co
         timestamp: timestamp(message),
         key: message.key(),
         value,
-        headers: message.headers().map(rdkafka::message::BorrowedHeaders::detach),
+        headers: Headers::of(message),
         suspect,
         origin: None,
         trace: None,
@@ -446,10 +447,10 @@ mod tests {
         let start = Instant::now();
         assert!(!intake.is_full());
         assert!(!intake.is_full_for_long(start));
-        assert!(intake.is_full() && !intake.is_full_for_long(start + PATIENCE / 2));
-        assert!(intake.is_full_for_long(start + PATIENCE));
+        assert!(intake.is_full() && !intake.is_full_for_long(start + PAUSE_AFTER / 2));
+        assert!(intake.is_full_for_long(start + PAUSE_AFTER));
         intake.paused = true;
-        assert!(!intake.is_full_for_long(start + 2 * PATIENCE), "they are paused");
+        assert!(!intake.is_full_for_long(start + 2 * PAUSE_AFTER), "they are paused");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use rdkafka::statistics::{Partition as PartitionStatistics, Statistics};
 use serde_json::{Value, json};
 
 use super::drain::Drain;
-use super::ledger::{Ledger, Owned};
+use super::ledger::{Ledger, PartitionState};
 use super::lookup::Offsets;
 use crate::record::Partition;
 use crate::telemetry::Metrics;
@@ -128,7 +128,7 @@ fn forget(partition: &Partition, metrics: &Metrics) {
 
 /// Records and seconds that a partition is behind its end, -1 where that is not known yet; `now` in seconds
 /// since the epoch.
-fn behind(owned: &Owned, known: &PartitionStatistics, end: i64, now: f64) -> (i64, f64) {
+fn behind(owned: &PartitionState, known: &PartitionStatistics, end: i64, now: f64) -> (i64, f64) {
     if end < 0 {
         return (0, 0.0);
     }

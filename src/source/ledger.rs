@@ -12,7 +12,7 @@ use crate::window::Span;
 
 /// One of our partitions.
 #[derive(Debug, Clone)]
-pub(super) struct Owned {
+pub(super) struct PartitionState {
     pub partition: Partition,
     pub lease: Lease,
     /// Which topic stands behind the name, where the broker gives ids.
@@ -68,7 +68,7 @@ pub(super) enum Read {
     },
 }
 
-impl Owned {
+impl PartitionState {
     fn new(partition: Partition, lease: Lease, start: Option<i64>) -> Self {
         Self {
             partition,
@@ -190,7 +190,7 @@ impl Owned {
 
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
-    owned: HashMap<Partition, Owned>,
+    owned: HashMap<Partition, PartitionState>,
     generation: u64,
     /// Windows are committed by transactions.
     transactional: bool,
@@ -206,7 +206,7 @@ impl Ledger {
         self.generation += 1;
         let lease = Lease::new(self.generation);
         if let Some(before) =
-            self.owned.insert(partition.clone(), Owned::new(partition, lease.clone(), start))
+            self.owned.insert(partition.clone(), PartitionState::new(partition, lease.clone(), start))
         {
             before.lease.end();
         }
@@ -215,9 +215,9 @@ impl Ledger {
 
     /// A partition starts again, at `offset` or at the first record that is there, without having been away: what is
     /// in flight of it may still be published, and no longer counts for its offsets.
-    pub fn renew(&mut self, partition: Partition, offset: Option<i64>) -> &mut Owned {
+    pub fn renew(&mut self, partition: Partition, offset: Option<i64>) -> &mut PartitionState {
         self.generation += 1;
-        let mut renewed = Owned::new(partition.clone(), Lease::new(self.generation), offset);
+        let mut renewed = PartitionState::new(partition.clone(), Lease::new(self.generation), offset);
         if let Some(before) = self.owned.remove(&partition) {
             renewed.topic_id = before.topic_id;
             renewed.hold = before.hold.filter(|hold| *hold == Hold::Revoked);
@@ -236,19 +236,19 @@ impl Ledger {
         }
     }
 
-    pub fn get(&self, partition: &Partition) -> Option<&Owned> {
+    pub fn get(&self, partition: &Partition) -> Option<&PartitionState> {
         self.owned.get(partition)
     }
 
-    pub fn get_mut(&mut self, partition: &Partition) -> Option<&mut Owned> {
+    pub fn get_mut(&mut self, partition: &Partition) -> Option<&mut PartitionState> {
         self.owned.get_mut(partition)
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Owned> {
+    pub fn iter(&self) -> impl Iterator<Item = &PartitionState> {
         self.owned.values()
     }
 
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Owned> {
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut PartitionState> {
         self.owned.values_mut()
     }
 
@@ -328,7 +328,7 @@ impl Ledger {
         })
     }
 
-    fn current(&mut self, span: &Span) -> Option<&mut Owned> {
+    fn current(&mut self, span: &Span) -> Option<&mut PartitionState> {
         self.owned.get_mut(&span.partition).filter(|owned| owned.lease == span.lease)
     }
 }

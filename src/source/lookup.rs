@@ -17,10 +17,10 @@ use super::damage::{self, Damage};
 use super::drain::standing_of;
 use super::start::{Begin, StartOf, start_of};
 use crate::kafka::cluster::committed;
-use crate::kafka::consumer::{self, Observer};
+use crate::kafka::consumer::{self, Reader};
 use crate::kafka::metadata::{Metadata, add_offset};
 use crate::kafka::native::{self, First, Identity};
-use crate::kafka::range::{self, ASK, Edge, RangeError};
+use crate::kafka::range::{self, Edge, REQUEST_TIMEOUT, RangeError};
 use crate::kafka::topics::TopicFilter;
 use crate::record::{Partition, topics_of};
 use crate::settings::Start;
@@ -28,13 +28,13 @@ use crate::settings::Start;
 /// Between two attempts at the same question.
 const RETRY: Duration = Duration::from_millis(200);
 /// How often a place is looked at that gives an error.
-const LOOKS: usize = 4;
+const ATTEMPTS: usize = 4;
 /// Repeated failures are logged at most this often.
 const REPEAT: Duration = Duration::from_secs(10);
 
 /// A part of a partition: from an offset up to another one.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Stretch {
+pub(super) struct OffsetRange {
     pub partition: Partition,
     pub from: i64,
     pub to: i64,
@@ -76,7 +76,7 @@ pub(super) enum Question {
     /// How far the group is.
     Progress(Vec<Partition>),
     /// What the parts hold.
-    Content(Vec<Stretch>),
+    Content(Vec<OffsetRange>),
     /// Which topics `input.topics` means now, and which topics stand behind these names.
     Topics(Vec<String>),
     /// Whether the batches at these offsets, or at the starts of the logs, can be read.
@@ -110,7 +110,7 @@ pub(super) enum Answer {
     Ends(Offsets),
     Quiet(Offsets),
     Progress(Offsets),
-    Content(Vec<(Stretch, Content)>),
+    Content(Vec<(OffsetRange, Content)>),
     /// `None`: the cluster did not answer.
     Topics(Option<Topics>),
     Damage(Vec<Looked>),
@@ -174,7 +174,7 @@ impl Lookup {
             assignment: Arc::clone(&assignment),
             closed: Arc::clone(&closed),
             prober: None,
-            bystander: None,
+            offset_reader: None,
             said: None,
         };
         std::thread::Builder::new()
@@ -218,8 +218,8 @@ struct Thread {
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
     open: Arc<[AtomicBool; 3]>,
-    prober: Option<Observer>,
-    bystander: Option<Observer>,
+    prober: Option<Reader>,
+    offset_reader: Option<Reader>,
     /// The last failure that was logged.
     said: Option<(String, Instant)>,
 }
@@ -260,7 +260,7 @@ impl Thread {
                     Answer::Progress(Offsets::new())
                 }
             },
-            Question::Content(stretches) => Answer::Content(self.contents(stretches)),
+            Question::Content(ranges) => Answer::Content(self.contents(ranges)),
             Question::Topics(owned) => match self.topics(&owned) {
                 Ok(topics) => Answer::Topics(Some(topics)),
                 Err(error) => {
@@ -285,17 +285,17 @@ impl Thread {
         }
     }
 
-    fn prober(&mut self) -> Result<&Observer, KafkaError> {
+    fn prober(&mut self) -> Result<&Reader, KafkaError> {
         match &mut self.prober {
             Some(prober) => Ok(prober),
             none => Ok(none.insert(consumer::prober(&self.setup.config)?)),
         }
     }
 
-    fn bystander(&mut self) -> Result<&Observer, KafkaError> {
-        match &mut self.bystander {
-            Some(bystander) => Ok(bystander),
-            none => Ok(none.insert(consumer::bystander(&self.setup.config)?)),
+    fn offset_reader(&mut self) -> Result<&Reader, KafkaError> {
+        match &mut self.offset_reader {
+            Some(offset_reader) => Ok(offset_reader),
+            none => Ok(none.insert(consumer::offset_reader(&self.setup.config)?)),
         }
     }
 
@@ -322,18 +322,18 @@ impl Thread {
         partitions: &TopicPartitionList,
         compare_all: bool,
     ) -> Result<Option<Started>, RangeError> {
-        let list = committed(self.prober()?, partitions, ASK)?;
+        let list = committed(self.prober()?, partitions, REQUEST_TIMEOUT)?;
         let mut names: Vec<String> = list.elements().iter().map(|e| e.topic().to_owned()).collect();
         names.sort();
         names.dedup();
-        let identities = native::identities(self.prober()?, &names, ASK)?;
+        let identities = native::identities(self.prober()?, &names, REQUEST_TIMEOUT)?;
         let lacks = list.elements().iter().any(|element| !matches!(element.offset(), Offset::Offset(_)));
         let latest = lacks && self.setup.start == Start::Latest;
         let mut all = None;
         let mut first_start = None;
         if compare_all || latest {
             let found = self.partitions()?;
-            let known = committed(self.prober()?, &range::list_of(&found), ASK)?;
+            let known = committed(self.prober()?, &range::list_of(&found), REQUEST_TIMEOUT)?;
             if latest {
                 let none = !known.elements().iter().any(|e| matches!(e.offset(), Offset::Offset(_)));
                 // One member says for all where the group begins, so that nobody skips what another one is to read:
@@ -387,7 +387,7 @@ impl Thread {
     /// Commits the ends of all partitions, as the offsets at which the group begins.
     fn commit_ends(&mut self, partitions: &[Partition]) -> Result<Offsets, RangeError> {
         let names = topics_of(partitions.iter());
-        let identities = native::identities(self.prober()?, &names, ASK)?;
+        let identities = native::identities(self.prober()?, &names, REQUEST_TIMEOUT)?;
         let mut ends = Offsets::new();
         let mut list = TopicPartitionList::with_capacity(partitions.len());
         for (partition, end) in range::all_edges(self.prober()?, partitions, Edge::End)? {
@@ -436,17 +436,17 @@ impl Thread {
 
     /// First offset and end of a log. Not tried again: other questions wait.
     fn watermarks(&mut self, partition: &Partition) -> Result<(i64, i64), KafkaError> {
-        self.prober()?.fetch_watermarks(&partition.topic, partition.number, ASK)
+        self.prober()?.fetch_watermarks(&partition.topic, partition.number, REQUEST_TIMEOUT)
     }
 
     fn progress(&mut self, partitions: &[Partition]) -> Result<Offsets, KafkaError> {
-        standing_of(self.bystander()?, partitions.iter())
+        standing_of(self.offset_reader()?, partitions.iter())
     }
 
     /// What comes first from an offset on.
     fn first(&mut self, partition: &Partition, from: i64) -> First {
         let mut first = self.look(partition, from);
-        for _ in 1..LOOKS {
+        for _ in 1..ATTEMPTS {
             // It may be an error of the look before: after a failed checksum librdkafka goes astray, and says so late.
             if !matches!(first, First::Error(_)) {
                 break;
@@ -462,7 +462,7 @@ impl Thread {
         let first = self.prober().and_then(|prober| {
             list.add_partition_offset(&partition.topic, partition.number, Offset::Offset(from))?;
             prober.assign(&list)?;
-            let first = native::first(prober, ASK);
+            let first = native::first(prober, REQUEST_TIMEOUT);
             prober.unassign()?;
             Ok(first)
         });
@@ -472,24 +472,24 @@ impl Thread {
         })
     }
 
-    fn contents(&mut self, stretches: Vec<Stretch>) -> Vec<(Stretch, Content)> {
-        let starts = self.edges(stretches.iter().map(|stretch| &stretch.partition), Edge::Start);
-        let content = |stretch: Stretch| {
-            let start = starts.get(&stretch.partition);
-            let content = start.map_or(Content::Unknown, |&start| self.content(&stretch, start));
-            (stretch, content)
+    fn contents(&mut self, ranges: Vec<OffsetRange>) -> Vec<(OffsetRange, Content)> {
+        let starts = self.edges(ranges.iter().map(|range| &range.partition), Edge::Start);
+        let content = |range: OffsetRange| {
+            let start = starts.get(&range.partition);
+            let content = start.map_or(Content::Unknown, |&start| self.content(&range, start));
+            (range, content)
         };
-        stretches.into_iter().map(content).collect()
+        ranges.into_iter().map(content).collect()
     }
 
     /// `start`: where the log begins.
-    fn content(&mut self, stretch: &Stretch, start: i64) -> Content {
+    fn content(&mut self, range: &OffsetRange, start: i64) -> Content {
         // Retention has deleted what was there.
-        if start >= stretch.to {
+        if start >= range.to {
             return Content::Nothing;
         }
-        match self.first(&stretch.partition, stretch.from.max(start)) {
-            First::Record(offset) if offset < stretch.to => Content::Records,
+        match self.first(&range.partition, range.from.max(start)) {
+            First::Record(offset) if offset < range.to => Content::Records,
             First::Record(_) | First::End => Content::Nothing,
             First::Damaged(_) => Content::Damaged,
             First::Silence | First::Error(_) => Content::Unknown,
@@ -501,14 +501,14 @@ impl Thread {
         let matching = match filter.names() {
             Some(_) => None,
             None => {
-                let metadata = self.prober()?.fetch_metadata(None, ASK)?;
+                let metadata = self.prober()?.fetch_metadata(None, REQUEST_TIMEOUT)?;
                 let found = metadata.topics().iter().filter(|topic| filter.holds(topic.name()));
                 let mut names: Vec<String> = found.map(|topic| topic.name().to_owned()).collect();
                 names.sort();
                 Some(names)
             }
         };
-        let identities = native::identities(self.prober()?, owned, ASK)?;
+        let identities = native::identities(self.prober()?, owned, REQUEST_TIMEOUT)?;
         Ok(Topics { matching, identities })
     }
 
@@ -546,7 +546,7 @@ impl Thread {
             }
         }
         let Some(member) = self.member.upgrade() else { return Vec::new() };
-        match member.seek_partitions(list, ASK) {
+        match member.seek_partitions(list, REQUEST_TIMEOUT) {
             Ok(list) => {
                 let failed = list.elements().into_iter().filter(|element| element.error().is_err());
                 failed.map(|element| Partition::new(element.topic(), element.partition())).collect()

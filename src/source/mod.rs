@@ -10,7 +10,7 @@
 //!   intake         records in, windows out, pauses
 //!   ledger         how far each partition is, pure
 //!   offsets        commits                                    (commit: the thread that makes them)
-//!   bounds         the end of a drain                         (drain: its bounds; period: the schedule)
+//!   bounds         the end of a drain                         (drain: its bounds; schedule_state: the schedule)
 //!   doubt          is the topic still the same, can its batches be read?     (damage: where a bad batch ends)
 //!   idle           the end behind the last record
 //!   lookup         the thread that asks the cluster
@@ -33,11 +33,11 @@ mod lag;
 mod ledger;
 mod lookup;
 mod offsets;
-mod period;
+mod schedule_state;
 mod serve;
 mod start;
 mod subscription;
 
-pub use dead_letters::Origins;
+pub use dead_letters::OriginalTopics;
 pub use drain::{Bound, Drain, standing};
-pub use serve::{Source, SourceError, Wiring};
+pub use serve::{Context, Source, SourceError};

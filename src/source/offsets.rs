@@ -9,7 +9,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use super::commit::Committer;
-use super::ledger::Owned;
+use super::ledger::PartitionState;
 use super::serve::{Context, Source};
 use crate::failpoint;
 use crate::kafka::metadata::{Metadata, add_offset};
@@ -62,7 +62,7 @@ impl Offsets {
 
 impl Context {
     /// The text beside an offset of a partition: suspects before `from` are left out.
-    pub(super) fn metadata(&self, owned: &Owned, from: i64) -> Arc<str> {
+    pub(super) fn metadata(&self, owned: &PartitionState, from: i64) -> Arc<str> {
         let suspects = owned.suspects.range(from..).copied().collect();
         Metadata::new(&self.model, &self.digest, owned.topic_id.clone(), &suspects).text().into()
     }

@@ -17,7 +17,7 @@ use super::assignment::Assignment;
 use super::bounds::Bounds;
 use super::callbacks::{Callbacks, Event};
 use super::commit::Committer;
-use super::dead_letters::Origins;
+use super::dead_letters::OriginalTopics;
 use super::doubt::{Cause, Doubt};
 use super::drain::{Drain, Gone};
 use super::fetching::Fetching;
@@ -26,16 +26,16 @@ use super::intake::Intake;
 use super::joining::Joining;
 use super::lag::{Lag, of_partition};
 use super::ledger::{Hold, Ledger};
-use super::lookup::{Answer, Lookup, Offsets as Ends, Question, Setup};
+use super::lookup::{Answer, Lookup, Offsets as LogEnds, Question, Setup};
 use super::offsets::Offsets;
-use super::period::Period;
+use super::schedule_state::ScheduleState;
 use super::subscription::Subscription;
 use crate::compute::Compute;
 use crate::flow::{CommitSoon, Published, Queued, Report};
 use crate::kafka::consumer::{self, Group};
 use crate::record::Partition;
 use crate::schedule::Schedule;
-use crate::settings::{Guarantee, OnChange, Settings};
+use crate::settings::{OnChange, Settings};
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
 use crate::window::{ClosedBy, Gatherer, Limits, Load, Window};
@@ -43,7 +43,7 @@ use crate::window::{ClosedBy, Gatherer, Limits, Load, Window};
 /// The longest wait for a message; rebalances and acknowledgements are seen within it.
 pub(super) const POLL: Duration = Duration::from_millis(50);
 /// How long the last commit and the group's coordinator may take at the end.
-const FAREWELL: Duration = Duration::from_secs(10);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Errors of the client are logged at most this often while they repeat.
 const REPEAT: Duration = Duration::from_secs(10);
 /// Between two questions for the ends of partitions that are paused.
@@ -72,45 +72,32 @@ pub enum SourceError {
     OtherStage,
 }
 
-/// What the source is given.
-pub struct Wiring {
+/// What the source shares with the rest of the pipeline, and what is fixed for its life.
+pub struct Context {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub commit_soon: Arc<CommitSoon>,
-    /// 16 hex digits, and `source@revision`: kept with the committed offsets.
+    /// The first 16 hex digits of the model digest, kept with the committed offsets.
     pub digest: String,
-    pub model: String,
-    /// Set when the process is asked to stop.
-    pub stop: Arc<AtomicBool>,
-    /// Set when another stage has failed: the group is left at once.
-    pub failed: Arc<AtomicBool>,
-    pub drain: Option<Arc<Drain>>,
-    pub schedule: Arc<Schedule>,
-    /// Spans are sent: records are asked where they come from.
-    pub traced: bool,
-    /// The input are dead letters, of records of these topics.
-    pub revive: Option<Arc<Origins>>,
-    /// Partitions of the input topics.
-    pub partitions: u64,
-    /// Asked what records take and cost.
-    pub compute: Arc<dyn Compute>,
-}
-
-/// What all parts of the source share, and never changes.
-pub(super) struct Context {
-    pub metrics: Arc<Metrics>,
-    pub health: Arc<Health>,
-    pub commit_soon: Arc<CommitSoon>,
-    pub digest: String,
+    /// `source@revision` of the model, kept with the committed offsets.
     pub model: String,
     pub on_change: OnChange,
+    /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
-    failed: Arc<AtomicBool>,
+    /// Set when another stage has failed: the source leaves the group at once.
+    pub failed: Arc<AtomicBool>,
+    /// The bounds of a drain or a replay.
+    pub drain: Option<Arc<Drain>>,
     pub schedule: Arc<Schedule>,
+    /// Spans are sent: the source reads each record's `traceparent`.
     pub traced: bool,
-    pub revive: Option<Arc<Origins>>,
+    /// The input is dead letters; these are the topics whose records are processed again.
+    pub reprocess: Option<Arc<OriginalTopics>>,
+    /// Partitions of the input topics.
+    pub partitions: u64,
+    /// Estimates the memory and the work of a record.
     pub compute: Arc<dyn Compute>,
-    /// Offsets are committed in transactions.
+    /// Offsets are committed in the sink's transactions.
     pub transactional: bool,
 }
 
@@ -131,7 +118,7 @@ pub struct Source {
     pub(super) fetching: Fetching,
     joining: Joining,
     /// The ends of paused partitions, of which the client is told nothing, and when they were last asked for.
-    ends: Ends,
+    ends: LogEnds,
     ends_asked: Option<Instant>,
     last_error: Option<(String, Instant)>,
 }
@@ -145,16 +132,16 @@ impl Drop for Source {
 }
 
 impl Source {
-    pub fn new(settings: &Settings, wiring: Wiring) -> Result<Self, SourceError> {
-        let role = if wiring.drain.is_some() { consumer::Role::Drain } else { consumer::Role::Run };
-        let config = consumer::config(settings, role, &wiring.digest, wiring.partitions);
+    pub fn new(settings: &Settings, context: Context) -> Result<Self, SourceError> {
+        let role = if context.drain.is_some() { consumer::Role::Drain } else { consumer::Role::Run };
+        let config = consumer::config(settings, role, &context.digest, context.partitions);
         let consumer: BaseConsumer<Callbacks> =
             config.create_with_context(Callbacks::default()).map_err(SourceError::Client)?;
         let consumer = Arc::new(consumer);
         let fatal = |error: &dyn std::fmt::Display| SourceError::Fatal(error.to_string());
         let committer = Committer::start(&consumer).map_err(|e| fatal(&e))?;
         let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
-        let subscription = match &wiring.drain {
+        let subscription = match &context.drain {
             Some(drain) => {
                 let frozen = drain.freeze(&config, &topics, settings.input.start).map_err(|e| fatal(&e))?;
                 Subscription::fixed(frozen)
@@ -165,11 +152,11 @@ impl Source {
             config,
             topics: settings.input.topics.clone(),
             start: settings.input.start,
-            model: wiring.model.clone(),
-            digest: wiring.digest.clone(),
+            model: context.model.clone(),
+            digest: context.digest.clone(),
         };
         let lookup = Lookup::start(&consumer, setup).map_err(|e| fatal(&e))?;
-        wiring.metrics.memory_limit.set(settings.memory.limit.0 as f64);
+        context.metrics.memory_limit.set(settings.memory.limit.0 as f64);
         let refresh = settings.property("topic.metadata.refresh.interval.ms");
         // -1 turns the client's own looks off.
         let refresh = refresh.and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
@@ -179,7 +166,7 @@ impl Source {
             max_wait: settings.window.max_wait.0,
             max_memory: settings.window_memory(),
             max_work: settings.window.max_work.0,
-            work_records: wiring.compute.lanes(),
+            work_records: context.compute.lanes(),
         };
         let source = Self {
             offsets: Offsets::new(committer, settings.delivery.commit_interval.0),
@@ -187,7 +174,7 @@ impl Source {
             lookup,
             subscription,
             assignment: Assignment::new(settings.delivery.revoke_timeout.0),
-            ledger: Ledger::new(settings.delivery.guarantee == Guarantee::ExactlyOnce),
+            ledger: Ledger::new(context.transactional),
             intake: Intake::new(
                 Gatherer::new(limits),
                 Load {
@@ -199,31 +186,17 @@ impl Source {
             ),
             doubt: Doubt::new(Instant::now(), refresh),
             bounds: Bounds {
-                period: Period::new(&wiring.schedule, wiring.drain.is_some()),
-                drain: wiring.drain,
+                schedule: ScheduleState::new(&context.schedule, context.drain.is_some()),
+                drain: context.drain.clone(),
             },
             idle: Idle::default(),
             lag: Lag::new(),
             fetching: Fetching::new(Instant::now()),
             joining: Joining::new(settings),
-            ends: Ends::new(),
+            ends: LogEnds::new(),
             ends_asked: None,
             last_error: None,
-            context: Context {
-                metrics: wiring.metrics,
-                health: wiring.health,
-                commit_soon: wiring.commit_soon,
-                digest: wiring.digest,
-                model: wiring.model,
-                on_change: settings.model.on_change,
-                stop: wiring.stop,
-                failed: wiring.failed,
-                schedule: wiring.schedule,
-                traced: wiring.traced,
-                revive: wiring.revive,
-                compute: wiring.compute,
-                transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
-            },
+            context,
         };
         source.subscribe()
     }
@@ -254,7 +227,7 @@ impl Source {
         if self.consumer.close_queue().is_err() {
             return;
         }
-        let deadline = Instant::now() + FAREWELL;
+        let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
         while !self.consumer.closed() && Instant::now() < deadline {
             self.consumer.poll(POLL);
         }
@@ -343,7 +316,7 @@ impl Source {
                 self.commit(None);
             }
         }
-        let deadline = Instant::now() + FAREWELL;
+        let deadline = Instant::now() + SHUTDOWN_TIMEOUT;
         while self.ledger.commits_open() && Instant::now() < deadline {
             self.commit(None);
             self.poll_events(Duration::from_millis(10))?;

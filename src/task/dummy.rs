@@ -121,7 +121,7 @@ mod tests {
     use crate::telemetry::Metrics;
     use crate::window::{ClosedBy, Gatherer, Limits};
 
-    fn load(set: &[&str]) -> Result<Loaded, Vec<settings::Fault>> {
+    fn load(set: &[&str]) -> Result<Loaded, Vec<settings::Problem>> {
         let mut all = vec![
             "kafka.brokers=none:1",
             "input.topics=in",
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn a_file_and_a_line_are_a_task_with_settings_rules_and_predictions() {
-        let settings = load(&[]).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
+        let settings = load(&[]).unwrap_or_else(|problems| panic!("{problems:?}")).settings;
         let compute = super::super::load(&settings, &std::sync::Arc::new(Metrics::new())).unwrap();
         let mut gatherer = Gatherer::new(Limits::NONE);
         for (offset, value) in [&b"here we see"[..], b"", b"no!", b"eee"].into_iter().enumerate() {
@@ -169,7 +169,7 @@ mod tests {
     fn its_entry_has_the_rules() {
         let fault = |set: &str| match load(&[set]) {
             Ok(_) => panic!("{set} is allowed"),
-            Err(faults) => format!("{}: {}", faults[0].key, faults[0].message),
+            Err(problems) => format!("{}: {}", problems[0].key, problems[0].message),
         };
         assert_eq!(fault("task.top_k=7"), "task.top_k: is not a number that dummy likes");
         assert_eq!(fault("task.overflow=truncate"), "task.overflow: has no effect with task.kind: dummy");

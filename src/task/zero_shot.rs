@@ -34,25 +34,25 @@ pub(super) const KIND: Kind = Kind {
 const PLACE: &str = "{}";
 
 fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
-    let mut faults = Vec::new();
+    let mut problems = Vec::new();
     match (task.labels.is_empty(), &task.labels_field) {
         (true, None) => {
             let message =
                 "zero-shot-classification needs labels, or labels_field where each record names its own";
-            faults.push(("labels", message.to_owned()));
+            problems.push(("labels", message.to_owned()));
         }
         (false, Some(_)) => {
-            faults.push(("labels_field", "stands instead of task.labels, not beside it".to_owned()))
+            problems.push(("labels_field", "stands instead of task.labels, not beside it".to_owned()))
         }
         _ => {}
     }
     if let Some(twice) = twice(task.labels.iter().map(String::as_str)) {
-        faults.push(("labels", format!("{twice:?} is there twice")));
+        problems.push(("labels", format!("{twice:?} is there twice")));
     }
     if !task.hypothesis.contains(PLACE) {
-        faults.push(("hypothesis", "has no {}, which stands for the label".to_owned()));
+        problems.push(("hypothesis", "has no {}, which stands for the label".to_owned()));
     }
-    faults
+    problems
 }
 
 fn twice<'a>(labels: impl Iterator<Item = &'a str>) -> Option<&'a str> {

@@ -25,7 +25,7 @@ const LINKS: u32 = 1024;
 /// How long one request may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last spans may take at the end.
-const FAREWELL: Duration = Duration::from_secs(5);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why no spans can be sent.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +106,7 @@ impl Traces {
 
     /// Sends what waits.
     pub fn end(&self) {
-        if let Err(error) = self.provider.shutdown_with_timeout(FAREWELL) {
+        if let Err(error) = self.provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT) {
             tracing::warn!(%error, "the last spans could not be sent");
         }
     }

@@ -14,7 +14,15 @@ pub struct Kafka {
     nodes: Vec<Node>,
     directory: tempfile::TempDir,
     voters: String,
+    options: Options,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Options {
+    /// Makes topics that somebody writes to, as most brokers do unless told otherwise.
     creates_topics: bool,
+    /// Removes its files when it ends: it is never started again.
+    removes_files: bool,
 }
 
 struct Node {
@@ -43,15 +51,24 @@ impl Kafka {
 
     /// `file_kib`: until it is started again, a broker's files may not grow larger.
     pub fn start_with(count: usize, file_kib: Option<u32>) -> Self {
-        Self::new(count, file_kib, false)
+        Self::new(count, file_kib, Options::default())
     }
 
-    /// One that makes topics that somebody writes to, as most brokers do unless told otherwise.
     pub fn start_creating_topics() -> Self {
-        Self::new(1, None, true)
+        Self::new(1, None, Options { creates_topics: true, ..Options::default() })
     }
 
-    fn new(count: usize, file_kib: Option<u32>, creates_topics: bool) -> Self {
+    /// The address of one that lives as long as this process.
+    pub fn start_for_process() -> String {
+        let kafka = Self::new(1, None, Options { removes_files: true, ..Options::default() });
+        let brokers = kafka.brokers.clone();
+        // It ends when its standard input closes, with this process. No destructor runs then: the script removes
+        // the files.
+        std::mem::forget(kafka);
+        brokers
+    }
+
+    fn new(count: usize, file_kib: Option<u32>, options: Options) -> Self {
         let fetched = Command::new(script()).arg("fetch").status().expect("kafka.sh runs");
         assert!(fetched.success(), "kafka.sh fetch failed");
         let ports: Vec<u16> = (0..count).map(|_| free_ports()).collect();
@@ -63,7 +80,7 @@ impl Kafka {
             nodes: ports.into_iter().map(|port| Node { port, running: None }).collect(),
             directory: tempfile::tempdir().expect("a directory"),
             voters: voters.join(","),
-            creates_topics,
+            options,
         };
         for node in 0..count {
             kafka.run(node, file_kib);
@@ -112,7 +129,8 @@ impl Kafka {
             .env("NODE", (node + 1).to_string())
             .env("VOTERS", &self.voters)
             .env("REPLICAS", self.nodes.len().to_string())
-            .env("CREATE_TOPICS", self.creates_topics.to_string())
+            .env("CREATE_TOPICS", self.options.creates_topics.to_string())
+            .env("REMOVE", self.options.removes_files.to_string())
             .env("FILE_KIB", file_kib.map(|kib| kib.to_string()).unwrap_or_default())
             .stdin(Stdio::piped())
             .spawn()

@@ -10,6 +10,7 @@
 # CREATE_TOPICS=true: topics that somebody writes to are made, as most brokers do unless told otherwise.
 # TOOL_HEAP=512m: a tool may use more memory than 128 MiB.
 # FILE_KIB=20000: no file may grow larger, which the broker takes for a full disk.
+# REMOVE=true: DIR is removed when the broker has ended, and the folder that holds it if that is then empty.
 # One of several brokers: NODE=2 VOTERS=1@127.0.0.1:9093,2@… REPLICAS=3, each with a DIR of its own.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -35,8 +36,18 @@ fetch() {
   touch "$libs/.complete"
 }
 
+stop() {
+  kill -9 $broker 2>/dev/null || true
+  wait $broker 2>/dev/null || true
+  if [ "${REMOVE:-}" = true ]; then
+    rm -rf "$dir"
+    rmdir --ignore-fail-on-non-empty "$(dirname "$dir")"
+  fi
+}
+
 run() {
-  local dir=$1 port=$2 replicas=${REPLICAS:-1}
+  dir=$1
+  local port=$2 replicas=${REPLICAS:-1}
   local in_sync=$((replicas > 1 ? replicas - 1 : 1))
   need java default-jre-headless
   mkdir -p "$dir"
@@ -89,7 +100,7 @@ EOF
   "${java[@]}" kafka.Kafka "$dir/server.properties" >>"$dir/server.log" 2>&1 </dev/null &
   broker=$!
   echo $broker > "$dir/pid"
-  trap 'kill -9 $broker 2>/dev/null; wait $broker 2>/dev/null' EXIT
+  trap stop EXIT
   # Ends when the other end of standard input is closed, or the broker dies.
   while kill -0 $broker 2>/dev/null; do
     if read -r -t 1; then continue; elif [ $? -le 128 ]; then break; fi
@@ -100,5 +111,5 @@ case ${1:-} in
   fetch) fetch ;;
   run) run "$2" "$3" ;;
   tool) shift; exec java "-Xmx${TOOL_HEAP:-128m}" -cp "$libs/*" "$@" ;;
-  *) sed -n '2,13p' "$0"; exit 2 ;;
+  *) sed -n '2,14p' "$0"; exit 2 ;;
 esac

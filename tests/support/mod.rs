@@ -28,7 +28,7 @@ use rdkafka::types::RDKafkaErrorCode;
 use kafka::Kafka;
 
 /// Machines are slow at times; a condition that does not come within this is a failure.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const TIMEOUT: Duration = Duration::from_secs(90);
 
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -57,7 +57,7 @@ pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = check() {
             return found;
         }
-        assert!(started.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        assert!(started.elapsed() < TIMEOUT, "waited {TIMEOUT:?} for {what}");
         std::thread::park_timeout(Duration::from_millis(20));
     }
 }
@@ -67,13 +67,7 @@ pub fn brokers() -> &'static str {
     static BROKERS: OnceLock<String> = OnceLock::new();
     BROKERS.get_or_init(|| match std::env::var("KANDLE_TEST_BROKERS") {
         Ok(brokers) => brokers,
-        Err(_) => {
-            let kafka = Kafka::start(1);
-            let brokers = kafka.brokers.clone();
-            // Lives as long as this process: its standard input closes with it.
-            std::mem::forget(kafka);
-            brokers
-        }
+        Err(_) => Kafka::start_for_process(),
     })
 }
 
@@ -248,7 +242,7 @@ impl Place {
                 }
             }
         }
-        producer.flush(PATIENCE).expect("all acknowledged");
+        producer.flush(TIMEOUT).expect("all acknowledged");
     }
 
     /// Reads a topic from its beginning, what is committed, until `enough` says so.
@@ -265,8 +259,8 @@ impl Place {
         let started = Instant::now();
         while !enough(&got) {
             assert!(
-                started.elapsed() < PATIENCE,
-                "waited {PATIENCE:?} for {what}; {} records are there",
+                started.elapsed() < TIMEOUT,
+                "waited {TIMEOUT:?} for {what}; {} records are there",
                 got.len()
             );
             let mut wait = Duration::from_millis(100);
@@ -486,7 +480,7 @@ pub fn finish(command: &mut Command, input: &[u8]) -> (i32, String, String) {
     let (done, over) = std::sync::mpsc::channel::<()>();
     // What does not end is killed, and its output is part of the failure that follows.
     let watch = std::thread::spawn(move || {
-        if over.recv_timeout(3 * PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if over.recv_timeout(3 * TIMEOUT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             let _ = Command::new("kill").args(["-9", &pid]).status();
         }
     });
@@ -572,7 +566,7 @@ impl Daemon {
                 return line.to_owned();
             }
             assert!(
-                ended.is_none() && started.elapsed() < PATIENCE,
+                ended.is_none() && started.elapsed() < TIMEOUT,
                 "{text:?} is not in the log ({ended:?}):\n{}",
                 self.log()
             );
@@ -620,7 +614,7 @@ impl Daemon {
                 return status;
             }
             assert!(
-                started.elapsed() < PATIENCE,
+                started.elapsed() < TIMEOUT,
                 "kandle does not end:\n{}",
                 self.log.lock().expect("the log")
             );

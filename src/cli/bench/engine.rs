@@ -206,7 +206,7 @@ fn run(model: &Texts, engine: &Engine<Model>, texts: &[String], window: usize) -
     let (to_collect, responses) = bounded::<Queued<Response<(u64, u64), f32>>>(1);
     std::thread::scope(|scope| {
         let prepare = scope.spawn(move || {
-            for texts in texts.chunks(window) {
+            for (id, texts) in (0..).zip(texts.chunks(window)) {
                 let tokens = texts.par_iter().with_min_len(8).map(|text| model.tokens(text));
                 let tokens: Vec<Tokens> = tokens.collect::<Result<_, _>>()?;
                 let operations = |t: &Tokens| model.model.architecture().operations(t.ids.len());
@@ -215,7 +215,7 @@ fn run(model: &Texts, engine: &Engine<Model>, texts: &[String], window: usize) -
                     tokens.iter().map(operations).sum::<u64>(),
                 );
                 let plan = engine.plan(&tokens, |_| false);
-                let request = Request { window: counts, items: tokens, plan };
+                let request = Request { id, window: counts, items: tokens, plan };
                 if to_infer.send(Queued::new(request)).is_err() {
                     break;
                 }

@@ -50,7 +50,7 @@ pub struct Options {
 /// Records that are sent before those that are measured.
 const WARM_UP: usize = 40;
 /// How long the last prediction may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Milliseconds.
 #[derive(Serialize)]
@@ -164,7 +164,7 @@ fn measure(
         let mut read = 0;
         while read < total {
             goes_on()?;
-            anyhow::ensure!(last.elapsed() < PATIENCE, "{read} of {total} predictions came");
+            anyhow::ensure!(last.elapsed() < SILENCE_TIMEOUT, "{read} of {total} predictions came");
             let Some(message) = consumer.poll(Duration::from_millis(100)) else { continue };
             let message = message?;
             last = Instant::now();
@@ -204,6 +204,6 @@ fn send(
             .payload(texts[i % texts.len()].as_bytes());
         producer.send(record).map_err(|(error, _)| error)?;
     }
-    producer.flush(PATIENCE)?;
+    producer.flush(SILENCE_TIMEOUT)?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What is wrong with a configuration: each fault with its key, its origin and what is allowed
+//! What is wrong with a configuration: each problem with its key, its origin and what is allowed
 //! instead, the nearest known key where one was mistyped.
 
 use std::collections::BTreeMap;
@@ -11,15 +11,15 @@ use super::load::{covers, join, origin_of, property, types};
 
 /// What is wrong with the configuration, and where.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Fault {
-    /// `section.key`; empty where it is not one key's fault.
+pub struct Problem {
+    /// `section.key`; empty where it is not one key's problem.
     pub key: String,
     pub message: String,
     /// The file, variable or flag that set it.
     pub origin: Option<String>,
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.key.is_empty() {
             write!(f, "{}: ", self.key)?;
@@ -49,8 +49,8 @@ pub(super) fn check(
     schema: &Value,
     origins: &BTreeMap<String, String>,
     secrets: &[String],
-) -> Vec<Fault> {
-    let mut faults = Vec::new();
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
     let validator = jsonschema::validator_for(schema).expect("the schema made from the struct is a schema");
     for error in validator.iter_errors(value) {
         let key =
@@ -61,7 +61,7 @@ pub(super) fn check(
             || secrets.iter().any(|secret| covers(&key, secret) || covers(secret, &key));
         let instance = if hidden { "<hidden>".to_owned() } else { error.instance().to_string() };
         let mut report = |key: String, message: String| {
-            faults.push(Fault { origin: origin_of(origins, &key), key, message });
+            problems.push(Problem { origin: origin_of(origins, &key), key, message });
         };
         match error.kind() {
             ValidationErrorKind::AdditionalProperties { unexpected } => {
@@ -106,7 +106,7 @@ pub(super) fn check(
             _ => report(key, error.to_string()),
         }
     }
-    faults
+    problems
 }
 
 pub(super) fn schema_at<'a>(schema: &'a Value, key: &str) -> &'a Value {

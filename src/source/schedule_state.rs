@@ -11,7 +11,7 @@ use crate::schedule::{Phase, Schedule};
 use crate::settings::Outside;
 
 /// Between two looks at the clock.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a rate is watched before something is said of it.
 const WATCH: Duration = Duration::from_secs(5);
 /// Between two warnings of the same.
@@ -19,7 +19,7 @@ const REPEAT: Duration = Duration::from_secs(300);
 
 /// Where the schedule stands.
 #[derive(Debug)]
-pub(super) struct Period {
+pub(super) struct ScheduleState {
     looked: Option<Instant>,
     /// Outside of all periods: partitions are paused.
     pub resting: bool,
@@ -30,7 +30,7 @@ pub(super) struct Period {
     warned: Option<Instant>,
 }
 
-impl Period {
+impl ScheduleState {
     pub fn new(schedule: &Schedule, drain: bool) -> Self {
         Self {
             looked: None,
@@ -49,14 +49,14 @@ impl Source {
         if self.bounds.drain.is_some() || !self.context.schedule.has_periods() {
             return false;
         }
-        if self.bounds.period.looked.is_some_and(|at| at.elapsed() < LOOK) {
+        if self.bounds.schedule.looked.is_some_and(|at| at.elapsed() < POLL_INTERVAL) {
             return false;
         }
-        self.bounds.period.looked = Some(Instant::now());
+        self.bounds.schedule.looked = Some(Instant::now());
         match self.context.schedule.at(clock::now()) {
             Phase::Open { until } => {
-                if std::mem::take(&mut self.bounds.period.resting) {
-                    self.bounds.period.since = Instant::now();
+                if std::mem::take(&mut self.bounds.schedule.resting) {
+                    self.bounds.schedule.since = Instant::now();
                     tracing::info!(until = until.map(|t| t.to_string()), "a period of the schedule begins");
                     self.context.metrics.schedule_open.set(1.0);
                     self.resume_if_possible();
@@ -68,7 +68,7 @@ impl Source {
                 true
             }
             Phase::Closed { until } => {
-                if !std::mem::replace(&mut self.bounds.period.resting, true) {
+                if !std::mem::replace(&mut self.bounds.schedule.resting, true) {
                     tracing::info!(%until, "outside of the schedule: partitions rest");
                     self.context.metrics.schedule_open.set(0.0);
                     self.context.metrics.deadline.set(f64::INFINITY);
@@ -83,21 +83,21 @@ impl Source {
     /// seconds, at the present rate.
     pub(super) fn reckon(&mut self, remaining: f64) {
         let now = clock::now();
-        let Some(deadline) = self.bounds.period.deadline.or_else(|| self.context.schedule.deadline(now))
+        let Some(deadline) = self.bounds.schedule.deadline.or_else(|| self.context.schedule.deadline(now))
         else {
             return;
         };
-        if self.bounds.period.resting {
+        if self.bounds.schedule.resting {
             return;
         }
         let left = deadline.duration_since(now).as_secs_f64();
         self.context.metrics.deadline.set(left);
-        let early = self.bounds.period.since.elapsed() < WATCH && left > 0.0;
-        let again = self.bounds.period.warned.is_some_and(|at| at.elapsed() < REPEAT);
+        let early = self.bounds.schedule.since.elapsed() < WATCH && left > 0.0;
+        let again = self.bounds.schedule.warned.is_some_and(|at| at.elapsed() < REPEAT);
         if remaining <= left.max(0.0) || early || again {
             return;
         }
-        self.bounds.period.warned = Some(Instant::now());
+        self.bounds.schedule.warned = Some(Instant::now());
         let whole = |seconds: f64| seconds.ceil();
         let message = format!(
             "the backlog will not be done by {deadline}: it takes {} s more at the present rate, and {} s are left",
