@@ -1,19 +1,19 @@
 # syntax=docker/dockerfile:1
-# kandle as an image.
+# The kandle image.
 #
-#   docker build -t kandle .                                      CPU
-#   docker build -t kandle:0.1.0-cuda --build-arg VARIANT=cuda .  NVIDIA GPUs
-#   docker buildx build --sbom=true --provenance=true …           with a bill of materials
+#   docker build -t kandle .                                      for CPUs
+#   docker build -t kandle:0.1.0-cuda --build-arg VARIANT=cuda .  for NVIDIA GPUs
+#   docker buildx build --sbom=true --provenance=true …           with a software bill of materials
 ARG VARIANT=cpu
 ARG RUST=1.91
 ARG CUDA=13.0.2
 
-# What is compiled with, by variant.
+# Build image of each variant.
 FROM rust:${RUST}-bookworm AS build-cpu
 ENV FEATURES=""
 FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04 AS build-cuda
 ARG RUST
-# Of the GPUs that it is for: 80 A100, 89 L4, 90 H100.
+# Compute capability of the target GPU: 80 for A100, 89 for L4, 90 for H100.
 ARG CUDA_COMPUTE_CAP=80
 ENV FEATURES="cuda" CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP} PATH=/root/.cargo/bin:${PATH}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -22,7 +22,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && curl -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal --default-toolchain "${RUST}"
 
-# Dependencies are compiled apart from the sources, so that a change of those does not compile them again.
+# Compile the dependencies in a layer of their own, so that a change of the sources does not recompile them.
 FROM build-${VARIANT} AS chef
 RUN cargo install --locked cargo-chef@0.1.73
 WORKDIR /kandle
@@ -37,12 +37,12 @@ RUN cargo chef cook --profile dist --locked --features "${FEATURES}" --recipe-pa
 COPY . .
 RUN cargo build --profile dist --locked --features "${FEATURES}" --bin kandle
 
-# What it runs on.
+# Runtime image of each variant.
 FROM debian:bookworm-slim AS base-cpu
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04 AS base-cuda
 ARG CUDA
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# The libraries that a binary with CUDA is linked with; the driver is the node's.
+# The CUDA libraries that the binary links to; the driver comes from the node.
 RUN short=$(echo "${CUDA}" | cut -d. -f1,2 | tr . -) \
     && apt-get update \
     && apt-get install -y --no-install-recommends "libcublas-${short}" "libcurand-${short}" \
@@ -56,7 +56,7 @@ LABEL org.opencontainers.image.title="kandle" \
       org.opencontainers.image.licenses="MIT OR Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# Brokers and hubs are asked for certificates.
+# CA certificates, to verify brokers and hubs.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates \
     && rm -rf /var/lib/apt/lists/* \

@@ -1,4 +1,4 @@
-//! With the feature `cuda`, compiles the fused operations (src/model/ops/cuda/kernels.cu) to PTX.
+//! With the feature `cuda`, compiles the GPU kernels (src/model/kernels/cuda/kernels.cu) to PTX.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -8,12 +8,12 @@ fn main() {
 
 #[cfg(feature = "cuda")]
 fn kernels() {
-    const SOURCE: &str = "src/model/ops/cuda/kernels.cu";
+    const SOURCE: &str = "src/model/kernels/cuda/kernels.cu";
     println!("cargo::rerun-if-changed={SOURCE}");
-    println!("cargo::rerun-if-changed=src/model/ops/cuda/device.h");
+    println!("cargo::rerun-if-changed=src/model/kernels/cuda/device.h");
     cudaforge::KernelBuilder::new()
         .source_files([SOURCE])
         .args(["-std=c++17", "-O3"])
         .build_ptx()
-        .expect("nvcc compiles the kernels");
+        .expect("cannot compile kernels.cu with nvcc; the feature `cuda` needs the CUDA toolkit");
 }

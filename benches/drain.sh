@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Drains on a Kafka of their own: 1,000,000 small records without a model, 20,000 tickets through the
-# bundled model, and texts through MODEL (make.py's minilm), whose rate stands beside `bench engine`'s.
-# Prints a JSON line for each.
+# Measures drains on a Kafka of its own: 1,000,000 small records without a model, 20,000 tickets through the bundled
+# model, and texts through make.py's minilm, compared with the rate of `bench engine`. Prints a JSON line for each.
 set -euo pipefail
 port=${PORT:-19592}
 . "$(dirname "$0")/broker.sh"
@@ -26,7 +25,7 @@ records=$(sed -n 's/.*"records": \([0-9]*\),/\1/p' "$dir/tickets.json")
 awk -v r="$records" -v s="$(seconds "$dir/tickets.log")" 'BEGIN { printf "{\"drain\": \"bundled\", \"records\": %d, \"seconds\": %.2f, \"records_per_second\": %.0f}\n", r, s, r / s }'
 
 if [ -e "$folder/minilm" ]; then
-  for _ in 1 2 3; do cat "$folder/mixed.jsonl"; done | # All different, in letters that the vocabulary has: what is the same is computed once.
+  for _ in 1 2 3; do cat "$folder/mixed.jsonl"; done | # Makes all texts different, since equal ones are computed once, with letters of the vocabulary.
     awk '{ mark = ""; for (n = NR; n; n = int(n / 10)) mark = mark sprintf("%c ", 97 + n % 10)
            sub(/"text": "/, "\"text\": \"" mark); print }' > "$dir/mixed"
   engine() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# kandle's engine beside sentence-transformers, ONNX Runtime and OpenVINO on this machine's CPU, and its
-# kernels beside the gemm crate. ROUNDS, MODELS and TEXTS choose less or more; takes half an hour as it is.
-# With TEI, the path of text-embeddings-inference's router (benches/peers/tei.sh), that one too.
+# Compares kandle's engine with sentence-transformers, ONNX Runtime and OpenVINO on this machine's CPU, and its kernels
+# with the gemm crate. ROUNDS, MODELS and TEXTS select what runs; the default takes half an hour. If TEI is set to the
+# path of text-embeddings-inference's router (benches/peers/tei.sh), that is compared too.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start-up time, idle CPU and resident memory of `kandle run` with the bundled model on a real Kafka.
+# Measures start-up time, idle CPU and resident memory of `kandle run` with the bundled model on a real Kafka.
 # Prints one JSON line.
 set -euo pipefail
 port=${PORT:-19392}
@@ -13,10 +13,10 @@ started=$(date +%s%N)
 daemon=$!
 until grep -q 'model loaded' "$dir/log"; do kill -0 "$daemon"; done
 loaded=$(date +%s%N)
-until grep -q ' assigned' "$dir/log"; do kill -0 "$daemon"; done
+until grep -q ' assigned partitions=' "$dir/log"; do kill -0 "$daemon"; done
 assigned=$(date +%s%N)
 ticks() { awk '{ print $14 + $15 }' "/proc/$daemon/stat"; }
-sleep 5 # what starting leaves behind
+sleep 5 # so that work of the start-up does not count as idle CPU
 before=$(ticks)
 sleep 30
 after=$(ticks)

@@ -1,16 +1,16 @@
-//! What a batch of 512 tokens costs on one core, operation by operation, in the shapes of MiniLM-L6;
-//! the multiplication beside the `gemm` crate's. `cargo bench --bench kernels`.
+//! Time of each operation on a batch of 512 tokens, on one core and in the shapes of MiniLM-L6; matrix
+//! multiplication is compared with the `gemm` crate. `cargo bench --bench kernels`.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use kandle::model::ops::matmul::{Panels, Then};
-use kandle::model::ops::{Activation, Attention, Code, Norm, Pooling, Scratch, Slot};
-use kandle::model::{Packed, Tokens};
+use kandle::model::Packed;
+use kandle::model::kernels::matmul::{Epilogue, Panels};
+use kandle::model::kernels::{Activation, Attention, Mask, Norm, Pooling, Precision, Slot, Workspace};
 
 const TOKENS: usize = 512;
 const HIDDEN: usize = 384;
-/// Inputs and outputs of a layer's multiplications.
+/// `(inputs, outputs)` of the matrix multiplications of a layer.
 const LAYER: [(usize, usize); 4] =
     [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN), (4 * HIDDEN, HIDDEN)];
 
@@ -18,12 +18,12 @@ fn numbers(count: usize) -> Vec<f32> {
     (0..count).map(|i| (i * 7919 % 2003) as f32 / 1001.5 - 1.0).collect()
 }
 
-/// `[rows, inputs]` times the transpose of `[outputs, inputs]`.
+/// `[rows, inputs]` times the transpose of `[outputs, inputs]`, by the `gemm` crate.
 fn gemm_crate(x: &[f32], weight: &[f32], out: &mut [f32], (rows, inputs, outputs): (usize, usize, usize)) {
     assert!(x.len() == rows * inputs && weight.len() == inputs * outputs && out.len() == rows * outputs);
     let (row, column) = (inputs as isize, outputs as isize);
     let (out, x, weight) = (out.as_mut_ptr(), x.as_ptr(), weight.as_ptr());
-    // SAFETY: the three matrices are as large as their sizes and strides say.
+    // SAFETY: the slices have the lengths that these dimensions and strides need, as asserted above.
     unsafe {
         gemm::gemm(
             rows,
@@ -56,13 +56,13 @@ fn matmul(c: &mut Criterion) {
         let (x, weight) = (numbers(TOKENS * inputs), numbers(outputs * inputs));
         let mut out = vec![0.0; TOKENS * outputs];
         let panels = Panels::new(&weight, None, inputs, outputs);
-        group.bench_function("f32", |b| b.iter(|| panels.multiply(&x, &mut out, &Then::Nothing)));
+        group.bench_function("f32", |b| b.iter(|| panels.multiply(&x, &mut out, &Epilogue::Nothing)));
         group.bench_function("f32 with GELU", |b| {
-            b.iter(|| panels.multiply(&x, &mut out, &Then::Activate(Activation::Gelu)));
+            b.iter(|| panels.multiply(&x, &mut out, &Epilogue::Activate(Activation::Gelu)));
         });
-        for (name, code) in [("int8", Code::Int8), ("bf16", Code::Bf16)] {
-            let panels = Panels::coded(&weight, None, inputs, outputs, code);
-            group.bench_function(name, |b| b.iter(|| panels.multiply(&x, &mut out, &Then::Nothing)));
+        for (name, code) in [("int8", Precision::Int8), ("bf16", Precision::Bf16)] {
+            let panels = Panels::quantized(&weight, None, inputs, outputs, code);
+            group.bench_function(name, |b| b.iter(|| panels.multiply(&x, &mut out, &Epilogue::Nothing)));
         }
         group.bench_function("gemm crate, f32", |b| {
             b.iter(|| gemm_crate(&x, &weight, &mut out, (TOKENS, inputs, outputs)));
@@ -72,8 +72,8 @@ fn matmul(c: &mut Criterion) {
 }
 
 fn batch(length: usize) -> Packed {
-    let one = Tokens { ids: vec![1; length], type_ids: None, truncated: false };
-    Packed::new(&vec![&one; TOKENS / length])
+    let ids = vec![1; length];
+    Packed::new(&vec![(&ids[..], None); TOKENS / length])
 }
 
 fn layers(c: &mut Criterion) {
@@ -81,33 +81,33 @@ fn layers(c: &mut Criterion) {
     let mut group = c.benchmark_group("layer");
     group.sample_size(20);
     for length in [32, 256] {
-        let (packed, scratch) = (batch(length), Scratch::default());
+        let (packed, workspace) = (batch(length), Workspace::default());
         let qkv =
             Tensor::from_vec(numbers(TOKENS * 3 * HIDDEN), (TOKENS, 3 * HIDDEN), &device).expect("a result");
-        let attention = Attention { heads: 12, width: HIDDEN / 12, reach: None };
+        let attention = Attention { heads: 12, width: HIDDEN / 12, mask: Mask::Full };
         group.bench_function(format!("attention, texts of {length}"), |b| {
             b.iter(|| {
                 attention
-                    .forward(&qkv, None, None, &packed, scratch.at(Slot::Mixed, &device))
+                    .forward(&qkv, None, None, &packed, workspace.at(Slot::Mixed, &device))
                     .expect("a result")
             });
         });
     }
-    let (packed, scratch, vars) = (batch(32), Scratch::default(), VarMap::new());
+    let (packed, workspace, vars) = (batch(32), Workspace::default(), VarMap::new());
     let x = Tensor::from_vec(numbers(TOKENS * HIDDEN), (TOKENS, HIDDEN), &device).expect("a result");
     let norm = Norm::load(HIDDEN, true, 1e-12, VarBuilder::from_varmap(&vars, DType::F32, &device))
         .expect("a result");
     group.bench_function("norm", |b| {
-        b.iter(|| norm.forward(&x, scratch.at(Slot::Mixed, &device)).expect("a result"));
+        b.iter(|| norm.forward(&x, workspace.at(Slot::Mixed, &device)).expect("a result"));
     });
     group.bench_function("pool", |b| {
-        b.iter(|| Pooling::Mean.forward(&x, &packed, scratch.at(Slot::Pooled, &device)).expect("a result"));
+        b.iter(|| Pooling::Mean.forward(&x, &packed, workspace.at(Slot::Pooled, &device)).expect("a result"));
     });
     group.finish();
 }
 
-/// All multiplications of a model of six layers, a batch of 256 tokens on one core: other than above, weights
-/// are no longer in the second-level cache when their turn comes again.
+/// All matrix multiplications of a model of six layers, with a batch of 256 tokens on one core. Unlike above,
+/// the weights of a layer have left the L2 cache when they are needed again.
 fn model(c: &mut Criterion) {
     const ROWS: usize = 256;
     let shapes = LAYER.repeat(6);
@@ -116,13 +116,13 @@ fn model(c: &mut Criterion) {
     group.throughput(Throughput::Elements(operations as u64)).sample_size(20);
     let x = numbers(ROWS * 4 * HIDDEN);
     let mut out = vec![0.0; ROWS * 4 * HIDDEN];
-    for (name, code) in [("f32", None), ("bf16", Some(Code::Bf16)), ("int8", Some(Code::Int8))] {
+    for (name, code) in [("f32", None), ("bf16", Some(Precision::Bf16)), ("int8", Some(Precision::Int8))] {
         let panels: Vec<Panels> = (shapes.iter())
             .map(|&(inputs, outputs)| {
                 let weight = numbers(inputs * outputs);
                 match code {
                     None => Panels::new(&weight, None, inputs, outputs),
-                    Some(code) => Panels::coded(&weight, None, inputs, outputs, code),
+                    Some(code) => Panels::quantized(&weight, None, inputs, outputs, code),
                 }
             })
             .collect();
@@ -130,7 +130,7 @@ fn model(c: &mut Criterion) {
             b.iter(|| {
                 for panels in &panels {
                     let (x, out) = (&x[..ROWS * panels.inputs], &mut out[..ROWS * panels.outputs]);
-                    panels.multiply(x, out, &Then::Nothing);
+                    panels.multiply(x, out, &Epilogue::Nothing);
                 }
             });
         });

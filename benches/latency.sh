@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `kandle bench latency` on a Kafka of its own: 20 records a second through MODEL (make.py's minilm), windows that wait 10 ms.
-# Arguments go to the command; prints its JSON.
+# Runs `kandle bench latency` on a Kafka of its own: 20 records per second through MODEL (make.py's minilm), with windows
+# that wait 10 ms. Passes its arguments to the command and prints the command's JSON.
 set -euo pipefail
 port=${PORT:-19792}
 . "$(dirname "$0")/broker.sh"

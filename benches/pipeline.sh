@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `kandle bench pipeline` on a Kafka of its own. Arguments go to the command; prints its JSON.
+# Runs `kandle bench pipeline` on a Kafka of its own. Passes its arguments to the command and prints the command's JSON.
 set -euo pipefail
 port=${PORT:-19492}
 . "$(dirname "$0")/broker.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a record of many documents costs beside as many records of one: 2,000 pairs of a query and a document through MODEL
-# (make.py's `pairs`), 200 a record and one a record, in turns. Seconds without those for loading the model; prints a JSON line.
+# Compares the cost of records with 200 documents to that of records with one: 2,000 pairs of a query and a document run
+# through MODEL (make.py's `pairs`), in alternating turns. The time to load the model is subtracted. Prints a JSON line.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
@@ -16,7 +16,7 @@ texts = [json.loads(line)["text"] for line in open(sys.argv[1])][:2000]
 for name, each in ("many", 200), ("one", 1):
     with open(f"{sys.argv[2]}/{name}", "w") as out:
         for at in range(0, len(texts), each):
-            # The query of the two hundred, so that the pairs are the same.
+            # The same query for each group of 200, so that both files have the same pairs.
             out.write(json.dumps({"query": texts[at // 200], "documents": texts[at:at + each]}) + "\n")
 PYTHON
 : > "$dir/none"

@@ -1,4 +1,4 @@
-//! What kandle itself does to a record beside the model: gather, plan, prepare, predict. `cargo bench --bench stages`.
+//! Time of kandle's own stages, without the model: gather, plan, prepare, predict. `cargo bench --bench stages`.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -56,7 +56,7 @@ fn stages(c: &mut Criterion) {
     };
     let batched = model.batched(&settings, task).expect("a task");
     group.bench_function("predict", |b| {
-        // All records are the same, so that one is computed.
+        // All records are equal, so the model computes only one.
         let response = || batched.engine.answer(batched.prepare(gather(value))).expect("answers");
         b.iter_batched(response, |response| batched.predict(response), criterion::BatchSize::SmallInput);
     });

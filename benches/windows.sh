@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a slow model's windows are worth (`window.max_work`), on a Kafka of its own: MODEL (make.py's base) over texts of 250
-# tokens, two lanes, defaults. Seconds from the assignment to the first prediction; from SIGTERM to the exit; predictions
-# repeated after kill -9, in seconds of work; records/s of a drain beside one with windows of any length, in turns.
-# Prints a JSON line.
+# Measures `window.max_work` with a slow model, on a Kafka of its own: MODEL (make.py's base) over texts of 250 tokens, two
+# lanes, defaults. Prints a JSON line: seconds from the assignment to the first prediction; seconds from SIGTERM to the
+# exit; predictions repeated after kill -9, in seconds of work; records/s of a drain, compared in alternating turns with
+# one whose windows have no limit on work.
 set -euo pipefail
 port=${PORT:-19692}
 . "$(dirname "$0")/broker.sh"
@@ -17,7 +17,7 @@ settings() { # TOPIC GROUP
     --set task.kind=text-embedding --set "model.source=$model" --set batch.lanes=2 --set input.properties.session.timeout.ms=6000
 }
 
-predicted() { # LOG: how many records have a prediction, as the metrics say
+predicted() { # LOG: number of records with a prediction, from the metrics
   local address
   address=$(sed -n 's/.*admin server listens address=//p' "$1" | head -1)
   [ -n "$address" ] || { echo 0; return; }
@@ -36,7 +36,7 @@ await() { # LOG COUNT
 
 elapsed() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", b - a }'; }
 
-# All different: what is the same is computed once.
+# Makes all texts different, since equal ones are computed once.
 for mark in $(echo a b c d e f | cut -d' ' -f "-${TIMES:-6}"); do sed "s/\"text\": \"/&$mark /" "$folder/long.jsonl"; done > "$dir/texts"
 total=$(wc -l < "$dir/texts")
 fill 1 windows "$dir/texts"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Makes the dashboards: grafana/dashboards/*.json. Standard library alone.
+"""Makes the dashboards: grafana/dashboards/*.json. Uses only the standard library.
 
     grafana/dashboards.py          write them
-    grafana/dashboards.py --check  exit 1 where what is committed differs
+    grafana/dashboards.py --check  exit with 1 if the committed files differ
 
-A panel is a line or two below; what all panels share (data source, units, sizes) stands once. Grafana 11
-and 12 read the result.
+Each panel is a line or two below; what all panels share (data source, units, sizes) is defined once. The result
+works in Grafana 11 and 12.
 """
 import json
 import pathlib
@@ -13,14 +13,14 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-# What the variables of a dashboard choose.
+# Label matchers from the dashboard variables.
 JOB = 'namespace=~"$namespace",job=~"$job"'
 TOPIC = JOB + ',topic=~"$topic"'
 RATE = "[$__rate_interval]"
 
 
 class Panel(dict):
-    """A panel without its place."""
+    """A panel without its position, which dashboard() adds."""
 
 
 def target(expr, legend="", fmt="time_series", instant=False):
@@ -35,7 +35,7 @@ def target(expr, legend="", fmt="time_series", instant=False):
 
 
 def panel(kind, title, description, unit, targets, *, width=8, height=7, steps=None, options=None, custom=None, mappings=None, **more):
-    """`steps`: (value, colour) from the lowest on; the first value is None."""
+    """`steps`: (value, colour) pairs in ascending order; the first value is None."""
     targets = [t if isinstance(t, dict) else target(*t) if isinstance(t, tuple) else target(t) for t in targets]
     for ref, t in zip("ABCDEFGH", targets):
         t["refId"] = ref
@@ -118,7 +118,7 @@ def table(title, description, targets, **more):
 def quantiles(metric, by=JOB):
     return [
         (f"histogram_quantile({q}, sum by (le) (rate({metric}_bucket{{{by}}}{RATE})))", name)
-        for q, name in [(0.5, "half within"), (0.95, "95 % within"), (0.99, "99 % within")]
+        for q, name in [(0.5, "p50"), (0.95, "p95"), (0.99, "p99")]
     ]
 
 
@@ -129,46 +129,46 @@ OPEN = [{"type": "value", "options": {"0": {"text": "outside of the schedule", "
 
 OVERVIEW = [
     ("Is it keeping up?", [
-        stat("Records predicted", "Records whose prediction is acknowledged by Kafka, a second.", "cps",
+        stat("Records predicted", "Records per second whose prediction Kafka has acknowledged.", "cps",
              f'sum(rate(kandle_records_total{{{TOPIC},outcome="predicted"}}{RATE}))'),
-        stat("Late by", "Age of the oldest record that has no prediction yet: the lag that users feel. Red from ten minutes, as the alert.", "s",
+        stat("Late by", "Age of the oldest record that has no prediction yet: the lag that users notice. Red from ten minutes on, like the alert.", "s",
              f"max(kandle_lag_seconds{{{TOPIC}}})", steps=LATE),
-        stat("Records behind", "Records in Kafka after the last one published.", "short", f"sum(kandle_lag_records{{{TOPIC}}})"),
-        stat("Backlog done in", "Records behind at the present rate; infinite where there is a backlog and no progress.", "s",
+        stat("Records behind", "Lag: records in Kafka after the last one published.", "short", f"sum(kandle_lag_records{{{TOPIC}}})"),
+        stat("Backlog done in", "Time to process the lag at the current rate; infinite if there is lag and no progress.", "s",
              f"max(kandle_drain_remaining_seconds{{{JOB}}})"),
-        stat("Dead letters", "Share of records that could not become a prediction. Red from one in a hundred, as the alert.", "percentunit",
+        stat("Dead letters", "Share of records that could not become a prediction. Red from 1 % on, like the alert.", "percentunit",
              f'sum(rate(kandle_dead_letters_total{{{JOB}}}{RATE})) / sum(rate(kandle_records_total{{{JOB}}}{RATE}))', steps=NONE_IS_GOOD),
-        stat("Schedule", "Whether records are consumed now, or schedule.periods says to rest.", "short", f"max(kandle_schedule_open{{{JOB}}})", mappings=OPEN),
-        lines("Records a second", "By what became of them. Tombstones are passed on as such.", "cps",
+        stat("Schedule", "Whether kandle consumes now, or pauses outside of schedule.periods.", "short", f"max(kandle_schedule_open{{{JOB}}})", mappings=OPEN),
+        lines("Records a second", "Records per second by outcome. A tombstone in the input becomes a tombstone in the output.", "cps",
               (f"sum by (outcome) (rate(kandle_records_total{{{TOPIC}}}{RATE}))", "{{outcome}}"), stack=True, width=12),
-        lines("Late by, partition by partition", "Age of the oldest record without a prediction. One partition that stands out has a key that is hot, or a member that is slow.", "s",
+        lines("Late by, partition by partition", "Age of the oldest record without a prediction. A single late partition has a hot key or a slow member.", "s",
               (f"max by (topic, partition) (kandle_lag_seconds{{{TOPIC}}})", "{{topic}}/{{partition}}"), width=12, steps=LATE),
         lines("Records behind", "Lag by partition.", "short",
               (f"sum by (topic, partition) (kandle_lag_records{{{TOPIC}}})", "{{topic}}/{{partition}}"), stack=True, width=12),
-        lines("How far is the drain?", "Seconds that the backlog takes at the present rate, against the seconds until schedule.finish_by.", "s",
+        lines("Time left for the backlog", "Time that the backlog takes at the current rate, compared with the time until schedule.finish_by.", "s",
               (f"max(kandle_drain_remaining_seconds{{{JOB}}} < Inf)", "backlog"), (f"min(kandle_deadline_seconds{{{JOB}}} < Inf)", "until finish_by"), width=12),
     ]),
-    ("How late, how many dead?", [
-        lines("From arrival to acknowledgement", "Time of a record inside kandle: gathering, model, publishing.", "s", *quantiles("kandle_record_latency_seconds"), width=8),
-        lines("From the record's own timestamp", "Age of a record when its prediction is acknowledged: what the record waited in Kafka is in it.", "s", *quantiles("kandle_record_age_seconds"), width=8),
-        lines("Dead letters by reason", "What was wrong with them; the message is in the header kandle-error-message.", "cps",
+    ("Latency and errors", [
+        lines("From arrival to acknowledgement", "Time that a record spends in kandle: gathering, inference, publishing.", "s", *quantiles("kandle_record_latency_seconds"), width=8),
+        lines("From the record's own timestamp", "Age of a record when its prediction is acknowledged, including the time it waited in Kafka.", "s", *quantiles("kandle_record_age_seconds"), width=8),
+        lines("Dead letters by reason", "Dead letters per second by reason; the header kandle-error-message of each one has the details.", "cps",
               (f"sum by (error) (rate(kandle_dead_letters_total{{{JOB}}}{RATE}))", "{{error}}"), stack=True, width=8),
-        lines("Records lost", "Offsets that could not be read, because retention had deleted them or their batch is damaged: these records have no prediction. Topics that were deleted and recreated are read from their start.", "short",
+        lines("Records lost", "Offsets that could not be read because retention had deleted them or their batch is damaged: these records have no prediction. Also partitions of topics that were deleted and recreated; they are read from their start.", "short",
               (f"sum by (topic, cause) (increase(kandle_skipped_records_total{{{TOPIC}}}{RATE}))", "{{topic}} {{cause}}"),
               (f"sum by (topic) (increase(kandle_topic_recreated_total{{{TOPIC}}}{RATE}))", "{{topic}} recreated: partitions"), width=8, steps=ANY_IS_BAD),
-        lines("Rebalances", "Changes of the assignment. Lost means that a session expired: the member was away too long.", "short",
+        lines("Rebalances", "Changes of the assignment. Lost means that the session of the member expired.", "short",
               (f"sum by (cause) (increase(kandle_rebalances_total{{{JOB}}}{RATE}))", "{{cause}}"), width=8),
-        lines("Tried again", "Commits, sends, transactions and looks at topics that had to be made again: Kafka's passing faults.", "short",
+        lines("Retries", "Commits, sends, transactions and metadata requests that were retried after a temporary error of Kafka.", "short",
               (f"sum by (cause) (increase(kandle_retries_total{{{JOB}}}{RATE}))", "{{cause}}"), width=8),
     ]),
     ("What does it cost?", [
-        stat("A million records take", "Hours of one member for a million records at the present rate, busy or not: times the price of an hour, what they cost.", "h",
+        stat("Hours per million records", "Member hours that a million records take at the current rate, including idle time. Multiply by the price of an hour to get their cost.", "h",
              f'count(kandle_build_info{{{JOB}}}) * 1000000 / 3600 / sum(rate(kandle_records_total{{{JOB}}}{RATE}))', width=6),
-        stat("Device busy", "Share of time in which the device computed. What is missing to one is paid for and not used.", "percentunit",
+        stat("Device busy", "Share of time in which the device computed. The rest is paid for but unused.", "percentunit",
              f"avg(sum by (instance) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE})))", width=6),
-        stat("Waiting for records", "Share of time in which nothing at all was under way: fewer members would do.", "percentunit",
+        stat("Waiting for records", "Share of time in which nothing was in flight. If it is high, fewer members are enough.", "percentunit",
              f"avg(rate(kandle_input_wait_seconds_total{{{JOB}}}{RATE}))", width=6),
-        stat("Computed once", "Share of records whose input was another one's, and was not computed again.", "percentunit",
+        stat("Reused predictions", "Share of records whose input equals another one's, so that it was not computed again.", "percentunit",
              f"sum(rate(kandle_reused_predictions_total{{{JOB}}}{RATE})) / sum(rate(kandle_records_total{{{JOB}}}{RATE}))", width=6),
     ]),
 ]
@@ -177,35 +177,35 @@ ENGINE = [
     ("Device", [
         lines("Device busy", "Share of time in which each device computed.", "percentunit",
               (f"sum by (instance, device) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE}))", "{{instance}} {{device}}"), width=8),
-        lines("Tokens a second", "Tokens that went through the model.", "cps", (f"sum by (instance) (rate(kandle_tokens_total{{{JOB}}}{RATE}))", "{{instance}}"), width=8),
-        lines("Tokens a busy second", "What the device does while it computes: its speed, apart from how much there is to do.", "cps",
+        lines("Tokens a second", "Tokens per second that went through the model.", "cps", (f"sum by (instance) (rate(kandle_tokens_total{{{JOB}}}{RATE}))", "{{instance}}"), width=8),
+        lines("Tokens per busy second", "Speed of the device while it computes, independent of the load.", "cps",
               (f"sum by (instance) (rate(kandle_tokens_total{{{JOB}}}{RATE})) / sum by (instance) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE}))", "{{instance}}"), width=8),
     ]),
     ("Windows and batches", [
-        lines("Windows by what closed them", "wait: traffic is low; records or bytes: windows are full, and larger ones may be cheaper.", "cps",
+        lines("Windows by what closed them", "Windows per second by the limit that closed them. wait: traffic is low. records or bytes: windows are full, and larger ones may be cheaper. work: the model is slow.", "cps",
               (f"sum by (closed_by) (rate(kandle_windows_total{{{JOB}}}{RATE}))", "{{closed_by}}"), stack=True, width=8),
-        heatmap("Records in a window", "Windows by how many records they hold.", "short", f"sum by (le) (increase(kandle_window_records_bucket{{{JOB}}}{RATE}))", width=8),
-        heatmap("Tokens in a batch", "Batches by how many tokens they hold.", "short", f"sum by (le) (increase(kandle_batch_tokens_bucket{{{JOB}}}{RATE}))", width=8),
-        lines("Records in a batch", "Mean number of records that go through the model at once.", "short",
+        heatmap("Records in a window", "Distribution of the number of records per window.", "short", f"sum by (le) (increase(kandle_window_records_bucket{{{JOB}}}{RATE}))", width=8),
+        heatmap("Tokens in a batch", "Distribution of the number of tokens per batch.", "short", f"sum by (le) (increase(kandle_batch_tokens_bucket{{{JOB}}}{RATE}))", width=8),
+        lines("Records in a batch", "Mean number of records in one forward pass.", "short",
               (f"sum(rate(kandle_batch_records_sum{{{JOB}}}{RATE})) / sum(rate(kandle_batch_records_count{{{JOB}}}{RATE}))", "records"), width=8),
-        lines("Cut to the model's limit", "Records with more tokens than the model takes.", "cps", (f"sum(rate(kandle_truncated_records_total{{{JOB}}}{RATE}))", "truncated"), width=16),
+        lines("Truncated records", "Records per second that were truncated because they have more tokens than the model takes.", "cps", (f"sum(rate(kandle_truncated_records_total{{{JOB}}}{RATE}))", "truncated"), width=16),
     ]),
     ("Stages", [
-        heatmap("Time in stage $stage", "Windows by how long they were in the stages chosen.", "s",
+        heatmap("Time in stage $stage", "Distribution of the time that windows spent in the selected stages.", "s",
                 f'sum by (le) (increase(kandle_stage_seconds_bucket{{{JOB},stage=~"$stage"}}{RATE}))', width=12, height=9),
-        lines("Mean time by stage", "wait_*: waiting for that stage; the one before the slowest stage waits most.", "s",
+        lines("Mean time by stage", "Mean time of a window per stage. wait_*: time spent waiting for that stage; it is longest before the slowest stage.", "s",
               (f"sum by (stage) (rate(kandle_stage_seconds_sum{{{JOB}}}{RATE})) / sum by (stage) (rate(kandle_stage_seconds_count{{{JOB}}}{RATE}))", "{{stage}}"), width=12, height=9),
     ]),
     ("Memory", [
-        lines("In flight", "Bytes by kind, against memory.limit.", "bytes", (f"sum by (kind) (kandle_memory_bytes{{{JOB}}})", "{{kind}}"),
+        lines("In flight", "Bytes in flight by kind, compared with memory.limit.", "bytes", (f"sum by (kind) (kandle_memory_bytes{{{JOB}}})", "{{kind}}"),
               (f"sum(kandle_memory_limit_bytes{{{JOB}}})", "limit"), width=8),
-        lines("Resident", "Of the process: the model and the cache are in it.", "bytes", (f"process_resident_memory_bytes{{{JOB}}}", "{{instance}}"), width=8),
-        lines("Device out of memory, records at fault", "Batches halved because the device was out of memory, and in search of a record that fails.", "short",
+        lines("Resident memory", "Resident memory of the process, including the model and the cache.", "bytes", (f"process_resident_memory_bytes{{{JOB}}}", "{{instance}}"), width=8),
+        lines("Batches halved", "Batches that were halved because the device was out of memory, and bisections in search of a record that fails.", "short",
               (f"sum(increase(kandle_oom_splits_total{{{JOB}}}{RATE}))", "out of memory"), (f"sum(increase(kandle_bisections_total{{{JOB}}}{RATE}))", "bisections"), width=8),
-        lines("CPU", "Cores used.", "short", (f"rate(process_cpu_seconds_total{{{JOB}}}{RATE})", "{{instance}}"), width=8),
-        lines("Computed once", "Records not computed: their input was another one's of the window, or in task.cache.", "cps",
+        lines("CPU", "CPU cores that the process uses.", "short", (f"rate(process_cpu_seconds_total{{{JOB}}}{RATE})", "{{instance}}"), width=8),
+        lines("Reused predictions", "Records that were not computed, because their input equals another one's in the window or was in task.cache.", "cps",
               (f"sum by (from) (rate(kandle_reused_predictions_total{{{JOB}}}{RATE}))", "{{from}}"), stack=True, width=8),
-        lines("Waiting for records", "Share of time in which nothing at all was under way.", "percentunit",
+        lines("Waiting for records", "Share of time in which nothing was in flight.", "percentunit",
               (f"rate(kandle_input_wait_seconds_total{{{JOB}}}{RATE})", "{{instance}}"), width=8),
     ]),
 ]
@@ -213,25 +213,25 @@ ENGINE = [
 PAIR = "namespace, job"
 FLEET = [
     ("Jobs", [
-        table("Jobs", "One line a job: how fast, how late, how far behind, how many dead.", [
-            (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}[5m]))", "records a second", "cps"),
+        table("Jobs", "One row per job: rate, lag in time and in records, time to process it, dead letters, members.", [
+            (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}[5m]))", "records/s", "cps"),
             (f"max by ({PAIR}) (kandle_lag_seconds{{{JOB}}})", "late by", "s"),
             (f"sum by ({PAIR}) (kandle_lag_records{{{JOB}}})", "behind", "short"),
             (f"max by ({PAIR}) (kandle_drain_remaining_seconds{{{JOB}}})", "done in", "s"),
-            (f"sum by ({PAIR}) (increase(kandle_dead_letters_total{{{JOB}}}[1h]))", "dead in an hour", "short"),
+            (f"sum by ({PAIR}) (increase(kandle_dead_letters_total{{{JOB}}}[1h]))", "dead letters in an hour", "short"),
             (f"count by ({PAIR}) (kandle_build_info{{{JOB}}})", "members", "short"),
         ], width=24, height=8),
-        table("Models", "Which model predicts where. More than one digest in a job is an update under way, or a mistake.", [
+        table("Models", "Which model each job uses. More than one digest in a job means a running update or a mistake.", [
             (f"count by ({PAIR}, model, digest, task, device, dtype) (kandle_model_info{{{JOB}}})", "members", "short"),
         ], width=16, height=8),
-        table("Versions", "Which version of kandle each job runs, and in how many members.", [(f"count by ({PAIR}, version) (kandle_build_info{{{JOB}}})", "members", "short")], width=8, height=8),
+        table("Versions", "Which versions of kandle each job runs, and how many members run each.", [(f"count by ({PAIR}, version) (kandle_build_info{{{JOB}}})", "members", "short")], width=8, height=8),
     ]),
     ("Side by side", [
-        lines("Records a second", "Whatever became of them, by job.", "cps", (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}{RATE}))", "{{namespace}} {{job}}"), stack=True, width=12),
+        lines("Records a second", "Records per second by job, whatever their outcome.", "cps", (f"sum by ({PAIR}) (rate(kandle_records_total{{{JOB}}}{RATE}))", "{{namespace}} {{job}}"), stack=True, width=12),
         lines("Late by", "Age of the oldest record without a prediction, by job.", "s", (f"max by ({PAIR}) (kandle_lag_seconds{{{JOB}}})", "{{namespace}} {{job}}"), width=12, steps=LATE),
-        lines("Device busy", "By job: the mean over its members.", "percentunit",
+        lines("Device busy", "Share of time in which the device computed, by job: the mean over its members.", "percentunit",
               (f"avg by ({PAIR}) (sum by ({PAIR}, instance) (rate(kandle_device_busy_seconds_total{{{JOB}}}{RATE})))", "{{namespace}} {{job}}"), width=12),
-        lines("Starts", "Members that were started: again and again is a crash.", "short",
+        lines("Restarts", "Restarts of members; repeated ones mean that a member crashes.", "short",
               (f"sum by ({PAIR}) (changes(process_start_time_seconds{{{JOB}}}{RATE}))", "{{namespace}} {{job}}"), width=12),
     ]),
 ]
@@ -266,7 +266,7 @@ def annotation(name, colour, expr, title):
 
 ANNOTATIONS = [
     annotation("Rebalances", "orange", f'sum by ({PAIR}) (increase(kandle_rebalances_total{{{JOB},cause!="assigned"}}[1m])) > 0', "partitions moved"),
-    annotation("Model changes", "purple", f"count by ({PAIR}, digest) (kandle_model_info{{{JOB}}}) unless count by ({PAIR}, digest) (kandle_model_info{{{JOB}}} offset 1m)", "another model"),
+    annotation("Model changes", "purple", f"count by ({PAIR}, digest) (kandle_model_info{{{JOB}}}) unless count by ({PAIR}, digest) (kandle_model_info{{{JOB}}} offset 1m)", "new model digest"),
 ]
 
 
@@ -318,4 +318,4 @@ if __name__ == "__main__":
         else:
             path.write_text(text)
     if stale:
-        sys.exit("grafana/dashboards is not what grafana/dashboards.py makes: run it")
+        sys.exit("grafana/dashboards is out of date: run grafana/dashboards.py")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Draws the dashboards' panels from what their queries gave (make grafana-preview): a PNG a dashboard.
+"""Draws each dashboard as a PNG, from the results of its queries (make grafana-preview).
 
     preview.py DATA.json FOLDER
 
-It is no Grafana: it shows whether a panel has something to say, and what. Wants matplotlib.
+It does not look like Grafana: it shows whether each panel has data, and which. Needs matplotlib.
 """
 import json
 import pathlib

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The chart on a real Kubernetes API server: every set of values in charts/kandle/ci is installed, upgraded,
-# rolled back and uninstalled, in a namespace that holds pods to the standard "restricted", beside the custom
-# resources of KEDA and of the Prometheus operator, with its hooks. Nothing runs, as there are no nodes: a loop stands in
-# for the controllers, and has the Jobs and pods of hooks succeed.
+# Tests the chart on a real Kubernetes API server. Every set of values in charts/kandle/ci is installed, upgraded, rolled
+# back and uninstalled, hooks included. The namespace enforces the "restricted" Pod Security Standard, and the custom
+# resources of KEDA and the Prometheus operator exist. There are no nodes, so nothing runs: a loop replaces the
+# controllers and marks the hooks' Jobs and pods as succeeded.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 PATH=$("$root/scripts/tools.sh" helm etcd kube-apiserver):$PATH
@@ -30,7 +30,7 @@ await() { # await() WHAT COMMAND…
     "$@" >/dev/null 2>&1 && return
     read -rt 0.1 <> <(:) || true
   done
-  echo "chart-check: waited in vain for $what" >&2
+  echo "chart-check: timed out waiting for $what" >&2
   tail -n 20 "$work"/*.log >&2
   exit 1
 }
@@ -71,7 +71,7 @@ metadata:
     pod-security.kubernetes.io/enforce: restricted
     pod-security.kubernetes.io/warn: restricted
 Y
-# As NVIDIA's operator makes it; the server rejects pods of a class that it does not have.
+# As NVIDIA's operator creates it; the server rejects pods whose runtime class does not exist.
 post /apis/node.k8s.io/v1/runtimeclasses <<'Y'
 apiVersion: node.k8s.io/v1
 kind: RuntimeClass
@@ -92,12 +92,12 @@ quiet() { grep -v 'found symbolic link' || true; }
 workloads() { ask "$api/apis/apps/v1/namespaces/apps/deployments" "$api/apis/apps/v1/namespaces/apps/statefulsets" "$api/apis/batch/v1/namespaces/apps/cronjobs" "$api/apis/batch/v1/namespaces/apps/jobs"; }
 checksum() { workloads | grep -o '"checksum/config": *"[0-9a-f]*"' | head -n 1; }
 
-# The check itself: a pod that may do what it likes is told of.
+# Checks the check: the server has to warn about a pod that violates the standard.
 helm install loose "$chart" -n apps -f "$chart/ci/run-values.yaml" --set securityContext.allowPrivilegeEscalation=true --no-hooks >"$work/out" 2>&1 || { cat "$work/out" >&2; exit 1; }
-grep -q 'would violate PodSecurity' "$work/out" || fail "the API server does not look at pods: $(cat "$work/out")"
+grep -q 'would violate PodSecurity' "$work/out" || fail "the API server does not check the security of pods: $(cat "$work/out")"
 helm uninstall loose -n apps >/dev/null
 
-# What nobody runs here succeeds: the Jobs that pull models, and the pods of `helm test`.
+# Marks as succeeded what no node runs: the Jobs that pull models, and the pods of `helm test`.
 controllers() {
   local now name
   while :; do
@@ -117,14 +117,14 @@ J
 }
 controllers 2>/dev/null &
 pids+=($!)
-# The claim for models, by its uid: nothing while there is none, or one that is being deleted.
+# Prints the uid of the claim for models; nothing if there is none or it is being deleted.
 claim() { ask "$api/api/v1/namespaces/apps/persistentvolumeclaims" | CLAIM="$name-kandle-models" python3 -c 'import json, os, sys; print(*(i["metadata"]["uid"] for i in json.load(sys.stdin)["items"] if i["metadata"]["name"] == os.environ["CLAIM"] and "deletionTimestamp" not in i["metadata"]))'; }
 
 count=0 claims=0
 for values in "$chart"/ci/*-values.yaml; do
   name=$(basename "$values" -values.yaml)
   helm lint --strict "$chart" -f "$values" 2>&1 | quiet >"$work/out" || fail "$name: $(cat "$work/out")"
-  helm_() { # helm_() WHAT ARGUMENTS…: warnings of the API server are failures
+  helm_() { # helm_() WHAT ARGUMENTS…: fails also on warnings of the API server
     local what=$1
     shift
     helm "$@" -n apps >"$work/out" 2>&1 || fail "$name: $what: $(quiet <"$work/out")"
@@ -134,13 +134,13 @@ for values in "$chart"/ci/*-values.yaml; do
   helm_ install install "$name" "$chart" -f "$values"
   first=$(checksum) models=$(claim)
   helm_ upgrade upgrade "$name" "$chart" -f "$values" --set config.window.max_records=7
-  [ "$(checksum)" != "$first" ] || fail "$name: another configuration, and the same pods"
+  [ "$(checksum)" != "$first" ] || fail "$name: the configuration changed, but the pods did not"
   helm_ rollback rollback "$name" 1
   helm_ test test "$name"
   checksums=$(checksum)
-  # A Job of other settings is another Job; the one of before is back.
-  [ "$checksums" = "$first" ] || fail "$name: rolled back, and other pods"
-  # Pods themselves, of the hooks too, as the server sees them.
+  # A Job with changed settings has another name: after the rollback the first one has to be back.
+  [ "$checksums" = "$first" ] || fail "$name: the pods after the rollback differ from the first ones"
+  # Validates the hooks' objects on the server too, as a dry run.
   helm get hooks "$name" -n apps 2>/dev/null >"$work/hooks.yaml"
   python3 - "$work" <<'PY'
 import pathlib, re, sys
@@ -151,7 +151,7 @@ paths = {"Pod": "/api/v1/namespaces/apps/pods", "Job": "/apis/batch/v1/namespace
 for i, text in enumerate(re.split(r"^---$", (work / "hooks.yaml").read_text(), flags=re.M)):
     kind = re.search(r"^kind: (\w+)$", text, flags=re.M)
     if kind:
-        # Those that exist have the names.
+        # Another name, because objects with the original names exist.
         (work / f"hook-{i}").write_text(re.sub(r"^(  name: .*)$", r"\1-dry", text, count=1, flags=re.M))
         (work / f"hook-{i}.path").write_text(paths[kind[1]])
 PY
@@ -161,19 +161,19 @@ PY
     grep -i 'would violate' "$work/headers" && fail "$name: $(cat "${hook%.path}")"
   done
   helm_ uninstall uninstall "$name"
-  [ -z "$(checksum)" ] || fail "$name: something is left"
+  [ -z "$(checksum)" ] || fail "$name: workloads are left after uninstalling"
   if [ -n "$models" ]; then
     helm_ "install again" install "$name" "$chart" -f "$values"
-    # A claim that a hook has made, and one of the release: each takes up the other.
+    # A claim made by a hook and a claim of the release: switching between the two has to keep it.
     helm_ "no pull" upgrade "$name" "$chart" -f "$values" --set modelCache.pullJob=false
     helm_ "pull" upgrade "$name" "$chart" -f "$values" --set modelCache.pullJob=true
     helm_ uninstall uninstall "$name"
-    [ "$(claim)" = "$models" ] || fail "$name: the claim for models is not the one of before"
+    [ "$(claim)" = "$models" ] || fail "$name: the claim for models was replaced"
     claims=$((claims + 1))
-    echo "chart-check: $name: the claim for models is one through upgrades and reinstalls"
+    echo "chart-check: $name: the claim for models survived upgrades and reinstalls"
   fi
   echo "chart-check: $name: installed, upgraded, rolled back, uninstalled"
   count=$((count + 1))
 done
-[ "$claims" -gt 0 ] || fail "no claim for models was tried"
+[ "$claims" -gt 0 ] || fail "no claim for models was tested"
 echo "chart-check: $count sets of values passed on $(ask "$api/version" | sed -n 's/.*"gitVersion": "\(.*\)",/\1/p')"

@@ -10,7 +10,7 @@ driver_stub "$target/debug/deps"
 cargo build --manifest-path "$root/Cargo.toml" --target-dir "$target" --features cuda
 echo "linked: $(du -h "$target/debug/kandle" | cut -f1), $(wc -l < "$stub/symbols") driver symbols"
 
-# It starts, says that there is no device where one is asked for, and takes the CPU where it may choose.
+# Without a GPU, kandle has to report the missing device if CUDA is required, and to use the CPU if it may choose.
 settings=(--set kafka.brokers=none:1 --set input.topics=a --set input.group=b --set input.format=text
   --set task.kind=text-classification --set model.source=bundled --set output.topic=c --set dead_letters.topic=d)
 if said=$(echo hello | "$target/debug/kandle" predict "${settings[@]}" --set model.device=cuda 2>&1); then

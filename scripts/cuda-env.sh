@@ -1,4 +1,4 @@
-# Sourced, with $root set: CUDA's toolkit from PyPI in .cache/cuda, and the environment that builds with it.
+# Source this with $root set: installs the CUDA toolkit from PyPI into .cache/cuda and sets the build environment.
 cuda=$root/.cache/cuda
 stub=$cuda/stub
 if [ ! -e "$cuda/.complete" ]; then
@@ -19,8 +19,8 @@ for library in "$CUDA_HOME"/lib/*.so.*; do
   [ -e "$link" ] || ln -s "$(basename "$library")" "$link"
 done
 
-# The driver's library is on no machine without a driver. Linking wants it, so it is replaced by one with an empty
-# function for each driver symbol (cuInit, cuMemAlloc_v2, …; not cublas… or curand…) that the built libraries ask for.
+# Linking needs the driver's library, which is missing on machines without a driver. This builds a stub of it, with an
+# empty function for each driver symbol that the built libraries use (cuInit, cuMemAlloc_v2, …; not cublas… or curand…).
 driver_stub() { # FOLDER of the built *.rlib
   find "$1" -name '*.rlib' -exec nm -u {} + 2>/dev/null |
     sed -n 's/^ *U \(cu[A-Z][A-Za-z0-9_]*\)$/\1/p' | sort -u > "$stub/symbols"

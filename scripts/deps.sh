@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Keeps the dependencies few, used and licensed as they should be. The tools are installed into
-# .cache/tools once. The advisory database is fetched from its own repository, where that can be
-# reached; where it cannot, that is said and the other checks still count.
+# Checks that dependencies are used, allowed and properly licensed, and have no advisories. Installs the tools into
+# .cache/tools once. If the advisory database cannot be reached, only the other checks run, with a message.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
@@ -13,7 +12,7 @@ done
 "$tools/bin/cargo-deny" --features cuda,metal check licenses bans sources
 if ! "$tools/bin/cargo-deny" --features cuda,metal check advisories 2>.cache/advisories.log; then
   if grep -qiE 'failed to (fetch|clone)|unable to (fetch|clone)|could not resolve|failed to update' .cache/advisories.log; then
-    echo "deps: the advisory database cannot be reached here: advisories were not checked"
+    echo "deps: the advisory database cannot be reached: advisories were not checked"
   else
     cat .cache/advisories.log >&2
     exit 1

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the golden tests on the device, how near the engine's embeddings there are to a CPU's,
-# how fast it is, what share of a large multiplication's rate it reaches, and sentence-transformers beside it.
+# Tests and measures the engine on a GPU: the golden tests, the cosine of its embeddings to a CPU's, its speed, the share
+# of a large matrix multiplication's rate that it reaches, and sentence-transformers for comparison.
 #
-#   scripts/gpu-check.sh build            here, without a GPU: binaries and CUDA's libraries to target/gpu-check
-#   scripts/gpu-check.sh run [FOLDER]     there: FOLDER holds models and texts of benches/peers/make.py
-#   scripts/gpu-check.sh profile FOLDER   there: the device's time by kernel (Nsight Compute's ncu)
+#   scripts/gpu-check.sh build            on any machine: puts binaries and CUDA's libraries into target/gpu-check
+#   scripts/gpu-check.sh run [FOLDER]     on the GPU machine: FOLDER holds models and texts of benches/peers/make.py
+#   scripts/gpu-check.sh profile FOLDER   on the GPU machine: the device's time per kernel (Nsight Compute's ncu)
 #
-# Results are JSON, one object a line, on standard output. Without FOLDER the bundled model and its tickets serve.
-# DEVICE=cpu runs the same on a CPU. CASES names what is measured, "MODEL TEXTS DTYPE" separated by commas; PEERS=no
-# leaves sentence-transformers out. CUDA's libraries are looked for where `build` put them, then where python3 has them.
+# Prints JSON lines to standard output. Without FOLDER it uses the bundled model and its tickets. DEVICE=cpu runs the same
+# on a CPU. CASES selects what to measure: "MODEL TEXTS DTYPE", separated by commas. PEERS=no skips sentence-transformers.
+# CUDA's libraries are looked up where `build` put them, then in python3's packages.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
@@ -27,13 +27,13 @@ build() {
     strip -o "$out/$tests" "$(cargo test "${options[@]}" --test "$tests" --no-run --message-format=json |
       sed -n "s/.*\"executable\":\"\([^\"]*$tests-[^\"]*\)\".*/\1/p" | tail -1)"
   done
-  # Where there is no driver, DEVICE=cpu runs beside this.
+  # For DEVICE=cpu on machines without a driver.
   cp "$stub/libcuda.so.1" "$out/stub/"
   cp -L "$CUDA_HOME"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.[0-9]* "$out/lib/"
   echo "built: $out ($(du -sh "$out" | cut -f1))" >&2
 }
 
-# The libraries that kandle links to: those of `build`, or those that a Python with PyTorch brings.
+# Finds the libraries that kandle links to: those from `build`, or those of a Python with PyTorch.
 libraries() {
   local folders
   folders=$(python3 -c 'import glob, site, sys; print(":".join(p for s in site.getsitepackages() for p in glob.glob(s + "/nvidia/*/lib")))' 2>/dev/null || true)
@@ -47,13 +47,13 @@ measure() { # MODEL TEXTS DEVICE DTYPE [OPTION…]
   "$out/kandle" bench engine --json --model "$1" --input "$2" --device "$3" --dtype "$4" "${@:5}" 2>> "$work/log" | tr -d '\n'
 }
 
-# A GPU is done with the files that serve a CPU before the clock has settled: each text as many times, behind two letters.
+# Repeats each text, with two letters put before it. A GPU would finish the files made for CPUs before its clock settles.
 enlarge() { # FILE TIMES
   awk -v times="$2" '{ line[NR] = $0 } END { for (i = 0; i < times; i++) for (n = 1; n <= NR; n++) {
     text = line[n]; sub(/"text": "/, sprintf("&%c %c ", 97 + i % 26, 97 + int(i / 26)), text); print text } }' "$1"
 }
 
-# The least cosine between two files of embeddings, of length 1 or not.
+# The lowest cosine between the embeddings of two files, normalised or not.
 least_cosine() {
   paste -d '\n' "$1" "$2" | sed 's/^{"embedding":\[//; s/\]}$//' | awk -F, '
     NR % 2 { split($0, a, ","); next }
@@ -92,7 +92,7 @@ run() {
       echo "{\"model\": \"$model\", \"texts\": \"$name\", \"dtype\": \"$dtype\", \"sentence_transformers\": $peer}"
     fi
   done
-  # More than fits: halved until it does.
+  # Batches that do not fit the device's memory: they have to be halved until they do.
   if [ -n "$folder" ] && [ "$device" != cpu ] && [ -z "${CASES:-}" ]; then
     enlarge "$folder/long.jsonl" 200 > "$work/many.jsonl"
     there=$(measure "$folder/base" "$work/many.jsonl" "$device" bf16 --window 60000 --set batch.max_tokens=20000000)

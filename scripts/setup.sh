@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What a build and the tests need beside Rust: installed where that is possible without asking, else
-# the one command to type is named.
+# Installs what a build and the tests need besides Rust, if that is possible without asking (root, apt-get); otherwise
+# prints the command to run.
 #
 #   setup.sh build      C and C++ compilers, make, perl (librdkafka and OpenSSL are built from source)
-#   setup.sh test       that, Java and Maven (a real Kafka), Kafka's jars, and a Prometheus
+#   setup.sh test       the same, plus Java and Maven (for a real Kafka), Kafka's jars and Prometheus
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -31,7 +31,7 @@ if [ ${#packages[@]} -gt 0 ]; then
     apt-get update -q
     DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${packages[@]}"
   else
-    echo "setup: missing; type: sudo apt-get install -y ${packages[*]}" >&2
+    echo "setup: packages are missing; run: sudo apt-get install -y ${packages[*]}" >&2
     exit 1
   fi
 fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Tools that are no part of kandle, into .cache/tools, where they are not on the PATH already; prints the
-# folder. Nothing is installed on the machine.
+# Puts external tools into .cache/tools, unless they are on the PATH already, and prints the folder. Installs nothing
+# outside of it.
 #
 #   tools.sh prometheus promtool etcd   from the distribution's packages (apt-get), else built from their sources (Go)
 #   tools.sh helm helm-docs             built from their sources (Go)
-#   tools.sh kube-apiserver             the same; minutes
+#   tools.sh kube-apiserver             built from source too; takes minutes
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=$root/.cache/tools
@@ -13,7 +13,7 @@ export PATH=$bin:$PATH
 
 KUBERNETES=1.34.2
 
-# Programs of a package of the distribution, without installing it.
+# Extracts the programs of one of the distribution's packages, without installing it.
 package() {
   command -v apt-get >/dev/null || return 1
   local work
@@ -27,7 +27,7 @@ package() {
 
 with_go() {
   command -v go >/dev/null || PATH=$PATH:/usr/local/go/bin
-  command -v go >/dev/null || { echo "tools: Go is missing, of which $1 is built: https://go.dev/dl" >&2; exit 1; }
+  command -v go >/dev/null || { echo "tools: Go is needed to build $1; install it from https://go.dev/dl" >&2; exit 1; }
 }
 
 api_server() {
@@ -48,14 +48,14 @@ func main() { os.Exit(cli.Run(app.NewAPIServerCommand())) }
 GO
   (
     cd "$work"
-    # The module names its parts by folders of its repository: as modules they have versions of their own.
+    # k8s.io/kubernetes replaces its staging modules by folders of its repository; use their published versions instead.
     mod=$(go mod download -json "k8s.io/kubernetes@v$KUBERNETES" | sed -n 's/.*"GoMod": "\(.*\)",*/\1/p')
     {
       printf 'module apiserver\n\ngo 1.24\n\nrequire k8s.io/kubernetes v%s\n\n' "$KUBERNETES"
       sed -n "s|^\s*\(k8s.io/[a-z-]*\) => ./staging.*|replace \1 => \1 v0.${KUBERNETES#1.}|p" "$mod"
     } > go.mod
     go mod tidy >&2
-    # What it says it is, which charts ask for.
+    # Sets the version that the server reports, which charts check.
     version=k8s.io/component-base/version
     go build -ldflags "-X $version.gitVersion=v$KUBERNETES" -o "$bin/kube-apiserver" .
   )
@@ -66,13 +66,13 @@ for tool in "$@"; do
   command -v "$tool" >/dev/null && continue
   echo "tools: getting $tool" >&2
   case $tool in
-    # Without its pages, which nothing here looks at, where it is built.
+    # If built from source, Prometheus comes without its web UI, which nothing here needs.
     prometheus | promtool) package prometheus || { with_go "$tool"; GOBIN=$bin go install "github.com/prometheus/prometheus/cmd/$tool@v0.307.3" >&2; } ;;
     etcd) package etcd-server || { with_go etcd; GOBIN=$bin go install go.etcd.io/etcd/server/v3@v3.6.5 >&2 && mv "$bin/server" "$bin/etcd"; } ;;
     helm) with_go helm; GOBIN=$bin go install helm.sh/helm/v3/cmd/helm@v3.22.0 >&2 ;;
     helm-docs) with_go helm-docs; GOBIN=$bin go install github.com/norwoodj/helm-docs/cmd/helm-docs@v1.14.2 >&2 ;;
     kube-apiserver) api_server ;;
-    *) echo "tools: $tool is not known" >&2; exit 1 ;;
+    *) echo "tools: unknown tool $tool" >&2; exit 1 ;;
   esac
 done
 echo "$bin"

@@ -1,19 +1,19 @@
-//! The time of day, for what depends on it.
+//! The current time. A test can replace it.
 
 use jiff::Timestamp;
 
-/// Now. With the feature `failpoints`, what the file says that KANDLE_TEST_CLOCK names, in RFC 3339, so
-/// that a test can move it.
+/// The current time. With the feature `failpoints`, the time (RFC 3339) in the file that KANDLE_TEST_CLOCK names, so
+/// that a test can move the clock.
 pub fn now() -> Timestamp {
     #[cfg(feature = "failpoints")]
-    if let Some(now) = told() {
+    if let Some(now) = test_time() {
         return now;
     }
     Timestamp::now()
 }
 
 #[cfg(feature = "failpoints")]
-fn told() -> Option<Timestamp> {
+fn test_time() -> Option<Timestamp> {
     let path = std::env::var_os("KANDLE_TEST_CLOCK")?;
     std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }

@@ -1,14 +1,14 @@
-//! Places at which a test may stop the process to kill it there. Without the feature `failpoints`
-//! they are nothing.
+//! Points at which a test can hold the process in order to kill it there. Without the feature `failpoints` they do
+//! nothing.
 
-/// Passes the boundary `name`, unless the variable FAILPOINTS (the fail crate's) holds the process
-/// here: `name=3*off->return`.
+/// Returns at once, unless the environment variable FAILPOINTS (of the fail crate) holds the process at `name`; for
+/// instance, `name=3*off->return` does so from the fourth time on.
 #[inline]
 pub fn pass(name: &str) {
     #[cfg(feature = "failpoints")]
     fail::fail_point!(name, |_| {
         eprintln!("failpoint {name} reached");
-        // Until it is killed.
+        // Hold the thread until the test kills the process.
         loop {
             std::thread::park();
         }
@@ -17,7 +17,7 @@ pub fn pass(name: &str) {
     let _ = name;
 }
 
-/// What FAILPOINTS says for `name`: `name=return(argument)`.
+/// The argument that FAILPOINTS gives for `name`, as in `name=return(argument)`.
 #[inline]
 pub fn argument(name: &str) -> Option<String> {
     #[cfg(feature = "failpoints")]

@@ -1,4 +1,4 @@
-//! What stages hand on and report. Each stage consumes one form of a window and makes the next, so a window can only
+//! What stages pass on and report. Each stage consumes one form of a window and produces the next, so a window can only
 //! move forward, and only a published one can be committed.
 
 use std::ops::Range;
@@ -9,7 +9,7 @@ use crate::window::{Load, Span, Window};
 /// What is published for one record.
 #[derive(Debug)]
 pub enum Outcome {
-    /// Bytes of [`Encoded::memory`]: the part and the range in it.
+    /// An encoded prediction: a part of [`Encoded::memory`] and the byte range in it.
     Prediction {
         part: u32,
         bytes: Range<u32>,
@@ -20,12 +20,13 @@ pub enum Outcome {
     Dead(RecordError),
 }
 
-/// Ready to be published.
+/// A window that is ready to be published.
 #[derive(Debug)]
 pub struct Encoded {
     pub window: Window,
-    /// One a record.
+    /// One outcome per record.
     pub outcomes: Vec<Outcome>,
+    /// The bytes of the predictions, in parts.
     pub memory: Vec<Vec<u8>>,
 }
 
@@ -36,14 +37,15 @@ impl Encoded {
     }
 }
 
-/// A window whose every prediction and dead letter is acknowledged: what the source may commit.
+/// A window whose predictions and dead letters are all acknowledged, so that the source may commit its offsets.
 #[derive(Debug)]
 pub struct Published {
     pub spans: Vec<Span>,
-    /// Predictions, dead letters and tombstones of each span.
+    /// Numbers of predictions, dead letters and tombstones of each span.
     pub counts: Vec<[u64; 3]>,
+    /// Number of records published.
     pub records: usize,
-    /// What the window held of the pipeline's limits.
+    /// What the window occupied of the pipeline's limits.
     pub load: Load,
     /// Its offsets are committed already, in the transaction that published it.
     pub committed: bool,
@@ -53,20 +55,20 @@ pub struct Published {
 #[derive(Debug)]
 pub enum Report {
     Published(Published),
-    /// A window of which nothing was published, because its leases had ended; it held this.
+    /// A window of which nothing is published, because its leases have ended. `load`: what it occupied of the limits.
     Dropped {
         load: Load,
     },
     /// Inference on these records timed out, and the process is about to exit. The source stores their offsets in the
-    /// commit metadata, then signals `kept`; it closes it where that cannot be done.
+    /// commit metadata, then signals `kept`; if it cannot store them, it closes `kept` instead.
     Suspects {
         positions: Vec<Position>,
         kept: crossbeam_channel::Sender<()>,
     },
 }
 
-/// Set by the source while something waits for the open transaction: partitions to be revoked, room
-/// under the memory limit. The sink then commits as soon as it can.
+/// Set by the source while something waits for the open transaction to be committed: a revocation, or free memory under
+/// the limit. The sink then commits as soon as it can.
 #[derive(Debug, Default)]
 pub struct CommitSoon(std::sync::atomic::AtomicBool);
 
@@ -80,7 +82,7 @@ impl CommitSoon {
     }
 }
 
-/// Something in a channel, and since when: how long it waited for its stage.
+/// An item in a channel, with the time since which it waits for its stage.
 #[derive(Debug)]
 pub struct Queued<T> {
     since: std::time::Instant,
@@ -100,7 +102,7 @@ impl<T> Queued<T> {
         self.inner
     }
 
-    /// Observes the wait under `stage`, which is a `wait_…`.
+    /// Takes the item and records its wait in the stage metric under `stage`, a `wait_…` label.
     pub fn take(self, metrics: &crate::telemetry::Metrics, stage: &str) -> T {
         metrics.stage.with_label_values(&[stage]).observe(self.since.elapsed().as_secs_f64());
         self.inner

@@ -1,11 +1,10 @@
-//! A lease: our hold on a partition, from the moment it is assigned until it is given up or lost.
+//! A lease: the right to publish what was read from a partition, from its assignment until it is revoked or lost.
 //!
-//! Every record carries the lease it was read under. The source ends a lease before it answers the
-//! group; the sink looks before each message it sends, and again between asking for the group's
-//! generation and committing under it. So what was read by a former owner, us included, is never
-//! published or committed as if owned: either the sink sees the lease ended, or it commits under a
-//! generation that the group no longer takes. `tests/loom` runs this file through every
-//! interleaving of that hand-over.
+//! Every record carries the lease it was read under. When a partition is revoked, the source ends its lease before it
+//! answers the group. The sink checks the lease before each message, and again between reading the group's generation
+//! and committing under it. So records read under an earlier assignment, by any member, are never published or
+//! committed as if the partition were still assigned: either the sink sees that the lease has ended, or the group
+//! refuses the commit's generation. `tests/loom` runs this file through every interleaving of that hand-over.
 
 #[cfg(loom)]
 use loom::sync::{
@@ -26,7 +25,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// `generation` tells leases apart: none is used twice in a process.
+    /// `generation` identifies the lease; a process uses no value twice.
     pub fn new(generation: u64) -> Self {
         Self { generation, held: Arc::new(AtomicBool::new(true)) }
     }
@@ -39,7 +38,7 @@ impl Lease {
         self.held.load(Ordering::Acquire)
     }
 
-    /// For good: the partition may come back, under another lease.
+    /// Ends the lease permanently. If the partition is assigned again, it gets another lease.
     pub fn end(&self) {
         self.held.store(false, Ordering::Release);
     }

@@ -1,6 +1,6 @@
 //! kandle: batch inference for Kafka.
 
-// Standard output may be closed: see cli::output.
+// Standard output may be a closed pipe: print with cli::output.
 #![deny(clippy::print_stdout)]
 
 pub mod cli;

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 
 use libmimalloc_sys::{mi_option_set_default, mi_option_t};
 
-/// Large blocks are kept and reused: a forward allocates and frees tens of megabytes a second.
+/// mimalloc keeps and reuses large blocks: forward passes allocate and free tens of megabytes a second.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How long freed memory is kept before it goes back to the system, in milliseconds. With mimalloc's own second, memory
-/// that threads have handed on and freed comes on top of `memory.limit`. MIMALLOC_PURGE_DELAY overrides this.
+/// How long freed memory is kept before it goes back to the system, in milliseconds. With mimalloc's default of one
+/// second, memory that threads have passed on and freed exceeds `memory.limit`. MIMALLOC_PURGE_DELAY overrides this.
 const PURGE_DELAY: c_long = 100;
 /// `mi_option_purge_delay` of mimalloc.h, which the binding does not name.
 const MI_OPTION_PURGE_DELAY: mi_option_t = 15;
@@ -18,7 +18,7 @@ const MI_OPTION_PURGE_DELAY: mi_option_t = 15;
 fn main() -> ExitCode {
     // SAFETY: the option exists, and no other thread runs yet.
     unsafe { mi_option_set_default(MI_OPTION_PURGE_DELAY, PURGE_DELAY) };
-    // A daemon that lives on without one of its stages looks healthy and does nothing.
+    // Exit when any thread panics: a daemon without one of its stages looks healthy and does nothing.
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);

@@ -10,16 +10,16 @@
 //!         commit_soon: partitions or memory wait ─────▶
 //! ```
 //!
-//! Beside them: `stop` (asked to end in good order), `failed` (a stage has failed: the source leaves the group), health
-//! and metrics.
+//! Not shown: `stop` (a graceful shutdown is requested), `failed` (a stage has failed: the source leaves the group),
+//! health and metrics.
 //!
-//! Every stage is a thread of its own that takes a window, works on it and hands it on over a
-//! channel with little room; a full channel holds up the stage before it, and in the end the
-//! source, which pauses its partitions. The end comes the same way: the source drops its sender,
-//! and each stage ends when the channel before it is closed and empty.
+//! Every stage is a thread of its own that takes a window, works on it and passes it on through a small bounded
+//! channel. A full channel blocks the stage before it, and in the end the source, which pauses its partitions
+//! (backpressure). Shutdown goes the same way: the source drops its sender, and each stage ends when its input channel
+//! is closed and empty.
 //!
-//! Records are gathered as they come and decoded by the window: the thread that polls Kafka does
-//! nothing but copy, and decoding runs on all cores.
+//! Records are gathered as they arrive and decoded a window at a time: the thread that polls Kafka only copies, and
+//! decoding runs on all cores.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{bounded, unbounded};
 
-use crate::compute::{About, Compute, ComputeError, Stage, Wires};
+use crate::compute::{About, Compute, ComputeError, Stage, StageContext};
 use crate::flow::{CommitSoon, Encoded, Queued, Report};
 use crate::kafka::cluster::Topics;
 use crate::schedule::Schedule;
@@ -43,17 +43,17 @@ use crate::window::Window;
 pub struct Shared {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
-    /// Set from outside to end the pipeline in good order.
+    /// Set from outside to shut the pipeline down gracefully.
     pub stop: Arc<AtomicBool>,
-    /// The bounds, where it has any: it ends by itself once they are reached.
+    /// The bounds of a drain or replay: the pipeline ends by itself once they are reached.
     pub drain: Option<Arc<Drain>>,
-    /// When records are consumed; with `outside: leave` it ends by itself at the end of a period.
+    /// When records are consumed. With `outside: leave` the pipeline ends by itself at the end of a period.
     pub schedule: Arc<Schedule>,
-    /// The input are dead letters, of records of these topics.
+    /// Set if the input is dead letters to reprocess: the topics of the original records.
     pub reprocess: Option<Arc<OriginalTopics>>,
-    /// Where spans go, if anywhere.
+    /// Exports trace spans; `None`: no tracing.
     pub traces: Option<Arc<Traces>>,
-    /// Why the pipeline ends by itself, in good order.
+    /// Why a stage has requested a graceful shutdown, if one has.
     verdict: Arc<OnceLock<String>>,
 }
 
@@ -66,15 +66,15 @@ impl Shared {
             drain: None,
             reprocess: None,
             traces: None,
-            // The settings have been checked.
+            // The settings have been checked, so the schedule is valid.
             schedule: Arc::new(Schedule::new(&settings.schedule).unwrap_or_else(Schedule::always)),
             verdict: Arc::default(),
         }
     }
 
-    /// Ends the pipeline in good order, and the process with a failure.
+    /// Shuts the pipeline down gracefully; the process then exits with an error.
     fn end(&self, verdict: &str) {
-        // The first one is said.
+        // The first verdict is the one reported.
         let _ = self.verdict.set(verdict.to_owned());
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -91,13 +91,13 @@ pub enum PipelineError {
     Publish(#[from] PublishError),
     #[error("thread {name}: {error}")]
     Thread { name: &'static str, error: std::io::Error },
-    /// It ended in good order, all that was under way published, for a reason that a stage found.
+    /// A stage requested a graceful shutdown for this reason; everything in flight was published.
     #[error("{0}")]
     Verdict(String),
 }
 
 impl<E: 'static> Stage<E> {
-    /// Its error as the pipeline's.
+    /// Converts the stage's error to the pipeline's.
     fn into(self) -> Stage<PipelineError>
     where
         PipelineError: From<E>,
@@ -107,16 +107,19 @@ impl<E: 'static> Stage<E> {
     }
 }
 
-/// Windows that may wait to be published: the stages before go on while a transaction is committed,
-/// which takes 40 to 100 ms.
+/// Windows that may wait to be published, so that earlier stages continue while a transaction is committed, which takes
+/// 40 to 100 ms.
 const BEFORE_PUBLISH: usize = 64;
 
 /// How long the source may take to leave the group after another stage has failed.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Runs until `shared.stop` is set, the bounds are reached, or the schedule's period is over, and
-/// everything in flight is committed. The first error of any stage is returned once the source has left the
-/// group, with other stages still running: the process is to end.
+/// Runs until `shared.stop` is set, the bounds are reached, or the schedule's period is over, and everything in flight
+/// is committed.
+///
+/// # Errors
+/// The first error of any stage, once the source has left the group or `LEAVE_TIMEOUT` has passed. Other stages may
+/// still be running, so the process must exit.
 pub fn run(
     settings: &Settings,
     compute: Arc<dyn Compute>,
@@ -171,7 +174,7 @@ pub fn run(
         let shared = shared.clone();
         Box::new(move |verdict: &str| shared.end(verdict))
     };
-    let wires = Wires { windows, encoded, reports: report, health: Arc::clone(health), end };
+    let wires = StageContext { windows, encoded, reports: report, health: Arc::clone(health), end };
     let mut stages: Vec<Stage<PipelineError>> = compute.stages(wires).into_iter().map(Stage::into).collect();
     let source = Box::new(move || source.serve(gathered, &reports));
     let publish = Box::new(move || publisher.serve(&to_publish));

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// Rows one after the other, and where each ends.
+/// Rows stored one after the other, and where each ends.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ragged<T> {
     values: Vec<T>,
@@ -23,7 +23,7 @@ impl<T: Copy> Ragged<T> {
     /// Rows of one width.
     ///
     /// # Panics
-    /// Where the values are not whole rows, or more than 2³² of them.
+    /// If `values` is not a multiple of `width`, or has 2³² values or more.
     pub fn of_width(values: Vec<T>, width: usize) -> Self {
         assert!(
             width > 0 && values.len().is_multiple_of(width),
@@ -34,7 +34,7 @@ impl<T: Copy> Ragged<T> {
         Self { values, ends }
     }
 
-    /// Rows.
+    /// Number of rows.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
@@ -44,13 +44,16 @@ impl<T: Copy> Ragged<T> {
     }
 
     /// # Panics
-    /// Where all rows together have more than 2³² values.
+    /// If all rows together have 2³² values or more.
     pub fn push(&mut self, row: &[T]) {
         self.values.extend_from_slice(row);
         self.ends.push(end(self.values.len()));
     }
 
-    /// The rows of another one behind these.
+    /// Appends the rows of `other`.
+    ///
+    /// # Panics
+    /// If all rows together have 2³² values or more.
     pub fn append(&mut self, other: &Self) {
         let before = self.values.len();
         self.values.extend_from_slice(&other.values);
@@ -63,7 +66,7 @@ impl<T: Copy> Ragged<T> {
     }
 
     /// # Panics
-    /// Where there is no such row.
+    /// If there is no such row.
     pub fn row(&self, row: usize) -> &[T] {
         &self.values[self.range(row)]
     }

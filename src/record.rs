@@ -1,4 +1,4 @@
-//! What flows: a record's place in Kafka, its bytes, and what can be wrong with it.
+//! A record: its position in Kafka, its bytes, and what can be wrong with it.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -33,7 +33,7 @@ impl fmt::Display for Partition {
     }
 }
 
-/// Where a record stands in Kafka; written `topic/partition/offset`.
+/// The position of a record in Kafka; displayed as `topic/partition/offset`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Position {
     pub partition: Partition,
@@ -56,7 +56,7 @@ pub struct TraceParent {
 }
 
 impl TraceParent {
-    /// `None` where it is none.
+    /// Parses the value of the header; `None` if it is not valid.
     pub fn read(text: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(text).ok()?;
         let mut parts = text.split('-');
@@ -75,7 +75,7 @@ impl TraceParent {
         for (i, byte) in read.span.iter_mut().enumerate() {
             *byte = u8::from_str_radix(&span[2 * i..2 * i + 2], 16).ok()?;
         }
-        // All zeros stand for none.
+        // Ids of zeros are invalid.
         (read.trace != [0; 16] && read.span != [0; 8]).then_some(read)
     }
 }
@@ -84,20 +84,20 @@ impl TraceParent {
 #[derive(Debug, Default)]
 pub struct Arrival<'a> {
     pub offset: i64,
-    /// Milliseconds since the Unix epoch; `None` where the broker keeps none.
+    /// Milliseconds since the Unix epoch; `None` if the record has none.
     pub timestamp: Option<i64>,
     pub key: Option<&'a [u8]>,
     /// `None` is a tombstone.
     pub value: Option<&'a [u8]>,
     pub headers: Option<Headers>,
     pub suspect: bool,
-    /// Where it once came from, if not from here: it was a dead letter.
+    /// Original position, if this is a dead letter that is being reprocessed.
     pub origin: Option<Box<Position>>,
-    /// Where spans are sent: what its header says of where it comes from.
+    /// Its `traceparent` header; read only if spans are exported.
     pub trace: Option<Box<TraceParent>>,
-    /// Bytes that it takes until it is published, beside its own.
+    /// Estimated bytes that it takes until it is published, beside its own.
     pub footprint: usize,
-    /// Seconds that the model will need for it, as far as is known.
+    /// Estimated device seconds for it.
     pub work: f32,
 }
 
@@ -111,15 +111,15 @@ pub struct Record {
     pub timestamp: Option<i64>,
     pub arrived: Instant,
     pub headers: Option<Headers>,
-    /// Inference on it has timed out before: it runs alone.
+    /// Inference on it timed out before: it runs alone.
     pub suspect: bool,
-    /// Where it once came from, if not from here: it was a dead letter.
+    /// Original position, if this is a dead letter that is being reprocessed.
     pub origin: Option<Box<Position>>,
-    /// Where spans are sent: what its header says of where it comes from.
+    /// Its `traceparent` header; read only if spans are exported.
     pub trace: Option<Box<TraceParent>>,
-    /// Bytes that it takes until it is published, beside its own.
+    /// Estimated bytes that it takes until it is published, beside its own.
     pub footprint: usize,
-    /// Seconds that the model will need for it, as far as is known.
+    /// Estimated device seconds for it.
     pub work: f32,
     pub(crate) key: Option<Range<usize>>,
     pub(crate) value: Option<Range<usize>>,
@@ -132,7 +132,7 @@ pub enum Fault {
     Decode,
     /// `input.field` or `input.template` finds nothing usable in it.
     Field,
-    /// The model's input cannot be made of it: a text without any token.
+    /// It cannot be made into an input of the model: a text without tokens, for example.
     Prepare,
     /// More tokens than the model takes, with `task.overflow: dead_letter`.
     TooLong,
@@ -140,9 +140,9 @@ pub enum Fault {
     Infer,
     /// The model's output cannot be written as a prediction.
     Encode,
-    /// The prediction is larger than the output topic takes.
+    /// The prediction is larger than the output topic allows.
     TooLarge,
-    /// The output topic refuses the record: its key, its timestamp, or by a rule of the broker's.
+    /// The output topic refuses the record because of its key, its timestamp or a rule of the broker.
     Refused,
 }
 
@@ -172,7 +172,7 @@ impl Fault {
         }
     }
 
-    /// The value of `kandle-stage`: where the fault shows.
+    /// The value of `kandle-stage`: the stage that finds the fault.
     pub fn stage(self) -> &'static str {
         match self {
             Fault::Decode | Fault::Field => "decode",

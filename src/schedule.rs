@@ -1,9 +1,8 @@
-//! When is consumed: periods that begin by cron expressions, in a time zone, and the time of day by
-//! which a backlog is to be done. Pure: the time is given.
+//! When to consume: periods that start by cron expressions in a time zone, and the time of day by which a backlog must
+//! be done. Pure: the current time is an argument.
 //!
-//! A period lasts by a stopwatch, from its beginning on. Where clocks are put forward over a beginning,
-//! it comes right after the skip; where they are put back over one, it comes once (croner's rules, which
-//! are those of Vixie's cron).
+//! A period's length is elapsed time from its start. If clocks go forward over a start, the period starts right after
+//! the skip; if they go back over a start, the period starts once (croner's rules, which are those of Vixie cron).
 
 use croner::Cron;
 use croner::parser::CronParser;
@@ -13,36 +12,36 @@ use jiff::{SignedDuration, Timestamp, ToSpan, Zoned};
 
 use crate::settings::{self, Outside};
 
-/// Periods that follow each other without a gap, looked at to say when it is over.
-const CHAIN: usize = 64;
+/// How many periods that follow each other without a gap are followed to find the end of consumption.
+const MAX_ADJOINING_PERIODS: usize = 64;
 
-/// When is consumed.
+/// When to consume.
 #[derive(Debug, Clone)]
 pub struct Schedule {
     zone: TimeZone,
-    /// Beginning and length.
+    /// Start and length of each period.
     periods: Vec<(Cron, SignedDuration)>,
     finish_by: Option<Time>,
     pub outside: Outside,
     pub unload_model: bool,
 }
 
-/// What is to be done at some time.
+/// What to do at a given time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Consume; until then, where there is an end.
+    /// Consume until this time; `None` if there is no end.
     Open { until: Option<Timestamp> },
-    /// Rest until then.
+    /// Do not consume until this time.
     Closed { until: Timestamp },
 }
 
 impl Schedule {
-    /// Key and message of each fault.
+    /// Key and message of each problem.
     pub fn check(settings: &settings::Schedule) -> Vec<(String, String)> {
         Self::read(settings, Timestamp::now()).err().unwrap_or_default()
     }
 
-    /// `None` where the settings hold a fault, which [`Schedule::check`] tells.
+    /// `None` if the settings have a problem, which [`Schedule::check`] reports.
     pub fn new(settings: &settings::Schedule) -> Option<Self> {
         Self::read(settings, Timestamp::now()).ok()
     }
@@ -51,7 +50,10 @@ impl Schedule {
         let mut faults = Vec::new();
         let mut fault = |key: &str, message: String| faults.push((format!("schedule.{key}"), message));
         let zone = TimeZone::get(&settings.timezone).unwrap_or_else(|_| {
-            fault("timezone", format!("{:?} is no IANA time zone, such as Europe/Berlin", settings.timezone));
+            fault(
+                "timezone",
+                format!("{:?} is not an IANA time zone such as Europe/Berlin", settings.timezone),
+            );
             TimeZone::UTC
         });
         let mut periods = Vec::new();
@@ -61,7 +63,7 @@ impl Schedule {
                 Err(error) => {
                     fault(
                         &format!("periods.{i}.cron"),
-                        format!("{:?} is no cron expression: {error}", period.cron),
+                        format!("{:?} is not a valid cron expression: {error}", period.cron),
                     );
                     continue;
                 }
@@ -71,21 +73,21 @@ impl Schedule {
                 fault(&format!("periods.{i}.duration"), "is zero".to_owned());
             }
             if cron.find_next_occurrence(&now.to_zoned(zone.clone()), true).is_err() {
-                fault(&format!("periods.{i}.cron"), format!("{:?} never comes", period.cron));
+                fault(&format!("periods.{i}.cron"), format!("{:?} never matches a date", period.cron));
             }
             periods.push((cron, length));
         }
         let finish_by = settings.finish_by.as_ref().and_then(|text| {
             let time = Time::strptime("%H:%M", text);
             if time.is_err() {
-                fault("finish_by", format!("{text:?} is no time of day such as 06:00"));
+                fault("finish_by", format!("{text:?} is not a time of day such as 06:00"));
             }
             time.ok()
         });
         if settings.unload_model && settings.outside == Outside::Stay {
             fault(
                 "unload_model",
-                "needs outside: leave: a member that stays in the group keeps what it works with".to_owned(),
+                "needs outside: leave, because a member that stays in the group keeps its model".to_owned(),
             );
         }
         if settings.periods.is_empty() && (settings.unload_model || settings.outside == Outside::Leave) {
@@ -99,7 +101,7 @@ impl Schedule {
         Ok(Self { zone, periods, finish_by, outside, unload_model })
     }
 
-    /// No periods, no time to be done by.
+    /// A schedule that always consumes and has no `finish_by`.
     pub fn always() -> Self {
         Self {
             zone: TimeZone::UTC,
@@ -110,11 +112,12 @@ impl Schedule {
         }
     }
 
-    /// Consumption is not for all times.
+    /// False if consumption has no end.
     pub fn has_periods(&self) -> bool {
         !self.periods.is_empty()
     }
 
+    /// The phase at `now`.
     pub fn at(&self, now: Timestamp) -> Phase {
         if self.periods.is_empty() {
             return Phase::Open { until: None };
@@ -123,10 +126,10 @@ impl Schedule {
             let now = now.to_zoned(self.zone.clone());
             let next = |(cron, _): &(Cron, SignedDuration)| cron.find_next_occurrence(&now, false).ok();
             let next = self.periods.iter().filter_map(next).map(|begin: Zoned| begin.timestamp()).min();
-            // A cron that never comes is a fault of the settings; one may still have come for the last time.
+            // `check` refuses a cron that never matches a date, but one may have matched for the last time.
             return Phase::Closed { until: next.unwrap_or(Timestamp::MAX) };
         };
-        for _ in 0..CHAIN {
+        for _ in 0..MAX_ADJOINING_PERIODS {
             match self.end_at(until) {
                 Some(later) => until = later,
                 None => return Phase::Open { until: Some(until) },
@@ -135,7 +138,7 @@ impl Schedule {
         Phase::Open { until: None }
     }
 
-    /// The latest end of the periods that `now` lies in.
+    /// The latest end of the periods that `now` lies in; `None` outside of all periods.
     fn end_at(&self, now: Timestamp) -> Option<Timestamp> {
         let zoned = now.to_zoned(self.zone.clone());
         let end = |(cron, length): &(Cron, SignedDuration)| {
@@ -149,7 +152,7 @@ impl Schedule {
     pub fn deadline(&self, now: Timestamp) -> Option<Timestamp> {
         let time = self.finish_by?;
         let today = now.to_zoned(self.zone.clone()).date();
-        // A time of day that clocks skip comes right after the skip.
+        // If clocks go forward over this time of day, the deadline is right after the skip.
         (0..2)
             .filter_map(|days| today.checked_add(days.days()).ok())
             .filter_map(|date| date.to_datetime(time).to_zoned(self.zone.clone()).ok())
@@ -208,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn nights_in_which_clocks_change_are_as_long_as_others() {
+    fn a_clock_change_does_not_alter_the_length_of_a_period() {
         let schedule = Schedule::new(&settings(&[("0 22 * * *", "8h")], "Europe/Berlin")).unwrap();
         // 28 to 29 March 2026: 02:00 becomes 03:00. 22:00 is 21:00 UTC; eight hours later it is 07:00.
         open(&schedule, "2026-03-28T23:00:00Z", "2026-03-29T05:00:00Z");
@@ -218,18 +221,18 @@ mod tests {
     }
 
     #[test]
-    fn a_beginning_that_clocks_skip_or_repeat_comes_once() {
+    fn a_start_that_clocks_skip_or_repeat_happens_once() {
         let schedule = Schedule::new(&settings(&[("30 2 * * *", "1h")], "Europe/Berlin")).unwrap();
-        // 02:30 is not on 29 March 2026: it begins at 03:00, which is 01:00 UTC.
+        // 02:30 does not exist on 29 March 2026: the period starts at 03:00, which is 01:00 UTC.
         closed(&schedule, "2026-03-29T00:30:00Z", "2026-03-29T01:00:00Z");
         open(&schedule, "2026-03-29T01:00:00Z", "2026-03-29T02:00:00Z");
-        // 02:30 is twice on 25 October 2026, at 00:30 and at 01:30 UTC: the first counts.
+        // 02:30 exists twice on 25 October 2026, at 00:30 and at 01:30 UTC: the first one counts.
         open(&schedule, "2026-10-25T00:30:00Z", "2026-10-25T01:30:00Z");
         closed(&schedule, "2026-10-25T01:30:00Z", "2026-10-26T01:30:00Z");
     }
 
     #[test]
-    fn periods_that_never_end_and_none_at_all() {
+    fn adjoining_periods_and_no_periods_have_no_end() {
         let all = Schedule::new(&settings(&[("0 * * * *", "1h")], "UTC")).unwrap();
         assert_eq!(all.at(at("2026-11-25T12:30:00Z")), Phase::Open { until: None });
         let none = Schedule::new(&settings(&[], "UTC")).unwrap();
@@ -238,20 +241,20 @@ mod tests {
     }
 
     #[test]
-    fn the_next_time_of_day_in_the_time_zone() {
+    fn the_deadline_is_the_next_finish_by_in_the_time_zone() {
         let mut settings = settings(&[], "America/New_York");
         settings.finish_by = Some("06:00".to_owned());
         let schedule = Schedule::new(&settings).unwrap();
         assert_eq!(schedule.deadline(at("2026-11-25T10:59:59Z")), Some(at("2026-11-25T11:00:00Z")));
         assert_eq!(schedule.deadline(at("2026-11-25T11:00:00Z")), Some(at("2026-11-26T11:00:00Z")));
-        // 02:30 is not on 8 March 2026: 03:30 it is then.
+        // 02:30 does not exist on 8 March 2026: the deadline is 03:30.
         settings.finish_by = Some("02:30".to_owned());
         let schedule = Schedule::new(&settings).unwrap();
         assert_eq!(schedule.deadline(at("2026-03-08T06:00:00Z")), Some(at("2026-03-08T07:30:00Z")));
     }
 
     #[test]
-    fn faults_name_their_keys() {
+    fn problems_name_their_keys() {
         let mut wrong =
             settings(&[("0 25 * * *", "1h"), ("0 0 30 2 *", "1h"), ("0 0 * * *", "0s")], "Mars/Base");
         wrong.finish_by = Some("25:00".to_owned());

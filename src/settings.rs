@@ -1,5 +1,5 @@
-//! The typed configuration: one struct per section, from which the JSON Schema, the defaults and
-//! the checks are made. How files, environment and flags become it is in [`load`].
+//! The typed configuration: one struct per section. The JSON Schema, the defaults and the checks are derived from
+//! these structs. [`load`] fills them from files, environment and flags.
 
 mod file;
 pub mod load;
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{Loaded, Sources, escape, load};
 pub use problems::Problem;
+pub(crate) use rules::check_pointer;
 pub use units::{ByteSize, Scalar, Wait};
 
 /// The settings of one kandle job.
@@ -24,9 +25,9 @@ pub use units::{ByteSize, Scalar, Wait};
 pub struct Settings {
     /// How to reach Kafka.
     pub kafka: Kafka,
-    /// What is read.
+    /// Which records are read, and how.
     pub input: Input,
-    /// When the records gathered are passed on: whichever limit comes first.
+    /// Limits of a window, which closes at whichever limit is reached first.
     #[serde(default)]
     pub window: Window,
     /// What is predicted.
@@ -34,14 +35,14 @@ pub struct Settings {
     /// The model that predicts.
     #[serde(default)]
     pub model: Model,
-    /// What goes through the model in one forward.
+    /// Limits of one forward pass of the model.
     #[serde(default)]
     pub batch: Batch,
     /// Where predictions go.
     pub output: Output,
-    /// Where records go that cannot become a prediction.
+    /// Where records go that could not become a prediction.
     pub dead_letters: DeadLetters,
-    /// What is promised about each record.
+    /// The delivery guarantee, and how often offsets are committed.
     #[serde(default)]
     pub delivery: Delivery,
     /// How much may be in flight.
@@ -50,49 +51,50 @@ pub struct Settings {
     /// The admin server: /metrics, /livez, /readyz, /status.
     #[serde(default)]
     pub server: Server,
-    /// What is written to standard error.
+    /// Logging to standard error.
     #[serde(default)]
     pub log: Log,
-    /// When `run` consumes, and by when a backlog is to be done.
+    /// When `run` consumes, and the time of day by which a backlog must be done.
     #[serde(default)]
     pub schedule: Schedule,
-    /// OpenTelemetry: a span a window.
+    /// OpenTelemetry tracing: one span per window.
     #[serde(default)]
     pub otel: Otel,
-    /// What running kandle costs, for a drain's report.
+    /// Cost of running kandle, for a drain's report.
     #[serde(default)]
     pub cost: Cost,
 }
 
 impl Settings {
-    /// A property of librdkafka, wherever it is set; the clients' own win.
+    /// Value of a librdkafka property. `output.properties` and `input.properties` win over `kafka.properties`.
     pub fn property(&self, name: &str) -> Option<&str> {
         let own = [&self.output.properties, &self.input.properties, &self.kafka.properties];
         own.into_iter().find_map(|properties| properties.get(name)).map(|value| value.0.as_str())
     }
 
-    /// Bytes that a window may take until it is published, the footprints of its records included: a quarter of the half
-    /// of `memory.limit` that is for windows. One that `window.max_bytes` closes has room, and is decoded beside.
+    /// Bytes that a window may occupy until it is published, including its records' footprints: a quarter of the half
+    /// of `memory.limit` that is for windows, but at least twice `window.max_bytes`: for the bytes and what is decoded
+    /// from them.
     pub fn window_memory(&self) -> usize {
         (self.memory.limit.0 / 8).max(2 * self.window.max_bytes.0) as usize
     }
 
-    /// After which the coordinator gives a transaction up: transaction.timeout.ms where it is set, else
-    /// [`Settings::longest_transaction`] with time for a broker to come back.
+    /// Time after which the coordinator aborts a transaction: transaction.timeout.ms if it is set, else
+    /// [`Settings::longest_transaction`] plus 30 s for a broker to restart.
     pub fn transaction_timeout(&self) -> Duration {
         let set = self.property("transaction.timeout.ms").and_then(|ms| ms.parse().ok());
         set.map_or_else(|| self.longest_transaction() + Duration::from_secs(30), Duration::from_millis)
     }
 
-    /// A transaction is open for `delivery.commit_interval`, then for as long as its last window takes
-    /// to be acknowledged: reckoned at no less than 1 MiB/s and 1 s.
+    /// The longest time that a transaction stays open: `delivery.commit_interval`, plus the time until its last window
+    /// is acknowledged, estimated as 1 s and 1 s per MiB.
     pub fn longest_transaction(&self) -> Duration {
         let window = Duration::from_secs(1 + (self.window.max_bytes.0 >> 20));
         self.delivery.commit_interval.0 + window
     }
 }
 
-/// Properties of librdkafka, name to value.
+/// librdkafka properties, name to value.
 pub type Properties = BTreeMap<String, units::Scalar>;
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -101,7 +103,7 @@ pub struct Kafka {
     /// Bootstrap brokers, host:port, comma-separated.
     #[schemars(example = "localhost:9092")]
     pub brokers: String,
-    /// librdkafka properties for both clients. What kandle itself sets is refused with the reason.
+    /// librdkafka properties for the consumer and the producer. Those that kandle manages are refused, with the reason.
     #[serde(default)]
     pub properties: Properties,
 }
@@ -115,22 +117,22 @@ pub struct Input {
     /// The consumer group.
     #[schemars(example = "kandle-tickets")]
     pub group: String,
-    /// Where to begin in a partition for which the group has no offset.
+    /// Where to start in a partition for which the group has no committed offset.
     #[serde(default)]
     pub start: Start,
-    /// How values are read.
+    /// How record values are decoded.
     #[serde(default)]
     pub format: Format,
-    /// json: JSON Pointer to the text, or a list of them, joined by `join`.
+    /// json: JSON Pointer to the text, or a list of pointers whose texts are joined with `join`.
     #[serde(default)]
     pub field: Fields,
-    /// json: what stands between the texts of several fields.
+    /// json: separator between the texts of several fields.
     #[serde(default = "default_join")]
     pub join: String,
-    /// json: a template (Jinja) over the value's fields, instead of `field`.
+    /// json: Jinja template over the value's fields, used instead of `field`.
     #[serde(default)]
     pub template: Option<String>,
-    /// librdkafka properties for the consumer alone.
+    /// librdkafka properties for the consumer only.
     #[serde(default)]
     pub properties: Properties,
 }
@@ -157,7 +159,7 @@ pub enum Format {
     Bytes,
 }
 
-/// One JSON Pointer or several; empty where none is set.
+/// One JSON Pointer or several; empty if none is set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "units::OneOrMany", into = "units::OneOrMany")]
 pub struct Fields(pub Vec<String>);
@@ -165,18 +167,18 @@ pub struct Fields(pub Vec<String>);
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Window {
-    /// Records in a window at most.
+    /// Maximum number of records in a window.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub max_records: usize,
-    /// Bytes of keys and values: the record that reaches it closes the window.
+    /// Bytes of keys, values and headers. The record that reaches this limit closes the window.
     pub max_bytes: ByteSize,
-    /// How long the oldest record waits at most for others.
+    /// How long the oldest record of a window waits for others at most.
     pub max_wait: Wait,
-    /// What becomes of a window while no other one is under way and no more records are there: wait for others, up to
-    /// max_wait, so that fewer and fuller batches do the work; or close, for the lowest latency.
+    /// What to do with a partial window while no other window is in flight and no more records are available: wait for
+    /// more, up to max_wait (fewer and fuller batches), or close it (lowest latency).
     pub when_idle: WhenIdle,
-    /// How long the model will need at most, as long as the windows before took: the record that reaches it closes the
-    /// window. Twice as much is under way at a time: what a crash repeats, and a stop waits for.
+    /// Time that the model may need for a window, estimated from earlier windows. The record that reaches this limit
+    /// closes the window. At most twice this much, or two windows, is in flight (and repeated after a crash).
     pub max_work: Wait,
 }
 
@@ -203,57 +205,56 @@ pub enum WhenIdle {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Task {
-    /// What is predicted about a record. `noop` runs no model and publishes the value as it came:
-    /// for measuring.
+    /// What is predicted about a record. `noop` runs no model and publishes the value unchanged, for measurements.
     #[schemars(example = "text-classification")]
     pub kind: TaskKind,
-    /// text-classification, zero-shot-classification: how many labels `scores` has (all of them where unset);
-    /// similarity: how many matches a prediction has (one where unset); reranking: how many results (all where unset).
+    /// text-classification, zero-shot-classification: number of labels in `scores` (default: all). similarity: number
+    /// of matches (default: one). reranking: number of results (default: all).
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub top_k: Option<usize>,
-    /// What becomes of a text with more tokens than the model takes: truncate (counted), dead_letter, or, for
-    /// token-classification, chunk (overlapping chunks, whose entities are merged). Where unset: chunk for
+    /// What to do with a text that has more tokens than the model accepts: truncate (counted), dead_letter, or, for
+    /// token-classification, chunk (overlapping chunks whose entities are merged). Default: chunk for
     /// token-classification, truncate for the others.
     #[serde(default)]
     pub overflow: Option<Overflow>,
-    /// token-classification: how tokens become entities, as in transformers' pipeline. none: each token is one.
-    /// simple: neighbours with one label are one. first, average, max: so are the tokens of a word, which have the
-    /// label of the first of them, of their average, or of the surest.
+    /// token-classification: how tokens become entities, as in transformers' pipeline. none: each token is an entity.
+    /// simple: neighbouring tokens with the same label are one entity. first, average, max: the same over whole words,
+    /// each with the label of its first token, of the average of its tokens' scores, or of its highest-scoring token.
     #[serde(default)]
     pub aggregation: Aggregation,
-    /// token-classification: by how many tokens the chunks of a long text overlap (32 where unset, or half of what the
-    /// model takes if that is less).
+    /// token-classification: number of tokens by which the chunks of a long text overlap (default: 32, or half of the
+    /// model's token limit if that is less).
     #[serde(default)]
     pub stride: Option<usize>,
-    /// reranking: JSON Pointer to the documents, an array of texts or of objects with `text` and perhaps `id`. The
+    /// reranking: JSON Pointer to the documents, an array of texts or of objects with `text` and optionally `id`. The
     /// query is `input.field`.
     #[serde(default)]
     pub documents: Option<String>,
     /// zero-shot-classification: the labels, the same for every record.
     #[serde(default)]
     pub labels: Vec<String>,
-    /// zero-shot-classification: JSON Pointer to the record's own labels, an array of texts, instead of `labels`.
+    /// zero-shot-classification: JSON Pointer to the record's own labels, an array of texts, used instead of `labels`.
     #[serde(default)]
     pub labels_field: Option<String>,
-    /// zero-shot-classification: what the model judges of each label, which stands for {}.
+    /// zero-shot-classification: the hypothesis that the model judges for each label; {} is replaced by the label.
     #[serde(default = "default_hypothesis")]
     pub hypothesis: String,
-    /// zero-shot-classification: more than one label may hold. Each has a score of its own then; otherwise they are
-    /// shares of 1.
+    /// zero-shot-classification: whether more than one label may apply. If true, each label has an independent score;
+    /// if false, the scores sum to 1.
     #[serde(default)]
     pub multi_label: bool,
-    /// similarity: a file of candidates, one JSON object a line with `id` and `text`.
+    /// similarity: file of candidates, one JSON object per line with `id` and `text`.
     #[serde(default)]
     pub candidates: Option<PathBuf>,
-    /// Bytes for what the model said about the inputs of late: the same input again is not computed
-    /// again. Beside memory.limit; none where unset. Within a window it is so without this.
+    /// Bytes for a cache of the model's answers, so that an input seen recently is not computed again (default: no
+    /// cache). This memory is not part of memory.limit. Equal inputs within a window are computed once in any case.
     #[serde(default)]
     pub cache: Option<ByteSize>,
 }
 
 impl Task {
-    /// With nothing else set.
+    /// A task of this kind with every other key at its default.
     pub fn of(kind: TaskKind) -> Self {
         Self {
             kind,
@@ -271,7 +272,7 @@ impl Task {
         }
     }
 
-    /// The keys with another value than where nothing is set, beside `kind`.
+    /// Keys whose values differ from the defaults, without `kind`.
     pub fn set_keys(&self) -> serde_json::Map<String, serde_json::Value> {
         let keys = |task: &Self| match serde_json::to_value(task) {
             Ok(serde_json::Value::Object(keys)) => keys,
@@ -286,7 +287,7 @@ fn default_hypothesis() -> String {
     "This example is {}.".to_owned()
 }
 
-/// A task by its name in the table: [`crate::task::KINDS`].
+/// A task by its name in the table [`crate::task::KINDS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TaskKind(pub(crate) &'static str);
 
@@ -322,20 +323,20 @@ pub struct Model {
     /// A hub id (`org/name`), a directory with config.json, tokenizer.json and *.safetensors, or
     /// `bundled`: the ticket classifier that is part of kandle.
     pub source: Option<String>,
-    /// Hub: branch, tag or commit; the commit it stands for is resolved once and named everywhere.
+    /// Hub: branch, tag or commit (default: main). It is resolved to a commit once, at the start.
     pub revision: Option<String>,
-    /// Hub: the cache directory ($HF_HOME/hub or ~/.cache/huggingface/hub where unset).
+    /// Hub: the cache directory (default: $HF_HOME/hub or ~/.cache/huggingface/hub).
     pub cache: Option<PathBuf>,
-    /// Hub: access token ($HF_TOKEN or the cache's token file where unset).
+    /// Hub: access token (default: $HF_TOKEN or the cache's token file).
     pub token: Option<String>,
-    /// Hub: use the cache alone ($HF_HUB_OFFLINE=1 does the same).
+    /// Hub: use only the cache, never the network ($HF_HUB_OFFLINE=1 does the same).
     pub offline: bool,
-    /// Where it runs: auto, cpu, cuda, cuda:N or metal. auto takes the best that build and machine have.
+    /// Where the model runs: auto, cpu, cuda, cuda:N or metal. auto takes the best device of this build and machine.
     pub device: DeviceChoice,
-    /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16 (on a CPU faster than f32 where
-    /// that has AMX, or Arm's BF16), f16 (not on a CPU) or int8 (CPU alone: multiplications in eight bits).
+    /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16 (faster than f32 on a CPU with AMX or Arm
+    /// BF16), f16 (not on a CPU) or int8 (only on a CPU: quantized multiplications).
     pub dtype: Dtype,
-    /// What to do when another model made the group's last commit.
+    /// What to do if the group's last commit was made with another model.
     pub on_change: OnChange,
     /// Keys of the checkpoint's config.json that kandle does not know and that do not change predictions. Any other
     /// unknown key is refused.
@@ -376,16 +377,16 @@ pub enum OnChange {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Batch {
-    /// Tokens of one forward at most, halved while the device is out of memory. A CPU core takes 256 at a
-    /// time, a GPU all of them, unless `kandle bench calibrate` has found better for model and device.
+    /// Maximum tokens of one forward pass, halved while the device is out of memory. A CPU core takes 256 of them at a
+    /// time and a GPU all, unless `kandle bench calibrate` has stored a better number for the model and device.
     #[schemars(range(min = 1))]
     pub max_tokens: usize,
-    /// CPU cores that run batches, each one of its own at a time: as many as the process may use where
-    /// unset. A GPU has two, of which one is queued.
+    /// CPU: number of cores that run batches, one batch per core at a time (default: all cores that the process may
+    /// use). A GPU always has two lanes: one batch runs while the next is queued.
     #[schemars(range(min = 1))]
     pub lanes: Option<usize>,
-    /// How long one forward may take. One that takes longer ends the process, and on the next start its
-    /// records run one by one: the one at problem becomes a dead letter.
+    /// Timeout of one forward pass. If it is exceeded, the process exits; after the restart, the records of that pass
+    /// run one by one, and the record at fault becomes a dead letter.
     pub timeout: Wait,
 }
 
@@ -404,17 +405,17 @@ pub struct Output {
     /// How predictions are written.
     #[serde(default)]
     pub format: OutputFormat,
-    /// JSON Pointers whose values are copied from the input into the prediction, under their last name.
+    /// JSON Pointers to values that are copied from the input into the prediction, each under its pointer's last name.
     #[serde(default)]
     pub include: Vec<String>,
-    /// Which partition: by the key's murmur2 hash as Java's clients do, or the input's number.
-    /// A record without a key keeps its input partition's number (modulo the output's count).
+    /// Partition of a prediction: by the murmur2 hash of the key, as Java clients do, or the input partition's number.
+    /// A record without a key always keeps its input partition's number (modulo the output topic's partition count).
     #[serde(default)]
     pub partition: Partitioning,
-    /// A prediction's timestamp: the record's own, or the time at which it is published. Retention goes by it.
+    /// Timestamp of a prediction: that of its record, or the time of publishing. Retention goes by this timestamp.
     #[serde(default)]
     pub timestamp: OutputTimestamp,
-    /// librdkafka properties for the producer alone.
+    /// librdkafka properties for the producer only.
     #[serde(default)]
     pub properties: Properties,
 }
@@ -459,16 +460,16 @@ pub struct DeadLetters {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Delivery {
-    /// at_least_once: offsets are committed only when every prediction and dead letter before them
-    /// is acknowledged; after a crash some are published again. exactly_once: predictions, dead letters
-    /// and offsets are one transaction; readers set isolation.level=read_committed.
+    /// at_least_once: an offset is committed only when every prediction and dead letter before it is acknowledged;
+    /// after a crash some are published again. exactly_once: predictions, dead letters and offsets are committed in one
+    /// transaction; readers set isolation.level=read_committed.
     pub guarantee: Guarantee,
     /// How often offsets are committed; exactly_once: how long windows share a transaction.
     pub commit_interval: Wait,
-    /// When partitions are taken away: how long windows in flight may take to finish.
+    /// When partitions are revoked: how long windows in flight may take to finish.
     pub revoke_timeout: Wait,
-    /// exactly_once: the transactional.id, which no other member may have. Where unset: the group with
-    /// group.instance.id, else with the machine's name and a number that no other kandle there has.
+    /// exactly_once: the transactional.id, which no other member may use. Default: the group with group.instance.id, or
+    /// else with the host name and a number that no other kandle on this host uses.
     pub transactional_id: Option<String>,
 }
 
@@ -494,7 +495,7 @@ pub enum Guarantee {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Memory {
-    /// Bytes in flight: a quarter for what librdkafka prefetches, a quarter for what waits for the
+    /// Bytes in flight: a quarter for records that librdkafka prefetches, a quarter for records that wait for the
     /// broker's acknowledgement, half for windows. Consumption pauses at the limit.
     pub limit: ByteSize,
 }
@@ -508,9 +509,9 @@ impl Default for Memory {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Server {
-    /// Address of the admin server; port 0 takes a free one, which the log names.
+    /// Address of the admin server. Port 0 takes a free port, which is logged.
     pub listen: String,
-    /// /livez turns false when a stage has been at one window for longer than this.
+    /// /livez fails when a stage has worked on one window for longer than this.
     pub stall_after: Wait,
 }
 
@@ -527,7 +528,7 @@ pub struct Log {
     pub format: LogFormat,
     /// error, warn, info, debug or trace.
     pub level: LogLevel,
-    /// How often a drain says how far it is, where no terminal shows its bar.
+    /// How often a drain logs its progress. On a terminal, a progress bar is shown instead.
     pub progress_every: Wait,
 }
 
@@ -544,17 +545,17 @@ impl Default for Log {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Schedule {
-    /// When `run` consumes; always where there are none. What they share counts once.
+    /// Periods in which `run` consumes (default: always). Periods may overlap.
     pub periods: Vec<Period>,
     /// The time zone of `periods` and `finish_by`, by its IANA name.
     #[schemars(example = "Europe/Berlin")]
     pub timezone: String,
-    /// Outside of all periods: stay in the group with partitions paused, or leave it.
+    /// Outside of all periods: stay in the group with partitions paused, or leave the group.
     pub outside: Outside,
-    /// outside: leave: the model goes too, so that its memory and the GPU are free, and is loaded again
-    /// ahead of the next period.
+    /// With outside: leave, also unload the model outside of all periods, which frees its memory and the GPU. It is
+    /// loaded again before the next period starts.
     pub unload_model: bool,
-    /// The time of day, HH:MM, by which a backlog is to be done: what will not be is said ahead of time.
+    /// Time of day, HH:MM, by which a backlog must be done. kandle warns ahead of time if it will not be.
     pub finish_by: Option<String>,
 }
 
@@ -570,14 +571,14 @@ impl Default for Schedule {
     }
 }
 
-/// A time in which is consumed, again and again.
+/// A recurring period in which records are consumed.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Period {
-    /// When it begins: minute, hour, day of the month, month, day of the week.
+    /// Start of the period, as a cron expression: minute, hour, day of the month, month, day of the week.
     #[schemars(example = "0 22 * * MON-FRI")]
     pub cron: String,
-    /// How long it lasts, by a stopwatch: clocks that are put forward or back meanwhile do not count.
+    /// Length of the period, in elapsed time: clocks that go forward or back meanwhile do not change it.
     pub duration: Wait,
 }
 
@@ -592,10 +593,10 @@ pub enum Outside {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Otel {
-    /// Where spans are sent by OTLP over HTTP, without /v1/traces; none are where unset.
+    /// OTLP/HTTP endpoint that spans are sent to, without /v1/traces (default: no spans are sent).
     #[schemars(example = "http://localhost:4318")]
     pub endpoint: Option<String>,
-    /// The name under which they stand.
+    /// The service.name of the spans.
     pub service_name: String,
 }
 
@@ -608,7 +609,7 @@ impl Default for Otel {
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cost {
-    /// What an hour of this machine costs, in whatever currency; a drain's report reckons with it.
+    /// Cost of one hour of this machine, in any currency; a drain's report computes its cost from it.
     #[schemars(range(min = 0.0))]
     pub per_hour: Option<f64>,
 }
@@ -632,7 +633,7 @@ pub enum LogLevel {
     Trace,
 }
 
-/// The JSON Schema of [`Settings`], without references.
+/// The JSON Schema of [`Settings`], with all references inlined.
 pub fn schema() -> serde_json::Value {
     let mut generator = schemars::generate::SchemaSettings::draft2020_12()
         .with(|s| s.inline_subschemas = true)

@@ -1,8 +1,7 @@
 //! Windows and the rule by which records are gathered into them. Pure: no Kafka, no clock.
 //!
-//! A window closes by the first of five limits: records, bytes, the age of its oldest record, the memory that it will
-//! take, or how long the model will need for it.
-//! It gathers across partitions and is contiguous in each of them.
+//! A window closes at the first of five limits: records, bytes, the age of its oldest record, the memory that it will
+//! take, or the device time that it will need. It gathers across partitions and is contiguous in each of them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,22 +14,22 @@ use crate::record::{Arrival, Partition, Position, Record};
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     pub max_records: usize,
-    /// Keys, values and headers. The record that reaches it is the window's last.
+    /// Bytes of keys, values and headers. The record that reaches the limit is the window's last.
     pub max_bytes: usize,
     /// Counted from the arrival of the window's oldest record.
     pub max_wait: Duration,
-    /// Bytes until it is published: of the window, and the footprints of its records. The record that reaches it is the
-    /// window's last.
+    /// Bytes that the window takes until it is published, with the footprints of its records. The record that reaches
+    /// the limit is the window's last.
     pub max_memory: usize,
-    /// That the model will need. The record that reaches it is the window's last, unless there are fewer than
+    /// Estimated device time. The record that reaches the limit is the window's last, unless the window has fewer than
     /// `work_records`.
     pub max_work: Duration,
-    /// So many records keep the device busy.
+    /// Number of records that keep the device busy: `max_work` does not close a smaller window.
     pub work_records: usize,
 }
 
 impl Limits {
-    /// A window closes when it is told to.
+    /// No limits: a window closes only on [`Gatherer::close`].
     pub const NONE: Self = Self {
         max_records: usize::MAX,
         max_bytes: usize::MAX,
@@ -47,11 +46,11 @@ pub enum ClosedBy {
     Records,
     Bytes,
     Wait,
-    /// Nothing else was under way, and `window.when_idle` is close.
+    /// No other window was in flight, and `window.when_idle` is `close`.
     Idle,
     Memory,
     Work,
-    /// A drain has all it wants.
+    /// A drain has read all its records.
     End,
     Stop,
 }
@@ -74,16 +73,16 @@ impl ClosedBy {
     }
 }
 
-/// The records of one partition in a window: contiguous, `first..=last` (offsets that Kafka
-/// itself skips, as compaction leaves them, are not gaps).
+/// The records of one partition in a window: contiguous, `first..=last` (offsets that are missing in Kafka itself, as
+/// after compaction, are not gaps).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
     pub partition: Partition,
-    /// Under which the records were read.
+    /// Lease under which the records were read.
     pub lease: Lease,
     pub first: i64,
     pub last: i64,
-    /// What the group keeps beside an offset after these records; see [`crate::kafka::metadata`].
+    /// Commit metadata for an offset after these records; see [`crate::kafka::metadata`].
     pub metadata: Arc<str>,
 }
 
@@ -100,20 +99,20 @@ pub struct Window {
     work: f64,
 }
 
-/// What a window takes until it is published.
+/// What windows take until they are published, or the limit for it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Load {
-    /// Of the memory limit.
+    /// Bytes that count against the memory limit.
     pub bytes: usize,
-    /// Seconds of the device.
+    /// Estimated device seconds.
     pub work: f64,
     pub windows: usize,
 }
 
 impl Load {
-    /// Whether, this being the limit, a window is too much work beside what is under way. So many windows as the limit
-    /// has are not, whatever they take.
-    pub fn is_overworked(&self, under_way: Self, window: Self) -> bool {
+    /// With `self` as the limit: whether `window` is too much work beside what is in flight. Up to `self.windows`
+    /// windows are never too much, however long they take.
+    pub fn exceeds_work(&self, under_way: Self, window: Self) -> bool {
         under_way.windows >= self.windows && under_way.work + window.work > self.work
     }
 }
@@ -148,7 +147,7 @@ impl Window {
         Position { partition: self.spans[record.span as usize].partition.clone(), offset: record.offset }
     }
 
-    /// Where a record once came from: its own position, or for one that was a dead letter, its original one.
+    /// Where a record came from: its own position, or for a reprocessed dead letter the original one.
     pub fn origin<'a>(&'a self, record: &'a Record) -> (&'a Partition, i64) {
         match &record.origin {
             None => (&self.spans[record.span as usize].partition, record.offset),
@@ -172,7 +171,7 @@ pub struct Gatherer {
     /// Bytes of headers.
     headers: usize,
     footprints: usize,
-    /// Seconds of the device.
+    /// Estimated device seconds.
     work: f64,
 }
 
@@ -190,7 +189,7 @@ impl Gatherer {
         }
     }
 
-    /// Adds a record; returns the window that it completes.
+    /// Adds a record; returns the window if the record completes it.
     pub fn push(
         &mut self,
         partition: &Partition,
@@ -233,7 +232,7 @@ impl Gatherer {
         }
     }
 
-    /// Records of the window that gathers now.
+    /// Records in the open window.
     pub fn len(&self) -> usize {
         self.records.len()
     }
@@ -242,17 +241,17 @@ impl Gatherer {
         self.records.is_empty()
     }
 
-    /// When the window that gathers now has waited long enough.
+    /// When the open window's oldest record will have waited `max_wait`.
     pub fn deadline(&self) -> Option<Instant> {
         self.records.first()?.arrived.checked_add(self.limits.max_wait)
     }
 
-    /// Closes the window that gathers now if its oldest record has waited `max_wait`.
+    /// Closes the open window if its oldest record has waited `max_wait`.
     pub fn due(&mut self, now: Instant) -> Option<Window> {
         if self.deadline()? <= now { self.close(ClosedBy::Wait) } else { None }
     }
 
-    /// Closes the window that gathers now, if it holds any record.
+    /// Closes the open window, if it has any records.
     pub fn close(&mut self, closed_by: ClosedBy) -> Option<Window> {
         if self.records.is_empty() {
             return None;
@@ -264,7 +263,7 @@ impl Gatherer {
         (self.headers, self.footprints) = (0, 0);
         let work = std::mem::take(&mut self.work);
         if matches!(closed_by, ClosedBy::Records | ClosedBy::Bytes | ClosedBy::Memory | ClosedBy::Work) {
-            // The next one will be much like it.
+            // The next window will probably be about as large.
             self.records.reserve(records.len());
             self.memory.reserve(memory.len());
         }
@@ -279,8 +278,8 @@ impl Gatherer {
         })
     }
 
-    /// Forgets the records of partitions that are no longer ours; whoever owns them now reads
-    /// them again. Returns how many records went.
+    /// Drops the records of partitions that are no longer ours; their new owners read them again. Returns how many
+    /// records were dropped.
     pub fn forget(&mut self, gone: impl Fn(&Partition) -> bool) -> usize {
         let before = self.records.len();
         let keep: Vec<bool> = self.spans.iter().map(|span| !gone(&span.partition)).collect();
@@ -309,20 +308,20 @@ impl Gatherer {
         before - self.records.len()
     }
 
-    /// Bytes that the window that gathers now takes until it is published: what it holds, once more for what is decoded
-    /// of it, and the footprints of its records.
+    /// Bytes that the open window takes until it is published, with spare capacity: keys and values twice (raw and
+    /// decoded), headers, records, and the records' footprints.
     pub fn bytes(&self) -> usize {
         let records = self.records.capacity() * size_of::<Record>();
         2 * self.memory.capacity() + self.headers + records + self.footprints
     }
 
-    /// The same without what is kept ready for more records.
+    /// The same without spare capacity.
     fn filled(&self) -> usize {
         2 * self.memory.len() + self.headers + self.records.len() * size_of::<Record>() + self.footprints
     }
 
     fn span(&mut self, partition: &Partition, lease: &Lease, offset: i64) -> u32 {
-        // Consecutive records mostly come from the partition of the one before them.
+        // Searched from the end: a record mostly comes from the same partition as the one before it.
         let found = self.spans.iter().rposition(|s| s.lease == *lease && s.partition == *partition);
         match found {
             Some(at) => {
@@ -408,7 +407,7 @@ mod tests {
         let window = push(1, 6000).expect("a window");
         assert_eq!((window.closed_by, window.records.len()), (ClosedBy::Memory, 2));
         assert!(window.load().bytes >= 10_000);
-        // The next one begins from nothing, and one record may take more than all of it.
+        // The next window starts empty, and a single record may exceed the whole limit.
         assert!(push(2, 4000).is_none());
         assert_eq!(push(3, 1 << 30).expect("a window").records.len(), 2);
     }
@@ -457,8 +456,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes and whichever partitions go: each kept record appears once, in order,
-        /// with its own bytes, inside its span; a forgotten partition's open records do not.
+        /// Whatever arrives and whichever partitions are revoked: each kept record appears once, in order, with its own
+        /// bytes, inside its span; the records that `forget` drops do not appear.
         #[test]
         fn every_record_is_in_exactly_one_window(
             steps in proptest::collection::vec((0u8..10, 0i32..3, 0usize..9), 1..200),

@@ -1,14 +1,14 @@
-//! Faults by a seeded schedule, on a real three-broker Kafka: members killed, stopped, frozen, added and slowed down,
-//! brokers killed under load, topics that refuse what they took before, a producer that is throttled, an input topic
-//! that is deleted and recreated. Among the records are some that are broken, some with large headers, some whose text
-//! has no space, some with timestamps of long ago and of the far future. A ledger of every input position says what was
-//! lost, what came twice and what came out of order.
+//! Fault injection by a seeded schedule, on a real three-broker Kafka: members are killed, stopped, frozen, added and
+//! slowed down; brokers are killed under load; topics begin to refuse records; a producer is throttled; an input topic
+//! is deleted and recreated. Some records are malformed, or have large headers, a text without a space, or a timestamp
+//! long past or far in the future. A ledger of every input position finds losses, duplicates and records out of order.
 //!
 //! `make test` runs a short schedule of each guarantee, `make chaos` long ones. CHAOS_SEED repeats a
-//! schedule, CHAOS_FAULTS says how long it is, CHAOS_ONLY=Recreate,Kill draws only these.
+//! schedule, CHAOS_FAULTS sets its length, CHAOS_ONLY=Recreate,Kill draws only these faults.
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,25 +24,25 @@ use support::ledger::Ledger;
 use support::{Daemon, Got, Place, Sent, TIMEOUT};
 
 const PARTITIONS: i32 = 6;
-/// Members that the schedule keeps.
+/// Members that always run: those that exit are restarted.
 const MEMBERS: usize = 3;
-/// Records a second.
+/// Records produced per second.
 const RATE: u64 = 400;
-/// Every so many records one that becomes a dead letter.
+/// One record in so many is malformed and becomes a dead letter.
 const BROKEN: u64 = 97;
-/// … one with a header of 20 KB,
+/// One record in so many has a header of 20 KB.
 const LARGE_HEADER: u64 = 101;
-/// … one whose text of 30 KB has no space,
+/// One record in so many has a text of 30 KB without a space.
 const NO_SPACE: u64 = 151;
-/// … one whose timestamp is in microseconds: the output topic refuses it,
+/// One record in so many has a timestamp in microseconds, which the output topic refuses.
 const MICROSECONDS: u64 = 211;
-/// … and one from 2020.
+/// One record in so many has a timestamp of 2020.
 const OLD: u64 = 223;
 const YEAR_2020: i64 = 1_577_836_800_000;
 /// Partitions of the topic that is recreated.
 const OTHER_PARTITIONS: i32 = 2;
 
-/// splitmix64: a schedule has to be the same in every version of every library.
+/// splitmix64, so that a seed gives the same schedule with every version of every library.
 struct Random(u64);
 
 impl Random {
@@ -65,27 +65,27 @@ impl Random {
 
 #[derive(Debug, Clone, Copy)]
 enum Fault {
-    /// kill -9, and started again.
+    /// kill -9, then a restart.
     Kill(usize),
-    /// SIGTERM, and started again.
+    /// SIGTERM, then a restart.
     Stop(usize),
-    /// SIGSTOP, then SIGCONT: shorter or longer than the session.
+    /// SIGSTOP, then SIGCONT: before or after the session times out.
     Freeze(usize, Duration),
-    /// One more member joins, and leaves again.
+    /// One more member joins and leaves again.
     Join,
-    /// kill -9 of a broker, and started again.
+    /// kill -9 of a broker, then a restart.
     Broker(Which, Duration),
-    /// A member is replaced by one whose device takes long pauses.
+    /// A member is replaced by one whose device stalls now and then.
     Slow(usize),
-    /// For a while a topic takes smaller batches alone, then again what it took before.
+    /// For a while a topic has a lower `max.message.bytes`.
     Limit(Written, u64, Duration),
-    /// For a while a topic compacts, and refuses records without a key.
+    /// For a while a topic is compacted, and refuses records without a key.
     Compact(Written, Duration),
     /// For a while a topic refuses timestamps older than a day.
     Young(Written, Duration),
-    /// For a while members may publish so many bytes a second to each broker.
+    /// For a while a quota limits what members publish to each broker, in bytes per second.
     Quota(u64, Duration),
-    /// The other input topic is deleted and recreated while all members are frozen.
+    /// The other input topic is deleted and recreated with so many records, while all members are frozen.
     Recreate(u64),
 }
 
@@ -98,9 +98,9 @@ enum Written {
 #[derive(Debug, Clone, Copy)]
 enum Which {
     Any(usize),
-    /// Of an input partition: its leader moves.
+    /// The leader of this input partition.
     Leader(i32),
-    /// Of the group: its coordinator moves.
+    /// The coordinator of the group.
     Coordinator,
 }
 
@@ -132,7 +132,7 @@ impl Fault {
     }
 }
 
-/// Numbered records to all partitions in turn, until told to stop; returns how many each has.
+/// Produces numbered records to all partitions in turn until `stop`. The thread returns how many.
 fn produce(place: &Place, stop: Arc<AtomicBool>, made: Arc<AtomicU64>) -> std::thread::JoinHandle<u64> {
     let (brokers, topic) = (place.brokers.clone(), place.input.clone());
     std::thread::spawn(move || {
@@ -185,8 +185,8 @@ fn produce(place: &Place, stop: Arc<AtomicBool>, made: Arc<AtomicU64>) -> std::t
     })
 }
 
-/// Whether a record is published or a dead letter by what the topics take at the time. After a crash it may become the
-/// other, behind records that were published before.
+/// Whether the topics' configuration at the time decides between a prediction and a dead letter. Processed again after
+/// a crash, such a record may get the other outcome, behind records that were published before.
 fn depends_on_configuration(got: &Got) -> bool {
     got.key.is_none()
         || got.timestamp == Some(YEAR_2020)
@@ -198,14 +198,27 @@ fn now_ms() -> i64 {
     std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_millis() as i64
 }
 
-/// SIGTERM, and the end, with whatever exit code: Kafka may be away. The ledger reads meanwhile.
+/// Sends SIGTERM and waits for the exit, with any exit code because Kafka may be down. The ledger reads meanwhile.
 fn terminate(member: &mut Daemon, ledger: &mut Ledger) {
     member.signal("TERM");
     let started = Instant::now();
     while member.ended().is_none() && started.elapsed() < TIMEOUT {
         ledger.read(Duration::from_millis(50));
     }
-    assert!(member.ended().is_some(), "SIGTERM is not heard:\n{}", member.log());
+    assert!(member.ended().is_some(), "no exit after SIGTERM:\n{}", member.log());
+}
+
+/// The error that a process printed last, before it exited.
+fn last_error(log: &str) -> String {
+    let error = log.lines().filter_map(|line| line.strip_prefix("kandle: ")).next_back();
+    error.unwrap_or("no error was printed").to_owned()
+}
+
+/// A reason without its numbers, by which reasons are counted.
+fn kind_of(reason: &str) -> String {
+    let parts: Vec<&str> =
+        reason.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty()).collect();
+    parts.join("#")
 }
 
 struct Chaos {
@@ -214,11 +227,12 @@ struct Chaos {
     config: String,
     members: Vec<Daemon>,
     ledger: Ledger,
-    /// The topic that is recreated, and how many records it has had in all.
+    /// Its input topic is the one that is recreated.
     other: Place,
+    /// Records produced to that topic so far, those before it was recreated included.
     others: u64,
-    /// Members that ended by themselves, by exit code 1: fenced, or out of the group for good.
-    gave_up: usize,
+    /// Why members exited by themselves with code 1, such as for having been fenced, and how many did.
+    exits: BTreeMap<String, usize>,
 }
 
 impl Chaos {
@@ -230,18 +244,20 @@ impl Chaos {
         })
     }
 
-    /// An orchestrator: what ended is started again.
+    /// Restarts members that exited, like an orchestrator.
     fn look_after(&mut self) {
         for i in 0..self.members.len() {
             if let Some(status) = self.members[i].ended() {
                 assert_eq!(status.code(), Some(1), "{}", self.members[i].log());
-                self.gave_up += 1;
+                let reason = last_error(&self.members[i].log());
+                println!("member {i} exited: {reason}");
+                *self.exits.entry(kind_of(&reason)).or_default() += 1;
                 self.members[i] = self.member(false);
             }
         }
     }
 
-    /// Time passes; the ledger reads.
+    /// Lets time pass while the ledger reads.
     fn pass(&mut self, time: Duration) {
         self.ledger.read(time);
         self.look_after();
@@ -251,7 +267,7 @@ impl Chaos {
         match fault {
             Fault::Kill(i) => {
                 self.members[i].kill();
-                // Not `pass`: it has not ended by itself.
+                // Not `pass`, which would count this member as one that exited by itself.
                 self.ledger.read(random.millis(0, 1000));
                 self.members[i] = self.member(false);
             }
@@ -261,7 +277,7 @@ impl Chaos {
             }
             Fault::Freeze(i, time) => {
                 self.members[i].signal("STOP");
-                // Not `pass`: a frozen member has not ended.
+                // Not `pass`: no member is restarted while one is frozen.
                 self.ledger.read(time);
                 self.members[i].signal("CONT");
             }
@@ -284,7 +300,7 @@ impl Chaos {
             Fault::Quota(bytes, time) => {
                 self.quota(bytes);
                 self.pass(time);
-                // Not deleted: a broker that has not heard of it yet would refuse that.
+                // Raised, not deleted: a broker that does not know of the quota yet refuses to delete it.
                 self.quota(1 << 40);
             }
             Fault::Recreate(records) => self.recreate(records),
@@ -298,7 +314,7 @@ impl Chaos {
                 self.kafka.kill(broker);
                 self.pass(time);
                 self.kafka.restart(broker);
-                // One at a time: two of three are needed.
+                // Only one broker may be down at a time: min.insync.replicas is 2.
                 self.kafka.wait_for(self.kafka.count());
                 self.kafka.wait_in_sync(&self.place.input);
             }
@@ -307,7 +323,7 @@ impl Chaos {
 }
 
 impl Chaos {
-    /// Gives a topic another configuration for a while.
+    /// Changes one property of a topic for a while.
     fn change(&mut self, written: Written, name: &str, value: &str, time: Duration) {
         let topic = match written {
             Written::Output => self.place.output.clone(),
@@ -318,7 +334,7 @@ impl Chaos {
         self.place.configure_anew(&topic);
     }
 
-    /// What members may publish, by their client.id.
+    /// Limits what all members together publish to each broker, by their client.id.
     fn quota(&self, bytes_per_second: u64) {
         let rate = format!("producer_byte_rate={bytes_per_second}");
         let entity = ["--entity-type", "clients", "--entity-name", "kandle"];
@@ -326,7 +342,7 @@ impl Chaos {
         kafka::tool("kafka.admin.ConfigCommand", &[&change[..], &entity[..]].concat());
     }
 
-    /// Waits for the outcome of all records that the other topic has had.
+    /// Waits until all records ever produced to the other topic have an outcome.
     fn finish_others(&mut self) {
         let started = Instant::now();
         loop {
@@ -336,13 +352,13 @@ impl Chaos {
             }
             if started.elapsed() > 2 * TIMEOUT {
                 let statuses: Vec<String> = self.members.iter_mut().map(|m| m.get("/status").1).collect();
-                panic!("no outcome: {missing:?}\n{}\n{}", statuses.join("\n"), self.logs());
+                panic!("no outcome for ids {missing:?}\n{}\n{}", statuses.join("\n"), self.logs());
             }
             self.pass(Duration::from_millis(200));
         }
     }
 
-    /// Deletes the other topic and makes it again, with so many records.
+    /// Recreates the other topic with so many records, while all members are frozen.
     fn recreate(&mut self, records: u64) {
         self.finish_others();
         self.members.iter().for_each(|member| member.signal("STOP"));
@@ -368,18 +384,18 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 fn chaos(guarantee: &str, faults: u64) {
-    // Three brokers at a time are enough for two cores.
+    // One schedule at a time: its three brokers are enough for two cores.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
     let seed = number("CHAOS_SEED", std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_nanos() as u64);
     let faults = number("CHAOS_FAULTS", faults);
     let only = std::env::var("CHAOS_ONLY").unwrap_or_default();
     let only: Vec<&str> = only.split(',').filter(|name| !name.is_empty()).collect();
-    println!("chaos: {guarantee}, {faults} faults; again with CHAOS_SEED={seed}");
+    println!("chaos: {guarantee}, {faults} faults; repeat with CHAOS_SEED={seed}");
     let mut random = Random(seed);
     let kafka = Kafka::start(3);
     let place = Place::on(&kafka.brokers, "chaos", PARTITIONS);
-    // Takes timestamps of the far future; those written do not.
+    // The input topic accepts timestamps of the far future; the output topics refuse them.
     place.configure(&place.input, "message.timestamp.after.max.ms", &i64::MAX.to_string());
     let other = Place::on(&kafka.brokers, "chaos-other", OTHER_PARTITIONS);
     let protocol = if random.below(2) == 0 { "classic" } else { "consumer" };
@@ -402,7 +418,8 @@ fn chaos(guarantee: &str, faults: u64) {
     }
     let (stop, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let producer = produce(&place, Arc::clone(&stop), Arc::clone(&made));
-    let mut chaos = Chaos { kafka, place, config, members: Vec::new(), ledger, other, others: 0, gave_up: 0 };
+    let mut chaos =
+        Chaos { kafka, place, config, members: Vec::new(), ledger, other, others: 0, exits: BTreeMap::new() };
     chaos.produce_others(50);
     chaos.members = (0..MEMBERS).map(|_| chaos.member(false)).collect();
     let started = Instant::now();
@@ -414,7 +431,7 @@ fn chaos(guarantee: &str, faults: u64) {
             }
         };
         println!(
-            "{:6.1} s  fault {i}: {fault:?}; {} of {} records have their outcome",
+            "{:6.1} s  fault {i}: {fault:?}; {} of {} records have an outcome",
             started.elapsed().as_secs_f64(),
             chaos.ledger.count(),
             made.load(Ordering::Relaxed)
@@ -445,13 +462,16 @@ fn chaos(guarantee: &str, faults: u64) {
     }
     chaos.ledger.read(Duration::from_secs(2));
     println!(
-        "chaos: {guarantee}, {protocol} protocol, seed {seed}: {faults} faults, {total} records and {} of a topic that is recreated, {} duplicates, {} out of order, {} members gave up and were started again, {:.0} s",
+        "chaos: {guarantee}, {protocol} protocol, seed {seed}: {faults} faults, {total} records and {} of a topic that is recreated, {} duplicates, {} out of order, {} members exited and were restarted, {:.0} s",
         chaos.others,
         chaos.ledger.duplicates(),
         chaos.ledger.out_of_order.len(),
-        chaos.gave_up,
+        chaos.exits.values().sum::<usize>(),
         started.elapsed().as_secs_f64()
     );
+    for (reason, count) in &chaos.exits {
+        println!("chaos: {count} exited with: {reason}");
+    }
     assert_eq!(chaos.ledger.out_of_order, Vec::<String>::new(), "CHAOS_SEED={seed}");
     if guarantee == "exactly_once" {
         assert_eq!(chaos.ledger.doubled(), Vec::<String>::new(), "CHAOS_SEED={seed}");

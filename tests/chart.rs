@@ -1,5 +1,5 @@
-//! The chart: its schema against the daemon's, what it renders and refuses. What wants helm is run by `make
-//! chart-test` (cargo test --test chart -- --ignored).
+//! The Helm chart: its schema against the daemon's, what it renders and what it refuses. Tests that need helm are run
+//! by `make chart-test` (cargo test --test chart -- --ignored).
 
 mod support;
 
@@ -9,7 +9,7 @@ use kandle::settings;
 use serde_json::{Value, json};
 use support::{file, root, tool};
 
-/// A job's configuration, as values.
+/// The smallest valid values: the configuration of a job.
 fn minimal() -> Value {
     json!({ "config": {
         "kafka": { "brokers": "kafka:9092" },
@@ -21,7 +21,7 @@ fn minimal() -> Value {
     } })
 }
 
-/// JSON merged over JSON.
+/// Merges `over` into `into`: objects member by member, other values replaced.
 fn merge(into: &mut Value, over: Value) {
     match (into, over) {
         (Value::Object(into), Value::Object(over)) => {
@@ -34,7 +34,7 @@ fn merge(into: &mut Value, over: Value) {
 }
 
 #[test]
-fn the_schema_of_the_values_holds_the_daemons_own() {
+fn the_schema_of_the_values_includes_the_daemons_schema() {
     let base = root().join("charts/kandle/ci/values.base.json");
     let mut schema: Value =
         serde_json::from_str(&std::fs::read_to_string(base).expect("read")).expect("JSON");
@@ -49,14 +49,14 @@ fn the_schema_of_the_values_holds_the_daemons_own() {
         std::fs::write(&path, &wanted).expect("written");
     }
     let there = std::fs::read_to_string(&path).expect("read");
-    assert!(there == wanted, "values.schema.json is not what the daemon says: KANDLE_WRITE=1 makes it anew");
-    // The values of the chart and those of a job are what it allows.
+    assert!(there == wanted, "values.schema.json is out of date: run `make generated`");
+    // The chart's default values are valid with the configuration of a job, and only then.
     let mut values: Value = serde_saphyr::from_str(
         &std::fs::read_to_string(root().join("charts/kandle/values.yaml")).expect("read"),
     )
     .expect("YAML");
     let validator = jsonschema::validator_for(&schema).expect("a schema");
-    assert!(!validator.is_valid(&values), "a chart without a configuration is refused");
+    assert!(!validator.is_valid(&values), "the schema must refuse values without a configuration");
     merge(&mut values, minimal());
     let faults: Vec<String> = validator.iter_errors(&values).map(|e| e.to_string()).collect();
     assert!(faults.is_empty(), "{faults:#?}");
@@ -66,7 +66,7 @@ fn helm() -> Command {
     Command::new(tool("helm"))
 }
 
-/// What the chart makes of the minimal values with `more` over them, or how it refuses.
+/// Renders the minimal values with `more` merged over them; the error is helm's message.
 fn render(more: Value) -> Result<Vec<Value>, String> {
     let mut values = minimal();
     merge(&mut values, more);
@@ -93,7 +93,7 @@ fn rendered(more: Value) -> Vec<Value> {
 
 #[track_caller]
 fn refused(more: Value, part: &str) {
-    let Err(error) = render(more) else { panic!("it is not refused for {part:?}") };
+    let Err(error) = render(more) else { panic!("not refused; expected {part:?}") };
     assert!(error.contains(part), "{part:?} is not in {error}");
 }
 
@@ -118,7 +118,7 @@ fn each_mode_has_its_workload() {
     assert_eq!(kinds(&run), ["ConfigMap", "Deployment", "Pod", "Service", "ServiceAccount"]);
     let pod = &one(&run, "Deployment")["spec"]["template"]["spec"];
     assert_eq!(pod["containers"][0]["args"], json!(["run", "--config=/etc/kandle/kandle.yaml"]));
-    // The configuration is the value as it is.
+    // `config` is in the ConfigMap unchanged.
     let text = one(&run, "ConfigMap")["data"]["kandle.yaml"].as_str().expect("a file");
     let read: Value = serde_saphyr::from_str(text).expect("YAML");
     assert_eq!(read, minimal()["config"]);
@@ -141,7 +141,7 @@ fn each_mode_has_its_workload() {
     assert_eq!(job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"], json!([2, 3]));
     let container = &job["template"]["spec"]["containers"][0];
     assert_eq!(container["args"], json!(["drain", "--strict", "--config=/etc/kandle/kandle.yaml"]));
-    assert_eq!(container["readinessProbe"], Value::Null, "nobody sends it anything");
+    assert_eq!(container["readinessProbe"], Value::Null, "a drain receives no traffic");
 
     let replay = json!({ "mode": "replay", "replay": { "from": "offset:0", "to": "2026-01-01T00:00:00Z" } });
     let first = rendered(replay.clone());
@@ -156,7 +156,7 @@ fn each_mode_has_its_workload() {
             "--config=/etc/kandle/kandle.yaml"
         ])
     );
-    // Other settings are another Job: one that exists cannot be changed.
+    // Changed settings rename the Job, because an existing Job cannot be changed.
     let mut other = replay.clone();
     merge(&mut other, json!({ "replay": { "to": "2026-01-02T00:00:00Z" } }));
     let other = rendered(other);
@@ -178,28 +178,28 @@ fn each_mode_has_its_workload() {
 
 #[test]
 #[ignore = "make chart-test"]
-fn install_refuses_what_check_would() {
+fn install_refuses_an_invalid_configuration() {
     refused(json!({ "config": { "kafka": { "borkers": "x" } } }), "borkers");
     refused(json!({ "config": { "window": { "max_records": 0 } } }), "max_records");
     refused(json!({ "config": { "task": { "kind": "poetry" } } }), "kind");
     refused(json!({ "config": null }), "config");
     refused(json!({ "mode": "walk" }), "mode");
     refused(json!({ "replicas": 3 }), "replicas");
-    refused(json!({ "config": { "server": { "listen": "0.0.0.0:0" } } }), "a port that is known");
+    refused(json!({ "config": { "server": { "listen": "0.0.0.0:0" } } }), "need a fixed port");
 }
 
 #[test]
 #[ignore = "make chart-test"]
-fn secrets_are_named_and_never_in_a_config_map() {
+fn secrets_are_references_and_never_stand_in_a_config_map() {
     let with = |value: &str| json!({ "config": { "kafka": { "properties": { "sasl.password": value } } } });
-    refused(with("hunter2"), "would stand in a ConfigMap");
-    refused(with("hunter2$${env:x}"), "would stand in a ConfigMap");
+    refused(with("hunter2"), "would be stored in a ConfigMap");
+    refused(with("hunter2$${env:x}"), "would be stored in a ConfigMap");
     refused(json!({ "config": { "kafka": { "properties": { "client.rack": 1.25 } } } }), "quote it");
     refused(json!({ "config": { "model": { "source": "o/n", "token": "hf_x" } } }), "config.model.token");
     for name in ["sasl.jaas.config", "ssl.key.pem", "sasl.oauthbearer.config", "ssl.keystore.password"] {
         refused(
             json!({ "config": { "output": { "properties": { name: "hunter2" } } } }),
-            "would stand in a ConfigMap",
+            "would be stored in a ConfigMap",
         );
     }
     let mut named = with("${env:SASL_PASSWORD}");
@@ -213,7 +213,7 @@ fn secrets_are_named_and_never_in_a_config_map() {
     let all = rendered(named);
     let pod = &one(&all, "Deployment")["spec"]["template"]["spec"];
     let env = pod["containers"][0]["env"].as_array().expect("env");
-    let password = env.iter().find(|e| e["name"] == "SASL_PASSWORD").expect("it is there");
+    let password = env.iter().find(|e| e["name"] == "SASL_PASSWORD").expect("SASL_PASSWORD");
     assert_eq!(password["valueFrom"]["secretKeyRef"], json!({ "name": "kafka", "key": "password" }));
     let volumes = pod["volumes"].as_array().expect("volumes");
     assert!(volumes.iter().any(|v| v["secret"]["secretName"] == "kafka-tls"), "{volumes:?}");
@@ -221,12 +221,12 @@ fn secrets_are_named_and_never_in_a_config_map() {
 
 #[test]
 #[ignore = "make chart-test"]
-fn a_pod_has_time_for_what_is_in_flight_and_is_rolled_by_its_configuration() {
+fn the_grace_period_covers_work_in_flight_and_a_changed_configuration_rolls_the_pods() {
     let grace = |more| {
         let all = rendered(more);
         one(&all, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"].clone()
     };
-    // batch.timeout 2m, delivery.revoke_timeout 30s, and 30 s.
+    // batch.timeout 2m + delivery.revoke_timeout 30s + a margin of 30 s.
     assert_eq!(grace(json!({})), 180);
     let longer =
         json!({ "config": { "batch": { "timeout": "3m 30s" }, "delivery": { "revoke_timeout": "1m" } } });
@@ -243,9 +243,9 @@ fn a_pod_has_time_for_what_is_in_flight_and_is_rolled_by_its_configuration() {
 
 #[test]
 #[ignore = "make chart-test"]
-fn scaling_stays_within_partitions_and_one_hand() {
+fn one_autoscaler_at_a_time_and_no_idle_consumers() {
     let keda = rendered(json!({ "keda": { "enabled": true, "maxReplicas": 6 } }));
-    assert_eq!(one(&keda, "Deployment")["spec"]["replicas"], Value::Null, "the autoscaler's");
+    assert_eq!(one(&keda, "Deployment")["spec"]["replicas"], Value::Null, "the autoscaler sets the replicas");
     let object = &one(&keda, "ScaledObject")["spec"];
     assert_eq!(object["maxReplicaCount"], 6);
     let trigger = &object["triggers"][0];
@@ -267,7 +267,7 @@ fn scaling_stays_within_partitions_and_one_hand() {
 
 #[test]
 #[ignore = "make chart-test"]
-fn whole_numbers_stay_whole() {
+fn large_integers_are_not_rendered_as_floats() {
     let all = rendered(json!({
         "config": { "window": { "max_records": 1000000 }, "batch": { "max_tokens": 2000000 } },
         "podSecurityContext": { "runAsUser": 1000680000, "supplementalGroups": [3000000] },
@@ -308,7 +308,7 @@ fn whole_numbers_stay_whole() {
 
 #[test]
 #[ignore = "make chart-test"]
-fn keda_gets_values_that_it_can_read() {
+fn keda_gets_values_that_it_can_resolve() {
     let with = |brokers: &str, topic: &str| {
         json!({ "keda": { "enabled": true }, "config": {
             "kafka": { "brokers": brokers }, "input": { "topics": [topic], "group": "a$$b" },
@@ -331,7 +331,7 @@ fn keda_gets_values_that_it_can_read() {
 
 #[test]
 #[ignore = "make chart-test"]
-fn the_network_policy_lets_through_what_the_configuration_names() {
+fn the_network_policy_allows_the_ports_of_the_configuration() {
     let ports = |more: Value| -> Vec<i64> {
         let mut values = json!({ "networkPolicy": { "enabled": true, "hub": false } });
         merge(&mut values, more);
@@ -368,7 +368,7 @@ fn the_network_policy_lets_through_what_the_configuration_names() {
 
 #[test]
 #[ignore = "make chart-test"]
-fn what_others_add_to_pods_is_there() {
+fn extra_containers_hooks_dns_and_annotations_reach_the_pods() {
     let beside = |name: &str| json!([{ "name": name, "image": "busybox" }]);
     let values = json!({
         "initContainers": beside("first"), "sidecars": beside("proxy"), "checkBeforeStart": true,
@@ -427,7 +427,7 @@ fn gpus_caches_and_alerts() {
     let weight = |v: &Value| {
         v["metadata"]["annotations"]["helm.sh/hook-weight"].as_str().and_then(|w| w.parse::<i32>().ok())
     };
-    assert!(weight(claim) < weight(job), "the claim is there before what fills it");
+    assert!(weight(claim) < weight(job), "the claim must be created before the job that fills it");
     let pull = &job["spec"]["template"]["spec"];
     assert_eq!(pull["containers"][0]["args"], json!(["model", "pull", "--config=/etc/kandle/kandle.yaml"]));
     let names: Vec<&Value> =
@@ -437,7 +437,7 @@ fn gpus_caches_and_alerts() {
     assert!(
         env.as_array().expect("env").contains(&json!({ "name": "KANDLE__MODEL__OFFLINE", "value": "true" }))
     );
-    refused(json!({ "modelCache": { "pullJob": true } }), "wants a claim");
+    refused(json!({ "modelCache": { "pullJob": true } }), "needs a claim");
 
     let watched = rendered(json!({
         "podMonitor": { "enabled": true }, "dashboards": { "enabled": true },

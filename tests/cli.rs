@@ -44,7 +44,7 @@ fn predict_answers_line_by_line() {
     assert_eq!(lines[2]["label"], "billing");
     assert_eq!(lines[3]["error"], "decode", "an empty line is an empty record");
     assert_eq!(lines[4]["label"], "technical");
-    // Under --strict that is said by the exit code.
+    // With --strict, the exit code reports failed lines.
     let (code, again, err) =
         finish(kandle().args(["predict", "--strict", "-c"]).arg(&config.path), input.as_bytes());
     assert_eq!((code, &again), (3, &out));
@@ -59,7 +59,7 @@ fn predict_answers_line_by_line() {
 }
 
 #[test]
-fn predict_many_lines_as_one_by_one() {
+fn predict_answers_a_line_the_same_alone_and_among_many() {
     let config = bundled();
     let tickets = std::fs::read_to_string(root().join("demo/tickets.jsonl")).expect("tickets");
     let run = |more: &[&str]| {
@@ -119,7 +119,7 @@ fn embeddings_of_a_directory_with_its_own_pooling() {
 }
 
 #[test]
-fn model_show_says_what_it_is() {
+fn model_show_describes_the_model() {
     let config = bundled();
     let (code, out, err) = finish(kandle().args(["model", "show", "-c"]).arg(&config.path), b"");
     assert_eq!(code, 0, "{err}");
@@ -128,7 +128,7 @@ fn model_show_says_what_it_is() {
     assert_eq!(rows["max tokens"], "128");
     assert_eq!(rows["labels"], "account, billing, feedback, returns, shipping, technical");
     assert_eq!(rows["digest"].len(), 64);
-    // Batch sizes do not change a prediction, the field does.
+    // The digest depends on the field, which changes predictions, and not on batch sizes.
     let digest = |set: &str| {
         let (_, out, _) =
             finish(kandle().args(["model", "show", "-c"]).arg(&config.path).args(["--set", set]), b"");
@@ -139,7 +139,7 @@ fn model_show_says_what_it_is() {
 }
 
 #[test]
-fn a_model_that_cannot_be_had_fails_with_the_reason() {
+fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     let config = bundled();
     let (code, _, err) = finish(
         kandle().args(["predict", "-c"]).arg(&config.path).args(["--set", "model.source=/no/such/model"]),
@@ -158,7 +158,7 @@ fn a_model_that_cannot_be_had_fails_with_the_reason() {
 }
 
 #[test]
-fn check_tries_everything_and_says_all_that_fails() {
+fn check_tries_everything_and_reports_every_failure() {
     let place = Place::new("check", 3);
     let config = file(
         "kandle.yaml",
@@ -168,7 +168,7 @@ fn check_tries_everything_and_says_all_that_fails() {
     assert_eq!(code, 0, "{out}{err}");
     for line in [
         "ok    transaction: lasts 11 s at most",
-        "given up after 41 s; the brokers allow 900000 ms",
+        "times out after 41 s; the brokers allow 900000 ms",
         "ok    brokers",
         "3 partitions, readable",
         "ok    output.topic",
@@ -196,7 +196,7 @@ fn check_tries_everything_and_says_all_that_fails() {
 }
 
 #[test]
-fn nothing_that_only_looks_creates_a_topic() {
+fn commands_that_only_read_create_no_topic() {
     let kafka = Kafka::start_creating_topics();
     let place = Place::on(&kafka.brokers, "looks", 1);
     let consumer: BaseConsumer =
@@ -204,7 +204,7 @@ fn nothing_that_only_looks_creates_a_topic() {
     let topics = || -> BTreeSet<String> {
         let metadata = consumer.fetch_metadata(None, Duration::from_secs(10)).expect("an answer");
         let names = metadata.topics().iter().map(|topic| topic.name().to_owned());
-        // Kafka's own are not ours to answer for.
+        // Kafka creates its internal topics by itself.
         names.filter(|name| !name.starts_with("__")).collect()
     };
     let before = topics();
@@ -226,20 +226,20 @@ fn nothing_that_only_looks_creates_a_topic() {
     }
     for command in [&["audit"][..], &["replay", "--from", "offset:0", "--to", "offset:1", "--dry-run"]] {
         let (_, out, err) = run(command);
-        // It has asked the cluster.
+        // The command did ask the cluster for the topic.
         assert!((out + &err).contains("mistyped-"), "{command:?}");
     }
     assert_eq!(topics().difference(&before).collect::<Vec<_>>(), Vec::<&String>::new());
-    // A daemon waits for its input, whose name may be a mistake, and has the broker create only what it writes.
+    // A daemon lets the broker create only the topics that it writes, and waits for its input, which may be mistyped.
     let mut daemon = Daemon::start(&std::fs::read_to_string(&config.path).expect("read"));
     daemon.wait_log("mistyped-in");
-    until("the topics that are written", || topics().contains("mistyped-dead").then_some(()));
+    until("the dead-letter topic", || topics().contains("mistyped-dead").then_some(()));
     daemon.stop();
     assert!(!topics().contains("mistyped-in"), "{:?}", topics());
 }
 
 #[test]
-fn predictions_that_would_be_deleted_at_once_are_warned_of() {
+fn warns_of_predictions_that_retention_would_delete_at_once() {
     let place = Place::new("old", 2);
     place.configure(&place.output, "retention.ms", "604800000");
     let month_ago = std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_millis() as i64 - 30 * 86_400_000;
@@ -258,7 +258,7 @@ fn predictions_that_would_be_deleted_at_once_are_warned_of() {
         let said = run(command);
         assert!(said.contains(&warning) && said.contains("output.timestamp: now"), "{command:?}: {said}");
     }
-    // What is through is no matter, and what is dated anew neither.
+    // No warning once the records are processed, nor with `output.timestamp: now`.
     assert!(!run(&["check"]).contains(&warning));
     let (_, out, err) =
         finish(kandle().args(dry).arg("-c").arg(&config.path).args(["--set", "output.timestamp=now"]), b"");
@@ -304,7 +304,7 @@ fn a_closed_pipe_ends_every_command_quietly() {
 }
 
 #[test]
-fn check_of_a_wrong_address_says_so_within_ten_seconds() {
+fn check_reports_an_unreachable_broker_within_ten_seconds() {
     let config = bundled();
     let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
     let started = std::time::Instant::now();
@@ -316,7 +316,7 @@ fn check_of_a_wrong_address_says_so_within_ten_seconds() {
         out.contains(&format!("FAIL  brokers 127.0.0.1:{port}")) && out.contains("Connection refused"),
         "{out}"
     );
-    assert!(out.contains("ok    model bundled"), "what does not need Kafka is tried all the same\n{out}");
+    assert!(out.contains("ok    model bundled"), "what does not need Kafka must be checked anyway\n{out}");
 }
 
 #[test]
@@ -338,11 +338,11 @@ fn the_demo_shows_predictions_and_a_dead_letter_and_ends() {
     assert!(out.contains("400 tickets"), "{out}");
 }
 
-/// A server that speaks as much of the hub's protocol as a client needs: revisions, files with
-/// their etags and commits, tokens.
+/// A server for the part of the hub's protocol that a client needs: revisions, files with their
+/// etags and commits, tokens.
 struct Hub {
     endpoint: String,
-    /// Path of each request.
+    /// Path of each request so far.
     asked: Arc<Mutex<Vec<String>>>,
 }
 
@@ -451,7 +451,7 @@ fn a_model_from_a_hub_is_pinned_cached_and_works_offline() {
             b"{\"text\":\"hello\"}\n",
         )
     };
-    // Without the token, and of a revision that is not there.
+    // With a wrong token, and with a revision that does not exist.
     let (code, _, err) = run(&["model", "pull"], &hub.endpoint, "wrong", &[]);
     assert_eq!(code, 1);
     assert!(err.contains("access denied") && err.contains("HF_TOKEN"), "{err}");
@@ -459,12 +459,12 @@ fn a_model_from_a_hub_is_pinned_cached_and_works_offline() {
         run(&["model", "pull"], &hub.endpoint, "hf_secret", &["--set", "model.revision=nowhere"]);
     assert_eq!(code, 1);
     assert!(err.contains("no such model or revision"), "{err}");
-    // Pulled: named by its commit.
+    // A pulled model is named by its commit.
     let (code, out, err) = run(&["model", "pull"], &hub.endpoint, "hf_secret", &[]);
     assert_eq!(code, 0, "{err}");
     assert!(out.starts_with(&format!("org/tiny@{COMMIT}\n")), "{out}");
     assert!(hub.asked().iter().any(|path| path.ends_with("/model.safetensors")));
-    // Once cached, only the revision is asked for.
+    // Once the files are cached, only the revision is looked up.
     let before = hub.asked().len();
     let (code, online, err) = run(&["predict"], &hub.endpoint, "hf_secret", &[]);
     assert_eq!(code, 0, "{err}");
@@ -473,7 +473,7 @@ fn a_model_from_a_hub_is_pinned_cached_and_works_offline() {
         "{:?}",
         &hub.asked()[before..]
     );
-    // Offline by setting, by a hub that is away, and by commit.
+    // Offline by setting, with an unreachable hub, and with a pinned commit.
     let (code, offline, err) =
         run(&["predict"], &hub.endpoint, "hf_secret", &["--set", "model.offline=true"]);
     assert_eq!((code, &offline), (0, &online), "{err}");
@@ -484,7 +484,7 @@ fn a_model_from_a_hub_is_pinned_cached_and_works_offline() {
     let (code, pinned, _) =
         run(&["predict"], &hub.endpoint, "hf_secret", &["--set", "model.offline=true", "--set", &revision]);
     assert_eq!((code, &pinned), (0, &online));
-    // What is not cached is not there offline.
+    // Offline, a model that is not cached is an error.
     let (code, _, err) = run(
         &["predict"],
         &hub.endpoint,
@@ -496,7 +496,7 @@ fn a_model_from_a_hub_is_pinned_cached_and_works_offline() {
 }
 
 #[test]
-fn bench_engine_measures_and_writes_embeddings_that_are_right() {
+fn bench_engine_measures_and_writes_correct_embeddings() {
     let fixture = support::root().join("tests/fixtures/bert");
     let golden: serde_json::Value =
         serde_json::from_slice(&std::fs::read(fixture.join("golden.json")).expect("golden.json"))
@@ -537,7 +537,7 @@ fn bench_engine_measures_and_writes_embeddings_that_are_right() {
 #[test]
 fn bench_engine_ends_when_a_text_fails() {
     let model = support::poisoned_model();
-    // More windows wait than there is room for.
+    // More windows than the queue holds: some are blocked when the text fails.
     let texts =
         (0..6000).map(|i| format!("{{\"text\":\"order {}\"}}\n", if i == 9 { "poison" } else { "late" }));
     let texts = file("texts.jsonl", &texts.collect::<String>());
@@ -549,7 +549,7 @@ fn bench_engine_ends_when_a_text_fails() {
 }
 
 #[test]
-fn calibration_is_kept_for_the_model_and_read_on_the_next_start() {
+fn calibrate_saves_the_chosen_budget_for_the_model_and_device() {
     let cache = tempfile::tempdir().expect("a directory");
     let config = bundled();
     let mut command = kandle();

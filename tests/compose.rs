@@ -1,5 +1,5 @@
-//! compose.yaml's services as plain processes: the same commands and flags, the same files mounted, other
-//! addresses alone.
+//! Runs the services of compose.yaml as plain processes: the same commands, flags and mounted files. Only the
+//! addresses differ.
 
 mod support;
 
@@ -11,7 +11,7 @@ use support::kafka::Kafka;
 use support::prometheus::Prometheus;
 use support::{Daemon, file, finish, root, until};
 
-/// A process that ends with the test.
+/// A process that is killed when the test ends.
 struct Running(Child);
 
 impl Drop for Running {
@@ -26,7 +26,7 @@ fn compose() -> Value {
     serde_saphyr::from_str(&text).expect("YAML")
 }
 
-/// Where a path of a service's container is here, by its volumes.
+/// The path on this machine of a path in a service's container, by the service's volumes.
 fn here(service: &Value, path: &str) -> Option<String> {
     service["volumes"].as_array()?.iter().find_map(|volume| {
         let mut parts = volume.as_str()?.split(':');
@@ -36,7 +36,7 @@ fn here(service: &Value, path: &str) -> Option<String> {
     })
 }
 
-/// The command of a service, its files those here.
+/// The command of a service, with the paths of its files on this machine.
 fn command(service: &Value) -> Vec<String> {
     let words = service["command"].as_array().expect("a command").iter();
     words
@@ -57,10 +57,10 @@ fn read(path: &str) -> String {
 }
 
 #[test]
-fn the_services_are_a_live_system() {
+fn the_services_work_together() {
     let compose = compose();
     let services = &compose["services"];
-    // Every file that is mounted is there.
+    // Every mounted file exists.
     for (name, service) in services.as_object().expect("services") {
         for volume in service["volumes"].as_array().into_iter().flatten() {
             let from = volume.as_str().and_then(|v| v.split(':').next()).expect("a volume");
@@ -72,7 +72,7 @@ fn the_services_are_a_live_system() {
 
     let producer = command(&services["producer"]);
     assert_eq!(services["producer"]["entrypoint"][0], "/opt/kafka/bin/kafka-producer-perf-test.sh");
-    // The class that the script runs.
+    // The class that the entrypoint's script runs.
     let _producer = Running(
         Command::new(root().join("tests/support/kafka.sh"))
             .args(["tool", "org.apache.kafka.tools.ProducerPerformance"])
@@ -85,7 +85,7 @@ fn the_services_are_a_live_system() {
     let kandle = command(&services["kandle"]);
     let (run, config) = (&kandle[0], kandle.last().expect("a configuration"));
     assert_eq!(kandle[..2], ["run", "--config"], "{run}");
-    // Ports and addresses are others.
+    // With the brokers of this test, and any free port.
     let own = brokers(&read(config)) + "server: { listen: \"127.0.0.1:0\" }\n";
     let mut daemon = Daemon::start(&own);
     let address = daemon.address();
@@ -94,17 +94,17 @@ fn the_services_are_a_live_system() {
     let flag =
         prometheus.iter().find_map(|word| word.strip_prefix("--config.file=")).expect("a configuration");
     let scrape = read(flag).replace("kandle:9464", &address);
-    assert!(scrape.contains(&address), "it scrapes kandle: {scrape}");
+    assert!(scrape.contains(&address), "kandle is not scraped: {scrape}");
     let alerts = here(&services["prometheus"], "/etc/prometheus/alerts.yaml").expect("alerts are mounted");
     let flags: Vec<String> =
         prometheus.iter().filter(|word| !word.starts_with("--config.file=")).cloned().collect();
     let prometheus = Prometheus::start(&scrape, Path::new(&alerts), &flags);
-    // Grafana's first panel has something to show.
+    // The query of Grafana's first panel has data.
     until("predictions in Prometheus", || {
         prometheus.has(r#"sum(rate(kandle_records_total{outcome="predicted"}[1m])) > 1"#).then_some(())
     });
     daemon.stop();
-    // A batch job does not wait for topics that are not there, but for those that the broker makes.
+    // A drain fails on a missing topic, but waits for one that the broker creates on demand.
     let config = file("kandle.yaml", &own);
     let set = ["output.topic=made-on-demand", "input.group=another"];
     let mut drain = support::kandle();
@@ -112,7 +112,7 @@ fn the_services_are_a_live_system() {
     let (code, _, log) = finish(&mut drain, b"");
     assert_eq!(code, 0, "{log}");
 
-    // Grafana is given the dashboards and the data source they are made for.
+    // Grafana gets the dashboards, and the data source that they query.
     let provider = read(
         &here(&services["grafana"], "/etc/grafana/provisioning/dashboards/kandle.yaml").expect("mounted"),
     );

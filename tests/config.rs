@@ -1,4 +1,4 @@
-//! Configuration as a user meets it: layers, problems, `config show`, `config schema`, default.yaml.
+//! Configuration as a user sees it: layers, problems, `config show`, `config schema`, default.yaml.
 
 mod support;
 
@@ -25,7 +25,7 @@ fn load(files: &[PathBuf], set: &[&str], environment: &[(&str, &str)]) -> Result
     })
 }
 
-/// The problems of the minimal file with `more` over it, as lines.
+/// The problems of the minimal configuration with `more` merged over it, as text.
 fn problems(more: &str) -> Vec<String> {
     let (base, over) = (file("base.yaml", MINIMAL), file("over.yaml", more));
     match load(&[base.path.clone(), over.path.clone()], &[], &[]) {
@@ -35,7 +35,7 @@ fn problems(more: &str) -> Vec<String> {
 }
 
 #[track_caller]
-fn one_fault(more: &str, parts: &[&str]) {
+fn one_problem(more: &str, parts: &[&str]) {
     let problems = problems(more);
     assert_eq!(problems.len(), 1, "{problems:#?}");
     for part in parts {
@@ -56,7 +56,7 @@ fn leaves(schema: &Value, key: &str, out: &mut Vec<(String, Value)>) {
 }
 
 #[test]
-fn default_yaml_the_schema_and_the_struct_say_the_same() {
+fn default_yaml_the_schema_and_the_struct_agree() {
     let path = root().join("config/default.yaml");
     let loaded = load(std::slice::from_ref(&path), &[], &[]).expect("default.yaml is a configuration");
     let text = std::fs::read_to_string(&path).expect("read");
@@ -86,7 +86,7 @@ fn default_yaml_the_schema_and_the_struct_say_the_same() {
         );
         // Every key is described in the schema.
         assert!(schema["description"].is_string(), "{key} has no description");
-        // What has a default has that one in the file.
+        // The file shows the default of each key that has one.
         let value = loaded.shown.pointer(&format!("/{}", key.replace('.', "/"))).expect("a value");
         if let Some(default) = schema.get("default") {
             let examples = ["input.field", "model.source"];
@@ -108,8 +108,8 @@ fn default_yaml_the_schema_and_the_struct_say_the_same() {
             );
         }
     }
-    // And nothing else is in it: an unknown key would have been a fault. The struct reads what it
-    // writes.
+    // The file has no other keys: an unknown key would have been a problem. What the struct serializes
+    // is what was loaded.
     let again = serde_json::to_value(&loaded.settings).expect("JSON");
     for (key, _) in &keys {
         let pointer = format!("/{}", key.replace('.', "/"));
@@ -118,7 +118,7 @@ fn default_yaml_the_schema_and_the_struct_say_the_same() {
 }
 
 #[test]
-fn the_examples_are_configurations() {
+fn the_examples_are_valid_configurations() {
     for entry in std::fs::read_dir(root().join("config/examples")).expect("examples") {
         let path = entry.expect("an example").path();
         if let Err(problems) = load(std::slice::from_ref(&path), &[], &[("KAFKA_PASSWORD", "x")]) {
@@ -158,13 +158,14 @@ fn later_layers_win_and_origins_are_known() {
     assert!(!loaded.origins.contains_key("batch.max_tokens"));
     let lists = load(std::slice::from_ref(&first.path), &["input.topics=[\"a\", \"b\"]"], &[]);
     assert_eq!(lists.expect("a configuration").settings.input.topics, ["a", "b"]);
-    let problems = load(std::slice::from_ref(&first.path), &["input.topics=[x]"], &[]).expect_err("a fault");
-    let fault = problems[0].to_string();
-    assert!(problems.len() == 1 && fault.contains("write a,b or [\"a\",\"b\"]"), "{problems:#?}");
+    let problems =
+        load(std::slice::from_ref(&first.path), &["input.topics=[x]"], &[]).expect_err("a problem");
+    let problem = problems[0].to_string();
+    assert!(problems.len() == 1 && problem.contains("write a,b or [\"a\",\"b\"]"), "{problems:#?}");
 }
 
 #[test]
-fn all_faults_at_once_each_with_its_key_and_origin() {
+fn all_problems_at_once_each_with_its_key_and_origin() {
     let base = file(
         "base.yaml",
         "
@@ -204,7 +205,7 @@ batch: { max_token: 5 }
         let line = lines
             .iter()
             .find(|l| l.starts_with(&format!("{key}: ")))
-            .unwrap_or_else(|| panic!("{key} has no fault: {lines:#?}"));
+            .unwrap_or_else(|| panic!("no problem with {key}: {lines:#?}"));
         for part in parts {
             assert!(line.contains(part), "{part:?} is not in {line:?}");
         }
@@ -214,96 +215,99 @@ batch: { max_token: 5 }
 #[test]
 fn rules_between_keys() {
     assert!(problems("").is_empty());
-    one_fault("input: { field: null }", &["input.field", "needs a field or a template"]);
-    one_fault("input: { template: '{{ x }}' }", &["input.template", "instead of input.field"]);
-    one_fault("input: { field: null, template: '{{ x' }", &["input.template", "not a valid template"]);
-    one_fault("input: { field: text }", &["input.field", "JSON Pointer: /text?"]);
-    one_fault("input: { format: text }", &["input.field", "has no effect with input.format: text"]);
-    one_fault("input: { topics: [out] }", &["output.topic", "would read what it wrote"]);
-    one_fault("input: { topics: [] }", &["input.topics"]);
-    one_fault("input: { topics: [a, b, a] }", &["input.topics", "a is named twice"]);
-    one_fault("input: { topics: ['^o.*'] }", &["output.topic", "would read what it wrote"]);
-    one_fault("input: { topics: ['^(a'] }", &["input.topics", "not a valid pattern"]);
-    one_fault("input: { topics: ['a b'] }", &["input.topics", "not a topic's name"]);
-    one_fault("input: { topics: ['^a.*', b] }", &["input.topics", "not both"]);
-    one_fault("dead_letters: { topic: out }", &["dead_letters.topic", "the same as output.topic"]);
-    one_fault("output: { include: [/a/label] }", &["output.include", "already has a field \"label\""]);
-    one_fault("output: { include: [/a/id, /b/id] }", &["output.include", "already has a field \"id\""]);
-    one_fault("task: { kind: similarity }", &["task.candidates", "needs a file"]);
-    one_fault("task: { candidates: x }", &["task.candidates", "has no effect"]);
-    one_fault("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "has no effect"]);
-    one_fault("task: { kind: noop }", &["model.source", "noop runs no model"]);
+    one_problem("input: { field: null }", &["input.field", "needs a field or a template"]);
+    one_problem("input: { template: '{{ x }}' }", &["input.template", "instead of input.field"]);
+    one_problem("input: { field: null, template: '{{ x' }", &["input.template", "not a valid template"]);
+    one_problem("input: { field: text }", &["input.field", "JSON Pointer; did you mean /text?"]);
+    one_problem("input: { format: text }", &["input.field", "has no effect with input.format: text"]);
+    one_problem("input: { topics: [out] }", &["output.topic", "would read what it wrote"]);
+    one_problem("input: { topics: [] }", &["input.topics"]);
+    one_problem("input: { topics: [a, b, a] }", &["input.topics", "a is named twice"]);
+    one_problem("input: { topics: ['^o.*'] }", &["output.topic", "would read what it wrote"]);
+    one_problem("input: { topics: ['^(a'] }", &["input.topics", "not a valid pattern"]);
+    one_problem("input: { topics: ['a b'] }", &["input.topics", "not a valid topic name"]);
+    one_problem("input: { topics: ['^a.*', b] }", &["input.topics", "not both"]);
+    one_problem("dead_letters: { topic: out }", &["dead_letters.topic", "the same as output.topic"]);
+    one_problem("output: { include: [/a/label] }", &["output.include", "already has a field \"label\""]);
+    one_problem("output: { include: [/a/id, /b/id] }", &["output.include", "already has a field \"id\""]);
+    one_problem("task: { kind: similarity }", &["task.candidates", "needs a file"]);
+    one_problem("task: { candidates: x }", &["task.candidates", "has no effect"]);
+    one_problem("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "has no effect"]);
+    one_problem("task: { kind: noop }", &["model.source", "noop runs no model"]);
     for key in ["cache: 1MiB", "overflow: dead_letter"] {
         let name = key.split(':').next().expect("a key");
         let noop = format!("task: {{ kind: noop, {key} }}\nmodel: {{ source: null }}");
-        one_fault(&noop, &[&format!("task.{name}"), "has no effect with task.kind: noop"]);
+        one_problem(&noop, &[&format!("task.{name}"), "has no effect with task.kind: noop"]);
     }
-    one_fault("task: { overflow: chunk }", &["task.overflow", "allowed: truncate, dead_letter"]);
-    one_fault("task: { kind: reranking }", &["task.documents", "needs a JSON Pointer"]);
-    one_fault(
+    one_problem("task: { overflow: chunk }", &["task.overflow", "allowed: truncate, dead_letter"]);
+    one_problem("task: { kind: reranking }", &["task.documents", "needs a JSON Pointer"]);
+    one_problem(
         "task: { kind: reranking, documents: docs }",
-        &["task.documents", "not a JSON Pointer: /docs?"],
+        &["task.documents", "not a JSON Pointer; did you mean /docs?"],
     );
-    one_fault(
+    one_problem(
         "task: { kind: reranking, documents: /d }\ninput: { format: text, field: null }",
         &["task.documents", "needs input.format: json, not text"],
     );
     let zero_shot = |keys: &str| format!("task: {{ kind: zero-shot-classification, {keys} }}");
-    one_fault(&zero_shot("top_k: 2"), &["task.labels", "needs labels, or labels_field"]);
-    one_fault(&zero_shot("labels: [a], labels_field: /l"), &["task.labels_field", "not beside it"]);
-    one_fault(&zero_shot("labels: [a, b, a]"), &["task.labels", "\"a\" is there twice"]);
-    one_fault(&zero_shot("labels: [a], hypothesis: so"), &["task.hypothesis", "has no {}"]);
+    one_problem(&zero_shot("top_k: 2"), &["task.labels", "needs labels, or labels_field"]);
+    one_problem(
+        &zero_shot("labels: [a], labels_field: /l"),
+        &["task.labels_field", "instead of task.labels"],
+    );
+    one_problem(&zero_shot("labels: [a, b, a]"), &["task.labels", "\"a\" is named twice"]);
+    one_problem(&zero_shot("labels: [a], hypothesis: so"), &["task.hypothesis", "has no {}"]);
     assert!(problems(&zero_shot("labels: [a], multi_label: true, overflow: dead_letter")).is_empty());
-    one_fault(
+    one_problem(
         "task: { kind: token-classification, overflow: truncate, stride: 4 }",
         &["task.stride", "no effect"],
     );
     assert!(problems("task: { kind: token-classification, aggregation: first, stride: 4 }").is_empty());
     assert!(problems("task: { kind: text-embedding }\noutput: { include: [/label] }").is_empty());
-    one_fault("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
-    one_fault("server: { listen: here }", &["server.listen", "address:port"]);
-    one_fault("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
-    one_fault("max_records: 5", &["max_records", "did you mean window.max_records?"]);
-    one_fault("batch: { timeout: 10m }", &["batch.timeout", "not less than server.stall_after 5m"]);
-    one_fault("delivery: { transactional_id: x }", &["delivery.transactional_id", "has no effect"]);
+    one_problem("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
+    one_problem("server: { listen: here }", &["server.listen", "address:port"]);
+    one_problem("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
+    one_problem("max_records: 5", &["max_records", "did you mean window.max_records?"]);
+    one_problem("batch: { timeout: 10m }", &["batch.timeout", "not less than server.stall_after 5m"]);
+    one_problem("delivery: { transactional_id: x }", &["delivery.transactional_id", "has no effect"]);
     let exactly_once = "delivery: { guarantee: exactly_once }\n";
     assert!(problems(exactly_once).is_empty());
-    one_fault(
+    one_problem(
         &format!("{exactly_once}output: {{ properties: {{ transaction.timeout.ms: 5000 }} }}"),
         &["output.properties", "less than a transaction may last, 10000 ms"],
     );
-    one_fault(
+    one_problem(
         &format!("{exactly_once}input: {{ properties: {{ isolation.level: read_uncommitted }} }}"),
         &["input.properties", "isolation.level must be read_committed"],
     );
-    one_fault("otel: { endpoint: 'localhost:4318' }", &["otel.endpoint", "http://localhost:4318"]);
+    one_problem("otel: { endpoint: 'localhost:4318' }", &["otel.endpoint", "http://localhost:4318"]);
     let night = "{ cron: '0 22 * * *', duration: 8h }";
     let more = ", outside: leave, unload_model: true, timezone: Europe/Berlin, finish_by: '06:00'";
     assert!(problems(&format!("schedule: {{ periods: [{night}]{more} }}")).is_empty());
-    one_fault(
+    one_problem(
         "schedule: { periods: [{ cron: '0 0 30 2 *', duration: 1h }] }",
-        &["schedule.periods.0.cron", "never comes"],
+        &["schedule.periods.0.cron", "never matches"],
     );
-    one_fault(
+    one_problem(
         "schedule: { periods: [{ cron: 'at night', duration: 1h }] }",
-        &["schedule.periods.0.cron", "is no cron expression"],
+        &["schedule.periods.0.cron", "not a valid cron expression"],
     );
-    one_fault("schedule: { timezone: Berlin }", &["schedule.timezone", "no IANA time zone"]);
-    one_fault("schedule: { finish_by: 6am }", &["schedule.finish_by", "no time of day"]);
-    one_fault("schedule: { outside: leave }", &["schedule.outside", "without schedule.periods"]);
-    one_fault(
+    one_problem("schedule: { timezone: Berlin }", &["schedule.timezone", "not an IANA time zone"]);
+    one_problem("schedule: { finish_by: 6am }", &["schedule.finish_by", "not a time of day"]);
+    one_problem("schedule: { outside: leave }", &["schedule.outside", "without schedule.periods"]);
+    one_problem(
         &format!("schedule: {{ periods: [{night}], unload_model: true }}"),
         &["schedule.unload_model", "needs outside: leave"],
     );
-    one_fault(
+    one_problem(
         "kafka: { properties: { sasl.password: '${env:NOT_SET}' } }",
         &["kafka.properties.sasl.password", "NOT_SET is not set"],
     );
-    one_fault("kafka: { properties: { sasl.password: '${file:/no/such}' } }", &["/no/such"]);
+    one_problem("kafka: { properties: { sasl.password: '${file:/no/such}' } }", &["/no/such"]);
 }
 
 #[test]
-fn secrets_come_from_elsewhere_and_are_not_shown() {
+fn secrets_come_from_files_or_variables_and_are_not_shown() {
     let secret = file("secret", "hunter2\n");
     let config = file("kandle.yaml", &format!(
         "{MINIMAL}\nlog: {{ level: \"${{env:LEVEL}}\" }}\nbatch: {{ max_tokens: \"${{env:TOKENS}}\" }}\n"
@@ -345,7 +349,7 @@ fn properties_keep_their_text_and_secrets_of_any_type_are_hidden() {
         assert!(!shown.contains(secret), "{secret} is in {shown}");
     }
     assert!(shown.contains("1.10") && shown.matches("<hidden>").count() == 4, "{shown}");
-    // Nor does a fault name them.
+    // No problem quotes a secret.
     for more in [
         "kafka: { properties: { sasl: { password: hunter2 } } }\nmodel: { token: [hunter2] }\n",
         "kafka: { properties: 'sasl.password=hunter2' }\ninput: { start: 7 }\n",
@@ -368,37 +372,37 @@ fn properties_keep_their_text_and_secrets_of_any_type_are_hidden() {
     assert!(refused(&["kafka.properties.sasl.password:hunter2"], &[]).contains("expected section.key=value"));
     refused(&["input.topics=${env:T}"], &[("T", "[hunter2")]);
     let toml = file("broken.toml", "[kafka.properties]\n\"sasl.password\" = hunter2\n");
-    let problems = load(std::slice::from_ref(&toml.path), &[], &[]).expect_err("a fault");
-    let fault = problems[0].to_string();
-    assert!(fault.contains("broken.toml: line 2: ") && !fault.contains("hunter2"), "{fault}");
-    // A variable brings a secret as it is.
+    let problems = load(std::slice::from_ref(&toml.path), &[], &[]).expect_err("a problem");
+    let problem = problems[0].to_string();
+    assert!(problem.contains("broken.toml: line 2: ") && !problem.contains("hunter2"), "{problem}");
+    // The value of an environment variable is taken literally.
     let variable = [("KANDLE__KAFKA__PROPERTIES__SASL_PASSWORD", "pa$$word")];
     let loaded = load(std::slice::from_ref(&config.path), &[], &variable).expect("a configuration");
     assert_eq!(loaded.settings.kafka.properties["sasl.password"].0, "pa$$word");
 }
 
 #[test]
-fn a_fault_of_a_property_hides_no_other() {
+fn a_problem_with_a_property_hides_no_other_problem() {
     let problems = problems(
         "kafka: { properties: { sasl.password: '${env:NOT_SET}' } }\ninput: { topics: [out] }\nwindow: { max_records: 0 }\n",
     );
     assert_eq!(problems.len(), 3, "{problems:#?}");
-    one_fault("kafka.properties: { client.id: 0123 }", &["kafka.properties is not a section"]);
-    one_fault(
+    one_problem("kafka.properties: { client.id: 0123 }", &["kafka.properties is not a section"]);
+    one_problem(
         "kafka: { properties: { sasl.mechanism: PLAIN } }\noutput: { properties: { sasl.mechanisms: PLAIN } }",
         &[
             "output.properties.sasl.mechanisms",
             "same property as sasl.mechanism, which kafka.properties sets",
         ],
     );
-    one_fault(
+    one_problem(
         "output: { properties: { delivery.report.only.error: true } }",
         &["output.properties.delivery.report.only.error", "managed by kandle"],
     );
 }
 
 #[test]
-fn a_dollar_can_be_written() {
+fn dollar_signs_can_be_escaped() {
     let dollars = "
 input: { field: null, template: '{{ t }} costs ${{ price }} of $100' }
 kafka: { properties: { sasl.username: 'a${b}c', client.rack: '$${env:HOME} $$ ${env:RACK}', client.id: '$$$$' } }
@@ -411,7 +415,7 @@ kafka: { properties: { sasl.username: 'a${b}c', client.rack: '$${env:HOME} $$ ${
     assert_eq!(kafka["sasl.username"].0, "a${b}c");
     assert_eq!(kafka["client.rack"].0, "${env:HOME} $ $$1");
     assert_eq!((kafka["client.id"].0.as_str(), loaded.settings.input.group.as_str()), ("$$", "$x"));
-    // What `config show` prints is read back as the same.
+    // The output of `config show` reads back as the same configuration.
     let (code, out, _) = finish(
         kandle().args(["config", "show", "-c"]).args([&files[0]]).arg("-c").arg(&files[1]).env("RACK", "r"),
         b"",
@@ -421,30 +425,30 @@ kafka: { properties: { sasl.username: 'a${b}c', client.rack: '$${env:HOME} $$ ${
     let again = load(std::slice::from_ref(&shown.path), &[], &[]).expect("what is shown is a configuration");
     assert_eq!(again.settings.kafka.properties["client.id"].0, "$$");
     assert_eq!(again.settings.input.template, loaded.settings.input.template);
-    // One fault is reported once.
-    one_fault("window: { max_records: '${env:NOT_SET}' }", &["window.max_records", "NOT_SET is not set"]);
-    one_fault("input: { group: '${env:OPEN' }", &["input.group", "has no }"]);
+    // A problem is reported once.
+    one_problem("window: { max_records: '${env:NOT_SET}' }", &["window.max_records", "NOT_SET is not set"]);
+    one_problem("input: { group: '${env:OPEN' }", &["input.group", "has no }"]);
 }
 
 #[test]
-fn what_the_build_lacks_is_refused() {
+fn security_settings_that_the_build_lacks_are_refused() {
     let sasl = |more: &str| format!("kafka: {{ properties: {{ security.protocol: sasl_ssl{more} }} }}");
-    // librdkafka's default mechanism.
-    one_fault(&sasl(""), &["kafka.properties.security.protocol", "GSSAPI"]);
-    one_fault(&sasl(", sasl.mechanism: GSSAPI"), &["kafka.properties.sasl.mechanism", "GSSAPI"]);
-    one_fault(&sasl(", sasl.mechanisms: PLAIN"), &["kafka.properties.sasl.mechanisms", "sasl.username"]);
-    one_fault(
+    // GSSAPI is librdkafka's default mechanism.
+    one_problem(&sasl(""), &["kafka.properties.security.protocol", "GSSAPI"]);
+    one_problem(&sasl(", sasl.mechanism: GSSAPI"), &["kafka.properties.sasl.mechanism", "GSSAPI"]);
+    one_problem(&sasl(", sasl.mechanisms: PLAIN"), &["kafka.properties.sasl.mechanisms", "sasl.username"]);
+    one_problem(
         &sasl(", sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.method: oidc"),
         &["kafka.properties.sasl.oauthbearer.method", "not supported in this build"],
     );
     let scram = ", sasl.mechanism: SCRAM-SHA-512, sasl.username: u, sasl.password: p";
     assert!(problems(&sasl(scram)).is_empty(), "{:?}", problems(&sasl(scram)));
     let other = format!("{}\noutput: {{ properties: {{ sasl.mechanism: GSSAPI }} }}", sasl(scram));
-    one_fault(&other, &["output.properties.sasl.mechanism", "GSSAPI"]);
+    one_problem(&other, &["output.properties.sasl.mechanism", "GSSAPI"]);
 }
 
 #[test]
-fn config_show_is_yaml_that_means_the_same() {
+fn config_show_prints_yaml_that_reads_back_the_same() {
     let config = file("kandle.yaml", MINIMAL);
     let (code, out, _) = finish(
         kandle().args(["config", "show", "-c"]).arg(&config.path).args(["--set", "log.level=debug"]),
@@ -476,7 +480,10 @@ fn exit_codes() {
     for command in [["run", "-c"], ["check", "-c"], ["predict", "-c"]] {
         let (code, out, err) = finish(kandle().args(command).arg(&config.path), b"");
         assert_eq!(code, 2, "{out}{err}");
-        assert!(err.contains("1 fault") && err.contains("windw: unknown key; did you mean window?"), "{err}");
+        assert!(
+            err.contains("1 problem") && err.contains("windw: unknown key; did you mean window?"),
+            "{err}"
+        );
     }
     let (code, _, err) = finish(kandle().args(["run", "-c", "/no/such.yaml"]), b"");
     assert_eq!(code, 2);

@@ -1,5 +1,5 @@
-//! What `delivery` promises, on a real Kafka: kill -9 at every boundary, members that come, go, hang
-//! and wake up, records that the model cannot stand.
+//! The guarantees of `delivery`, on a real Kafka: kill -9 at every boundary, members that join, leave,
+//! hang and resume, records on which the model hangs, topics and brokers that fail.
 
 mod support;
 
@@ -14,12 +14,12 @@ use support::{Daemon, Place, Sent, kafka, until};
 const EXACTLY_ONCE: (&str, &str) =
     ("delivery", "{ guarantee: exactly_once, commit_interval: 200ms, revoke_timeout: 10s }");
 const AT_LEAST_ONCE: (&str, &str) = ("delivery", "{ commit_interval: 200ms, revoke_timeout: 10s }");
-/// Small ones, so that many are under way.
+/// Small windows, so that many are in flight.
 const WINDOW: (&str, &str) = ("window", "{ max_wait: 50ms, max_records: 50 }");
-/// No model: what is tested is between the topics.
+/// No model: these tests are about topics and offsets.
 const NOOP: [(&str, &str); 4] =
     [("task", "{ kind: noop }"), ("model", ""), ("output", "{ topic: $OUTPUT }"), ("input", INPUT)];
-/// The group gives a member up soon after it was killed.
+/// With a short session timeout, so that the group soon removes a killed member.
 const INPUT: &str =
     "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { session.timeout.ms: 6000 } }";
 
@@ -37,7 +37,8 @@ fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = S
     (from..to).map(move |i| Sent::ticket((i % partitions) as i32, i, "hello"))
 }
 
-/// Every position below `ends` has its outcome, in order; exactly one where `once`.
+/// Waits until every position below `ends` (by partition) has an outcome. Asserts their order, and that each is the
+/// only one if `once`.
 #[track_caller]
 fn settle(place: &Place, ends: &[i64], once: bool) -> Ledger {
     let mut ledger = Ledger::of(place);
@@ -46,7 +47,7 @@ fn settle(place: &Place, ends: &[i64], once: bool) -> Ledger {
         assert!(started.elapsed() < support::TIMEOUT, "missing: {:?}", ledger.missing(ends));
         ledger.read(Duration::from_millis(200));
     }
-    // What is doubled comes right behind, if it comes.
+    // Duplicates, if any, come right behind.
     ledger.read(Duration::from_millis(500));
     assert_eq!(ledger.out_of_order, Vec::<String>::new());
     if once {
@@ -55,17 +56,17 @@ fn settle(place: &Place, ends: &[i64], once: bool) -> Ledger {
     ledger
 }
 
-/// Kills a daemon at a boundary, starts another one like it, and looks at what became of the records.
+/// Kills a daemon at a boundary, starts another one like it, and checks the outcome of every record.
 #[track_caller]
 fn killed_at(boundary: &str, delivery: (&str, &str)) {
     let place = Place::new(&format!("kill-{boundary}"), 2);
     let config = noop(&place, &[delivery]);
     place.produce(numbered(2, 0, 600));
-    // Not at the first: something is committed by then.
+    // Not the first time that the boundary is reached: by then something is committed.
     let mut first = failing(&config, &format!("{boundary}=2*off->return"));
     let reached = format!("failpoint {boundary} reached");
     let mut more = 600;
-    // Boundaries of commits are passed once an interval: there has to be something to commit.
+    // Commits happen once an interval, and only with something to commit: records keep coming.
     let started = Instant::now();
     while !first.log().contains(&reached) {
         assert!(started.elapsed() < support::TIMEOUT, "{boundary} is not reached:\n{}", first.log());
@@ -161,14 +162,14 @@ fn exactly_once_through_cooperative_rebalances() {
 }
 
 #[test]
-fn exactly_once_through_the_new_protocols_rebalances() {
+fn exactly_once_through_kip_848_rebalances() {
     let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { group.protocol: consumer } }";
     members_come_and_go("kip848", input);
 }
 
-/// librdkafka remembers that a partition was paused through being given up and taken up again.
+/// librdkafka remembers that a partition was paused, even after it was revoked and assigned again.
 #[test]
-fn a_partition_that_went_and_came_back_is_read_on() {
+fn a_partition_revoked_and_assigned_again_is_consumed_again() {
     for protocol in ["classic", "consumer"] {
         let place = Place::new("back", 4);
         let input = format!(
@@ -190,7 +191,7 @@ fn a_partition_that_went_and_came_back_is_read_on() {
 }
 
 #[test]
-fn a_static_member_that_is_back_in_time_disturbs_nobody() {
+fn a_static_member_back_within_its_session_causes_no_rebalance() {
     let place = Place::new("static", 2);
     let input = |name: &str| {
         format!(
@@ -203,7 +204,7 @@ fn a_static_member_that_is_back_in_time_disturbs_nobody() {
     let mut second = Daemon::start(&noop(&place, &[EXACTLY_ONCE, ("input", &b)]));
     second.wait_log(" assigned partitions=");
     let before = first.log().matches("partitions revoked").count();
-    // Rolled: killed, and another with its name.
+    // As in a rolling update: killed, then replaced by a member with the same group.instance.id.
     second.kill();
     let mut again = Daemon::start(&noop(&place, &[EXACTLY_ONCE, ("input", &b)]));
     again.wait_log(" assigned partitions=");
@@ -223,17 +224,17 @@ fn a_zombie_publishes_nothing() {
     let mut zombie = Daemon::start(&config);
     zombie.wait_log(" assigned partitions=");
     place.produce(numbered(2, 0, 2000));
-    // In the middle of a transaction, as far as the moment is well chosen.
-    until("work", || (Ledger::count_of(&place) > 200).then_some(()));
+    // Most likely in the middle of a transaction.
+    until("predictions", || (Ledger::count_of(&place) > 200).then_some(()));
     place.produce(numbered(2, 2000, 4000));
     zombie.signal("STOP");
     let mut heir = Daemon::start(&config);
-    // The group puts the zombie out once its session is over.
+    // The group removes the zombie when its session times out.
     heir.wait_log(&format!(" assigned partitions={}", place.input));
     place.produce(numbered(2, 4000, 5000));
     settle(&place, &[2500, 2500], true);
     zombie.signal("CONT");
-    // It learns that it is out: it ends, or it joins again and works on under new leases.
+    // The zombie learns that it was removed: it exits, or joins again and works under new leases.
     until("the zombie to notice", || {
         (zombie.ended().is_some() || zombie.log().contains("lost") || zombie.log().contains("aborted"))
             .then_some(())
@@ -243,7 +244,7 @@ fn a_zombie_publishes_nothing() {
     heir.stop();
 }
 
-/// The id that the bundled model's tokenizer gives a word.
+/// The bundled model's token id of a word.
 fn token(word: &str) -> u64 {
     let text = std::fs::read_to_string(support::root().join("demo/model/tokenizer.json")).expect("read");
     let tokenizer: serde_json::Value = serde_json::from_str(&text).expect("JSON");
@@ -252,7 +253,7 @@ fn token(word: &str) -> u64 {
 
 #[test]
 fn a_record_on_which_the_model_hangs_is_found_on_the_next_start() {
-    // Windows before the record's are in an open transaction when it is given up on.
+    // With a long commit interval, earlier windows are in the open transaction when inference times out.
     let open = ("delivery", "{ guarantee: exactly_once, commit_interval: 10s }");
     for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE, open] {
         let place = Place::new("hang", 1);
@@ -265,7 +266,7 @@ fn a_record_on_which_the_model_hangs_is_found_on_the_next_start() {
         assert_eq!(first.wait().code(), Some(1), "{}", first.log());
         assert!(first.log().contains("exceeded batch.timeout (2s)"), "{}", first.log());
         let mut second = start();
-        // It names the record, publishes and commits what it has, and starts afresh.
+        // The second run dead-letters the record, commits, and exits to free the stuck thread.
         assert_eq!(second.wait().code(), Some(1), "{}", second.log());
         assert!(second.log().contains("each runs alone"), "{}", second.log());
         let dead = place.dead_letters(1);
@@ -282,19 +283,19 @@ fn a_record_on_which_the_model_hangs_is_found_on_the_next_start() {
     }
 }
 
-/// Forwards of at least so many milliseconds, of 256 tokens on each of two lanes: a window of 1024 records takes seconds.
+/// Each forward takes at least 200 ms. With 256 tokens on each of two lanes, a window of 1024 records takes seconds.
 const SLOW_MODEL: &str = "device=sleep(200)";
 
 fn backlog(name: &str, delivery: (&str, &str)) -> (Place, String) {
     let place = Place::new(name, 1);
-    // Texts that are the same would be computed once.
+    // All different, because equal texts are computed once.
     place.produce((0..4000).map(|i| Sent::ticket(0, i, &format!("where is order {i}"))));
     let config = place.config(&[delivery, ("batch", "{ lanes: 2 }"), ("input", INPUT)]);
     (place, config)
 }
 
 #[test]
-fn a_slow_models_windows_are_short_so_that_a_stop_is() {
+fn a_slow_model_gets_short_windows_so_that_a_stop_is_quick() {
     for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
         let (place, config) = backlog("slow-stop", delivery);
         let mut first = failing(&config, SLOW_MODEL);
@@ -314,7 +315,7 @@ fn a_slow_models_windows_are_short_so_that_a_stop_is() {
 }
 
 #[test]
-fn a_slow_models_work_is_not_repeated_for_long_after_a_crash() {
+fn a_slow_model_repeats_little_work_after_a_crash() {
     let (place, config) = backlog("slow-crash", AT_LEAST_ONCE);
     let mut first = failing(&config, SLOW_MODEL);
     until("some windows", || (Ledger::count_of(&place) > 800).then_some(()));
@@ -323,12 +324,12 @@ fn a_slow_models_work_is_not_repeated_for_long_after_a_crash() {
     let mut ledger = settle(&place, &[4000], false);
     second.stop();
     ledger.read(Duration::from_millis(200));
-    // A window of 1024 records was repeated when it was the only bound.
+    // Bounded by records alone, a window of 1024 records would be repeated.
     assert!(ledger.duplicates() < 700, "{}", ledger.duplicates());
 }
 
 #[test]
-fn what_retention_deleted_is_counted_and_said() {
+fn records_that_retention_deleted_are_counted_and_logged() {
     let place = Place::new("retention", 1);
     let config = noop(&place, &[AT_LEAST_ONCE]);
     place.produce(numbered(1, 0, 100));
@@ -353,13 +354,13 @@ fn what_retention_deleted_is_counted_and_said() {
 }
 
 #[test]
-fn too_large_even_for_a_dead_letter_leaves_its_headers() {
+fn a_value_too_large_even_for_a_dead_letter_is_dropped_and_its_headers_are_kept() {
     for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
         let place = Place::new("huge", 1);
         let (out, dead) = (format!("{}-small", place.output), format!("{}-small", place.dead));
         place.create(&out, 1, &[("max.message.bytes", "2000")]);
         place.create(&dead, 1, &[("max.message.bytes", "4000")]);
-        // Bytes that no compression makes smaller.
+        // Bytes that hardly compress.
         place.produce([10, 3000, 6000, 20].map(|n| Sent::new(0, support::noise(n))));
         let config = place.config(&[
             delivery,
@@ -382,7 +383,7 @@ fn too_large_even_for_a_dead_letter_leaves_its_headers() {
 }
 
 #[test]
-fn a_right_taken_away_ends_the_process_and_given_back_loses_nothing() {
+fn a_denied_acl_ends_the_process_and_loses_nothing_once_it_is_removed() {
     for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
         let place = Place::new("acl", 1);
         let config = noop(&place, &[delivery]);
@@ -408,7 +409,7 @@ fn a_right_taken_away_ends_the_process_and_given_back_loses_nothing() {
 }
 
 #[test]
-fn an_output_topic_deleted_under_it_ends_the_process() {
+fn an_output_topic_deleted_at_run_time_ends_the_process() {
     let place = Place::new("deleted", 1);
     let properties = "{ topic: $OUTPUT, properties: { topic.metadata.propagation.max.ms: 1000, topic.metadata.refresh.interval.ms: 500 } }";
     let mut daemon = Daemon::start(&noop(&place, &[AT_LEAST_ONCE, ("output", properties)]));
@@ -416,13 +417,13 @@ fn an_output_topic_deleted_under_it_ends_the_process() {
     place.predictions(100);
     place.delete(&place.output);
     let mut next = 100;
-    until("its end", || {
+    until("the exit", || {
         place.produce(numbered(1, next, next + 1));
         next += 1;
         daemon.ended()
     });
-    assert!(daemon.log().contains("refuses its prediction for good"), "{}", daemon.log());
-    // The next start says what is missing, and goes on where it stopped.
+    assert!(daemon.log().contains("the broker refused its message"), "{}", daemon.log());
+    // The next start names the missing topic, and resumes where the first one stopped.
     let mut again = Daemon::start(&noop(&place, &[AT_LEAST_ONCE]));
     let line = again.wait_log("does not exist");
     assert!(line.contains(&place.output), "{line}");
@@ -432,7 +433,7 @@ fn an_output_topic_deleted_under_it_ends_the_process() {
 }
 
 #[test]
-fn an_input_topic_made_anew_is_read_from_its_beginning() {
+fn a_recreated_input_topic_is_read_from_its_beginning() {
     let place = Place::new("anew", 1);
     let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { topic.metadata.refresh.interval.ms: 500 } }";
     let mut daemon = Daemon::start(&noop(&place, &[AT_LEAST_ONCE, ("input", input)]));
@@ -452,7 +453,7 @@ fn an_input_topic_made_anew_is_read_from_its_beginning() {
 }
 
 #[test]
-fn a_full_disk_is_waited_for() {
+fn a_broker_with_a_full_disk_is_waited_for() {
     for delivery in [AT_LEAST_ONCE, EXACTLY_ONCE] {
         let mut kafka = kafka::Kafka::start_with(1, Some(16_000));
         let place = Place::on(&kafka.brokers, "disk", 1);
@@ -463,7 +464,7 @@ fn a_full_disk_is_waited_for() {
         kafka.wait_for_end(0);
         assert!(daemon.ended().is_none(), "{}", daemon.log());
         assert_eq!((daemon.get("/livez").0, daemon.get("/readyz").0), (200, 200));
-        // Room is made, and the broker comes back.
+        // The broker comes back without the limit on its files.
         kafka.restart(0);
         settle(&place, &[count as i64], delivery == EXACTLY_ONCE);
         daemon.stop();
@@ -474,7 +475,7 @@ fn a_full_disk_is_waited_for() {
 fn a_panic_in_a_stage_ends_the_process_with_its_message() {
     let place = Place::new("panic", 1);
     place.produce(numbered(1, 0, 10));
-    // Past the forwards that loading makes.
+    // Not in the first forward, which is part of loading the model.
     let mut daemon = failing(&place.config(&[]), "device=1*off->panic(the device is on fire)");
     assert_eq!(daemon.wait().code(), Some(1));
     assert!(daemon.log().contains("the device is on fire"), "{}", daemon.log());
@@ -482,7 +483,7 @@ fn a_panic_in_a_stage_ends_the_process_with_its_message() {
 }
 
 #[test]
-fn a_stall_turns_livez_false_and_moving_on_true_again() {
+fn livez_fails_during_a_stall_and_recovers_after_it() {
     let place = Place::new("stall", 1);
     let config = noop(
         &place,
@@ -492,9 +493,9 @@ fn a_stall_turns_livez_false_and_moving_on_true_again() {
     daemon.wait_log(" assigned partitions=");
     assert_eq!(daemon.get("/livez").0, 200);
     place.produce(numbered(1, 0, 10));
-    until("a stall", || (daemon.get("/livez").0 == 503).then_some(()));
+    until("livez to fail", || (daemon.get("/livez").0 == 503).then_some(()));
     assert!(daemon.get("/livez").1.contains("encode"));
     place.predictions(10);
-    until("life", || (daemon.get("/livez").0 == 200).then_some(()));
+    until("livez to recover", || (daemon.get("/livez").0 == 200).then_some(()));
     daemon.stop();
 }

@@ -1,4 +1,4 @@
-//! `drain` on a real Kafka: up to ends frozen at the start, shared, interrupted, resumed.
+//! `kandle drain` on a real Kafka: up to the end offsets frozen at the start, shared, interrupted, resumed.
 
 mod support;
 
@@ -29,7 +29,7 @@ fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = S
 }
 
 #[test]
-fn a_drain_ends_at_the_ends_it_began_with_and_reports() {
+fn a_drain_ends_at_the_end_offsets_of_its_start_and_reports() {
     // The last partition stays empty.
     let place = Place::new("drain", 4);
     place.produce(numbered(3, 0, 900));
@@ -54,7 +54,7 @@ fn a_drain_ends_at_the_ends_it_began_with_and_reports() {
     assert!((total - seconds / 1000.0).abs() < 1e-9, "{first}");
     assert_eq!(first["model_digest"].as_str().map(str::len), Some(64));
 
-    // What came later is another drain's, which starts where this one ended.
+    // The next drain processes later records, from where this one ended.
     place.produce(numbered(3, 900, 930));
     let (code, _, log) = finish(drain(&config, &report).arg("--strict"), b"");
     assert_eq!(code, 0, "{log}");
@@ -65,7 +65,7 @@ fn a_drain_ends_at_the_ends_it_began_with_and_reports() {
     place.produce([Sent::new(0, "no json")]);
     let (code, _, log) = finish(drain(&config, &report).arg("--strict"), b"");
     assert_eq!(code, 3, "{log}");
-    // Nothing is there: over at once.
+    // Without new records a drain ends at once.
     let (code, _, log) = finish(&mut drain(&config, &report), b"");
     assert_eq!(code, 0, "{log}");
     assert_eq!(read(&report)["records"], 0);
@@ -79,7 +79,7 @@ fn a_drain_ends_at_the_ends_it_began_with_and_reports() {
 
 fn start(config: &File, report: &File) -> Child {
     let mut command = drain(config, report);
-    // As if the model took its time.
+    // Like a slow model.
     command.env("FAILPOINTS", "encode=sleep(20)");
     command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("started")
 }
@@ -89,7 +89,7 @@ fn end(child: Child) -> (Option<i32>, String) {
     (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
 }
 
-/// Small windows and a commit after each, so that a kill finds it half-way.
+/// Small windows and frequent commits, so that a kill finds the drain half-way.
 const SLOW: [(&str, &str); 2] =
     [("window", "{ max_records: 20 }"), ("delivery", "{ commit_interval: 50ms }")];
 
@@ -142,12 +142,12 @@ fn a_drain_whose_topic_is_deleted_ends() {
     assert!(drain.log().contains(&gone), "{}", drain.log());
 }
 
-/// The one that is given the partition has never had it.
+/// The drain that takes over the partition has never owned it before.
 #[test]
 fn a_topic_recreated_while_its_owner_is_frozen_ends_the_drain_of_the_next_owner() {
     let (place, mut owner) = under_way("drain-recreated");
     let mut heir = slow(&place);
-    heir.wait_log("standing by");
+    heir.wait_log("no partitions assigned");
     owner.signal("STOP");
     heir.signal("STOP");
     place.recreate(&place.input, 1);
@@ -181,7 +181,7 @@ fn killed_and_stopped_at_ten_points_exactly_once() {
     killed_and_stopped("exactly_once", 10, 12_000);
 }
 
-/// It goes on to the same end; at most `turns` times, each after some hundred records that nobody chose.
+/// Interrupts a drain at most `turns` times, each after a random few hundred records: it still completes its range.
 fn killed_and_stopped(guarantee: &str, turns: usize, records: usize) {
     let place = Place::new("drain-kill", 2);
     place.produce(numbered(2, 0, records));
@@ -193,7 +193,7 @@ fn killed_and_stopped(guarantee: &str, turns: usize, records: usize) {
     for turn in 0.. {
         let mut child = start(&config, &report);
         let some = 50 + std::collections::hash_map::RandomState::new().hash_one(turn) as usize % 600;
-        // Until something of this turn is there: then kill -9 and SIGTERM by turns.
+        // Waits for progress in this turn; then kill -9 and SIGTERM alternate.
         let over = until("progress or the end", || {
             let count = Ledger::count_of(&place);
             let ended = child.try_wait().expect("a child").is_some();
@@ -219,7 +219,7 @@ fn killed_and_stopped(guarantee: &str, turns: usize, records: usize) {
             assert!(code == Some(1) && log.contains("are left") || code == Some(0), "{code:?} {log}");
         }
     }
-    assert!(interrupted >= 3, "it was interrupted {interrupted} times");
+    assert!(interrupted >= 3, "interrupted only {interrupted} times");
     let mut ledger = Ledger::of(&place);
     until("every outcome", || {
         ledger.read(std::time::Duration::from_millis(200));
@@ -230,9 +230,9 @@ fn killed_and_stopped(guarantee: &str, turns: usize, records: usize) {
     }
 }
 
-/// What ends with a transaction's marker has no record right before its end.
+/// A partition that ends with a transaction marker has no record right before its end offset.
 #[test]
-fn markers_of_transactions_at_the_end_are_no_reason_to_wait() {
+fn a_drain_does_not_wait_for_transaction_markers_at_the_end() {
     let first = Place::new("drain-chain", 2);
     first.produce(numbered(2, 0, 100));
     let report = file("report.json", "");
@@ -251,10 +251,10 @@ fn markers_of_transactions_at_the_end_are_no_reason_to_wait() {
     assert_eq!(read(&report)["predicted"], 100);
     let (code, _, log) = finish(&mut drain(&second, &report), b"");
     assert_eq!(code, 0, "{log}");
-    assert_eq!(read(&report)["records"], 0, "its group stands behind the markers: {}", read(&report));
+    assert_eq!(read(&report)["records"], 0, "the group must be past the markers: {}", read(&report));
 }
 
-/// Same digest, same predictions: to the bit, whatever the windows, the lanes and the interruptions.
+/// With one model digest, predictions are equal to the bit, whatever the windows, lanes and interruptions.
 #[test]
 fn the_same_records_give_the_same_bytes_however_they_are_batched() {
     the_same_bytes(1200);
@@ -278,7 +278,7 @@ fn the_same_bytes(records: usize) {
     for (window, batch, interrupt) in runs {
         let place = Place::new("drain-same", 3);
         place.produce((0..records).map(|i| {
-            // Long and short ones, nearly all different.
+            // Long and short texts, nearly all different.
             let more = "please help me with this order ".repeat(i % 9);
             let text: Value = serde_json::from_str(tickets[i % tickets.len()]).expect("a ticket");
             let value = serde_json::json!({ "id": i, "text": format!("{more}{} {i}", text["text"]) });
@@ -294,7 +294,7 @@ fn the_same_bytes(records: usize) {
         let (config, report) = (file("kandle.yaml", &text), file("report.json", ""));
         if interrupt {
             let mut child = start(&config, &report);
-            until("the middle", || (Ledger::count_of(&place) > 200).then_some(()));
+            until("some predictions", || (Ledger::count_of(&place) > 200).then_some(()));
             child.kill().expect("killed");
             child.wait().expect("ended");
         }

@@ -1,5 +1,5 @@
-//! Every architecture and every task against what Hugging Face's library says (tests/fixtures/make.py): within
-//! 1e-4, and the same for a record whatever batch it is in, within 1e-5.
+//! Every architecture against the outputs of Hugging Face's transformers (tests/fixtures/make.py), within 1e-4. The
+//! result of a record does not depend on its batch, within 1e-5.
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +30,7 @@ fn golden(name: &str) -> Vec<Golden> {
     serde_json::from_str(&text).expect("golden.json")
 }
 
-/// KANDLE_TEST_DEVICE runs these on another device than the CPU.
+/// The CPU, or the device that KANDLE_TEST_DEVICE names.
 fn placement(dtype: Dtype) -> Placement {
     let device = std::env::var("KANDLE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     Placement::choose(DeviceChoice::try_from(device).expect("a device"), dtype).expect("a device")
@@ -42,7 +42,7 @@ fn load(directory: &Path, output: Output) -> Model {
     Model::load(Files::find(&model).expect("files"), placement, output).expect("a model")
 }
 
-/// The least cosine between the means of a model in `dtype` and Hugging Face's in f32.
+/// The lowest cosine similarity between the mean embeddings of a model and Hugging Face's in f32.
 fn least_cosine(name: &str, placement: Placement) -> f64 {
     let source = Some(fixture(name).display().to_string());
     let model = settings::Model { source, ..Default::default() };
@@ -58,12 +58,12 @@ fn least_cosine(name: &str, placement: Placement) -> f64 {
     rows.iter().zip(&golden).map(cosine).reduce(f64::min).expect("rows")
 }
 
-/// Two layers 32 wide have no room for errors to average out: a real model loses a tenth of this
+/// In two layers of width 32, rounding errors hardly average out: a real model loses a tenth of this
 /// (benches/RESULTS.md).
 #[test]
-fn fewer_bits_stay_near() {
+fn lower_precisions_stay_close_to_f32() {
     for name in ARCHITECTURES {
-        // Their gates multiply two numbers that are both a little off.
+        // A gated MLP multiplies two values that both have a rounding error.
         let int8 = if matches!(name, "nomic_bert" | "gte") { 0.99 } else { 0.998 };
         let other = match placement(Dtype::F32).is_cpu() {
             true => (Dtype::Int8, int8),
@@ -88,7 +88,7 @@ fn close(got: &[f32], want: &[f32], within: f32, what: &str) {
     }
 }
 
-/// A copy of a fixture with other files, as a directory of its own.
+/// A copy of a fixture with some files added or replaced.
 fn with(name: &str, files: &[(&str, String)]) -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a directory");
     for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
@@ -103,7 +103,7 @@ fn with(name: &str, files: &[(&str, String)]) -> tempfile::TempDir {
 }
 
 #[test]
-fn tokens_and_logits_are_as_transformers_gives_them() {
+fn tokens_and_logits_equal_those_of_transformers() {
     for name in ARCHITECTURES {
         let model = load(&fixture(name), Output::Logits);
         assert_eq!(model.labels, ["calm", "urgent", "spam"], "{name}");
@@ -118,7 +118,7 @@ fn tokens_and_logits_are_as_transformers_gives_them() {
 }
 
 #[test]
-fn config_json_as_transformers_4_writes_it_means_the_same() {
+fn a_config_json_of_transformers_4_gives_the_same_model() {
     for name in ARCHITECTURES {
         let old = std::fs::read_to_string(fixture(name).join("config.v4.json")).expect("config.v4.json");
         assert!(old.contains("torch_dtype"), "{name}");
@@ -191,7 +191,7 @@ fn embeddings_for_every_pooling() {
 }
 
 #[test]
-fn a_models_own_prompt_stands_before_every_text() {
+fn a_models_default_prompt_is_put_before_every_text() {
     let prompts = r#"{"prompts": {"query": "late ", "document": ""}, "default_prompt_name": "query"}"#;
     let modules = r#"[{"type": "sentence_transformers.models.Transformer", "path": ""}]"#;
     let directory = with(
@@ -203,13 +203,13 @@ fn a_models_own_prompt_stands_before_every_text() {
         model.tokens("parcel").expect("tokens"),
         model.tokenizer.encode("late parcel").expect("tokens")
     );
-    // Not for a classifier.
+    // A classifier ignores the prompt.
     let model = load(directory.path(), Output::Logits);
     assert_eq!(model.tokens("parcel").expect("tokens"), model.tokenizer.encode("parcel").expect("tokens"));
 }
 
 #[test]
-fn of_a_long_text_the_same_tokens_are_kept_as_of_the_whole() {
+fn a_long_text_keeps_the_tokens_that_tokenizing_all_of_it_gives() {
     let words =
         ["parcel", "late", "größe", "東京 данные", "x1", "refund,", "http://example.org/a?b=c", "\n", "!"];
     let mut long = String::new();
@@ -271,7 +271,7 @@ fn a_record_is_predicted_the_same_in_any_batch() {
 }
 
 #[test]
-fn what_cannot_be_loaded_says_why() {
+fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     let error = |directory: &Path, output| {
         let model = settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
         let placement = Placement::choose(DeviceChoice::Cpu, Dtype::F32).expect("cpu");
@@ -315,7 +315,7 @@ fn what_cannot_be_loaded_says_why() {
 
     assert!(error(Path::new("/no/such/model"), Output::Logits).contains("no such directory"));
 
-    // What is missing says how it is made.
+    // The error about a missing file says how to make it.
     let file =
         |path: &Path, name: &str, content: &str| std::fs::write(path.join(name), content).expect("written");
     file(bare.path(), "pytorch_model.bin", "PK");
@@ -336,9 +336,9 @@ fn what_cannot_be_loaded_says_why() {
     let untold = with("bert", &[]);
     std::fs::remove_file(untold.path().join("tokenizer.json")).expect("removed");
     let message = error(untold.path(), Output::Logits);
-    assert!(message.contains("tokenizer.json is missing; Python makes it"), "{message}");
+    assert!(message.contains("tokenizer.json is missing; create it with Python"), "{message}");
 
-    // What is not known is refused by name, and what is known to be different.
+    // Unknown keys and unsupported values are refused by name.
     let extended = |key: &str, value: &str| {
         with("bert", &[("config.json", config.replacen('{', &format!("{{\"{key}\": {value},"), 1))])
     };
@@ -378,9 +378,9 @@ fn what_cannot_be_loaded_says_why() {
     }
 }
 
-/// sentence-transformers looks for the settings under seven names, one for each kind of model it began with.
+/// sentence-transformers looks for its settings under seven file names, one for each of its first model types.
 #[test]
-fn settings_of_sentence_transformers_count_under_every_name() {
+fn sentence_transformers_settings_are_found_under_every_file_name() {
     let text = "The INVOICE of May is Wrong, please correct it";
     let plain = load(&fixture("roberta"), Output::Embedding);
     let tokens = |model: &Model, text: &str| model.tokenizer.encode(text).expect("tokens");
@@ -392,7 +392,7 @@ fn settings_of_sentence_transformers_count_under_every_name() {
         let got = tokens(&embeds, text);
         assert_eq!((got.ids.len(), got.truncated), (9, true), "{kind}");
         assert_eq!(got.ids[..8], tokens(&plain, &text.to_lowercase()).ids[..8], "{kind}");
-        // A classifier is transformers' alone.
+        // A classifier ignores the settings of sentence-transformers.
         assert_eq!(tokens(&load(model.path(), Output::Logits), text), tokens(&plain, text), "{kind}");
     }
 }

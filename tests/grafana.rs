@@ -1,5 +1,5 @@
-//! Dashboards, alerts and documents against the code, and every query against a real Prometheus that scrapes
-//! a real kandle under load.
+//! Checks dashboards, alerts and documents against the code, and every query on a real Prometheus that
+//! scrapes a real kandle under load.
 
 mod support;
 
@@ -15,7 +15,7 @@ use serde_json::Value;
 use support::prometheus::Prometheus;
 use support::{Daemon, Place, Sent, root, tool};
 
-/// What the system says of the process, by the client library.
+/// Process metrics, which the client library exports.
 const PROCESS: [&str; 7] = [
     "process_cpu_seconds_total",
     "process_max_fds",
@@ -44,7 +44,7 @@ fn dashboards() -> Vec<(String, Value)> {
     all
 }
 
-/// Of a panel: its dashboard, its title, its queries with their legends.
+/// A panel: its dashboard, its title, its queries with their legends.
 type Panel = (String, String, Vec<(String, String)>);
 
 fn queries() -> Vec<Panel> {
@@ -62,7 +62,7 @@ fn queries() -> Vec<Panel> {
     all
 }
 
-/// Names of metrics in a text, histograms' parts as the histogram.
+/// Names of metrics in a text; `_bucket`, `_sum` and `_count` of a histogram count as the histogram.
 fn names(text: &str) -> BTreeSet<String> {
     let pattern = regex::Regex::new(r"\b(kandle|process)_[a-z0-9_]+\b").expect("a pattern");
     let histograms: BTreeSet<&str> = TABLE
@@ -81,7 +81,7 @@ fn names(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn names_are_one_set_in_code_dashboards_alerts_and_documents() {
+fn names_are_the_same_in_code_dashboards_alerts_and_documents() {
     let known: BTreeSet<String> =
         TABLE.iter().map(|(name, ..)| (*name).to_owned()).chain(PROCESS.map(str::to_owned)).collect();
     let mut files = vec![
@@ -98,7 +98,7 @@ fn names_are_one_set_in_code_dashboards_alerts_and_documents() {
             files.push(path.strip_prefix(root()).expect("inside").display().to_string());
         }
     }
-    // docs/metrics.md has each of them, as the code says it.
+    // docs/metrics.md lists every metric as the code describes it.
     let mut lines = String::new();
     for (name, kind, labels, help) in TABLE {
         let kind = match kind {
@@ -117,17 +117,17 @@ fn names_are_one_set_in_code_dashboards_alerts_and_documents() {
     if std::env::var_os("KANDLE_WRITE").is_some() {
         std::fs::write(root().join(path), wanted).expect("written");
     } else {
-        assert!(document == wanted, "{path} is not what the code says: KANDLE_WRITE=1 makes it anew");
+        assert!(document == wanted, "{path} is out of date: run `make generated`");
     }
     for file in &files {
         for name in names(&read(file)) {
-            assert!(known.contains(&name), "{file}: {name} is no metric");
+            assert!(known.contains(&name), "{file}: there is no metric {name}");
         }
     }
 }
 
 #[test]
-fn dashboards_are_what_their_code_makes_and_every_panel_is_described() {
+fn dashboards_are_up_to_date_and_every_panel_is_described() {
     let status = Command::new("python3").arg(root().join("grafana/dashboards.py")).arg("--check").status();
     assert!(status.expect("python3 runs").success());
     for (name, dashboard) in dashboards() {
@@ -143,7 +143,7 @@ fn dashboards_are_what_their_code_makes_and_every_panel_is_described() {
 }
 
 #[test]
-fn alerts_fire_when_they_should_and_lead_somewhere() {
+fn alerts_fire_when_they_should_and_link_to_runbook_and_dashboard() {
     let tests = root().join("grafana/alerts_test.yaml");
     let output =
         Command::new(tool("promtool")).args(["test", "rules"]).arg(&tests).output().expect("promtool");
@@ -173,7 +173,7 @@ fn alerts_fire_when_they_should_and_lead_somewhere() {
     }
 }
 
-/// A query as Grafana sends it, all chosen in every variable.
+/// A query as Grafana sends it, with every variable set to All.
 fn expand(query: &str) -> String {
     let mut query = query.replace("$__rate_interval", "10s");
     for variable in ["namespace", "job", "topic", "stage"] {
@@ -182,7 +182,7 @@ fn expand(query: &str) -> String {
     query
 }
 
-/// Keeps a job busy, with everything that can happen to a record.
+/// Keeps a job busy, with records of every outcome.
 fn load(place: &Arc<Place>, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
     let (place, stop) = (Arc::clone(place), Arc::clone(stop));
     std::thread::spawn(move || {
@@ -201,7 +201,7 @@ fn load(place: &Arc<Place>, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<(
                     11 => Sent::new(partition, r#"{"other": 1}"#),
                     13 => Sent { value: None, key: Some(b"k".to_vec()), ..Sent::new(partition, "") },
                     17 => Sent::new(partition, long.as_bytes()),
-                    // Some are the same once more, most are not.
+                    // Some texts repeat, most do not.
                     n if n % 10 == 0 => Sent::ticket(partition, next, "where is my order?"),
                     _ => {
                         let text = &tickets[next * 7 % tickets.len()]["text"];
@@ -246,7 +246,7 @@ fn every_query_has_data_from_a_kandle_under_load() {
         assert!(started.elapsed() < support::TIMEOUT, "these have no data: {open:#?}");
         std::thread::park_timeout(Duration::from_millis(500));
     }
-    // Alerts and annotations rest while all is well: what they are made of is there.
+    // Alerts and annotations have no data while all is well, but the metrics in their queries do.
     let alerts: Value = serde_saphyr::from_str(&read("grafana/alerts.yaml")).expect("YAML");
     let rules = alerts["groups"][0]["rules"].as_array().expect("rules").clone();
     let mut rest: Vec<String> =
@@ -273,7 +273,7 @@ fn every_query_has_data_from_a_kandle_under_load() {
     daemon.stop();
 }
 
-/// What each panel shows, for grafana/preview.py; two minutes of it.
+/// Writes the data of each panel over two minutes, for grafana/preview.py.
 fn preview(prometheus: &Prometheus, folder: &Path) {
     const SECONDS: u64 = 120;
     let started = Instant::now();

@@ -1,5 +1,5 @@
-//! What can happen to input topics: they are recreated, damaged, matched by patterns, read from `latest`, and end with
-//! markers of transactions. On a real Kafka.
+//! Input topics on a real Kafka: recreated, damaged, matched by patterns, read from `latest`, and ending with
+//! transaction markers.
 
 mod support;
 
@@ -36,8 +36,8 @@ fn numbered(partitions: usize, from: usize, to: usize) -> impl Iterator<Item = S
     (from..to).map(move |i| Sent::new((i % partitions) as i32, format!("record {i}")))
 }
 
-/// A broker's restart has raised the leader epoch of the topic's partition; those of a recreated topic begin at 0, and
-/// the client takes what it is told of them for outdated.
+/// A broker's restart raises a partition's leader epoch. The epochs of a recreated topic begin at 0 again: the client
+/// takes its metadata for outdated and stops fetching.
 #[test]
 fn a_client_that_stops_fetching_ends_the_process_and_the_next_one_reads_on() {
     let mut kafka = Kafka::start(1);
@@ -79,7 +79,7 @@ fn values(place: &Place, count: usize) -> Vec<String> {
     place.predictions(count).into_iter().map(value).collect()
 }
 
-/// What a counter or gauge says, the sum over its labels.
+/// The value of a counter or gauge, summed over its labels.
 fn metric(daemon: &mut Daemon, name: &str) -> f64 {
     let (_, metrics) = daemon.get("/metrics");
     let samples = metrics.lines().filter(|line| line.split(['{', ' ']).next() == Some(name));
@@ -105,7 +105,7 @@ fn recreated_while(
     let since = Instant::now();
     place.recreate(&place.input, 1);
     place.produce(numbered(1, 1000, 1250));
-    // Shorter than what an operator needs for it.
+    // kandle reads nothing for a second: an operator takes longer to recreate a topic.
     until("a second", || (since.elapsed() >= Duration::from_secs(1)).then_some(()));
     back(&mut daemon);
     let mut all = values(&place, 350);
@@ -120,7 +120,7 @@ fn recreated_while(
 }
 
 #[test]
-fn a_topic_recreated_while_the_process_is_stopped_is_read_from_its_start() {
+fn a_topic_recreated_while_the_process_is_frozen_is_read_from_its_start() {
     for delivery in GUARANTEES {
         recreated_while(
             "recreated-stopped",
@@ -134,7 +134,7 @@ fn a_topic_recreated_while_the_process_is_stopped_is_read_from_its_start() {
 }
 
 #[test]
-fn a_topic_recreated_while_the_schedule_rests_is_read_from_its_start() {
+fn a_topic_recreated_outside_of_the_schedule_is_read_from_its_start() {
     let clock = file("clock", "2026-11-25T23:00:00Z");
     let set = |time: &str| {
         let next = clock.path.with_extension("next");
@@ -152,15 +152,15 @@ fn a_topic_recreated_while_the_schedule_rests_is_read_from_its_start() {
         },
         |daemon| {
             set("2026-11-26T12:00:00Z");
-            daemon.wait_log("partitions rest");
+            daemon.wait_log("outside of the schedule: partitions paused");
         },
         |_| set("2026-11-26T23:00:00Z"),
     );
 }
 
 #[test]
-fn a_topic_recreated_while_kandle_is_away_is_read_from_its_start() {
-    // As if the broker had kept the group's offset: it deletes that with the topic.
+fn a_topic_recreated_while_kandle_is_down_is_read_from_its_start() {
+    // The broker deletes the group's offset with the topic: the test commits the offset again.
     let place = Place::new("recreated-away", 1);
     let config = config(&place, &[AT_LEAST_ONCE]);
     place.produce(numbered(1, 0, 100));
@@ -176,7 +176,7 @@ fn a_topic_recreated_while_kandle_is_away_is_read_from_its_start() {
     values(&place, 350);
     daemon.wait_log("the topic was deleted and recreated: reading from its start");
     daemon.stop();
-    // A drain too knows where it stands.
+    // A drain too reads the topic from its start.
     let file = file("kandle.yaml", &config);
     place.recreate(&place.input, 1);
     place.produce(numbered(1, 2000, 2050));
@@ -206,7 +206,7 @@ fn a_topic_recreated_under_a_running_daemon_is_read_from_its_start() {
 }
 
 #[test]
-fn latest_is_where_the_group_first_stood() {
+fn latest_is_the_end_when_the_group_first_started() {
     for delivery in GUARANTEES {
         let place = Place::new("latest", 2);
         let latest = input(
@@ -220,7 +220,7 @@ fn latest_is_where_the_group_first_stood() {
         until("the group's offsets", || {
             (place.committed(0)?.0 == 25 && place.committed(1)?.0 == 25).then_some(())
         });
-        // Only one partition has records, and kandle is away while the other one gets some.
+        // Only one partition has new records, and kandle is down while the other one gets some.
         place.produce([Sent::new(0, "a")]);
         values(&place, 1);
         daemon.kill();
@@ -233,13 +233,13 @@ fn latest_is_where_the_group_first_stood() {
             admin.create_partitions([&partitions], options).await.expect("made");
         });
         until("the new partition", || {
-            // The broker may not know of it yet.
+            // The broker may not know the partition yet.
             let producer = place.producer();
             let record = BaseRecord::<[u8], [u8]>::to(&place.input).partition(2).payload(b"c");
             producer.send(record).ok()?;
             producer.flush(Duration::from_secs(5)).ok()
         });
-        until("what it holds", || values(&place, 3).contains(&"c".to_owned()).then_some(()));
+        until("its record", || values(&place, 3).contains(&"c".to_owned()).then_some(()));
         daemon.stop();
     }
 }
@@ -256,12 +256,12 @@ fn members_that_start_together_agree_on_what_is_latest() {
     until("the group's offsets", || (0..6).all(|p| place.committed(p).is_some()).then_some(()));
     place.produce(numbered(6, 60, 120));
     let mut ledger = Ledger::of(&place);
-    until("all since then", || {
+    until("all new records", || {
         ledger.read(Duration::from_millis(200));
         (ledger.count() >= 60).then_some(())
     });
     ledger.read(Duration::from_millis(500));
-    assert_eq!(ledger.count(), 60, "nothing of before");
+    assert_eq!(ledger.count(), 60, "old records were read");
     for daemon in &mut daemons {
         daemon.stop();
     }
@@ -288,9 +288,9 @@ fn a_drain_from_latest_ends_and_the_next_one_goes_on_from_there() {
 }
 
 #[test]
-fn patterns_are_kandles_own() {
+fn patterns_use_kandles_regex_syntax() {
     let place = Place::new("Pattern", 1);
-    // Neither `(?i)` nor `\d` means anything to librdkafka.
+    // librdkafka's own patterns support neither `(?i)` nor `\d`.
     let pattern = format!("^(?i){}-\\\\d+$", place.input.to_lowercase());
     let properties = ", properties: { topic.metadata.refresh.interval.ms: 1000 }";
     let config = config(&place, &[AT_LEAST_ONCE, ("input", &input(&pattern, properties))]);
@@ -336,18 +336,18 @@ fn transaction(place: &Place, values: &[&str], commit: bool) {
 }
 
 #[test]
-fn behind_the_markers_of_transactions_nothing_is_left() {
+fn transaction_markers_leave_no_lag() {
     for delivery in GUARANTEES {
         let place = Place::new("markers", 1);
         let mut daemon = Daemon::start(&config(&place, &[delivery]));
         transaction(&place, &["a", "b"], true);
         values(&place, 2);
-        // Two records and a marker: an autoscaler that sees an offset of 2 keeps a replica for ever.
-        until("the group at the end", || place.committed(0).filter(|(offset, _)| *offset == 3));
+        // Two records and a marker: with a committed offset of 2, an autoscaler would keep a replica for ever.
+        until("the commit past the marker", || place.committed(0).filter(|(offset, _)| *offset == 3));
         transaction(&place, &["c"], false);
-        until("the group at the end", || place.committed(0).filter(|(offset, _)| *offset == 5));
+        until("the commit past the marker", || place.committed(0).filter(|(offset, _)| *offset == 5));
         transaction(&place, &["d"], true);
-        until("the group at the end", || place.committed(0).filter(|(offset, _)| *offset == 7));
+        until("the commit past the marker", || place.committed(0).filter(|(offset, _)| *offset == 7));
         assert_eq!(values(&place, 3), ["a", "b", "d"]);
         assert_eq!(metric(&mut daemon, "kandle_lag_records"), 0.0);
         daemon.stop();
@@ -355,7 +355,7 @@ fn behind_the_markers_of_transactions_nothing_is_left() {
 }
 
 #[test]
-fn the_wait_for_a_dead_members_session_is_said() {
+fn the_wait_for_a_dead_members_session_is_logged() {
     let place = Place::new("waits", 1);
     let properties = ", properties: { session.timeout.ms: 20000 }";
     let config = config(&place, &[AT_LEAST_ONCE, ("input", &input("$INPUT", properties))]);
@@ -369,7 +369,8 @@ fn the_wait_for_a_dead_members_session_is_said() {
     second.stop();
 }
 
-/// Changes a byte of the batch that begins with `offset` in the broker's file (format 2: offset, length, …).
+/// Changes the last byte of the record batch that begins with `offset`, in the broker's file (message format v2: base
+/// offset, length, …).
 fn damage(kafka: &Kafka, topic: &str, partition: i32, offset: i64) {
     let path = kafka.segment(0, topic, partition);
     let mut file = std::fs::OpenOptions::new().read(true).write(true).open(path).expect("the file");
@@ -394,7 +395,7 @@ fn damage(kafka: &Kafka, topic: &str, partition: i32, offset: i64) {
 }
 
 #[test]
-fn damaged_batches_are_counted_as_lost_and_passed() {
+fn damaged_batches_are_counted_as_lost_and_skipped() {
     let kafka = Kafka::start(1);
     for delivery in GUARANTEES {
         let place = Place::on(&kafka.brokers, "damaged", 2);
@@ -402,7 +403,7 @@ fn damaged_batches_are_counted_as_lost_and_passed() {
         for i in 0..20 {
             place.produce((0..10).map(|j| Sent::new(i % 2, format!("record {}", i * 10 + j))));
         }
-        // In the middle, two side by side, and the last one.
+        // One in the middle, two adjacent ones, and the last one.
         for offset in [30, 60, 70, 90] {
             damage(&kafka, &place.input, 0, offset);
         }
@@ -423,14 +424,14 @@ fn damaged_batches_are_counted_as_lost_and_passed() {
         }
         daemon.wait_log("data lost");
         until("the commit", || place.committed(0).filter(|(offset, _)| *offset == 100));
-        // What comes later is read as ever.
+        // Later records are read as usual.
         place.produce([Sent::new(0, "later")]);
-        until("what came later", || {
+        until("the later record", || {
             ledger.read(Duration::from_millis(200));
             ledger.missing(&[101, 100]).iter().all(|(_, offset)| *offset != 100).then_some(())
         });
         daemon.stop();
-        // A drain comes to an end too.
+        // A drain ends too.
         for i in 0..3 {
             place.produce((0..10).map(|j| Sent::new(0, format!("more {}", i * 10 + j))));
         }

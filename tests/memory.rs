@@ -1,6 +1,6 @@
-//! `memory.limit`: resident memory stays under what the process with its model takes, plus the limit,
-//! plus a fifth, whatever the backlog is made of and whether or not the broker answers. Sampled while
-//! the backlog is worked off. Short forms here; `make chaos` runs the long ones.
+//! `memory.limit`: resident memory stays under 1.2 × (the process with its model + the limit), whatever
+//! the backlog is made of and whether or not the broker answers. It is sampled while the backlog is
+//! processed. `make test` runs short forms, `make chaos` the long ones.
 
 #![cfg(target_os = "linux")]
 
@@ -13,7 +13,7 @@ use support::{Daemon, Place, Sent, until};
 
 const LIMIT_MIB: u64 = 128;
 
-/// The process with its model and nothing in flight.
+/// Resident memory, in KiB, of the process with its model and nothing in flight.
 fn base(place: &Place, config: &str) -> u64 {
     let group = format!("{}-idle", place.group);
     let idle = config.replace(&format!("group: {}", place.group), &format!("group: {group}")).replace(
@@ -60,17 +60,18 @@ fn assert_within(what: &str, base_kib: u64, highest_kib: u64) {
         ceiling / 1024,
         base_kib / 1024
     );
-    assert!(highest_kib <= ceiling, "{what}: {highest_kib} KiB, more than {ceiling}");
+    assert!(highest_kib <= ceiling, "{what}: {highest_kib} KiB resident, more than {ceiling}");
 }
 
-/// Published so far, by the daemon's own metrics.
+/// Predictions published so far, by the daemon's own metrics.
 fn published(daemon: &mut Daemon, topic: &str) -> u64 {
     let (_, metrics) = daemon.get("/metrics");
     let name = format!("kandle_records_total{{outcome=\"predicted\",topic=\"{topic}\"}} ");
     metrics.lines().find_map(|line| line.strip_prefix(&name)?.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Has a daemon publish so many records, within the limit; returns how long that took, and its metrics at the end.
+/// Runs a daemon until it has published `count` records and asserts the memory limit. Returns how long that took, and
+/// the metrics at the end.
 #[track_caller]
 fn work_off(what: &str, place: &Place, config: &str, count: usize) -> (Duration, String) {
     let base = base(place, config);
@@ -116,7 +117,7 @@ fn many_documents(count: usize) {
         ("task", "{ kind: reranking, documents: /documents }"),
         ("model", model.as_str()),
         ("input", "{ topics: [$INPUT], group: $GROUP, field: /text }"),
-        // Closed by what its records take alone.
+        // No other bound closes a window before its memory does.
         ("window", "{ max_records: 1000000, max_bytes: 16MiB, max_wait: 10s, max_work: 1h }"),
     ];
     let config = settings(&place, &more);
@@ -126,7 +127,7 @@ fn many_documents(count: usize) {
     assert!(by_memory.is_some_and(|count| count != "0"), "no window closed by memory: {metrics}");
 }
 
-/// Small values with large headers, which count as much as values do.
+/// Small values with large headers, which count towards the limit like values.
 fn large_headers(count: usize, bytes: usize) {
     let place = Place::new("headers", 4);
     let header = "h".repeat(bytes);
@@ -138,7 +139,7 @@ fn large_headers(count: usize, bytes: usize) {
     work_off(&format!("{count} records with headers of {bytes} bytes"), &place, &config, count);
 }
 
-/// Texts of a megabyte in which nothing separates words, and how long all of them take.
+/// Copies of one large text, most without spaces; returns how long all of them take.
 fn without_spaces(what: &str, count: usize, text: &str) -> Duration {
     let place = Place::new("without-spaces", 4);
     place.produce((0..count).map(|i| Sent::new((i % 4) as i32, text)));
@@ -234,8 +235,8 @@ fn two_thousand_records_of_a_megabyte() {
 }
 
 #[test]
-fn a_broker_that_does_not_acknowledge_and_kafka_away_is_no_stall() {
-    // Of its own: it is going to be frozen.
+fn a_frozen_broker_is_no_stall_and_memory_stays_within_the_limit() {
+    // A broker of its own, because the test freezes it.
     let kafka = Kafka::start(1);
     let count = 400_000i32;
     let records = (0..count).map(|i| Sent::new(i % 4, "where is my order now ".repeat(8)));
@@ -262,9 +263,9 @@ fn frozen(kafka: &Kafka, what: &str, records: impl ExactSizeIterator<Item = Sent
     );
     let base = base(&place, &config);
     let mut daemon = Daemon::start(&config);
-    until("work", || (published(&mut daemon, &place.input) > 0).then_some(()));
+    until("the first prediction", || (published(&mut daemon, &place.input) > 0).then_some(()));
     kafka.freeze(0);
-    // Longer than a stall would take to show.
+    // Longer than stall_after, so that a stall would show.
     let frozen = Instant::now();
     let most = highest(&mut daemon, |d| {
         assert_eq!(d.get("/livez").0, 200, "{}", d.get("/livez").1);

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use support::{Daemon, Place, finish, kandle, root};
 
-/// The lines of the README's blocks in a language.
+/// The README's code blocks in a language.
 fn blocks(language: &str) -> Vec<String> {
     let text = std::fs::read_to_string(root().join("README.md")).expect("README.md");
     let mut blocks = Vec::new();
@@ -44,7 +44,7 @@ fn every_command_runs() {
     .expect("written");
     std::fs::copy(root().join("demo/tickets.jsonl"), directory.path().join("tickets.jsonl")).expect("copied");
 
-    // Of the day that is replayed.
+    // A record of the day that the README replays.
     let noon = Some(1_795_521_600_000);
     place.produce([support::Sent { timestamp: noon, ..support::Sent::ticket(0, 6, "Where is my parcel?") }]);
     let mut ran = Vec::new();
@@ -53,7 +53,7 @@ fn every_command_runs() {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
             [] => continue,
-            // What the target itself does is run by the tests around this one, or by CI.
+            // A dry run: what the target does is run by the other tests, or by CI.
             ["make", target] => {
                 let status =
                     Command::new("make").args(["-n", target]).current_dir(root()).output().expect("make");
@@ -71,7 +71,7 @@ fn every_command_runs() {
                 assert_eq!((&prediction["label"], &prediction["id"]), (&"billing".into(), &7.into()));
                 daemon.stop();
             }
-            // It builds what `make build` builds: the one binary of the package.
+            // Builds the same as `make build`: the only binary of the package.
             ["cargo", "install", "--path", "."] => {
                 let metadata = ["metadata", "--no-deps", "--offline", "--format-version", "1"];
                 let output =
@@ -81,7 +81,7 @@ fn every_command_runs() {
                 let binaries = targets.iter().filter(|target| target["kind"][0] == "bin");
                 assert_eq!(binaries.map(|target| &target["name"]).collect::<Vec<_>>(), ["kandle"]);
             }
-            // Its file is linted (make lint-deploy): there is nothing here that builds images.
+            // Tests cannot build images; `make lint-deploy` lints the Dockerfile.
             ["docker", "build", ..] => {
                 let text = std::fs::read_to_string(root().join("Dockerfile")).expect("Dockerfile");
                 assert!(text.contains("ARG VARIANT=cpu\n") && text.contains(" AS build-cuda\n"));
@@ -90,7 +90,7 @@ fn every_command_runs() {
                 let (code, out, err) = finish(kandle().args(rest).current_dir(directory.path()), b"");
                 assert_eq!(code, 0, "{line}\n{out}{err}");
             }
-            _ => panic!("nothing here runs {line:?}"),
+            _ => panic!("this test does not know how to run {line:?}"),
         }
         ran.push(words[..2].join(" "));
     }
@@ -100,7 +100,7 @@ fn every_command_runs() {
 }
 
 #[test]
-fn what_it_links_to_is_there() {
+fn linked_files_exist() {
     let text = std::fs::read_to_string(root().join("README.md")).expect("README.md");
     for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
         assert!(link.starts_with("https://") || root().join(link).exists(), "{link}");

@@ -1,5 +1,5 @@
-//! Records that the output topic refuses, on a real Kafka: each becomes a dead letter alone, its neighbours are
-//! published, and the daemon goes on.
+//! Records that the output topic refuses, on a real Kafka: they become dead letters, their neighbours are published,
+//! and the daemon goes on.
 
 mod support;
 
@@ -17,7 +17,7 @@ const TEXT: &str =
     "{ topics: [$INPUT], group: $GROUP, format: text, properties: { session.timeout.ms: 6000 } }";
 const DAY: i64 = 86_400_000;
 
-/// Topics of one test, the ones written with a configuration of their own.
+/// Topics of one test: output and dead-letter topics with a configuration of their own.
 struct Case {
     place: Place,
     output: String,
@@ -59,7 +59,7 @@ impl Case {
         self.place.read(&self.dead, &format!("{count} dead letters"), |got| got.len() >= count)
     }
 
-    /// Everything is committed, and nothing more is published.
+    /// Waits until `records` are committed and stops the daemon, which must still run.
     fn finish(&self, mut daemon: Daemon, records: i64) {
         until("the commit", || self.place.committed(0).filter(|(offset, _)| *offset >= records));
         assert!(daemon.ended().is_none(), "{}", daemon.log());
@@ -82,7 +82,7 @@ fn keyed(i: usize) -> Sent {
 }
 
 #[test]
-fn batches_keep_to_the_topics_limit() {
+fn batches_stay_within_the_topics_max_message_bytes() {
     for delivery in DELIVERIES {
         for (limit, bytes, count) in [("500000", 2000, 5000), ("100000", 200, 5000)] {
             let case = Case::new("batch", &[("max.message.bytes", limit)], &[("max.message.bytes", limit)]);
@@ -105,7 +105,7 @@ fn a_limit_that_is_lowered_and_raised_again_is_followed() {
         let daemon = case.start(delivery);
         case.predictions(500);
         case.place.configure(&case.output, "max.message.bytes", "20000");
-        // More than one batch of the old limit; and one record above the new one.
+        // More than one batch by the old limit, and one record above the new limit.
         case.place.produce(batch(500).chain([Sent::new(0, noise(30_000))]).chain(batch(1001)));
         let dead = case.dead_letters(1);
         assert_eq!((offsets(&dead), dead[0].header("kandle-error")), (vec![1000], Some("too_large")));
@@ -113,7 +113,7 @@ fn a_limit_that_is_lowered_and_raised_again_is_followed() {
         let want: Vec<i64> = (0..1501).filter(|offset| *offset != 1000).collect();
         assert_eq!(offsets(&case.predictions(1500)), want, "{}", daemon.log());
         case.place.configure(&case.output, "max.message.bytes", "1000000");
-        // A limit is read again before anything is refused by it, but not more often than every ten seconds.
+        // The limit is fetched again before a record is refused for it, at most every ten seconds.
         let mut tried = 0;
         until("a large record to be published", || {
             case.place.produce([Sent::new(0, noise(40_000))]);
@@ -129,7 +129,7 @@ fn a_limit_that_is_lowered_and_raised_again_is_followed() {
 }
 
 #[test]
-fn a_dead_letter_keeps_its_bytes_where_they_fit_compressed() {
+fn a_dead_letter_keeps_its_value_if_that_fits_compressed() {
     for delivery in DELIVERIES {
         let case =
             Case::new("compressed", &[("max.message.bytes", "2000")], &[("max.message.bytes", "4000")]);
@@ -147,10 +147,10 @@ fn a_dead_letter_keeps_its_bytes_where_they_fit_compressed() {
 }
 
 #[test]
-fn a_record_without_a_key_is_refused_by_a_compacted_topic_and_nothing_else() {
+fn a_compacted_topic_refuses_only_records_without_a_key() {
     for delivery in DELIVERIES {
         for compacted in [&[("cleanup.policy", "compact")][..], &[]] {
-            // The dead letters' topic too, or not.
+            // With a compacted dead-letter topic and without.
             let case = Case::new("compacted", &[("cleanup.policy", "compact")], compacted);
             let tombstone = Sent { value: None, ..Sent::default() };
             let keyless = Sent::new(0, "no key");
@@ -173,7 +173,7 @@ fn a_record_without_a_key_is_refused_by_a_compacted_topic_and_nothing_else() {
                     letter.header("kandle-error-message").is_some_and(|m| m.contains("no key")),
                     "{letter:?}"
                 );
-                // A compacted topic of dead letters wants a key too.
+                // A compacted dead-letter topic needs a key too: the source position.
                 let own = letter.header("kandle-source").map(str::as_bytes);
                 assert_eq!(letter.key.as_deref(), if compacted.is_empty() { None } else { own });
             }
@@ -183,7 +183,7 @@ fn a_record_without_a_key_is_refused_by_a_compacted_topic_and_nothing_else() {
     }
 }
 
-/// The topic is compacted while the daemon runs: what it knows of it is wrong, and the broker's refusal has to do.
+/// The topic becomes compacted while the daemon runs: its configuration is cached, so only the broker's refusals tell.
 #[test]
 fn a_topic_that_becomes_compacted_refuses_one_record_of_many() {
     for delivery in DELIVERIES {
@@ -201,7 +201,7 @@ fn a_topic_that_becomes_compacted_refuses_one_record_of_many() {
     }
 }
 
-/// Nothing is known of the topic: the broker's refusals are all there is to go by, again and again.
+/// The topic's configuration is unknown: only the broker's refusals tell which records to dead-letter.
 #[test]
 fn a_topic_whose_configuration_cannot_be_read_refuses_some_records() {
     for delivery in DELIVERIES {
@@ -224,7 +224,7 @@ fn a_topic_whose_configuration_cannot_be_read_refuses_some_records() {
 }
 
 #[test]
-fn a_timestamp_that_the_topic_refuses() {
+fn a_record_whose_timestamp_the_topic_refuses_is_dead_lettered() {
     for delivery in DELIVERIES {
         for strict in [true, false] {
             let near = [
@@ -234,7 +234,7 @@ fn a_timestamp_that_the_topic_refuses() {
             let far = [("message.timestamp.after.max.ms", "9223372036854775807")];
             let case = Case::new("time", &near, if strict { &near } else { &far });
             case.place.configure(&case.place.input, "message.timestamp.after.max.ms", "9223372036854775807");
-            // Microseconds, a month ahead, years ago.
+            // In microseconds, a month ahead, years ago.
             let odd = [now() * 1000, now() + 30 * DAY, 1_577_836_800_000];
             case.place.produce((0..60usize).map(|i| {
                 let timestamp = if i % 20 == 10 { odd[i / 20] } else { now() };
@@ -251,7 +251,7 @@ fn a_timestamp_that_the_topic_refuses() {
                     letter.header("kandle-error-message").is_some_and(|m| m.contains("timestamp")),
                     "{letter:?}"
                 );
-                // Where the dead letters' topic refuses the timestamp too, it is in a header.
+                // If the dead-letter topic refuses the timestamp too, a header keeps it.
                 let own = timestamp.to_string();
                 match strict {
                     true => assert_eq!(letter.header("kandle-timestamp"), Some(own.as_str())),
@@ -267,7 +267,7 @@ fn a_timestamp_that_the_topic_refuses() {
 }
 
 #[test]
-fn the_present_can_be_a_predictions_timestamp() {
+fn output_timestamp_now_dates_predictions_at_the_present() {
     let case = Case::new("now", &[], &[]);
     case.place.produce([
         Sent { timestamp: Some(now() - 400 * DAY), ..keyed(0) },
@@ -278,7 +278,7 @@ fn the_present_can_be_a_predictions_timestamp() {
     let got = case.predictions(2);
     assert!(got.iter().all(|got| got.timestamp.is_some_and(|timestamp| timestamp > now() - DAY)), "{got:?}");
     case.finish(daemon, 2);
-    // The record's own otherwise: librdkafka takes 0 for the present, so 1 is as near as can be.
+    // By default, the record's own timestamp is kept; 1 here, because librdkafka takes 0 for the present.
     let case = Case::new("zero", &[], &[]);
     case.place.produce([Sent { timestamp: Some(1), ..keyed(0) }]);
     let daemon = case.start(DELIVERIES[0]);
@@ -302,9 +302,9 @@ fn predictions_of_predictions_have_one_source() {
     case.finish(daemon, 1);
 }
 
-/// The broker takes less in a transaction's time than what waits for it.
+/// Within transaction.timeout.ms the broker accepts less than what is queued.
 #[test]
-fn transactions_become_as_small_as_a_throttled_broker_wants_them() {
+fn transactions_shrink_to_what_a_throttled_broker_accepts() {
     let case = Case::new("throttled", &[], &[]);
     let client = support::unique("throttled");
     kafka::tool(
@@ -352,9 +352,9 @@ fn place_of(place: &Place) -> Place {
     }
 }
 
-/// Predictions forty times as large as their inputs: what the window's bytes say is not what a transaction holds.
+/// Predictions are forty times as large as their inputs, so a window's bytes do not tell a transaction's bytes.
 #[test]
-fn transactions_are_bounded_in_the_middle_of_a_window() {
+fn a_transaction_is_bounded_even_within_a_window() {
     let place = Place::new("middle", 1);
     let client = support::unique("middle");
     let alter =
@@ -407,7 +407,7 @@ fn a_process_that_fails_leaves_the_group_first() {
         case.predictions(20);
         assert!(
             started.elapsed() < Duration::from_secs(30),
-            "waited for the session of the one that had failed"
+            "waited for the session of the failed member to time out"
         );
         case.finish(again, 20);
     }

@@ -1,5 +1,5 @@
-//! `replay` and `audit` on a real Kafka: parts of topics by time and offset, dead letters once more, what
-//! was read back; and which models may share a group.
+//! `kandle replay` and `kandle audit` on a real Kafka: ranges by time and offset, reprocessed dead letters,
+//! audits of the output; and which models may share a group.
 
 mod support;
 
@@ -19,7 +19,7 @@ fn config(place: &Place, more: &[(&str, &str)]) -> File {
     file("kandle.yaml", &place.config(&[&NOOP, more].concat()))
 }
 
-/// `kandle COMMAND -c CONFIG MORE…` to its end: exit code, standard output, log.
+/// Runs `kandle COMMAND -c CONFIG MORE…` to its end; returns exit code, standard output, log.
 fn run(command: &str, config: &File, more: &[&str]) -> (i32, String, String) {
     finish(kandle().arg(command).arg("-c").arg(&config.path).args(more), b"")
 }
@@ -52,16 +52,16 @@ fn delete_before(place: &Place, offset: i64) {
 
 /// Three segments, their beginning deleted, an aborted transaction in the middle.
 #[test]
-fn by_time_over_segments_and_holes() {
+fn a_range_by_time_spans_segments_and_gaps() {
     let place = Place::new("replay", 1);
     let segmented = format!("{}-segmented", place.input);
     place.create(&segmented, 1, &[("segment.bytes", "1048576")]);
     let place = Place { input: segmented, ..place };
     let sent = |i: i64, millis: i64| Sent { timestamp: Some(millis), ..timed(i, 1000) };
-    // A record a second up to a while ago; the transaction's marker is of now; then a record a millisecond.
+    // One record per second until a while ago; a transaction's marker of now; one record per millisecond.
     let before = Timestamp::now().as_millisecond() - 1_600_000;
     place.produce((0..1500).map(|i| sent(i, before + i * 1000)));
-    // Offsets 1500 to 1599, which no reader of committed records sees, and a marker after them.
+    // Offsets 1500 to 1599, which no read_committed consumer sees, and a marker after them.
     let producer: rdkafka::producer::BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", &place.brokers)
         .set("transactional.id", support::unique("replay-hole"))
@@ -94,7 +94,7 @@ fn by_time_over_segments_and_holes() {
     delete_before(&place, 500);
     let config = config(&place, &[]);
 
-    // After the marker offsets are one ahead.
+    // After the marker, offsets are one ahead of the records' numbers.
     let (from, to) = (at(700), at(3000));
     let report = file("report.json", "");
     let part = ["--from", &from, "--to", &to, "--report", report.path.to_str().expect("a path")];
@@ -108,13 +108,13 @@ fn by_time_over_segments_and_holes() {
     };
     let first = read(&report);
     assert_eq!((&first["complete"], &first["records"]), (&true.into(), &2200.into()), "{first}");
-    // The same once more: it has been done.
+    // The same range again: nothing is left to do.
     let (code, _, log) = run("replay", &config, &part);
     assert_eq!(code, 0, "{log}");
     assert_eq!(read(&report)["records"], 0);
     assert_eq!(place.predictions(2200).len(), 2200);
 
-    // Retention has taken a part.
+    // Retention has deleted part of the range.
     let (code, _, log) = run("replay", &config, &["--from", &at(100), "--to", &at(600)]);
     assert_eq!(code, 2, "{log}");
     let has = format!("{}/0 has offsets 500 ({}) to 3400 ({})", place.input, at(500), at(3399));
@@ -122,13 +122,13 @@ fn by_time_over_segments_and_holes() {
     let (code, _, log) = run("replay", &config, &["--from", &at(100), "--to", &at(600), "--force"]);
     assert_eq!(code, 0, "{log}");
     assert_eq!(offsets(&place, 2300).first(), Some(&500));
-    // All of it is over.
+    // Retention has deleted all of the range.
     let (code, _, log) = run("replay", &config, &["--from", &at(10), "--to", &at(20)]);
-    assert!(code == 2 && log.contains("nothing is there") && log.contains("has offsets 500"), "{code} {log}");
+    assert!(code == 2 && log.contains("no records from") && log.contains("has offsets 500"), "{code} {log}");
 }
 
 #[test]
-fn what_cannot_be_is_refused_with_the_reason() {
+fn an_impossible_range_is_refused_with_the_reason() {
     let place = Place::new("replay-bad", 1);
     place.produce((0..10).map(|i| timed(i, 10)));
     let config = config(&place, &[]);
@@ -141,12 +141,12 @@ fn what_cannot_be_is_refused_with_the_reason() {
     };
     refused(&["--from", &at(5), "--to", &at(5)], &["--from", "is not before --to"]);
     refused(&["--from", "offset:5", "--to", "offset:2"], &["--from offset:5 is not before --to offset:2"]);
-    refused(&["--from", &at(5), "--to", "2999-01-01T00:00:00Z"], &["is not over yet"]);
+    refused(&["--from", &at(5), "--to", "2999-01-01T00:00:00Z"], &["is in the future"]);
     refused(&["--from", "yesterday", "--to", &at(5)], &["RFC 3339"]);
     refused(&["--from", &at(5)], &["--to"]);
     let set = format!("input.topics={}-not", place.input);
     refused(&["--from", &at(0), "--to", &at(5), "--set", &set], &["-not does not exist"]);
-    // A name stands for one range.
+    // An id stands for one range.
     let (code, _, log) = run("replay", &config, &["--from", "offset:5", "--to", "offset:8", "--id", "a"]);
     assert_eq!(code, 0, "{log}");
     let (code, _, log) = run("replay", &config, &["--from", "offset:0", "--to", "offset:3", "--id", "a"]);
@@ -154,7 +154,7 @@ fn what_cannot_be_is_refused_with_the_reason() {
 }
 
 #[test]
-fn killed_it_resumes_where_it_was() {
+fn a_killed_replay_resumes_where_it_was() {
     let place = Place::new("replay-kill", 2);
     place.produce((0..3000).map(|i| Sent::ticket((i % 2) as i32, i, "hello")));
     let slow = [("window", "{ max_records: 20 }"), ("delivery", "{ commit_interval: 50ms }")];
@@ -163,7 +163,7 @@ fn killed_it_resumes_where_it_was() {
     for _ in 0..3 {
         let mut command = kandle();
         command.args(["replay", "-c"]).arg(&config.path).args(arguments);
-        // It stops in mid-work, so that it cannot end before it is killed.
+        // Pauses in mid-work, so that the process cannot end before it is killed.
         command.env("FAILPOINTS", "encode=10*off->pause").stdout(Stdio::null()).stderr(Stdio::null());
         let before = Ledger::count_of(&place);
         let mut child = command.spawn().expect("started");
@@ -183,12 +183,15 @@ fn killed_it_resumes_where_it_was() {
         seen.extend(got[seen.len().min(got.len())..].iter().map(support::Got::source));
         got.iter().map(support::Got::source).collect::<BTreeSet<_>>().len() == 2600
     });
-    assert!(got.iter().all(|got| (100..1400).contains(&got.source().1)), "nothing but what was asked for");
-    assert!(got.len() < 2600 + 1500, "most of it was done once: {}", got.len());
+    assert!(
+        got.iter().all(|got| (100..1400).contains(&got.source().1)),
+        "records outside of the range were replayed"
+    );
+    assert!(got.len() < 2600 + 1500, "too many records were replayed twice: {}", got.len());
 }
 
 #[test]
-fn dead_letters_are_judged_again_at_their_own_positions() {
+fn dead_letters_are_reprocessed_at_their_original_positions() {
     let place = Place::new("replay-dead", 2);
     let with_header = Sent {
         headers: vec![("traceparent".to_owned(), "00-ab".to_owned())],
@@ -200,7 +203,7 @@ fn dead_letters_are_judged_again_at_their_own_positions() {
     let (code, _, log) = run("drain", &config, &[]);
     assert_eq!(code, 0, "{log}");
     let dead = place.dead_letters(2);
-    // Another job's, in the same topic.
+    // A dead letter of another job, in the same topic.
     let mut foreign = Sent::new(0, "{}");
     foreign.headers = vec![
         ("kandle-source".to_owned(), "elsewhere/0/7".to_owned()),
@@ -219,32 +222,32 @@ fn dead_letters_are_judged_again_at_their_own_positions() {
     let path = report.path.to_str().expect("a path");
     let again = ["--dead-letters", "--set", "input.field=/body", "--report", path, "--strict"];
     let (code, _, log) = run("replay", &config, &again);
-    assert_eq!(code, 3, "one is dead still: {log}");
+    assert_eq!(code, 3, "one is still a dead letter: {log}");
     let text = std::fs::read_to_string(&report.path).expect("a report");
     let read: Value = serde_json::from_str(&text).expect("JSON");
     let counts = ["predicted", "dead_lettered", "passed_over"].map(|name| read[name].as_u64());
     assert_eq!(counts, [Some(1), Some(1), Some(1)], "{text}");
 
-    let found = place.predictions(2).into_iter().find(|got| got.source() == (1, 0)).expect("judged again");
+    let found = place.predictions(2).into_iter().find(|got| got.source() == (1, 0)).expect("reprocessed");
     assert_eq!(found.header("traceparent"), Some("00-ab"));
     assert_eq!(found.key.as_deref(), Some(&b"k"[..]));
     assert_eq!(found.header("kandle-error"), None);
     assert_eq!(found.headers.iter().filter(|(name, _)| name == "kandle-source").count(), 1);
-    let original = dead.iter().find(|got| got.source() == (1, 0)).expect("it was dead");
+    let original = dead.iter().find(|got| got.source() == (1, 0)).expect("its dead letter");
     assert_eq!(found.timestamp, original.timestamp);
     let dead = place.dead_letters(4);
     let last = dead.last().expect("four");
     assert_eq!((last.source(), last.header("kandle-error")), ((0, 1), Some("decode")));
     assert_eq!(last.headers.iter().filter(|(name, _)| name == "kandle-source").count(), 1);
 
-    // Run again it takes what has come since: the one that is dead still.
+    // A second run processes what has come since: the record that is still a dead letter.
     let (code, _, log) = run("replay", &config, &again);
     assert_eq!(code, 3, "{log}");
     let read: Value =
         serde_json::from_str(&std::fs::read_to_string(&report.path).expect("a report")).expect("JSON");
     assert_eq!((&read["records"], &read["dead_lettered"]), (&1.into(), &1.into()));
 
-    // Retention has gone past where the replay stands: it goes on with what there is.
+    // Retention has deleted records past the replay's offset: the replay goes on with what is left.
     let letters = place.dead_letters(5).len() as i64;
     place.produce([Sent::new(0, "no json")]);
     let (code, _, log) = run("drain", &config, &[]);
@@ -256,7 +259,7 @@ fn dead_letters_are_judged_again_at_their_own_positions() {
 }
 
 #[test]
-fn a_dry_run_says_what_it_would_be_and_does_nothing() {
+fn a_dry_run_estimates_and_publishes_nothing() {
     let place = Place::new("replay-dry", 2);
     let tickets = std::fs::read_to_string(support::root().join("demo/tickets.jsonl")).expect("tickets");
     place.produce(tickets.lines().cycle().take(600).enumerate().map(|(i, t)| Sent::new((i % 2) as i32, t)));
@@ -274,7 +277,7 @@ fn a_dry_run_says_what_it_would_be_and_does_nothing() {
 }
 
 #[test]
-fn an_audit_finds_what_is_missing_and_doubled() {
+fn an_audit_finds_missing_and_duplicated_positions() {
     let place = Place::new("audit", 2);
     place.produce((0..400).map(|i| Sent::ticket((i % 2) as i32, i, "hello")));
     place.produce([Sent::new(0, "no json")]);
@@ -296,43 +299,43 @@ fn an_audit_finds_what_is_missing_and_doubled() {
     assert_eq!(model["offsets"], serde_json::json!([[0, 200]]));
     assert_eq!((&model["model"], model["digest"].as_str().map(str::len)), (&"noop".into(), Some(16)));
 
-    // The group stands after a record without an outcome, and goes back over twenty that have one. Another
-    // model this time: the settings that change a prediction are others.
+    // The group's offset skips a record without an outcome, and goes back over twenty that have one. A
+    // setting that changes predictions makes this another model.
     place.commit(0, 202, "");
     place.commit(1, 180, "");
     let (code, _, log) = run("drain", &config, &["--set", "input.join=-"]);
     assert_eq!(code, 0, "{log}");
     let (code, found, log) = audit(&[]);
     assert_eq!(code, 3, "{log}");
-    assert!(log.contains("1 positions are missing and 20 are there more than once"), "{log}");
+    assert!(log.contains("1 positions are missing and 20 are published more than once"), "{log}");
     assert_eq!(found[0]["missing_offsets"], serde_json::json!([[201, 201]]));
     assert_eq!(found[1]["doubled_offsets"], serde_json::json!([[180, 199]]));
     assert_eq!(found[1]["models"].as_array().map(Vec::len), Some(2), "{found}");
-    // Another part has nothing of that.
+    // Another range has no such positions.
     let (code, found, log) = audit(&["--from", "offset:0", "--to", "offset:150"]);
     assert_eq!(code, 0, "{log}");
     assert_eq!(part(&found, "covered"), [150.into(), Value::from(150)]);
-    // In words.
+    // Without --json, as text.
     let (code, out, _) = run("audit", &config, &[]);
     assert_eq!(code, 3);
     assert!(out.contains("missing 1: 201") && out.contains("doubled 20: 180-199"), "{out}");
 }
 
 #[test]
-fn under_refuse_a_group_has_one_model() {
+fn with_on_change_refuse_a_group_has_one_model() {
     for protocol in ["classic", "consumer"] {
         let place = Place::new("one-model", 2);
         let input = format!(
             "{{ topics: [{}], group: {}, field: /text, properties: {{ group.protocol: {protocol} }} }}",
             place.input, place.group
         );
-        // Of the new protocol the settings for sessions are the broker's.
+        // With the new protocol, the broker sets the session timeout.
         let text =
             place.config(&[NOOP[0], NOOP[1], NOOP[2], ("input", &input), ("model", "{ on_change: refuse }")]);
         let mut first = Daemon::start(&text);
         first.wait_log("assigned partitions");
         if protocol == "consumer" {
-            // Its members cannot be seen; what they have committed can.
+            // Members of the new protocol cannot be listed; their committed offsets can be read.
             place.produce((0..10).map(|i| Sent::ticket(0, i, "hello")));
             until("an offset", || place.committed(0));
         }
@@ -340,7 +343,7 @@ fn under_refuse_a_group_has_one_model() {
         let (code, _, log) = run("run", &config, &["--set", "input.join=-"]);
         assert_eq!(code, 1, "{log}");
         assert!(log.contains("model.on_change is refuse"), "{log}");
-        // With the same model it is welcome.
+        // A member with the same model may join.
         let mut second = Daemon::start(&text);
         second.wait_log("assigned partitions");
         first.stop();
@@ -356,11 +359,11 @@ fn a_drain_beside_a_daemon_of_its_group_is_refused() {
     daemon.wait_log("assigned partitions");
     let config = file("kandle.yaml", &text);
     let (code, _, log) = run("drain", &config, &[]);
-    assert!(code == 1 && log.contains("has live members that are no drains (kandle-run-"), "{code} {log}");
+    assert!(code == 1 && log.contains("has live members that are not drains (kandle-run-"), "{code} {log}");
     let (code, _, log) = run("drain", &config, &["--force"]);
     assert_eq!(code, 0, "{log}");
     daemon.stop();
-    // A group without members is anybody's.
+    // A drain may use a group without members.
     let mut command: Command = kandle();
     let (code, _, log) = finish(command.args(["drain", "-c"]).arg(&config.path), b"");
     assert_eq!(code, 0, "{log}");

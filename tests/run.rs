@@ -20,8 +20,8 @@ fn two_daemons_one_stopped_midway_lose_nothing() {
     let config = place.config(&[("window", "{ max_wait: 100ms, max_records: 500 }")]);
     let mut first = Daemon::start(&config);
     let mut second = Daemon::start(&config);
-    first.wait_log("assigned");
-    second.wait_log("assigned");
+    first.wait_log(" assigned partitions=");
+    second.wait_log(" assigned partitions=");
     place
         .produce((0..total).map(|i| Sent::ticket((i % 4) as i32, i, &format!("{} ({i})", TEXTS[i / 4 % 4]))));
     // Midway: some predictions are there, not all.
@@ -39,7 +39,7 @@ fn two_daemons_one_stopped_midway_lose_nothing() {
         assert!(json["scores"].as_object().is_some_and(|s| s.len() == 6), "{json}");
     }
     assert_eq!(ids.len(), total);
-    // Both ended in good order, so nothing had to be read twice.
+    // Both shut down cleanly, so nothing had to be read twice.
     assert_eq!(got.len(), total, "some were predicted twice");
     for partition in 0..4 {
         assert_eq!(place.committed(partition).expect("committed").0, total as i64 / 4);
@@ -47,7 +47,7 @@ fn two_daemons_one_stopped_midway_lose_nothing() {
 }
 
 #[test]
-fn a_member_that_joins_midway_takes_over_without_a_gap_or_a_double() {
+fn a_member_that_joins_midway_takes_over_without_gaps_or_duplicates() {
     let place = Place::new("join", 4);
     let total = 12_000;
     let config = place.config(&[("window", "{ max_wait: 100ms, max_records: 300 }")]);
@@ -56,7 +56,7 @@ fn a_member_that_joins_midway_takes_over_without_a_gap_or_a_double() {
     let mut first = Daemon::start(&config);
     place.predictions(total / 6);
     let mut second = Daemon::start(&config);
-    // Some went over, and the first one finished what it had of them.
+    // Some partitions moved, and the first member finished the records that it had of them.
     second.wait_log(&format!(" assigned partitions={}", place.input));
     assert!(first.log().contains("partitions revoked"), "{}", first.log());
     let got = place.predictions(total);
@@ -156,7 +156,7 @@ fn bad_records_become_dead_letters_and_their_neighbours_predictions() {
 fn a_record_that_breaks_the_forward_is_found_by_bisection() {
     let place = Place::new("poison", 1);
     let model = support::poisoned_model();
-    // All different: what is the same is computed once.
+    // All different, because equal texts are computed once.
     let texts = |i: usize| match i {
         37 | 90 => "a poison b".to_owned(),
         _ => "order ".repeat(i % 11 + 1) + &"late ".repeat(i / 11),
@@ -179,7 +179,7 @@ fn a_record_that_breaks_the_forward_is_found_by_bisection() {
 }
 
 #[test]
-fn texts_over_the_limit_become_dead_letters_where_the_settings_say_so() {
+fn with_overflow_dead_letter_texts_over_the_limit_become_dead_letters() {
     let place = Place::new("overflow", 1);
     place.produce([Sent::ticket(0, 0, TEXTS[0]), Sent::ticket(0, 1, &"late parcel ".repeat(200))]);
     let mut daemon =
@@ -240,7 +240,7 @@ fn similarity_routes_to_the_nearest_candidates() {
 fn one_by_one(name: &str, window: &str) -> String {
     let place = Place::new(name, 1);
     let mut daemon = Daemon::start(&place.config(&[("window", window)]));
-    daemon.wait_log("assigned");
+    daemon.wait_log(" assigned partitions=");
     for i in 0..3 {
         place.produce([Sent::ticket(0, i, TEXTS[0])]);
         place.predictions(i + 1);
@@ -251,13 +251,13 @@ fn one_by_one(name: &str, window: &str) -> String {
 }
 
 #[test]
-fn an_idle_pipeline_closes_windows_at_once_where_it_may() {
-    // No record would be there within a test's patience.
+fn with_when_idle_close_an_idle_pipeline_closes_windows_at_once() {
+    // Without when_idle, each record would wait ten minutes.
     let metrics = one_by_one("idle", "{ max_wait: 10m, max_records: 1000, when_idle: close }");
     assert!(metrics.contains("kandle_windows_total{closed_by=\"idle\"} 3\n"), "{metrics}");
 }
 
-/// A task with its own model and one record of each kind: predictions and dead letters are each in their place.
+/// Runs a task with its own model and checks the outcome of each record: a part of its prediction, or its error.
 fn task_of_records(name: &str, model: &str, task: &str, records: &[(&str, Result<&str, &str>)]) {
     let place = Place::new(name, 1);
     place.produce(records.iter().map(|(record, _)| Sent::new(0, *record)));
@@ -289,7 +289,7 @@ fn task_of_records(name: &str, model: &str, task: &str, records: &[(&str, Result
 }
 
 #[test]
-fn entities_of_texts() {
+fn token_classification_finds_entities() {
     let long = format!(r#"{{"text": "{}"}}"#, "parcel to Müller ".repeat(40));
     task_of_records(
         "entities",
@@ -303,14 +303,14 @@ fn entities_of_texts() {
             (r#"{"text": ""}"#, Ok(r#"{"entities":[]}"#)),
             (r#"{"text": 7}"#, Err("field")),
             ("no json", Err("decode")),
-            // Longer than the model takes: what its end holds is found too.
+            // Longer than the model's limit: entities at its end are found too.
             (&long, Ok(r#""start":663"#)),
         ],
     );
 }
 
 #[test]
-fn documents_by_their_queries() {
+fn reranking_scores_documents() {
     task_of_records(
         "reranking",
         "pairs-bert",
@@ -330,7 +330,7 @@ fn documents_by_their_queries() {
 }
 
 #[test]
-fn labels_without_training() {
+fn zero_shot_classification_scores_labels() {
     task_of_records(
         "zero-shot",
         "nli-bert",
@@ -350,7 +350,7 @@ fn labels_without_training() {
 
 #[test]
 fn windows_close_by_wait_counted_from_the_oldest_record() {
-    // Long after any earlier flush could have been: the wait starts with the record.
+    // The wait starts with the record, not with the window before it.
     let metrics = one_by_one("wait", "{ max_wait: 300ms, max_records: 1000 }");
     let value = |name: &str| -> f64 {
         metrics
@@ -366,7 +366,7 @@ fn windows_close_by_wait_counted_from_the_oldest_record() {
 #[test]
 fn a_full_pipeline_pauses_and_stays_in_the_group() {
     let place = Place::new("full", 2);
-    // The backlog takes longer than the group has patience with a member that does not poll.
+    // The backlog takes longer than max.poll.interval.ms.
     let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { max.poll.interval.ms: 6000, session.timeout.ms: 6000 } }";
     let long = TEXTS[3].repeat(8);
     let total = 2500;
@@ -380,18 +380,18 @@ fn a_full_pipeline_pauses_and_stays_in_the_group() {
     assert_order(&got);
     assert_eq!(got.len(), total);
     assert!(log.contains("paused: the pipeline is full"), "it was never full:\n{log}");
-    assert!(!log.contains("partitions revoked"), "the member was put out:\n{log}");
+    assert!(!log.contains("partitions revoked"), "the member lost its partitions:\n{log}");
 }
 
 #[test]
-fn another_model_is_noticed() {
+fn a_changed_model_is_logged_or_refused() {
     let place = Place::new("change", 1);
     place.produce([Sent::ticket(0, 0, TEXTS[0])]);
     let mut daemon = Daemon::start(&place.config(&[]));
     place.predictions(1);
     until("a commit", || place.committed(0));
     daemon.stop();
-    // top_k changes what a prediction is.
+    // top_k changes predictions, so this is another model.
     let task = ("task", "{ kind: text-classification, top_k: 1 }");
     let mut warned = Daemon::start(&place.config(&[task]));
     warned.wait_log("the model changed");
@@ -402,14 +402,14 @@ fn another_model_is_noticed() {
     let status = refused.wait();
     assert_eq!(status.code(), Some(1));
     assert!(refused.log().contains("model.on_change is refuse"), "{}", refused.log());
-    // The same model may.
+    // The same model may start.
     let mut same = Daemon::start(&place.config(&[("model", "{ source: bundled, on_change: refuse }")]));
-    same.wait_log("assigned");
+    same.wait_log(" assigned partitions=");
     same.stop();
 }
 
 #[test]
-fn keys_decide_the_partition_as_javas_clients_hash_them() {
+fn keys_choose_the_partition_like_the_java_client() {
     let place = Place::new("murmur", 4);
     // Partitions of four that Java's DefaultPartitioner gives these keys:
     // toPositive(murmur2(key)) % 4, computed by Kafka's own Utils.murmur2.
@@ -436,7 +436,7 @@ fn keys_decide_the_partition_as_javas_clients_hash_them() {
 fn the_admin_server_shows_health_status_and_both_metric_formats() {
     let place = Place::new("admin", 2);
     let mut daemon = Daemon::start(&place.config(&[]));
-    daemon.wait_log("assigned");
+    daemon.wait_log(" assigned partitions=");
     place.produce((0..10).map(|i| Sent::ticket((i % 2) as i32, i, TEXTS[i % 4])));
     place.predictions(10);
     assert_eq!(daemon.get("/livez").0, 200);
@@ -464,7 +464,7 @@ fn the_admin_server_shows_health_status_and_both_metric_formats() {
 }
 
 #[test]
-fn kafka_away_at_the_start_is_said_and_waited_for() {
+fn kafka_unreachable_at_the_start_is_logged_and_waited_for() {
     let place = Place::new("away", 1);
     // A port that nobody listens on.
     let port =
@@ -473,7 +473,7 @@ fn kafka_away_at_the_start_is_said_and_waited_for() {
     let kafka = format!("{{ brokers: \"127.0.0.1:{port}\" }}");
     let mut daemon = Daemon::start(&place.config(&[("kafka", &kafka)]));
     let line = daemon.wait_log("cannot be reached");
-    assert!(started.elapsed().as_secs() < 10, "said after {:?}", started.elapsed());
+    assert!(started.elapsed().as_secs() < 10, "logged after {:?}", started.elapsed());
     assert!(line.contains(&format!("127.0.0.1:{port}")) && line.contains("trying again"), "{line}");
     until("a second attempt", || (daemon.log().matches("cannot be reached").count() >= 2).then_some(()));
     assert_eq!(daemon.get("/livez").0, 200);

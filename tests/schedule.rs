@@ -1,4 +1,4 @@
-//! The schedule on a real Kafka, by a clock that the test moves.
+//! The schedule on a real Kafka, with a clock that the test sets.
 
 mod support;
 
@@ -11,9 +11,9 @@ use support::{Daemon, File, Place, Sent, file, finish, kandle, until};
 
 const NOOP: [(&str, &str); 3] = [("task", "{ kind: noop }"), ("model", ""), ("output", "{ topic: $OUTPUT }")];
 
-/// Sets the clock of whoever reads it.
+/// Sets the clock that a process reads.
 fn set(clock: &File, time: &str) {
-    // Read whole or not at all.
+    // Renamed into place, so that no process reads half of it.
     let next = clock.path.with_extension("next");
     std::fs::write(&next, time).expect("written");
     std::fs::rename(&next, &clock.path).expect("moved");
@@ -45,16 +45,18 @@ fn sum(place: &Place) -> i64 {
 const NIGHTS: &str = "periods: [{ cron: \"0 22 * * *\", duration: 8h }], timezone: Europe/Berlin";
 
 #[test]
-fn outside_of_its_periods_it_stays_in_the_group_and_rests() {
+fn outside_of_its_periods_kandle_stays_in_the_group_and_pauses() {
     let place = Place::new("schedule-stay", 2);
     let clock = file("clock", "2026-11-25T12:00:00Z");
     let schedule = format!("{{ {NIGHTS} }}");
     let mut daemon = start(&place.config(&[&NOOP[..], &[("schedule", &schedule)]].concat()), &clock.path);
-    daemon.wait_log("partitions rest");
+    daemon.wait_log("outside of the schedule: partitions paused");
     daemon.wait_log("assigned partitions");
     place.produce(tickets(0, 100));
     assert_eq!(members(&place), 1);
-    until("its lag", || daemon.get("/metrics").1.contains("kandle_schedule_open 0").then_some(()));
+    until("the schedule metric", || {
+        daemon.get("/metrics").1.contains("kandle_schedule_open 0").then_some(())
+    });
     assert_eq!(sum(&place), 0, "nothing is consumed by day");
     // Ten at night in Berlin.
     set(&clock, "2026-11-25T21:00:00Z");
@@ -63,9 +65,9 @@ fn outside_of_its_periods_it_stays_in_the_group_and_rests() {
     assert!(daemon.get("/metrics").1.contains("kandle_schedule_open 1"));
     // Six in the morning.
     set(&clock, "2026-11-26T05:00:00Z");
-    until("rest", || (daemon.log().matches("partitions rest").count() == 2).then_some(()));
+    until("the pause", || (daemon.log().matches("partitions paused").count() == 2).then_some(()));
     place.produce(tickets(100, 150));
-    // It says how far behind it is, and consumes nothing.
+    // While paused, kandle reports its lag and consumes nothing.
     until("the lag", || {
         let (_, metrics) = daemon.get("/metrics");
         let lag = metrics.lines().filter(|line| line.starts_with("kandle_lag_records{"));
@@ -78,7 +80,7 @@ fn outside_of_its_periods_it_stays_in_the_group_and_rests() {
 }
 
 #[test]
-fn outside_of_its_periods_it_leaves_the_group_and_unloads_the_model() {
+fn outside_of_its_periods_kandle_leaves_the_group_and_unloads_the_model() {
     let place = Place::new("schedule-leave", 2);
     let clock = file("clock", "2026-11-25T23:00:00Z");
     let schedule = format!("{{ {NIGHTS}, outside: leave, unload_model: true }}");
@@ -86,13 +88,13 @@ fn outside_of_its_periods_it_leaves_the_group_and_unloads_the_model() {
     place.produce(tickets(0, 20));
     assert_eq!(place.predictions(20).len(), 20);
     set(&clock, "2026-11-26T05:00:01Z");
-    daemon.wait_log("out of the group");
+    daemon.wait_log("not in the group");
     daemon.wait_log("model unloaded");
     assert_eq!(members(&place), 0);
     assert_eq!(sum(&place), 20, "what was in flight is committed");
     assert_eq!(daemon.get("/readyz").0, 200);
     let metrics = daemon.get("/metrics").1;
-    assert!(!metrics.contains("kandle_lag_records{"), "nothing is this member's: {metrics}");
+    assert!(!metrics.contains("kandle_lag_records{"), "a member without partitions has no lag: {metrics}");
     let status = daemon.get("/status").1;
     assert!(status.contains("\"outside_schedule_until\":\"2026-11-26T21:00:00Z\""), "{status}");
     place.produce(tickets(20, 40));
@@ -109,22 +111,22 @@ fn outside_of_its_periods_it_leaves_the_group_and_unloads_the_model() {
 }
 
 #[test]
-fn started_outside_and_stopped_there_it_has_done_nothing() {
+fn started_and_stopped_outside_of_its_periods_kandle_never_joins() {
     let place = Place::new("schedule-never", 2);
     let clock = file("clock", "2026-11-25T12:00:00Z");
     let schedule = format!("{{ {NIGHTS}, outside: leave }}");
     let mut daemon = start(&place.config(&[&NOOP[..], &[("schedule", &schedule)]].concat()), &clock.path);
-    daemon.wait_log("out of the group");
+    daemon.wait_log("not in the group");
     assert_eq!(daemon.get("/readyz").0, 200);
     daemon.stop();
     assert_eq!(members(&place), 0);
 }
 
 #[test]
-fn a_backlog_that_will_not_be_done_in_time_is_said_ahead() {
+fn a_backlog_that_will_miss_finish_by_is_logged_in_advance() {
     let place = Place::new("schedule-late", 2);
     place.produce(tickets(0, 2000));
-    // The clock stands: two seconds are left all the while, and nine are needed when the rate has been watched.
+    // The clock stands still two seconds before finish_by. Once the rate is measured, nine seconds of work remain.
     let clock = file("clock", "2026-11-25T05:59:58Z");
     let more = [
         ("schedule", "{ finish_by: \"06:00\" }"),
@@ -134,11 +136,12 @@ fn a_backlog_that_will_not_be_done_in_time_is_said_ahead() {
     let config = file("kandle.yaml", &place.config(&[&NOOP[..], &more].concat()));
     let mut command = kandle();
     command.args(["drain", "-c"]).arg(&config.path).env("KANDLE_TEST_CLOCK", &clock.path);
-    // Ten records in 70 ms: 14 s for all of them, of which the first five are watched.
+    // Ten records per 70 ms: 14 s for all of them. The first five seconds measure the rate.
     let (code, _, log) = finish(command.env("FAILPOINTS", "encode=sleep(70)"), b"");
     assert_eq!(code, 0, "{log}");
-    assert_eq!(log.matches("will not be done by 2026-11-25T06:00:00Z").count(), 1, "{log}");
-    // In time, nothing is said.
+    let late = "the backlog will miss schedule.finish_by at the present rate deadline=2026-11-25T06:00:00Z";
+    assert_eq!(log.matches(late).count(), 1, "{log}");
+    // No warning if there is enough time.
     place.produce(tickets(0, 2000));
     set(&clock, "2026-11-25T04:00:00Z");
     let (code, _, log) = finish(&mut command, b"");

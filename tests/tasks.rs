@@ -1,6 +1,6 @@
-//! The tasks that make more of a record than one text's answer, against Hugging Face's own pipelines
-//! (tests/fixtures/make.py): token-classification, reranking, zero-shot-classification. Each record is predicted alone, and
-//! in a window with all others: within 1e-4 of the library, within 1e-5 of each other.
+//! Token classification, reranking and zero-shot classification against Hugging Face's libraries
+//! (tests/fixtures/make.py). Each record is predicted alone, and in a window with all others: within 1e-4 of the
+//! library, within 1e-5 of each other.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// A fixture as a directory of its own.
+/// A copy of a fixture in a directory of its own.
 fn copy_of(name: &str) -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a directory");
     for file in std::fs::read_dir(fixture(name)).expect("files") {
@@ -36,7 +36,7 @@ fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> Vec<T> {
     serde_json::from_str(&text).expect("golden.json")
 }
 
-/// A task with its model, from settings beside the usual ones.
+/// Loads a task with its model; `set` is added to the usual settings.
 fn load(kind: &str, model: &Path, set: &[String]) -> Result<Arc<dyn Compute>, String> {
     let device = std::env::var("KANDLE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     let mut all = vec![
@@ -57,7 +57,7 @@ fn load(kind: &str, model: &Path, set: &[String]) -> Result<Arc<dyn Compute>, St
     task::load(&settings, &Arc::new(Metrics::new())).map_err(|e| e.to_string())
 }
 
-/// What becomes of each record: its prediction, or the fault and its message.
+/// The outcome of each record: its prediction, or the fault and its message.
 fn predict(compute: &dyn Compute, records: &[Value]) -> Vec<Result<Value, (String, String)>> {
     let mut gatherer = Gatherer::new(Limits::NONE);
     let (partition, lease, now) = (Partition::new("in", 0), Lease::new(0), Instant::now());
@@ -77,7 +77,7 @@ fn predict(compute: &dyn Compute, records: &[Value]) -> Vec<Result<Value, (Strin
     encoded.outcomes.iter().map(outcome).collect()
 }
 
-/// Each record's prediction, which is the same alone and among the others.
+/// The prediction of each record; asserts that it is the same alone and among the others.
 #[track_caller]
 fn predictions(compute: &dyn Compute, records: &[Value]) -> Vec<Value> {
     let together = predict(compute, records);
@@ -91,7 +91,7 @@ fn predictions(compute: &dyn Compute, records: &[Value]) -> Vec<Value> {
     all
 }
 
-/// Equal but for numbers, which are within a bound.
+/// Asserts that two values are equal; numbers may differ by `within`.
 #[track_caller]
 fn near(got: &Value, want: &Value, within: f64, what: &str) {
     match (got, want) {
@@ -122,7 +122,7 @@ struct Found {
 const TOKENS: [&str; 4] = ["tokens-bert", "tokens-roberta", "tokens-xlm-roberta", "tokens-modernbert"];
 
 #[test]
-fn entities_are_as_transformers_finds_them() {
+fn entities_equal_those_of_transformers() {
     for name in TOKENS {
         let golden: Vec<Found> = golden(name);
         for part in golden.chunk_by(|a, b| (&a.aggregation, a.stride) == (&b.aggregation, b.stride)) {
@@ -149,9 +149,10 @@ fn entities_are_as_transformers_finds_them() {
     }
 }
 
-/// Without aggregation transformers has no chunks: each token is there once, wherever chunks overlap.
+/// transformers has no chunks without aggregation, so nothing to compare with: each token is found once, even where
+/// chunks overlap.
 #[test]
-fn tokens_of_a_long_text_are_there_once() {
+fn overlapping_chunks_find_each_token_once() {
     for name in TOKENS {
         let set = |overflow: &str| [format!("task.overflow={overflow}"), "task.aggregation=none".to_owned()];
         let chunks = load("token-classification", &fixture(name), &set("chunk")).expect("a task");
@@ -164,7 +165,7 @@ fn tokens_of_a_long_text_are_there_once() {
             .iter()
             .map(|entity| entity["start"].as_u64().expect("a place"))
             .collect();
-        // Tokens of a character's bytes share its place.
+        // Tokens of the bytes of one character have the same start.
         let shared = |at: u64| text.join(" ").chars().nth(at as usize) == Some('ü');
         assert!(starts.is_sorted_by(|a, b| a < b || (a == b && shared(*a))), "{name}: {starts:?}");
         assert!(starts.len() > 100 && starts[starts.len() - 1] > 1000, "{name}: {starts:?}");
@@ -195,7 +196,7 @@ fn by_index(prediction: &Value) -> Vec<f64> {
 }
 
 #[test]
-fn documents_are_ranked_as_cross_encoders_score_them() {
+fn document_scores_equal_those_of_cross_encoders() {
     let documents = ["task.documents=/documents".to_owned()];
     for name in ["pairs-bert", "pairs-roberta"] {
         let golden: Vec<Pairs> = golden(name);
@@ -212,7 +213,7 @@ fn documents_are_ranked_as_cross_encoders_score_them() {
         if name == "pairs-roberta" {
             continue;
         }
-        // As older checkpoints say it, and those that want the logit itself.
+        // Checkpoints that ask for the raw logit, and older ones that name the activation elsewhere.
         let copy = |changed: &str, from: &str, to: &str| {
             let directory = copy_of(name);
             let path = directory.path().join(changed);
@@ -269,7 +270,7 @@ struct Judged {
 }
 
 #[test]
-fn labels_are_scored_as_transformers_does_without_training() {
+fn zero_shot_scores_equal_those_of_transformers() {
     for name in ["nli-bert", "nli-xlm-roberta"] {
         let golden: Vec<Judged> = golden(name);
         let same = |a: &Judged, b: &Judged| {
@@ -303,7 +304,7 @@ fn labels_are_scored_as_transformers_does_without_training() {
 }
 
 #[test]
-fn what_is_wrong_with_a_record_is_said() {
+fn a_bad_record_fails_with_the_reason() {
     let faults = |compute: &dyn Compute, records: &[(Value, &str, &str)]| {
         let values: Vec<Value> = records.iter().map(|(record, ..)| record.clone()).collect();
         for ((record, fault, message), got) in records.iter().zip(predict(compute, &values)) {
@@ -360,7 +361,7 @@ fn what_is_wrong_with_a_record_is_said() {
 
 /// Thousands of items of one record are answered like any others.
 #[test]
-fn five_thousand_documents_and_labels_are_no_exception() {
+fn a_record_may_have_five_thousand_documents_or_labels() {
     let texts: Vec<String> = (0..5000).map(|i| format!("parcel {i}")).collect();
     let reranking =
         load("reranking", &fixture("pairs-bert"), &["task.documents=/d".to_owned()]).expect("a task");
@@ -386,7 +387,7 @@ fn a_model_that_cannot_do_the_task_is_refused_at_the_start() {
     };
     let message = error("zero-shot-classification", "bert", &["task.labels=a,b"]);
     assert!(message.contains("none of its labels (calm, spam, urgent) begins with \"entail\""), "{message}");
-    // Found by label2id, whatever id2label says.
+    // The entailment label is found in label2id, whatever id2label says.
     let directory = copy_of("nli-bert");
     let path = directory.path().join("config.json");
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");

@@ -1,4 +1,4 @@
-//! OpenTelemetry, against a small receiver that speaks OTLP.
+//! OpenTelemetry traces, sent to a small OTLP receiver.
 
 mod support;
 
@@ -12,7 +12,7 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
 use support::{Daemon, Place, Sent, until};
 
-/// Receives spans; the name of the service comes with each.
+/// Receives spans, and keeps each with the name of its service.
 struct Receiver {
     address: String,
     spans: Arc<Mutex<Vec<(String, Span)>>>,
@@ -88,7 +88,7 @@ fn a_window_is_a_span_with_links_to_its_records() {
     let otel = format!("{{ endpoint: \"{}\", service_name: tickets }}", receiver.address);
     let more = [
         ("otel", &*otel),
-        // All three in one.
+        // All four records in one window.
         ("window", "{ max_records: 4, max_wait: 60s }"),
         ("log", "{ format: json, level: debug }"),
     ];
@@ -123,15 +123,15 @@ fn a_window_is_a_span_with_links_to_its_records() {
     let digest = predictions[0].header("kandle-model-digest").expect("a digest");
     assert_eq!(attribute("kandle.model_digest"), digest);
     assert!(span.start_time_unix_nano < span.end_time_unix_nano);
-    // The log's line about the window names its trace.
+    // The log line about the window has its trace id.
     let trace: String = span.trace_id.iter().map(|b| format!("{b:02x}")).collect();
     let line = daemon.wait_log("window published");
     let line: serde_json::Value = serde_json::from_str(&line).expect("JSON");
     assert_eq!(line["trace_id"], trace);
-    // What is under way at the end is sent.
+    // Spans in flight at shutdown are sent.
     place.produce([traced(5, "last")]);
-    until("its arrival", || daemon.get("/metrics").1.contains("kandle_lag_records{").then_some(()));
-    until("its being read", || {
+    until("the lag metric", || daemon.get("/metrics").1.contains("kandle_lag_records{").then_some(()));
+    until("the record to be read", || {
         let (_, status) = daemon.get("/status");
         let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
         (status["source"]["lag_records"] == 1).then_some(())

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""kandle beside today's ways to embed a file of texts: in turns, medians, ratios within each turn.
+"""Compares kandle with other ways to embed a file of texts: in turns, medians, ratios within each turn.
 
     python3 benches/peers/compare.py KANDLE FOLDER [--rounds N] [--threads N] [--models a,b] [--texts a,b] [--output FILE]
 
-KANDLE is the binary, FOLDER what make.py made. Every peer runs at the batch size that was the fastest of
+KANDLE is the binary, FOLDER the output of make.py. Every peer runs at the batch size that was the fastest of
 several in its first turn. Prints a table in Markdown; --output keeps every run as JSON, --plot draws it.
 """
 
@@ -18,11 +18,11 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 PEERS = [("torch", "f32"), ("torch", "bf16"), ("onnxruntime", "f32"), ("onnxruntime", "int8"), ("openvino", "f32"),
          ("openvino", "bf16")] + ([("tei", "f32")] if "TEI" in os.environ else [])
-# bfloat16 only where the processor has it: elsewhere it is made up, ten times slower or as f32.
+# bfloat16 only if the processor has it: otherwise it is emulated, ten times slower, or computed as f32.
 HAS_BF16 = any(name in pathlib.Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
-# Hidden, layers, intermediate: what a token costs.
+# Hidden size, layers, intermediate size: they give the cost of a token.
 SHAPES = {"minilm": (384, 6, 1536), "base": (768, 12, 3072)}
-# A BERT-base forward costs eight times as much: fewer texts tell the same.
+# Share of the texts: a BERT-base forward costs eight times as much, and fewer texts give the same result.
 SHARE = {"minilm": 1.0, "base": 0.1}
 
 
@@ -65,13 +65,13 @@ print(2 * n ** 3 / min(times))
 
 
 def peak(dtype, threads):
-    """Operations a second of the fastest large square multiplication that torch (oneDNN) does here."""
+    """Peak operations per second of torch (oneDNN) in a large square matrix multiplication on this machine."""
     done = subprocess.run([sys.executable, "-c", PEAK, dtype, str(threads)], capture_output=True, text=True)
     return float(done.stdout) if done.returncode == 0 else float("nan")
 
 
 def operations(model, lengths):
-    """Of multiplications, over texts of these lengths: weights, then queries by keys and weights by values."""
+    """Operations of all matrix multiplications over texts of these lengths: by weights, and in attention (QKᵀ and PV)."""
     hidden, layers, inner = SHAPES[model]
     return sum(layers * (2 * n * (4 * hidden ** 2 + 2 * hidden * inner) + 4 * n * n * hidden) for n in lengths)
 
@@ -89,7 +89,7 @@ def main():
     args = parser.parse_args()
     results = []
     peaks = {dtype: peak(dtype, args.threads) for dtype in ("f32", "bf16", "int8") if HAS_BF16 or dtype != "bf16"}
-    print("largest rate of a multiplication, by torch:", ", ".join(f"{d} {p / 1e9:,.0f} GFLOP/s" for d, p in peaks.items()))
+    print("peak rate of a matrix multiplication by torch:", ", ".join(f"{d} {p / 1e9:,.0f} GFLOP/s" for d, p in peaks.items()))
     from tokenizers import Tokenizer
     for model in args.models.split(","):
         for name in args.texts.split(","):

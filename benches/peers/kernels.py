@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The device's time by kernel, from what `ncu --csv --metrics gpu__time_duration.sum` wrote.
+"""Prints GPU time by kernel, from the output of `ncu --csv --metrics gpu__time_duration.sum`.
 
     python3 benches/peers/kernels.py FILE
 """

@@ -3,12 +3,12 @@
 
     python3 benches/peers/make.py FOLDER [MODEL…]
 
-Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): what a
-forward costs does not depend on what the weights are. Beside them six layers of ModernBERT-base (`modernbert`), for
-scripts/gpu-check.sh: rotated queries and keys, of which some layers see 64 tokens away. And a cross-encoder in the shape
-of ms-marco-MiniLM-L6-v2 (`pairs`). Without MODEL, all but `large`.
-A WordPiece vocabulary of 30,522 made-up words and word parts; texts of such words, as often as in a language (Zipf's
-law), one in twenty of several pieces; by tokens with the special ones:
+Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): the cost of
+a forward does not depend on the weights. `modernbert` has six layers of ModernBERT-base, for scripts/gpu-check.sh: RoPE,
+and in some layers a sliding window of 64 tokens to each side. `pairs` is a cross-encoder in the shape of
+ms-marco-MiniLM-L6-v2. Without MODEL, all but `large`.
+The vocabulary (WordPiece) has 30,522 made-up words and word parts. Texts use the words with the frequencies of a language
+(Zipf's law); one word in twenty has several pieces. Lengths in tokens, special ones included:
 
     short.jsonl  2,000 texts of 33 tokens, 25 to 41
     mixed.jsonl  2,000 texts of 33 tokens on average, 3 to 228 (log-normal): what inboxes look like
@@ -60,13 +60,13 @@ def tokenizer(rng):
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tok, model_max_length=LIMIT, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
         unk_token="[UNK]", mask_token="[MASK]")
-    # Zipf's law, as Mandelbrot mended it.
+    # Zipf-Mandelbrot law.
     frequencies = list(itertools.accumulate(1 / (rank + 2.7) for rank in range(len(whole))))
     return wrapped, (whole, frequencies), parts
 
 
 def text(rng, tok, whole, parts, tokens):
-    """Exactly so many tokens, the two special ones counted; `whole` are words, and their frequencies added up."""
+    """A text of exactly `tokens` tokens, the two special ones included; `whole`: words, their cumulative frequencies."""
     words, upto = whole
     out = []
     left = tokens - 2

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""One of today's ways to embed a file of texts, once, tokenising included; the result as one line of JSON.
+"""Embeds a file of texts with another engine than kandle, tokenizing included; prints one line of JSON.
 
     python3 benches/peers/peer.py ENGINE DTYPE --model DIR --input FILE.jsonl --threads N [--batch N] [--output FILE]
         [--device cuda]
 
 ENGINE DTYPE: torch (sentence-transformers) f32, bf16 or, on a GPU, f16, onnxruntime f32 or int8, openvino f32 or bf16, tei f32
-(text-embeddings-inference, whose router TEI names; asked over HTTP, its answers parsed after the clock has stopped).
-Texts are sorted by length, in the peer's favour. Without --batch, the fastest of several on the first
+(text-embeddings-inference over HTTP: TEI is the path of its router; answers are parsed after the clock has stopped).
+Texts are sorted by length, in the peer's favour. Without --batch, the fastest of several sizes on the first
 texts is taken, before the clock starts. Exported graphs are kept beside the model.
 """
 
@@ -39,7 +39,7 @@ def padded(ids, batch, np):
 
 
 def export(model_dir):
-    """The model with pooling and normalisation as ONNX, by the exporter whose graph is the faster one."""
+    """Exports the model with pooling and normalization to ONNX, by the exporter with the faster graph; returns the path."""
     path = model_dir / "model.onnx"
     if path.exists():
         return path
@@ -86,7 +86,7 @@ def onnx_engine(model_dir, dtype, threads):
         from onnxruntime.quantization import QuantType, quantize_dynamic
         quantized = model_dir / "model.int8.onnx"
         if not quantized.exists():
-            # Seven bits of a weight: without VNNI, sums of eight bits overflow.
+            # Without VNNI, sums of 8-bit products overflow: weights get seven bits.
             vnni = "vnni" in pathlib.Path("/proc/cpuinfo").read_text()
             quantize_dynamic(str(path), str(quantized), per_channel=True, reduce_range=not vnni, weight_type=QuantType.QInt8)
         path = quantized
@@ -113,7 +113,7 @@ def openvino_engine(model_dir, dtype, threads):
     from tokenizers import Tokenizer
     core = ov.Core()
     model = core.read_model(str(export(model_dir)))
-    # One stream a core, asynchronous: its fastest way to work off many texts.
+    # One asynchronous stream per core: OpenVINO's fastest way to process many texts.
     compiled = core.compile_model(model, "CPU", {
         "INFERENCE_PRECISION_HINT": dtype, "NUM_STREAMS": str(threads), "INFERENCE_NUM_THREADS": str(threads),
         "PERFORMANCE_HINT": "THROUGHPUT"})
@@ -138,7 +138,7 @@ def openvino_engine(model_dir, dtype, threads):
 
 
 def export_for_tei(model_dir):
-    """A folder with the encoder as ONNX, without pooling: that is TEI's."""
+    """Exports the encoder to ONNX without pooling, which TEI does itself; returns the folder."""
     folder = model_dir / "tei"
     if (folder / "model.onnx").exists():
         return folder
@@ -155,7 +155,7 @@ def export_for_tei(model_dir):
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
 
     shutil.copytree(model_dir, folder, ignore=lambda *_: ["tei", "model.safetensors", "model.onnx", "model.int8.onnx"])
-    # In the older form, which is the one that TEI reads.
+    # TEI reads only the older form of this file.
     modes = ["cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({
         "word_embedding_dimension": json.loads((folder / "config.json").read_text())["hidden_size"],
@@ -170,7 +170,7 @@ def export_for_tei(model_dir):
 
 
 def tei_engine(model_dir, dtype, threads):
-    """The router with its ONNX backend, as its image for CPUs has it. It takes what has come in as batches."""
+    """Starts the router with its ONNX backend, like its CPU image. The router batches concurrent requests itself."""
     import atexit
 
     import numpy as np

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds text-embeddings-inference's router as its image for CPUs has it (ONNX backend), from a checkout of
-# its repository, and prints where it is: TEI for benches/engine.sh.
+# Builds the router of text-embeddings-inference from a checkout of its repository, with the ONNX backend like
+# its CPU image, and prints the path of the router: the value of TEI for benches/engine.sh.
 #
 #   benches/peers/tei.sh CHECKOUT
 #
-# What it takes from repositories instead of crates.io (Candle with patches, for GPUs; insta, for tests) is
-# replaced by what crates.io has, and ONNX Runtime's library is the one of the peers' Python packages.
+# Git dependencies (Candle with patches, for GPUs; insta, for tests) are replaced by their releases on
+# crates.io. ONNX Runtime's library is the one of the peers' Python packages.
 set -euo pipefail
 checkout=$1
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -24,7 +24,7 @@ rm -f rust-toolchain.toml
 sed -i '/^\[patch.crates-io\]/,/^\[profile/{/^\[profile/!d}' Cargo.toml
 sed -i 's/^insta = { git.*/insta = "1"/; s#/_cuda"#/cuda"#g; s#/_mkl"#/mkl"#g; s#"cudarc?/[a-z]*-linking", ##' \
   router/Cargo.toml core/Cargo.toml backends/*/Cargo.toml
-# Of the lock file all but what came from repositories.
+# Removes git dependencies from the lock file.
 python3 - <<'PYTHON'
 import pathlib
 lock = pathlib.Path("Cargo.lock")

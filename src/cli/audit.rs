@@ -1,4 +1,4 @@
-//! `audit`: predictions and dead letters read back, beside the input that they are about.
+//! `audit`: reads predictions and dead letters back and compares them with the input.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -20,37 +20,37 @@ use crate::telemetry::logging;
 
 #[derive(Args)]
 pub struct Options {
-    /// The predictions, where they are not in output.topic
+    /// Topic of the predictions, if it is not output.topic
     #[arg(long, value_name = "TOPIC")]
     topic: Option<String>,
-    /// The first input position: an RFC 3339 time, or offset:N in every partition
+    /// Start of the input: an RFC 3339 time, or offset:N in every partition
     #[arg(long, value_name = "T")]
     from: Option<Point>,
-    /// Where the input ends, itself not a part
+    /// End of the input, exclusive: an RFC 3339 time, or offset:N in every partition
     #[arg(long, value_name = "T")]
     to: Option<Point>,
-    /// All of it, as JSON
+    /// Print the complete result as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Something is missing or doubled.
+/// Positions are missing, or published more than once.
 #[derive(Debug, thiserror::Error)]
-#[error("{missing} positions are missing and {doubled} are there more than once")]
+#[error("{missing} positions are missing and {doubled} are published more than once")]
 pub struct Findings {
     missing: u64,
     doubled: u64,
 }
 
-/// How long Kafka may give nothing before it is given up.
+/// How long to wait for the next record from Kafka before giving up.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Ranges shown of each kind, where not all are asked for.
+/// Offset ranges shown per line without `--json`.
 const SHOWN: usize = 10;
 
-/// Offsets as ranges: first, last.
+/// Offsets as ranges: first and last offset, both inclusive.
 type List = Vec<(i64, i64)>;
 
-/// What was found about a partition of the input.
+/// Result for one partition of the input.
 #[derive(Debug, Default, Serialize)]
 struct Found {
     topic: String,
@@ -60,19 +60,19 @@ struct Found {
     /// Positions with a prediction, a tombstone or a dead letter.
     covered: u64,
     models: Vec<Model>,
-    /// Records without any, before the group's offset.
+    /// Records before the group's offset that have no prediction, tombstone or dead letter.
     missing: u64,
     missing_offsets: List,
-    /// Positions with more than one.
+    /// Positions with more than one of these.
     doubled: u64,
     doubled_offsets: List,
-    /// Offsets that the group has not come to.
+    /// Offsets that the group has not reached yet.
     pending: u64,
 }
 
 #[derive(Debug, Serialize)]
 struct Model {
-    /// 16 hex digits.
+    /// Model digest, 16 hex digits.
     digest: String,
     model: Option<String>,
     predictions: u64,
@@ -92,12 +92,12 @@ pub fn audit(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     for (topic, dead) in [(output, false), (&*settings.dead_letters.topic, true)] {
         read_back(&consumer, topic, options.from, dead, &input, &mut tallies)?;
     }
-    let stands = source::standing(&settings, input.keys())?;
+    let committed = source::committed_offsets(&settings, input.keys())?;
     let mut all = Vec::new();
     for (partition, range) in &input {
         let tally = tallies.remove(partition).unwrap_or_default();
-        let at = stands.get(partition).copied();
-        all.push(judge(&consumer, &settings, partition, range, at, tally)?);
+        let at = committed.get(partition).copied();
+        all.push(compare(&consumer, &settings, partition, range, at, tally)?);
     }
     if options.json {
         outln!("{}", super::pretty(&serde_json::to_value(&all)?));
@@ -112,11 +112,12 @@ pub fn audit(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What was read of one input partition's predictions.
+/// Offsets whose predictions or dead letters were read back, for one input partition.
 #[derive(Debug, Default)]
 struct Tally {
     all: Offsets,
     doubled: Offsets,
+    /// By model digest: model name, counts of predictions and of dead letters, offsets.
     models: BTreeMap<String, (Option<String>, [u64; 2], Offsets)>,
 }
 
@@ -128,7 +129,7 @@ fn read_back(
     input: &BTreeMap<Partition, Range>,
     tallies: &mut BTreeMap<Partition, Tally>,
 ) -> anyhow::Result<()> {
-    // Predictions have their records' timestamps; offsets are others.
+    // A time is the same in both topics, because a prediction has its record's timestamp. An offset is not.
     let from = from.filter(|from| matches!(from, Point::Time(_)));
     let parts = match range::resolve(consumer, &[topic], from, None, true) {
         Err(range::RangeError::Empty(_)) => return Ok(()),
@@ -159,7 +160,7 @@ fn read_back(
     Ok(())
 }
 
-/// Reads a part of a partition.
+/// Reads the records of a partition at offsets `from..to`.
 fn read(
     consumer: &Reader,
     partition: &Partition,
@@ -178,12 +179,12 @@ fn read(
     });
     match seen.with_context(|| format!("reading {partition}"))? {
         Read::Stopped(()) | Read::End => Ok(()),
-        Read::Silence => bail!("{partition}: nothing came from Kafka for {} s", SILENCE_TIMEOUT.as_secs()),
+        Read::TimedOut => bail!("{partition}: no record came from Kafka for {} s", SILENCE_TIMEOUT.as_secs()),
     }
 }
 
-/// `stands`: the group's offset; where it has none, all of the input should be there.
-fn judge(
+/// `stands`: the group's committed offset. If there is none, the whole range is expected to have predictions.
+fn compare(
     consumer: &Reader,
     settings: &Settings,
     partition: &Partition,
@@ -193,14 +194,14 @@ fn judge(
 ) -> anyhow::Result<Found> {
     let end = stands.unwrap_or(range.to).clamp(range.from, range.to);
     let mut lost = Offsets::default();
-    // An offset need not have a record: transactions leave marks, compaction leaves holes.
+    // Not every offset has a record: transactions write control records, and compaction leaves gaps.
     for (first, last) in tally.all.gaps(range.from, end) {
         read(consumer, partition, first, last + 1, |message| {
             lost.insert(message.offset());
         })?;
     }
     if stands.is_none() {
-        tracing::warn!(%partition, group = settings.input.group, "the group has no offset: all of the partition is expected");
+        tracing::warn!(%partition, group = settings.input.group, "the group has no committed offset; expecting the whole partition");
     }
     let model = |(digest, (model, [predictions, dead_letters], offsets)): (_, (_, [u64; 2], Offsets))| {
         Model { digest, model, predictions, dead_letters, offsets: offsets.list() }
@@ -222,7 +223,7 @@ fn judge(
 
 fn show(found: &Found) {
     let Found { topic, partition, from, to, covered, missing, doubled, pending, .. } = found;
-    outln!("{topic}/{partition}: offsets {from} to {to}, {covered} with an outcome, {pending} to come");
+    outln!("{topic}/{partition}: offsets {from} to {to}, {covered} with an outcome, {pending} pending");
     for Model { digest, model, predictions, dead_letters, offsets } in &found.models {
         let name = model.as_deref().unwrap_or("?");
         outln!(
@@ -245,17 +246,17 @@ fn ranges(list: &List) -> String {
     };
     let mut text = list.iter().take(SHOWN).map(one).collect::<Vec<_>>().join(" ");
     if list.len() > SHOWN {
-        text += &format!(" and {} ranges more", list.len() - SHOWN);
+        text += &format!(" and {} more ranges", list.len() - SHOWN);
     }
     text
 }
 
-/// A set of offsets that mostly come in order.
+/// A set of offsets that are mostly inserted in order: first to last offset of each range.
 #[derive(Debug, Default)]
 struct Offsets(BTreeMap<i64, i64>);
 
 impl Offsets {
-    /// False where it was in already.
+    /// Returns false if the offset was already in the set.
     fn insert(&mut self, offset: i64) -> bool {
         let before = self.0.range(..=offset).next_back().map(|(&first, &last)| (first, last));
         if before.is_some_and(|(_, last)| last >= offset) {
@@ -275,7 +276,7 @@ impl Offsets {
         self.0.iter().map(|(&first, &last)| (first, last)).collect()
     }
 
-    /// What is not in it of `from..to`.
+    /// The ranges of `from..to` that are not in the set.
     fn gaps(&self, from: i64, to: i64) -> List {
         let mut gaps = Vec::new();
         let mut next = from;
@@ -305,14 +306,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranges_are_the_set(offsets in proptest::collection::vec(0i64..60, 0..80)) {
+        fn ranges_hold_the_same_offsets_as_a_set(offsets in proptest::collection::vec(0i64..60, 0..80)) {
             let (mut ranges, mut set) = (Offsets::default(), BTreeSet::new());
             for offset in offsets {
                 prop_assert_eq!(ranges.insert(offset), set.insert(offset));
             }
             let listed: BTreeSet<i64> = ranges.list().into_iter().flat_map(|(a, b)| a..=b).collect();
             prop_assert_eq!(&listed, &set);
-            prop_assert!(ranges.list().windows(2).all(|w| w[0].1 + 1 < w[1].0), "neighbours are one range");
+            prop_assert!(ranges.list().windows(2).all(|w| w[0].1 + 1 < w[1].0), "adjacent ranges are merged");
             prop_assert_eq!(ranges.count(), set.len() as u64);
             let gaps: BTreeSet<i64> = ranges.gaps(5, 50).into_iter().flat_map(|(a, b)| a..=b).collect();
             let expected: BTreeSet<i64> = (5..50).filter(|offset| !set.contains(offset)).collect();

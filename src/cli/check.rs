@@ -1,5 +1,5 @@
-//! `check`: everything `run` needs, tried without consuming. One line a check, all of them even
-//! after one fails; those that cannot be tried say why.
+//! `check`: tries everything that `run` needs, without consuming. Prints one line per check and goes on after a
+//! failure; a check that cannot be tried says why.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use rdkafka::consumer::Consumer;
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
-use super::{AlreadySaid, drain};
+use super::{AlreadyReported, drain};
 use crate::cli::output::outln;
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
@@ -20,7 +20,7 @@ use crate::telemetry::Metrics;
 
 const ATTEMPT: Duration = Duration::from_secs(8);
 
-/// Prints a line a check and remembers whether one failed.
+/// Prints one line per check and remembers whether one failed.
 #[derive(Default)]
 struct Lines {
     failed: bool,
@@ -37,7 +37,7 @@ impl Lines {
         }
     }
 
-    /// Not a failure.
+    /// A warning is not a failure.
     fn warn(&self, what: &str, why: &str) {
         outln!("warn  {what}: {why}");
     }
@@ -53,7 +53,7 @@ pub fn check(loaded: Loaded) -> anyhow::Result<()> {
     lines.say("configuration", Ok("every key is known, every rule holds".to_owned()));
     kafka(&settings, &mut lines);
     model(&settings, &mut lines);
-    if lines.failed { Err(AlreadySaid.into()) } else { Ok(()) }
+    if lines.failed { Err(AlreadyReported.into()) } else { Ok(()) }
 }
 
 fn kafka(settings: &Settings, lines: &mut Lines) {
@@ -79,7 +79,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     for topic in &settings.input.topics {
         let what = format!("input topic {topic}");
         if topic.starts_with('^') {
-            lines.skip(&what, "a pattern: whatever matches when it runs");
+            lines.skip(&what, "a pattern: matched when `run` starts");
             continue;
         }
         let found =
@@ -105,20 +105,21 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     retention(&cluster, settings, lines);
 }
 
-/// Predictions have their records' timestamps, by which the topics written may delete them at once.
+/// Warns if the output topics would delete predictions at once: predictions have their records' timestamps, and
+/// retention goes by those.
 fn retention(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let what = "retention";
-    let Ok(topics) = cluster.topics() else { return lines.skip(what, "not all topics are there") };
+    let Ok(topics) = cluster.topics() else { return lines.skip(what, "not all topics exist") };
     match drain::retention_warnings(settings, &topics, None) {
         Err(error) => lines.skip(what, &error.to_string()),
         Ok(warnings) if warnings.is_empty() => {
-            lines.say(what, Ok("what is published is kept".to_owned()));
+            lines.say(what, Ok("published records are kept".to_owned()));
         }
         Ok(warnings) => warnings.iter().for_each(|warning| lines.warn(what, warning)),
     }
 }
 
-/// Reads the group's offsets, which needs the right to read the group.
+/// Reads the group's offsets, which needs permission to read the group.
 fn group(settings: &Settings) -> Result<String, String> {
     let mut config = base(settings);
     config.set("group.id", &settings.input.group);
@@ -141,7 +142,7 @@ fn group(settings: &Settings) -> Result<String, String> {
     })
 }
 
-/// Gets an idempotent producer's id, which needs the right to write; nothing is written.
+/// Gets an idempotent producer's id, which needs permission to write. Nothing is written.
 fn producer(settings: &Settings) -> Result<String, String> {
     let mut config = base(settings);
     config.set("enable.idempotence", "true");
@@ -151,11 +152,11 @@ fn producer(settings: &Settings) -> Result<String, String> {
     config.set("allow.auto.create.topics", "false");
     let producer: BaseProducer = config.create().map_err(|e| e.to_string())?;
     producer.client().fetch_metadata(Some(&settings.output.topic), ATTEMPT).map_err(|e| e.to_string())?;
-    // The id is asked for in the background; a refusal is fatal to the client.
+    // The client requests the id in the background, and a refusal is a fatal error of the client.
     producer.poll(Duration::from_millis(500));
     match producer.client().fatal_error() {
         Some((code, reason)) => Err(format!("{code}: {reason}")),
-        None => Ok("idempotent; nothing was written to try it".to_owned()),
+        None => Ok("idempotent; nothing was written for this check".to_owned()),
     }
 }
 
@@ -168,8 +169,8 @@ fn base(settings: &Settings) -> ClientConfig {
     config
 }
 
-/// A transaction with the worst window in it has to end before the coordinator gives it up, and the
-/// coordinator grants no more than its own limit.
+/// A transaction with the largest window must end before the coordinator aborts it, and its timeout must not exceed the
+/// brokers' limit.
 fn transaction(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let what = "transaction";
     if settings.delivery.guarantee != Guarantee::ExactlyOnce {
@@ -177,13 +178,13 @@ fn transaction(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     }
     let (longest, timeout) = (settings.longest_transaction(), settings.transaction_timeout());
     let found = format!(
-        "lasts {} s at most (commit_interval and a window of {}), given up after {} s",
+        "lasts {} s at most (commit_interval and a window of {}), times out after {} s",
         longest.as_secs_f64(),
         settings.window.max_bytes,
         timeout.as_secs_f64()
     );
     match cluster.broker_setting("transaction.max.timeout.ms") {
-        Err(reason) => lines.skip(what, &format!("{found}; the brokers' limit is not readable: {reason}")),
+        Err(reason) => lines.skip(what, &format!("{found}; the brokers' limit cannot be read: {reason}")),
         Ok(limit) if u128::from(limit) < timeout.as_millis() => {
             lines.say(
                 what,
@@ -196,8 +197,8 @@ fn transaction(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     }
 }
 
-/// A dead letter holds its record's bytes and a few headers more: the topics written must take what
-/// the topics read let in.
+/// A dead letter holds its record's bytes and a few headers more, so the dead-letter topic should accept slightly
+/// larger records than the input topics.
 fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let inputs = settings.input.topics.iter().filter(|topic| !topic.starts_with('^'));
     let limit = |topic: &String| {
@@ -208,13 +209,13 @@ fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let (read, dead) = match (read, limit(&settings.dead_letters.topic)) {
         (Ok(read), Ok(dead)) => (read.into_iter().max().unwrap_or(0), dead),
         (Err(reason), _) | (_, Err(reason)) => {
-            return lines.skip("largest message", &format!("the topics' limits are not readable: {reason}"));
+            return lines.skip("largest message", &format!("the topics' limits cannot be read: {reason}"));
         }
     };
-    // Not a failure: larger ones leave their bytes behind, and the dead letter says so.
-    let mut note = format!("records up to {read} bytes come in, dead letters up to {dead} go out");
+    // Not a failure: the dead letter of a larger record has only headers, and says so.
+    let mut note = format!("input records up to {read} bytes, dead letters up to {dead} bytes");
     if dead < read + 1024 {
-        note.push_str(": of larger ones only the headers");
+        note.push_str("; dead letters of larger records keep only the headers");
     }
     lines.say("largest message", Ok(note));
 }
@@ -230,7 +231,7 @@ fn model(settings: &Settings, lines: &mut Lines) {
         Ok(compute) => {
             let about = compute.about();
             let found = format!(
-                "{}, one forward done on {} in {}, digest {}",
+                "{}, one forward pass done on {} in {}, digest {}",
                 about.model, about.device, about.dtype, about.digest
             );
             lines.say(&what, Ok(found));
@@ -239,9 +240,9 @@ fn model(settings: &Settings, lines: &mut Lines) {
     }
 }
 
-/// Model and `memory.limit` against what the machine or the container has.
+/// Compares the model plus `memory.limit` with the memory of the machine or the container.
 fn memory(settings: &Settings, about: &About, lines: &mut Lines) {
-    let Some(room) = room() else { return lines.skip("memory", "the machine does not say how much it has") };
+    let Some(room) = room() else { return lines.skip("memory", "the system does not report its memory") };
     let model = about.host_memory;
     let need = model + settings.memory.limit.0;
     let mib = |bytes: u64| bytes >> 20;

@@ -1,5 +1,5 @@
-//! `demo`: librdkafka's mock cluster in this process, the bundled model, tickets produced at a
-//! steady pace. Everything between the topics is what `run` does.
+//! `demo`: librdkafka's mock cluster in this process, the bundled model, and tickets produced at a steady rate. Between
+//! the topics runs the same pipeline as in `run`.
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::cli::output::{out, outln};
-use crate::kafka::cluster::{Topics, Written};
+use crate::kafka::cluster::{OutputTopic, Topics};
 use crate::kafka::topic_rules::TopicRules;
 use crate::pipeline::{self, Shared};
 use crate::settings::{self, Settings, Sources};
@@ -25,13 +25,13 @@ use crate::telemetry::{logging, server};
 
 #[derive(Args)]
 pub struct Options {
-    /// How long it runs
+    /// How long to run, in seconds
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(3..=3600))]
     seconds: u64,
     /// Tickets produced per second
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=1000))]
     rate: u64,
-    /// Address of /metrics, /livez, /readyz and /status; port 0 takes a free one
+    /// Address of /metrics, /livez, /readyz and /status; port 0 takes a free port
     #[arg(long, default_value = "127.0.0.1:9464")]
     listen: String,
 }
@@ -41,9 +41,9 @@ const TICKETS: &str = include_str!("../../demo/tickets.jsonl");
 const INPUT: &str = "tickets";
 const OUTPUT: &str = "tickets-predictions";
 const DEAD: &str = "tickets-dead";
-/// Every so many tickets one that is broken.
+/// One of so many tickets is broken.
 const BROKEN: u64 = 150;
-/// Predictions shown in full.
+/// How many predictions are shown in full.
 const SHOWN: usize = 6;
 
 pub fn demo(options: &Options) -> anyhow::Result<()> {
@@ -58,7 +58,7 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     let serve = |listen: &str| {
         runtime.block_on(server::serve(listen, Arc::clone(&shared.metrics), Arc::clone(&shared.health)))
     };
-    // Its own port may be taken by a kandle that runs here.
+    // Another kandle on this machine may use the port.
     let address = serve(&options.listen).or_else(|_| serve("127.0.0.1:0")).context("the admin server")?;
 
     let started = Instant::now();
@@ -78,11 +78,11 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     outln!("  topics   {INPUT} -> {OUTPUT}, {DEAD}");
     outln!("  metrics  http://{address}/metrics\n");
 
-    // The embedded broker has no configuration to ask for.
+    // The embedded broker does not answer requests for topic configurations.
     let topics = Topics {
         input_partitions: 4,
-        output: Written { partitions: 4, rules: TopicRules::default() },
-        dead_letters: Written { partitions: 1, rules: TopicRules::default() },
+        output: OutputTopic { partitions: 4, rules: TopicRules::default() },
+        dead_letters: OutputTopic { partitions: 1, rules: TopicRules::default() },
     };
     let device = about.device;
     let running = {
@@ -124,7 +124,7 @@ fn settings(brokers: &str) -> anyhow::Result<Settings> {
     Ok(loaded.settings)
 }
 
-/// What has been seen so far.
+/// Counts of what was produced, read back and shown so far.
 #[derive(Default)]
 struct Seen {
     produced: u64,
@@ -134,7 +134,8 @@ struct Seen {
     dead_shown: bool,
 }
 
-/// Produces, reads what comes back, and shows both until time is up and all has come back.
+/// Produces tickets, reads their predictions and dead letters, and shows both, until the time is up and every ticket
+/// has come back.
 fn show(
     options: &Options,
     settings: &Settings,
@@ -151,7 +152,7 @@ fn show(
     let mut line = Line { terminal, last: Instant::now(), windows: (0, 0.0), width: 0 };
     let started = Instant::now();
     let end = Duration::from_secs(options.seconds);
-    // What is in flight at the end gets a moment more.
+    // Tickets that are in flight at the end get more time to come back.
     while started.elapsed() < end
         || (seen.predicted + seen.dead < seen.produced && started.elapsed() < end * 2)
     {
@@ -159,7 +160,7 @@ fn show(
         let due = (started.elapsed().min(end).as_millis() as u64 * options.rate) / 1000;
         while seen.produced < due {
             let ticket = tickets[seen.produced as usize % tickets.len()];
-            // Cut off in the middle, as a producer's bug would.
+            // Cut off in the middle, as by a bug in the producer.
             let value =
                 if seen.produced % BROKEN == BROKEN / 4 { &ticket[..ticket.len() / 2] } else { ticket };
             let key = format!("customer-{}", seen.produced % 97);
@@ -254,11 +255,11 @@ fn dead_letter(message: &impl Message) {
     );
 }
 
-/// The live line: rewritten in place on a terminal, now and then elsewhere.
+/// The status line: rewritten in place on a terminal, printed every two seconds elsewhere.
 struct Line {
     terminal: bool,
     last: Instant,
-    /// Windows and their records at the last line.
+    /// Count of windows and sum of their records when the line was last shown.
     windows: (u64, f64),
     width: usize,
 }

@@ -1,5 +1,5 @@
-//! `drain`: the pipeline up to the ends that the partitions have at the start; a bar or lines while
-//! it runs, a report when it is over.
+//! `drain`: runs the pipeline up to the end offsets that the partitions have at the start. Shows a progress bar or logs
+//! progress, and reports at the end.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -31,32 +31,32 @@ use crate::telemetry::{Metrics, logging};
 #[derive(Args)]
 #[group(id = "drain")]
 pub struct Options {
-    /// Where the report goes, as JSON; the log has its main figures in any case
+    /// Write the report to this file, as JSON; its main figures are logged in any case
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Exit with 3 where there were dead letters
+    /// Exit with 3 if there were dead letters
     #[arg(long)]
     strict: bool,
-    /// Go on where it would be refused: beside members of the group that are no drains; replay: where
-    /// retention has deleted a part of what is wanted
+    /// Go on in cases that are refused otherwise: if the group has members that are not drains; replay: if
+    /// retention has deleted a part of the range
     #[arg(long)]
     pub(super) force: bool,
 }
 
-/// A drain is over, with dead letters, and `--strict`.
+/// The drain ended with dead letters, and `--strict` is set.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} dead letters, and --strict")]
+#[error("{0} records became dead letters (--strict)")]
 pub struct DeadLetters(u64);
 
 pub fn drain(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
     let settings_digest = digest(&loaded.shown);
-    carry_out(&settings, Drain::default(), None, &settings_digest, options)
+    drain_and_report(&settings, Drain::default(), None, &settings_digest, options)
 }
 
-/// Drains, with the admin server up, and reports. `reprocess`: the input are dead letters of these topics.
-pub(super) fn carry_out(
+/// Drains, with the admin server up, and reports. With `reprocess`, the input is the dead letters of these topics.
+pub(super) fn drain_and_report(
     settings: &Settings,
     bounds: Drain,
     reprocess: Option<OriginalTopics>,
@@ -78,7 +78,7 @@ fn work(
     settings_digest: &str,
     options: &Options,
 ) -> anyhow::Result<()> {
-    refuse_others(settings, options.force)?;
+    refuse_other_members(settings, options.force)?;
     let compute = task::load(settings, &shared.metrics)?;
     let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop, Missing::Fail)?;
     let Some(topics) = topics else { bail!("stopped before anything was read") };
@@ -99,7 +99,7 @@ fn work(
     let result = pipeline::run(settings, compute, &topics, shared).map_err(anyhow::Error::new);
     over.store(true, Ordering::Relaxed);
     shown.thread().unpark();
-    // It ends by itself, and a panic has ended the process already.
+    // The thread ends by itself, and a panic would have ended the process.
     let _ = shown.join();
     result?;
     let report = Report {
@@ -114,7 +114,7 @@ fn work(
         report.write(path)?;
     }
     if !report.complete {
-        bail!("stopped before the end: {} records are left; started again, it goes on", drain.left());
+        bail!("stopped before the end: {} records are left; run it again to resume", drain.left());
     }
     match report.dead_lettered {
         dead @ 1.. if options.strict => Err(DeadLetters(dead).into()),
@@ -122,14 +122,14 @@ fn work(
     }
 }
 
-/// A drain shares its group's work with other drains. A member that goes on for ever would take a part of
-/// the partitions too, beyond their ends, and the two would wait for each other's commits.
-fn refuse_others(settings: &Settings, force: bool) -> anyhow::Result<()> {
+/// Drains may share a group with each other, but not with `run`: `run` would take a part of the partitions and read on
+/// past their ends, and the two would wait for each other's commits.
+fn refuse_other_members(settings: &Settings, force: bool) -> anyhow::Result<()> {
     let group = &settings.input.group;
     let members = match Cluster::connect(settings).and_then(|cluster| cluster.members(group)) {
         Ok(members) => members,
         Err(error) => {
-            tracing::warn!(group, %error, "whether the group has members cannot be seen");
+            tracing::warn!(group, %error, "cannot list the group's members; not checking for members that are not drains");
             return Ok(());
         }
     };
@@ -140,16 +140,16 @@ fn refuse_others(settings: &Settings, force: bool) -> anyhow::Result<()> {
     }
     let names = names.join(", ");
     if force {
-        tracing::warn!(group, members = names, "the group has members that are no drains");
+        tracing::warn!(group, members = names, "going on beside group members that are not drains");
         return Ok(());
     }
     bail!(
-        "group {group} has live members that are no drains ({names}): they would take a part of the \
-         partitions, and read on past the ends; stop them, use another group, or go on with --force"
+        "group {group} has live members that are not drains ({names}): they would take a part of the \
+         partitions and read on past the ends; stop them, use another group, or go on with --force"
     )
 }
 
-/// Predictions of old records may be deleted as soon as they are published; `ranges`: of a replay.
+/// Warns if predictions of old records would be deleted as soon as they are published. `ranges`: those of a replay.
 pub(super) fn warn_of_retention(
     settings: &Settings,
     topics: &Topics,
@@ -161,7 +161,7 @@ pub(super) fn warn_of_retention(
                 tracing::warn!(warning, "predictions would soon be deleted");
             }
         }
-        Err(error) => tracing::warn!(%error, "how old the records are cannot be seen"),
+        Err(error) => tracing::warn!(%error, "cannot read the age of the records; not checking retention"),
     }
 }
 
@@ -182,8 +182,8 @@ pub(super) fn retention_warnings(
             &resolved
         }
     };
-    let standing = source::standing(settings, ranges.keys())?;
-    // A group without offsets begins at the ends.
+    let standing = source::committed_offsets(settings, ranges.keys())?;
+    // A group without offsets starts at the ends, so it reads no old records.
     if standing.is_empty() && settings.input.start == Start::Latest && resolved_here {
         return Ok(Vec::new());
     }
@@ -195,14 +195,14 @@ pub(super) fn digest(shown: &serde_json::Value) -> String {
     hex(&Sha256::digest(shown.to_string()))
 }
 
-/// A bar where somebody looks on, else a line now and then.
+/// Shows progress: a bar on a terminal, else a log line every `every`.
 fn show(shared: &Shared, drain: &Drain, over: &AtomicBool, every: Duration, started: Instant) {
     let terminal = std::io::stderr().is_terminal();
     let bar = terminal.then(|| {
         let style = ProgressStyle::with_template(
             "{bar:30} {percent:>3}%  {pos}/{len} records  {per_sec}  {msg}  ETA {eta}",
         )
-        .expect("the template is right");
+        .expect("the template is valid");
         ProgressBar::new(0).with_style(style)
     });
     let wait = if terminal { Duration::from_millis(200) } else { every };
@@ -249,13 +249,13 @@ struct Report {
     model: String,
     model_digest: String,
     settings_digest: String,
-    /// By this process alone, as all that follows.
+    /// Counts of this process only, as in all fields below.
     records: u64,
     predicted: u64,
     dead_lettered: u64,
     tombstones: u64,
     dead_letters: BTreeMap<String, u64>,
-    /// Dead letters that a replay of such left alone: another job's, or without their bytes.
+    /// Dead letters that a replay of dead letters skipped: they are another job's, or have lost their bytes.
     passed_over: u64,
     tokens: u64,
     truncated: u64,
@@ -264,16 +264,16 @@ struct Report {
     tokens_per_second: f64,
     device_busy_seconds: f64,
     device_idle_seconds: f64,
-    /// Nothing at all was under way: records from Kafka were waited for. Part of the device's idle time.
+    /// Time in which nothing was in flight and kandle waited for records. Part of the device's idle time.
     kafka_wait_seconds: f64,
     peak_rss_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    cost: Option<Spent>,
+    cost: Option<CostReport>,
     partitions: Vec<Part>,
 }
 
 #[derive(Debug, Serialize)]
-struct Spent {
+struct CostReport {
     per_hour: f64,
     total: f64,
     per_million_records: Option<f64>,
@@ -324,7 +324,7 @@ impl Report {
             peak_rss_bytes: peak_rss(),
             cost: per_hour.map(|per_hour| {
                 let total = per_hour * seconds / 3600.0;
-                Spent {
+                CostReport {
                     per_hour,
                     total,
                     per_million_records: (records > 0).then(|| total / records as f64 * 1e6),
@@ -354,17 +354,17 @@ impl Report {
             device_busy_seconds = (self.device_busy_seconds * 10.0).round() / 10.0,
             cost = self.cost.as_ref().map(|cost| cost.total),
             digest = &self.model_digest[..16],
-            "drain over"
+            "drain finished"
         );
     }
 
     fn write(&self, path: &Path) -> anyhow::Result<()> {
         let text = super::pretty(&serde_json::to_value(self)?) + "\n";
-        std::fs::write(path, text).with_context(|| format!("the report, {}", path.display()))
+        std::fs::write(path, text).with_context(|| format!("writing the report to {}", path.display()))
     }
 }
 
-/// The most memory that the process has had resident; `None` where the system does not say.
+/// Peak resident memory of the process, in bytes; `None` if the system does not report it.
 pub(super) fn peak_rss() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,5 +1,5 @@
-//! The commands. Exit codes: 0 done; 1 failed while running; 2 the command line or configuration is
-//! wrong; 3 `drain --strict` ended with dead letters, or `audit` found something.
+//! The commands. Exit codes: 0 done; 1 failed while running; 2 the command line or configuration is wrong; 3 a command
+//! with `--strict` ended with dead letters or failed lines, or `audit` found something.
 
 mod audit;
 mod bench;
@@ -33,87 +33,87 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done; 1 failed while running; 2 the command line or the configuration is wrong; 3 drain --strict or\nreplay --strict ended with dead letters, or audit found something missing or doubled.
+Exit codes: 0 done; 1 failed while running; 2 the command line or the configuration is wrong; 3 drain --strict or\nreplay --strict ended with dead letters, predict --strict had lines without a prediction, or audit found something missing or\ndoubled.
 Settings: defaults < -c FILE (YAML, TOML or JSON; repeatable, later wins) < KANDLE__SECTION__KEY < --set section.key=value.
-config/default.yaml lists every key; `kandle config schema` is the same for machines.";
+config/default.yaml lists every key; `kandle config schema` prints the JSON Schema.";
 
 #[derive(Args, Clone)]
 struct Configuration {
-    /// Configuration file (YAML, TOML or JSON); later ones win
+    /// Configuration file (YAML, TOML or JSON); later files win
     #[arg(short = 'c', long = "config", value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// One setting, over everything else
+    /// One setting; overrides files and environment variables
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Consume, predict and publish for ever; SIGTERM finishes what is in flight, commits and exits 0
+    /// Consume, predict and publish until stopped; SIGTERM finishes the windows in flight, commits and exits with 0
     Run(Configuration),
-    /// Process what is there now, report and exit: up to the ends that the partitions have at the start.
-    /// SIGTERM commits what is published and exits 1; started again, it goes on
+    /// Process the backlog, up to the end offsets that the partitions have at the start, report and exit.
+    /// SIGTERM commits what is published and exits with 1; run it again to resume
     Drain {
         #[command(flatten)]
         configuration: Configuration,
         #[command(flatten)]
         options: drain::Options,
     },
-    /// Drain between two points in time (or of the dead letters), in a group of its own; run again, it
-    /// resumes. The live group's offsets are not touched
+    /// Process the records between two points in time, or the dead letters, again, in a group of its own; run
+    /// it again to resume. The live group's offsets are not touched
     Replay {
         #[command(flatten)]
         configuration: Configuration,
         #[command(flatten)]
         options: replay::Options,
     },
-    /// Read predictions back: which model made which, and whether any is missing or doubled
+    /// Read predictions back: which model made them, and whether any are missing or doubled
     Audit {
         #[command(flatten)]
         configuration: Configuration,
         #[command(flatten)]
         options: audit::Options,
     },
-    /// Try everything `run` needs without consuming: one line a check
+    /// Try everything that `run` needs, without consuming; one line per check
     Check(Configuration),
-    /// The model and codec without Kafka: one record a line in, one prediction a line out
+    /// Predict without Kafka: one record per line in, one prediction per line out
     Predict {
         #[command(flatten)]
         configuration: Configuration,
         #[command(flatten)]
         options: predict::Options,
     },
-    /// The model alone
+    /// Fetch or show the model
     #[command(subcommand)]
     Model(ModelCommand),
-    /// The configuration alone
+    /// Show the configuration or its schema
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Measure
+    /// Measure throughput and latency
     #[command(subcommand)]
     Bench(bench::Command),
-    /// No set-up at all: an embedded broker, the bundled model, example tickets classified
+    /// Classify example tickets without any set-up: an embedded broker and the bundled model
     Demo(demo::Options),
 }
 
 #[derive(Subcommand)]
 enum ModelCommand {
-    /// Fetch the model to the cache
+    /// Fetch the model into the cache
     Pull(Configuration),
-    /// Architecture, parameters, precision, token limit, labels, digest
+    /// Show architecture, parameters, precision, token limit, labels and digest
     Show(Configuration),
 }
 
 #[derive(Subcommand)]
 enum ConfigCommand {
-    /// The effective settings, with where each came from; secrets hidden
+    /// Show the effective settings and where each came from; secrets are hidden
     Show(Configuration),
-    /// The JSON Schema of the configuration
+    /// Print the JSON Schema of the configuration
     Schema,
 }
 
 pub fn main() -> ExitCode {
-    // clap itself exits with 2 where the command line is wrong.
+    // clap itself exits with 2 if the command line is wrong.
     let result = match Cli::parse().command {
         Command::Run(configuration) => with(&configuration, run::run),
         Command::Drain { configuration, options } => {
@@ -145,7 +145,7 @@ pub fn main() -> ExitCode {
             if let Some(Misconfigured) = error.downcast_ref() {
                 return ExitCode::from(WRONG);
             }
-            if error.downcast_ref::<AlreadySaid>().is_none() {
+            if error.downcast_ref::<AlreadyReported>().is_none() {
                 output::errorln(format_args!("kandle: {error:#}"));
             }
             ExitCode::from(
@@ -164,15 +164,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The faults have been printed.
+/// The configuration has problems, which have been printed.
 #[derive(Debug, thiserror::Error)]
 #[error("the configuration is wrong")]
 struct Misconfigured;
 
-/// What failed has been printed.
+/// The command failed, and has printed why.
 #[derive(Debug, thiserror::Error)]
 #[error("failed")]
-struct AlreadySaid;
+struct AlreadyReported;
 
 fn with(
     configuration: &Configuration,
@@ -189,7 +189,7 @@ fn with(
         Ok(loaded) => command(loaded),
         Err(faults) => {
             let plural = if faults.len() == 1 { "" } else { "s" };
-            output::errorln(format_args!("kandle: {} fault{plural} in the configuration:", faults.len()));
+            output::errorln(format_args!("kandle: {} problem{plural} in the configuration:", faults.len()));
             for fault in faults {
                 output::errorln(format_args!("  {fault}"));
             }
@@ -199,10 +199,10 @@ fn with(
 }
 
 fn pretty(value: &serde_json::Value) -> String {
-    serde_json::to_string_pretty(value).expect("a JSON value has a text")
+    serde_json::to_string_pretty(value).expect("a JSON value can be written as text")
 }
 
-/// YAML that `-c` reads again, each value with its origin behind it.
+/// Prints YAML that `-c` can read, each value followed by its origin as a comment.
 fn show_config(loaded: Loaded) -> anyhow::Result<()> {
     let mut lines = Vec::new();
     yaml(&loaded.shown, "", 0, &mut lines);
@@ -212,7 +212,7 @@ fn show_config(loaded: Loaded) -> anyhow::Result<()> {
             outln!("{line}");
             continue;
         };
-        // A list has the origin of its items.
+        // A list has no origin of its own: take that of an item.
         let inside = format!("{key}.");
         let origin = loaded.origins.get(&key).or_else(|| {
             loaded.origins.iter().find(|(known, _)| known.starts_with(&inside)).map(|(_, origin)| origin)
@@ -222,7 +222,7 @@ fn show_config(loaded: Loaded) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lines, and the key of each that has a value. JSON's scalars and lists are YAML's too.
+/// Appends the lines, and the key of each line that has a value. JSON's scalars and lists are valid YAML.
 fn yaml(value: &serde_json::Value, key: &str, depth: usize, lines: &mut Vec<(String, Option<String>)>) {
     for (name, child) in value.as_object().into_iter().flatten() {
         let indent = "  ".repeat(depth);

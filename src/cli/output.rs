@@ -1,15 +1,15 @@
-//! Standard output. Whoever reads it may go away (`kandle check | head`): then the command ends, without a word.
+//! Standard output. If its reader goes away (`kandle check | head`), the command ends quietly.
 
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 
-/// As `println!`, but a closed pipe ends the process.
+/// Like `println!`, but a closed pipe ends the process.
 macro_rules! outln {
     ($($part:tt)*) => { $crate::cli::output::line(format_args!($($part)*)) };
 }
 pub(super) use outln;
 
-/// As `print!`, but a closed pipe ends the process.
+/// Like `print!`, but a closed pipe ends the process.
 macro_rules! out {
     ($($part:tt)*) => { $crate::cli::output::text(format_args!($($part)*)) };
 }
@@ -20,19 +20,19 @@ pub(super) fn line(line: Arguments<'_>) {
 }
 
 pub(super) fn text(text: Arguments<'_>) {
-    // What cannot be written for another reason, such as a full disk, shows in the exit code.
+    // Any other write error, such as a full disk, must show in the exit code.
     if let Err(error) = Output.write_fmt(text).and_then(|()| Output.flush()) {
         errorln(format_args!("kandle: standard output: {error}"));
         std::process::exit(1);
     }
 }
 
-/// As `eprintln!`, where it does not matter whether somebody reads it.
+/// Like `eprintln!`, but ignores write errors.
 pub(super) fn errorln(line: Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
-/// Standard output, for writers of their own.
+/// Standard output as a writer; a closed pipe ends the process.
 pub(super) struct Output;
 
 impl Write for Output {

@@ -21,16 +21,16 @@ use crate::window::{ClosedBy, Gatherer, Limits, Window};
 #[derive(Args)]
 #[group(id = "predict")]
 pub struct Options {
-    /// Files of records, one a line; standard input where none is given
+    /// Files of records, one per line; standard input if none is given
     inputs: Vec<PathBuf>,
-    /// Exit with 3 where a line got no prediction
+    /// Exit with 3 if a line got no prediction
     #[arg(long)]
     strict: bool,
 }
 
-/// Lines got no prediction, and `--strict`.
+/// Lines got no prediction, and `--strict` is set.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} lines got no prediction, and --strict")]
+#[error("{0} lines got no prediction (--strict)")]
 pub struct FailedLines(u64);
 
 pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
@@ -43,7 +43,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         max_records: settings.window.max_records,
         max_bytes: settings.window.max_bytes.0 as usize,
         max_memory: settings.window_memory(),
-        // Lines are there or not: nothing is waited for.
+        // Lines are read as fast as possible, so no limit of time applies.
         ..Limits::NONE
     });
     let (partition, lease) = (Partition::new("line", 0), Lease::new(0));
@@ -80,7 +80,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     }
 }
 
-/// One line a record: its prediction, or `{"error":…,"message":…}`. Returns how many of the latter there are.
+/// Writes one line per record: its prediction, or `{"error":…,"message":…}`. Returns the number of error lines.
 fn answer(compute: &dyn Compute, window: Window, out: &mut impl Write) -> anyhow::Result<u64> {
     let mut failed = 0;
     let encoded = compute.answer(window)?;

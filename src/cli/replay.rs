@@ -1,4 +1,4 @@
-//! `replay`: a drain between two points in time, in a group of its own; or of the dead letters.
+//! `replay`: drains the records between two points in time, or the dead letters, in a group of its own.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -28,21 +28,21 @@ use crate::window::{ClosedBy, Gatherer, Limits};
 
 #[derive(Args)]
 pub struct Options {
-    /// The first record: an RFC 3339 time, or offset:N in every partition
+    /// Start of the replay: an RFC 3339 time, or offset:N in every partition
     #[arg(long, value_name = "T", required_unless_present = "dead_letters")]
     from: Option<Point>,
-    /// Where it ends, itself not a part
+    /// End of the replay, exclusive: an RFC 3339 time, or offset:N in every partition
     #[arg(long, value_name = "T", required_unless_present = "dead_letters")]
     to: Option<Point>,
-    /// The dead letters back through the pipeline, each judged again at its original position
+    /// Reprocess the dead letters, each as the record at its original position
     #[arg(long)]
     dead_letters: bool,
-    /// Names the replay: its group is the input's group, -replay- and this. Where none is given, a digest of
-    /// what is replayed into what
+    /// Name of the replay, whose group is the input's group, -replay- and this name. Default: a digest of
+    /// input, range, model and output topic
     #[arg(long, value_name = "NAME")]
     id: Option<String>,
-    /// Say how many records there are, how long they would take and what that would cost, from a sample run
-    /// through the model; publish and commit nothing
+    /// Estimate the number of records, the duration and the cost, from a sample that goes through the model;
+    /// publish and commit nothing
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -60,11 +60,11 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     }
     let id = options.id.clone().unwrap_or_else(|| name(&settings, options));
     settings.input.group = format!("{}-replay-{id}", settings.input.group);
-    // The live one's is its own.
+    // With the live job's transactional.id, the replay would fence it.
     if let Some(transactional_id) = &mut settings.delivery.transactional_id {
         *transactional_id = format!("{transactional_id}-replay-{id}");
     }
-    // A static member's name is the live one's.
+    // The live job's static member name is not for the replay.
     settings.input.properties.remove("group.instance.id");
     settings.kafka.properties.remove("group.instance.id");
 
@@ -78,21 +78,20 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         partitions = ranges.len(),
         records,
         output = settings.output.topic,
-        "replay"
+        "starting the replay"
     );
     if options.dry_run {
         match Cluster::connect(&settings)?.topics() {
             Ok(topics) => drain::warn_of_retention(&settings, &topics, Some(&ranges)),
-            Err(troubles) => troubles.iter().for_each(|trouble| tracing::warn!(%trouble, "the topics")),
+            Err(troubles) => troubles.iter().for_each(|trouble| tracing::warn!(%trouble, "topic unusable")),
         }
         return dry_run(&settings, &consumer, &ranges, reprocess.as_ref());
     }
     refuse_another_range(&settings, &ranges, &id)?;
-    drain::carry_out(&settings, Drain::between(ranges), reprocess, &settings_digest, &options.drain)
+    drain::drain_and_report(&settings, Drain::between(ranges), reprocess, &settings_digest, &options.drain)
 }
 
-/// The same replay has the same name, so that it resumes: what, from where to where, by which model, into
-/// which topics.
+/// A digest of input, range, model and output topic. The same replay gets the same name, so that it resumes.
 fn name(settings: &Settings, options: &Options) -> String {
     let point = |point: Option<Point>| point.map(|point| point.to_string());
     let what = serde_json::json!([
@@ -107,39 +106,41 @@ fn name(settings: &Settings, options: &Options) -> String {
     hex(&Sha256::digest(what.to_string()))[..8].to_owned()
 }
 
-/// A group that stands outside of the range has been through another one: it would do nothing here, or
-/// leave out a part.
+/// Refuses a group whose committed offsets are outside of the range. It belongs to a replay of another range, and would
+/// skip a part of this one, or all.
 fn refuse_another_range(
     settings: &Settings,
     ranges: &BTreeMap<Partition, Range>,
     id: &str,
 ) -> anyhow::Result<()> {
-    for (partition, offset) in source::standing(settings, ranges.keys())? {
+    for (partition, offset) in source::committed_offsets(settings, ranges.keys())? {
         if let Some(Range { from, to, low, .. }) = ranges.get(&partition)
-            // What retention has deleted meanwhile is no other range.
+            // It is the same range if retention has only deleted its start meanwhile.
             && (offset > *to || (offset < *from && from > low))
         {
             bail!(
-                "--id {id} has been used for another range: it stands at {partition}/{offset}, and this one \
-                 goes from {from} to {to}; give it another name"
+                "--id {id} has been used for another range: its group is at {partition}/{offset}, and this range \
+                 goes from {from} to {to}; use another --id"
             );
         }
     }
     Ok(())
 }
 
-/// Records of a sample, in all and of one place at least.
+/// Records of a sample.
 const SAMPLE: usize = 2000;
-const AT_LEAST: usize = 16;
-/// Places of a partition at which records are taken.
+/// Minimum number of records from each place.
+const MIN_PER_PLACE: usize = 16;
+/// Number of places in a partition from which records are taken.
 const PLACES: i64 = 4;
-/// How long a place may take to be read.
-const READ: Duration = Duration::from_secs(10);
+/// Timeout for reading the records of one place.
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a replay would be.
+/// Estimate for a replay.
 #[derive(Debug, Serialize)]
 struct Estimate {
-    /// Offsets of all partitions: fewer records, where some were compacted away or are transactions' marks.
+    /// Offsets in the ranges of all partitions. There are fewer records if some were compacted away or are control
+    /// records of transactions.
     records: i64,
     sampled: usize,
     sample_dead_letters: u64,
@@ -162,7 +163,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
     let compute = task::load(settings, &shared.metrics)?;
     let mut gatherer = Gatherer::new(Limits::NONE);
     let wanted = ranges.values().filter(|range| range.from < range.to).count().max(1);
-    let each = (SAMPLE / wanted / PLACES as usize).max(AT_LEAST);
+    let each = (SAMPLE / wanted / PLACES as usize).max(MIN_PER_PLACE);
     for (partition, range) in ranges {
         let length = range.to - range.from;
         let mut next = range.from;
@@ -175,7 +176,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
         }
     }
     let Some(window) = gatherer.close(ClosedBy::End) else {
-        bail!("no record could be read: there is nothing to reckon with");
+        bail!("no record could be read from the range: there is nothing to estimate from");
     };
     let sampled = window.records.len();
     let started = Instant::now();
@@ -200,7 +201,7 @@ fn dry_run<C: rdkafka::consumer::ConsumerContext>(
     Ok(())
 }
 
-/// Gathers up to `count` records from an offset on; returns the offset after the last one.
+/// Gathers up to `count` records from offset `from` on; returns the offset after the last one.
 fn sample<C: rdkafka::consumer::ConsumerContext>(
     consumer: &rdkafka::consumer::BaseConsumer<C>,
     partition: &Partition,
@@ -211,9 +212,9 @@ fn sample<C: rdkafka::consumer::ConsumerContext>(
     gatherer: &mut Gatherer,
 ) -> anyhow::Result<i64> {
     let lease = Lease::new(0);
-    let deadline = Instant::now() + READ;
+    let deadline = Instant::now() + SAMPLE_TIMEOUT;
     let (mut next, mut taken) = (from, 0);
-    let read = range::read(consumer, partition, from, READ, |message| {
+    let read = range::read(consumer, partition, from, SAMPLE_TIMEOUT, |message| {
         if message.offset() >= to {
             return ControlFlow::Break(());
         }
@@ -227,7 +228,7 @@ fn sample<C: rdkafka::consumer::ConsumerContext>(
                 value: message.payload(),
                 ..Arrival::default()
             };
-            // It has no limit.
+            // The gatherer has no limits, so this returns no window.
             gatherer.push(partition, &lease, arrival, Instant::now());
         }
         match taken < count && next < to && Instant::now() < deadline {

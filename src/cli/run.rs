@@ -1,4 +1,4 @@
-//! `run`: the pipeline; and the admin server and the signals, for all that run one.
+//! `run`: runs the pipeline. Also the admin server and signal handling, for all commands that run a pipeline.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,7 +25,7 @@ pub fn run(loaded: Loaded) -> anyhow::Result<()> {
     serve(&settings, &shared, || consume(&settings, &shared))
 }
 
-/// Does `work` with the admin server up and signals heeded.
+/// Runs `work` with the admin server up and signals handled.
 pub(super) fn serve(
     settings: &Settings,
     shared: &Shared,
@@ -44,13 +44,12 @@ pub(super) fn serve(
     if let Some(traces) = &shared.traces {
         traces.end();
     }
-    // The server's connections are not waited for.
+    // Do not wait for the server's open connections.
     runtime.shutdown_background();
     result
 }
 
-/// Without a schedule, or with one under which the member stays in the group, the pipeline once; else
-/// once a period.
+/// Runs the pipeline once; with `schedule.outside: leave`, once per period.
 fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
     let mut loaded = None;
     loop {
@@ -82,8 +81,8 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
     }
 }
 
-/// Under `model.on_change: refuse`, a group whose live members have another model is not joined. What the
-/// group has committed is compared once we are in it.
+/// With `model.on_change: refuse`, refuses to join a group whose live members have another model. The model of the
+/// group's last commit is compared after joining.
 pub(super) fn refuse_other_models(settings: &Settings, about: &About) -> anyhow::Result<()> {
     if settings.model.on_change != OnChange::Refuse {
         return Ok(());
@@ -91,14 +90,14 @@ pub(super) fn refuse_other_models(settings: &Settings, about: &About) -> anyhow:
     let group = &settings.input.group;
     let members = Cluster::connect(settings)?
         .members(group)
-        .with_context(|| format!("the members of {group} cannot be seen, and model.on_change is refuse"))?;
+        .with_context(|| format!("cannot list the members of group {group} (model.on_change: refuse)"))?;
     for member in members {
         if let Some((_, digest)) = Role::of(&member.client_id)
             && digest != about.digest.short()
         {
             bail!(
-                "group {group} has a live member at {} with digest {digest}, and this is {} (digest {}): \
-                 model.on_change is refuse; stop that one first, or use another group",
+                "group {group} has a live member at {} with model digest {digest}, but this is {} (digest {}), \
+                 and model.on_change is refuse; stop that member first, or use another group",
                 member.host,
                 about.model,
                 about.digest.short(),
@@ -108,10 +107,10 @@ pub(super) fn refuse_other_models(settings: &Settings, about: &About) -> anyhow:
     Ok(())
 }
 
-/// How long before a period a model is loaded that was unloaded.
+/// How long before the next period an unloaded model is loaded again.
 const LOAD_AHEAD: Duration = Duration::from_secs(60);
 
-/// Waits until `ahead` of the next period, or not at all inside of one; false when asked to stop.
+/// Waits until `ahead` before the next period; inside of a period, returns at once. False if asked to stop.
 fn await_period(shared: &Shared, ahead: Duration) -> bool {
     let mut said = false;
     while !shared.stop.load(Ordering::Relaxed) {
@@ -119,13 +118,13 @@ fn await_period(shared: &Shared, ahead: Duration) -> bool {
         match shared.schedule.at(now) {
             Phase::Closed { until } if until.duration_since(now).as_secs_f64() > ahead.as_secs_f64() => {
                 if !said {
-                    tracing::info!(%until, "outside of the schedule, out of the group");
+                    tracing::info!(%until, "outside of all schedule periods, not in the group");
                     shared.metrics.schedule_open.set(0.0);
                     shared.metrics.deadline.set(f64::INFINITY);
                     shared
                         .health
                         .set_source(serde_json::json!({ "outside_schedule_until": until.to_string() }));
-                    // Standing by is what it is to do now.
+                    // Waiting is what the process should do now, so it is ready.
                     shared.health.set_ready();
                     said = true;
                 }
@@ -142,17 +141,17 @@ fn await_period(shared: &Shared, ahead: Duration) -> bool {
     false
 }
 
-/// Between two looks at the clock.
+/// Interval between two looks at the clock.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The first SIGTERM or SIGINT asks for the end, the second takes it.
+/// The first SIGTERM or SIGINT stops gracefully, the second exits at once.
 async fn signals(shared: Shared) {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut terminate, mut interrupt) =
         match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
             (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
             (Err(error), _) | (_, Err(error)) => {
-                tracing::error!(%error, "signals cannot be received: SIGTERM ends at once");
+                tracing::error!(%error, "cannot handle signals; SIGTERM will end the process at once");
                 return;
             }
         };
@@ -162,9 +161,15 @@ async fn signals(shared: Shared) {
             _ = interrupt.recv() => "SIGINT",
         };
         if shared.stop.swap(true, Ordering::Relaxed) {
-            tracing::warn!("{name} again: ending at once; what was not committed will be predicted again");
+            tracing::warn!(
+                signal = name,
+                "second signal: exiting at once; uncommitted records will be predicted again"
+            );
             std::process::exit(1);
         }
-        tracing::info!("{name}: finishing what is in flight; once more to end at once");
+        tracing::info!(
+            signal = name,
+            "stopping: finishing the windows in flight; a second signal exits at once"
+        );
     }
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
-use super::{About, Compute, ComputeError, Pace, Stage, Wires};
-use crate::codec::{Decoder, Input};
+use super::{About, Compute, ComputeError, Pace, Stage, StageContext};
+use crate::codec::{Decoder, Input, write};
 use crate::engine::{Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError};
 use crate::failpoint;
 use crate::flow::{Encoded, Outcome, Queued, Report};
@@ -19,12 +19,12 @@ use crate::telemetry::health;
 use crate::telemetry::{Health, Metrics};
 use crate::window::Window;
 
-/// Records of a window that one core takes at a time: to decode, to make items of, to write.
-const DECODED: usize = 128;
-const PREPARED: usize = 16;
-const WRITTEN: usize = 128;
+/// Records of a window that one core takes at a time, when decoding, preparing and encoding.
+const DECODE_CHUNK: usize = 128;
+const PREPARE_CHUNK: usize = 16;
+const ENCODE_CHUNK: usize = 128;
 
-/// How long the group may take to be told of suspects before the process ends without.
+/// How long to wait until the suspects are committed to the group; after that the process exits anyway.
 const REMEMBER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A task and the engine that answers its items.
@@ -33,17 +33,17 @@ where
     M: Model<Item = T::Item, Value = T::Value>,
 {
     pub about: About,
-    pub decoder: Box<dyn Decoder>,
+    pub decoder: Decoder,
     pub task: T,
     pub engine: Engine<M>,
     pub pace: Pace,
     pub metrics: Arc<Metrics>,
 }
 
-/// What is known of one record so far.
+/// One record between `prepare` and `predict`.
 #[derive(Debug)]
 enum State<K> {
-    /// A null value: passed on as one.
+    /// A null value, published as a null value.
     Tombstone,
     Pending(Pending<K>),
     /// A dead letter.
@@ -53,24 +53,24 @@ enum State<K> {
 /// A record on its way to a prediction.
 #[derive(Debug)]
 struct Pending<K> {
-    /// What the task wants to know of it again.
+    /// What [`Task::predict`] needs of the record beside the answers.
     kept: K,
-    /// What `output.include` copies.
+    /// Members for `output.include`, as JSON: `,"name":value`….
     include: String,
-    /// Its items, by their places in the window.
+    /// Indexes of its items in the window.
     items: Range<usize>,
 }
 
-/// A window with its items taken out.
+/// A window whose items are with the engine.
 #[derive(Debug)]
 pub struct Prepared<K> {
     window: Window,
-    /// One a record.
+    /// One per record.
     states: Vec<State<K>>,
 }
 
 impl<K> Prepared<K> {
-    /// The records that these items are of.
+    /// Indexes of the records that asked for any of these items.
     fn records_of(&self, items: &[u32]) -> impl Iterator<Item = usize> {
         let items: HashSet<usize> = items.iter().map(|&item| item as usize).collect();
         let asks = move |state: &State<K>| match state {
@@ -81,31 +81,31 @@ impl<K> Prepared<K> {
     }
 }
 
-/// Records in a row, and their items.
+/// Consecutive records and their items.
 type Part<T> = (Vec<State<<T as Task>::Kept>>, Vec<<T as Task>::Item>);
 type RequestOf<T> = Request<Prepared<<T as Task>::Kept>, <T as Task>::Item, <T as Task>::Value>;
 type ResponseOf<T> = Response<Prepared<<T as Task>::Kept>, <T as Task>::Value>;
 
 impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
-    /// Observes a stage's time and returns the present, where the next begins.
+    /// Observes the time of a stage. Returns now, when the next stage starts.
     fn observe(&self, stage: &str, started: Instant) -> Instant {
         let now = Instant::now();
         self.metrics.stage.with_label_values(&[stage]).observe((now - started).as_secs_f64());
         now
     }
 
-    /// Records to items, and a plan for them.
+    /// Decodes the records, makes their items and plans the batches.
     pub fn prepare(&self, window: Window) -> RequestOf<T> {
         let started = Instant::now();
         let inputs: Vec<Option<Result<Input<'_>, RecordError>>> = window
             .records
             .par_iter()
-            .with_min_len(DECODED)
+            .with_min_len(DECODE_CHUNK)
             .map(|record| window.value(record).map(|value| self.decoder.decode(value)))
             .collect();
         let decoded = self.observe("decode", started);
         let parts: Vec<Part<T>> =
-            inputs.into_par_iter().chunks(PREPARED).map(|inputs| self.prepare_part(inputs)).collect();
+            inputs.into_par_iter().chunks(PREPARE_CHUNK).map(|inputs| self.prepare_part(inputs)).collect();
         let (mut states, mut items) = (Vec::with_capacity(window.records.len()), Vec::new());
         for (part, of_part) in parts {
             let before = items.len();
@@ -155,7 +155,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         (states, items)
     }
 
-    /// Answers to predictions, as bytes.
+    /// Turns answers into predictions, as bytes.
     pub fn predict(&self, response: ResponseOf<T>) -> Encoded {
         let started = Instant::now();
         let Response { window: Prepared { window, mut states }, answers, failed, busy, .. } = response;
@@ -165,7 +165,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         }
         let parts: Vec<(Vec<Outcome>, Vec<u8>)> = states
             .into_par_iter()
-            .chunks(WRITTEN)
+            .chunks(ENCODE_CHUNK)
             .enumerate()
             .map(|(part, states)| self.predict_part(part as u32, states, &answers))
             .collect();
@@ -190,7 +190,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             let start = memory.len();
             match self.task.predict(&kept, answers.rows(items), &mut memory) {
                 Ok(()) => {
-                    include_into(&include, &mut memory);
+                    write::include(&include, &mut memory);
                     Outcome::Prediction { part, bytes: start as u32..memory.len() as u32 }
                 }
                 Err(error) => {
@@ -280,8 +280,8 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
         self.engine.lanes()
     }
 
-    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage<ComputeError>> {
-        let Wires { windows, encoded, reports, health, end } = wires;
+    fn stages(self: Arc<Self>, wires: StageContext) -> Vec<Stage<ComputeError>> {
+        let StageContext { windows, encoded, reports, health, end } = wires;
         let (to_infer, requests) = bounded(1);
         let (to_predict, responses) = bounded(1);
         let [preparer, inferrer, predictor] = [Arc::clone(&self), Arc::clone(&self), self];
@@ -316,7 +316,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
     }
 }
 
-/// A record fails with the first of its items that does.
+/// Fails each record that has a failed item, with the message of the first one.
 fn fail<K>(states: &mut [State<K>], mut failed: Vec<(u32, String)>) {
     failed.sort_by_key(|(item, _)| *item);
     for state in states {
@@ -330,16 +330,7 @@ fn fail<K>(states: &mut [State<K>], mut failed: Vec<(u32, String)>) {
     }
 }
 
-/// Adds members (`,"name":value`…) to the JSON object that stands last.
-fn include_into(include: &str, out: &mut Vec<u8>) {
-    if !include.is_empty() {
-        out.pop();
-        out.extend_from_slice(include.as_bytes());
-        out.push(b'}');
-    }
-}
-
-/// Has the group remember records on which inference timed out, for the next start.
+/// Has the source store the records on which inference timed out in the group's commit metadata, for the next start.
 fn remember(positions: Vec<Position>, reports: &Sender<Report>) {
     let names: Vec<String> = positions.iter().map(Position::to_string).collect();
     tracing::error!(
@@ -348,7 +339,7 @@ fn remember(positions: Vec<Position>, reports: &Sender<Report>) {
     );
     let (kept, told) = bounded(1);
     if reports.send(Report::Suspects { positions, kept }).is_ok() {
-        // Where it closes without a word, it was tried in vain, and the log says so.
+        // A channel that closes without a message means that the commit failed, which the source logs.
         let _ = told.recv_timeout(REMEMBER_TIMEOUT);
     }
 }

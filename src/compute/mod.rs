@@ -1,5 +1,5 @@
-//! The door to everything that computes. Source, sink and commands see a [`Compute`]: windows of records go in, encoded
-//! windows come out. What models, items and answers are is known behind it alone.
+//! The interface to everything that computes. Source, sink and commands only see a [`Compute`]: windows of records go
+//! in, encoded windows come out. Models, items and answers stay behind it.
 //!
 //! ```text
 //! window ─▶ prepare ─▶ infer ─▶ predict ─▶ encoded window
@@ -27,7 +27,7 @@ use crate::settings::TaskKind;
 use crate::telemetry::Health;
 use crate::window::Window;
 
-/// What computes, in words.
+/// Describes the task, its model and its device.
 #[derive(Debug, Clone)]
 pub struct About {
     pub kind: TaskKind,
@@ -37,24 +37,24 @@ pub struct About {
     /// `cpu`, `cuda:0` or `metal`; `none` without a model.
     pub device: String,
     pub dtype: String,
-    /// Bytes that the weights take of the host's memory.
+    /// Bytes of host memory that the weights take.
     pub host_memory: u64,
 }
 
-/// What the stages are wired to.
-pub struct Wires {
+/// Channels and shared state that the stages are connected to.
+pub struct StageContext {
     pub windows: Receiver<Queued<Window>>,
     pub encoded: Sender<Queued<Encoded>>,
     pub reports: Sender<Report>,
     pub health: Arc<Health>,
-    /// Ends the pipeline in good order, and the process with a failure, which this says.
+    /// Shuts the pipeline down gracefully and makes the process exit with this error message.
     pub end: Box<dyn Fn(&str) + Send + Sync>,
 }
 
-/// A thread of the pipeline, and what ends it early.
+/// A thread of the pipeline; `E` is the error that ends it early.
 pub struct Stage<E> {
     pub name: &'static str,
-    /// Works until the channel before it is closed and empty, or nobody takes what it makes.
+    /// Runs until its input channel is closed and empty, or the receiver of its output is gone.
     pub work: Box<dyn FnOnce() -> Result<(), E> + Send>,
 }
 
@@ -65,24 +65,24 @@ pub type ComputeError = EngineError<()>;
 pub trait Compute: Send + Sync {
     fn about(&self) -> &About;
 
-    /// Bytes that a record takes, about, until it is published, beside its own: items, answers, the prediction.
+    /// Approximate bytes that a record takes until it is published, beside its own: items, answers, the prediction.
     fn footprint(&self, value: &[u8]) -> usize;
 
-    /// Seconds that the device will need for a record with a value of so many bytes, as far as is known.
+    /// Estimated device seconds for a record with a value of `value_bytes`.
     fn work(&self, value_bytes: usize) -> f64;
 
-    /// Records that keep the device busy, each by itself.
+    /// Number of records that keep the device busy when each is a batch of its own.
     fn lanes(&self) -> usize;
 
     /// The stages between `windows` and `encoded`. Windows leave in the order they came.
-    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage<ComputeError>>;
+    fn stages(self: Arc<Self>, wires: StageContext) -> Vec<Stage<ComputeError>>;
 
-    /// One window by itself, through the same steps.
+    /// Computes one window by itself, through the same steps.
     ///
     /// # Errors
     /// Nothing more can be computed.
     fn answer(&self, window: Window) -> Result<Encoded, ComputeError>;
 
-    /// The budgets of a batch, measured; `None` without a model.
+    /// Measures batch budgets; `None` without a model.
     fn calibrate(&self) -> Option<Result<Calibration, RunError>>;
 }

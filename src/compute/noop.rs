@@ -1,11 +1,11 @@
-//! `noop`: every record that can be read is its own prediction.
+//! `noop`: every record that can be decoded is its own prediction.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::{About, Compute, ComputeError, Stage, Wires};
+use super::{About, Compute, ComputeError, Stage, StageContext};
 use crate::codec::Decoder;
 use crate::engine::{Calibration, RunError};
 use crate::failpoint;
@@ -19,7 +19,7 @@ const CHUNK: usize = 128;
 
 pub struct Noop {
     pub about: About,
-    pub decoder: Box<dyn Decoder>,
+    pub decoder: Decoder,
     pub metrics: Arc<Metrics>,
 }
 
@@ -54,7 +54,7 @@ impl Compute for Noop {
         1
     }
 
-    fn stages(self: Arc<Self>, wires: Wires) -> Vec<Stage<ComputeError>> {
+    fn stages(self: Arc<Self>, wires: StageContext) -> Vec<Stage<ComputeError>> {
         let work = move || {
             for window in wires.windows {
                 wires.health.busy(health::Stage::Encode);

@@ -1,29 +1,29 @@
-//! How long records will take the model, reckoned from the bytes of their values by how long those before took.
+//! Estimates how long the device needs for a record, from the bytes of its value and the speed of recent windows.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::window::Window;
 
-/// What a record costs beside its bytes: special tokens, in bytes of text.
-const RECORD: usize = 16;
-/// Bytes of text that make a token, about: for the first guess alone.
+/// Fixed cost of a record (its special tokens), as bytes of text.
+const RECORD_OVERHEAD: usize = 16;
+/// Approximate bytes of text per token, for the first estimate only.
 const BYTES_PER_TOKEN: f64 = 4.0;
-/// How much the newest window counts.
+/// Weight of the newest window in the moving average.
 const NEWEST: f64 = 0.3;
-/// Windows of fewer bytes tell little.
-const ENOUGH: usize = 1024;
+/// Windows of fewer bytes are ignored: their time says little.
+const MIN_BYTES: usize = 1024;
 
-/// Seconds of the device for each byte. Shared by the stages: one writes, the source reads.
+/// Device seconds per byte, as the bits of an f64. The encode stage writes it, the source reads it.
 #[derive(Debug)]
 pub struct Pace(AtomicU64);
 
 fn units(value_bytes: usize) -> usize {
-    value_bytes + RECORD
+    value_bytes + RECORD_OVERHEAD
 }
 
 impl Pace {
-    /// A first guess, from how long a token took.
+    /// Starts with an estimate from the measured time per token.
     pub fn new(seconds_per_token: f64) -> Self {
         Self(AtomicU64::new((seconds_per_token / BYTES_PER_TOKEN).to_bits()))
     }
@@ -32,12 +32,12 @@ impl Pace {
         f64::from_bits(self.0.load(Ordering::Relaxed))
     }
 
-    /// Seconds that the device will need for a record, on all of its lanes.
+    /// Estimated device seconds for a record, all lanes sharing the work.
     pub fn of_record(&self, value_bytes: usize) -> f64 {
         self.now() * units(value_bytes) as f64
     }
 
-    /// A window took so long.
+    /// Updates the estimate with the device time that a window took.
     pub fn observe(&self, window: &Window, took: Duration) {
         let values = window.records.iter().filter_map(|record| window.value(record));
         let units: usize = values.map(|value| units(value.len())).sum();
@@ -45,7 +45,7 @@ impl Pace {
     }
 
     fn observe_units(&self, units: usize, took: Duration) {
-        if units >= ENOUGH {
+        if units >= MIN_BYTES {
             let now = self.now() + NEWEST * (took.as_secs_f64() / units as f64 - self.now());
             self.0.store(now.to_bits(), Ordering::Relaxed);
         }

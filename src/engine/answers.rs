@@ -1,15 +1,15 @@
-//! The answers of a window, by item.
+//! The answers to the items of one window.
 
 use std::ops::Range;
 
 use crate::ragged::Ragged;
 
-/// One answer per item of a window, as the batches brought them. An item that failed, or is not answered yet, has an
-/// empty one.
+/// One answer per item of a window, stored batch by batch as the batches finish. An item that failed or is not answered
+/// yet has an empty answer.
 #[derive(Debug, Clone)]
 pub struct Answers<V> {
     parts: Vec<Ragged<V>>,
-    /// By item: the part, and the row in it.
+    /// Where each item's answer is: index into `parts`, and row in that part.
     at: Vec<Option<(u32, u32)>>,
 }
 
@@ -18,7 +18,7 @@ impl<V: Copy> Answers<V> {
         Self { parts: Vec::new(), at: vec![None; items] }
     }
 
-    /// Answers to these items.
+    /// Adds the answers of a batch, one row per item.
     pub(super) fn add(&mut self, items: impl Iterator<Item = u32>, answers: Ragged<V>) {
         let part = self.parts.len() as u32;
         for (row, item) in (0..).zip(items) {
@@ -27,12 +27,12 @@ impl<V: Copy> Answers<V> {
         self.parts.push(answers);
     }
 
-    /// An item has the answer of another one.
+    /// Gives `item` the answer of `from`.
     pub(super) fn copy(&mut self, item: u32, from: u32) {
         self.at[item as usize] = self.at[from as usize];
     }
 
-    /// Items.
+    /// Number of items.
     pub fn len(&self) -> usize {
         self.at.len()
     }
@@ -41,8 +41,10 @@ impl<V: Copy> Answers<V> {
         self.at.is_empty()
     }
 
+    /// The answer to one item; empty if it has none.
+    ///
     /// # Panics
-    /// Where the window has no such item.
+    /// If the window has no such item.
     pub fn row(&self, item: usize) -> &[V] {
         self.at[item].map_or(&[], |(part, row)| self.parts[part as usize].row(row as usize))
     }
@@ -50,7 +52,7 @@ impl<V: Copy> Answers<V> {
     /// The answers to the items of one record.
     ///
     /// # Panics
-    /// Where the window has no such items.
+    /// Reading the rows panics if the window has no such items.
     pub fn rows(&self, items: Range<usize>) -> Rows<'_, V> {
         Rows { answers: self, items }
     }
@@ -88,7 +90,7 @@ impl<'a, V: Copy> Rows<'a, V> {
     /// The answer of a record that asked for one item.
     ///
     /// # Panics
-    /// Where it asked for none.
+    /// If it asked for none.
     pub fn only(&self) -> &'a [V] {
         self.answers.row(self.items.start)
     }

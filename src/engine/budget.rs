@@ -1,38 +1,38 @@
-//! The token budget of one forward: halved when the device is out of memory, grown back slowly.
+//! The token budget of one forward pass: halved when the device is out of memory, grown back slowly.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Forwards without a fault after which the budget grows by an eighth.
+/// Forward passes without running out of memory after which the budget grows by an eighth.
 const GROW_AFTER: usize = 64;
 
 #[derive(Debug)]
 pub struct Budget {
-    most: usize,
+    max: usize,
     now: AtomicUsize,
-    good: AtomicUsize,
+    fits: AtomicUsize,
 }
 
 impl Budget {
-    pub fn new(most: usize) -> Self {
-        Self { most, now: AtomicUsize::new(most), good: AtomicUsize::new(0) }
+    pub fn new(max: usize) -> Self {
+        Self { max, now: AtomicUsize::new(max), fits: AtomicUsize::new(0) }
     }
 
     pub fn tokens(&self) -> usize {
         self.now.load(Ordering::Relaxed)
     }
 
-    /// A forward of `tokens` did not fit.
+    /// A forward pass of `tokens` ran out of memory: lowers the budget to half of that.
     pub fn shrink(&self, tokens: usize) {
-        self.good.store(0, Ordering::Relaxed);
+        self.fits.store(0, Ordering::Relaxed);
         self.now.fetch_min((tokens / 2).max(1), Ordering::Relaxed);
     }
 
-    /// A forward fitted.
+    /// A forward pass fitted: after enough of them the budget grows again, up to its initial value.
     pub fn fitted(&self) {
         let now = self.tokens();
-        if now < self.most && self.good.fetch_add(1, Ordering::Relaxed) + 1 >= GROW_AFTER {
-            self.good.store(0, Ordering::Relaxed);
-            self.now.store((now + now.div_ceil(8)).min(self.most), Ordering::Relaxed);
+        if now < self.max && self.fits.fetch_add(1, Ordering::Relaxed) + 1 >= GROW_AFTER {
+            self.fits.store(0, Ordering::Relaxed);
+            self.now.store((now + now.div_ceil(8)).min(self.max), Ordering::Relaxed);
         }
     }
 }

@@ -1,6 +1,5 @@
-//! The budget of a batch that suits a device: found once by `kandle bench calibrate`, kept in a file by
-//! model and device, and used on every start after. An answer does not depend on its batch, so no
-//! prediction does.
+//! Finds the batch budget that suits a device. `kandle bench calibrate` measures it once and stores it in a file, by
+//! model and device; every later start uses it. Predictions do not change: an answer does not depend on its batch.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,25 +7,28 @@ use std::time::Instant;
 
 use super::model::{Model, RunError};
 
-/// A budget counts as better from this gain on.
+/// A larger budget is chosen only if it is faster than the smaller ones by this factor.
 const GAIN: f64 = 1.02;
-/// Of each item: as many tokens as short texts have.
+/// Cost of each measured item, in tokens: that of a short text.
 const COST: u32 = 32;
 const ROUNDS: usize = 5;
 
-/// Cost of a batch, and cost a second with it on one lane.
+/// Budget of a batch, and the cost per second that one lane computes with it.
 pub type Rate = (usize, f64);
 
-/// What was measured.
+/// Result of a calibration.
 #[derive(Debug, Clone)]
 pub struct Calibration {
     pub rates: Vec<Rate>,
-    /// The budget to choose; `None` where no batch fits.
+    /// The budget to use; `None` if nothing was measured.
     pub chosen: Option<usize>,
 }
 
-/// Tries budgets from `least`, doubling, up to `most`, in turns, each over `most`; ends early
-/// where the device is out of memory. The median of the turns counts.
+/// Measures budgets from `least` to `most`, doubling. In each round every budget computes a cost of `most` in total;
+/// the median round counts. A budget that runs out of memory is left out, and so are all larger ones.
+///
+/// # Errors
+/// The model fails, or not even `least` fits the device's memory.
 pub fn measure<M: Model>(model: &M, least: usize, most: usize) -> Result<Vec<Rate>, RunError> {
     let item = model.sample(COST);
     let mut budgets: Vec<usize> =
@@ -59,19 +61,19 @@ pub fn measure<M: Model>(model: &M, least: usize, most: usize) -> Result<Vec<Rat
     Ok(budgets.into_iter().zip(seconds).map(rate).collect())
 }
 
-/// The largest budget that still gains: the least within [`GAIN`] of the best.
+/// The smallest budget whose rate is within [`GAIN`] of the best rate.
 pub fn choose(rates: &[Rate]) -> Option<usize> {
     let best = rates.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
     rates.iter().find(|(_, rate)| rate * GAIN >= best).map(|(budget, _)| *budget)
 }
 
-/// What was found on this machine, by model digest and device.
+/// The calibrated budgets of this machine, by model digest and device.
 pub struct Calibrations {
     path: PathBuf,
 }
 
 impl Calibrations {
-    /// In `$XDG_CACHE_HOME/kandle` or `~/.cache/kandle`; `None` where neither is set.
+    /// The file in `$XDG_CACHE_HOME/kandle` or `~/.cache/kandle`; `None` if neither directory is known.
     pub fn here() -> Option<Self> {
         let cache = std::env::var_os("XDG_CACHE_HOME")
             .map(PathBuf::from)
@@ -89,7 +91,7 @@ impl Calibrations {
     }
 
     fn all(&self) -> BTreeMap<String, usize> {
-        // A file that cannot be read holds nothing: the default serves.
+        // An unreadable file counts as empty: the default budget is used.
         std::fs::read(&self.path)
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
@@ -106,7 +108,7 @@ impl Calibrations {
         if let Some(directory) = self.path.parent() {
             std::fs::create_dir_all(directory)?;
         }
-        // Whole or not at all, whoever reads meanwhile.
+        // The rename is atomic: concurrent readers never see a partial file.
         let new = self.path.with_extension(format!("{}.new", std::process::id()));
         std::fs::write(&new, serde_json::to_vec_pretty(&all)?)?;
         std::fs::rename(&new, &self.path)
@@ -120,14 +122,14 @@ mod tests {
     use crate::ragged::Ragged;
 
     #[test]
-    fn the_smallest_that_is_nearly_the_best_is_chosen() {
+    fn the_smallest_budget_close_to_the_best_is_chosen() {
         assert_eq!(choose(&[(64, 50.0), (128, 90.0), (256, 99.0), (512, 100.0), (1024, 97.0)]), Some(256));
         assert_eq!(choose(&[(64, 50.0), (128, 90.0)]), Some(128));
         assert_eq!(choose(&[]), None);
     }
 
     #[test]
-    fn what_was_found_is_kept_by_model_and_device() {
+    fn budgets_are_stored_by_model_and_device() {
         let directory = tempfile::tempdir().unwrap();
         let calibrations = Calibrations::at(directory.path().join("a/b.json"));
         assert_eq!(calibrations.get("abc", "cpu"), None);

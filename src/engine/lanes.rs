@@ -1,8 +1,8 @@
-//! Lanes: the threads that run batches, one at a time each. A CPU has one a core; a GPU has two, whose batches run one
-//! after the other, so that while the host waits for one the next is queued. Lanes share a queue of batches.
+//! Lanes: threads that each run one batch at a time. A CPU has one per core. A GPU has two, whose batches run one after
+//! the other: while the host waits for one, the next is queued. Lanes share a queue of batches.
 //!
-//! A thread cannot be stopped by force. A lane whose model does not return is abandoned: another takes its place, and
-//! whatever its thread does later reaches nobody, because every run begins and ends under the lane's lock.
+//! A thread cannot be killed. A lane whose model does not return is abandoned and replaced. If its thread returns
+//! later, the result is discarded: a run checks under the lane's lock, when it ends, whether its lane was abandoned.
 
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::thread::JoinHandle;
@@ -17,26 +17,26 @@ use super::settle::settle;
 use crate::ragged::Ragged;
 use crate::telemetry::Metrics;
 
-/// A batch of a window, to be run by whichever lane is free.
+/// A batch of a window, queued for the next free lane.
 pub(super) struct Work<M: Model> {
     pub window: u64,
-    /// Of the whole window.
+    /// All items of the window.
     pub items: Arc<Vec<M::Item>>,
     pub batch: Batch,
 }
 
-/// What became of a batch.
+/// Result of a batch.
 #[derive(Debug)]
-pub(super) struct Done<V> {
+pub(super) struct BatchResult<V> {
     pub window: u64,
     pub items: Vec<u32>,
-    /// One for each item, empty for a failed one.
+    /// One answer per item, empty for a failed one.
     pub answers: Ragged<V>,
-    /// Items at fault, and what is wrong with each.
+    /// Items at fault, each with its error message.
     pub failed: Vec<(u32, String)>,
-    /// Nothing more can be computed.
+    /// Error after which nothing more can be computed.
     pub fatal: Option<String>,
-    /// Of the device's time.
+    /// Device time that the batch took.
     pub busy: Duration,
 }
 
@@ -45,9 +45,9 @@ pub(super) struct Done<V> {
 pub(super) enum Purpose {
     /// For its answers.
     Answers,
-    /// For the answer of an item on which inference has timed out before.
+    /// For the answer to an item on which inference timed out before.
     Suspect,
-    /// To see whether the device is healthy: with a plain item.
+    /// To check with a known-good item that the device is healthy.
     Probe,
 }
 
@@ -66,13 +66,13 @@ enum State {
     Abandoned,
 }
 
-/// What the lanes have in common.
+/// What the lanes share.
 pub(super) struct Device<M> {
     pub model: Arc<M>,
     pub budget: Arc<Budget>,
     pub metrics: Arc<Metrics>,
     pub name: String,
-    /// Held for reading while a model runs, for writing by whoever needs all of the device's memory.
+    /// Read-locked by each run of the model, write-locked by a run that needs all of the device's memory.
     memory: RwLock<()>,
 }
 
@@ -82,19 +82,19 @@ impl<M> Device<M> {
     }
 }
 
-/// The threads. They end when this is dropped, or once their model returns.
+/// The lanes' threads. After a drop, each ends once its model returns.
 pub(super) struct Lanes<M: Model> {
     work: Sender<Work<M>>,
     queue: Receiver<Work<M>>,
-    done: Sender<Done<M::Value>>,
+    done: Sender<BatchResult<M::Value>>,
     device: Arc<Device<M>>,
     count: usize,
     lanes: Vec<(JoinHandle<()>, Arc<Mutex<State>>)>,
 }
 
 impl<M: Model> Lanes<M> {
-    /// Results come over `done`.
-    pub fn start(count: usize, device: Arc<Device<M>>, done: Sender<Done<M::Value>>) -> Self {
+    /// Starts `count` lanes, which send their results over `done`.
+    pub fn start(count: usize, device: Arc<Device<M>>, done: Sender<BatchResult<M::Value>>) -> Self {
         let (work, queue) = unbounded();
         let mut lanes = Self { work, queue, done, device, count, lanes: Vec::new() };
         for _ in 0..count {
@@ -119,11 +119,11 @@ impl<M: Model> Lanes<M> {
     }
 
     pub fn run(&self, work: Work<M>) {
-        // This end holds a receiver too.
+        // Cannot fail: `self.queue` is a receiver of this channel.
         let _ = self.work.send(work);
     }
 
-    /// A run that has taken longer than `limit`: the number of its lane, and when it began.
+    /// A run that has taken longer than `limit`: the index of its lane, when it began, and the run itself.
     pub fn timed_out(&self, limit: Duration) -> Option<(usize, Instant, Run)> {
         self.lanes.iter().enumerate().find_map(|(lane, (_, state))| match &*lock(state) {
             State::Running { since, run } if since.elapsed() > limit => Some((lane, *since, run.clone())),
@@ -131,7 +131,8 @@ impl<M: Model> Lanes<M> {
         })
     }
 
-    /// Abandons a lane that is still at the run that began then, and starts another; false where it has ended meanwhile.
+    /// Abandons a lane and starts a replacement. Returns false, and does neither, if the run that began at `began` has
+    /// ended meanwhile.
     pub fn abandon(&mut self, lane: usize, began: Instant) -> bool {
         {
             let mut state = lock(&self.lanes[lane].1);
@@ -145,11 +146,11 @@ impl<M: Model> Lanes<M> {
         true
     }
 
-    /// Waits for the lanes to finish what they have.
+    /// Waits until the lanes have run all queued batches.
     pub fn join(self) {
         drop(self.work);
         for (thread, _) in self.lanes {
-            // A panic has ended the process already.
+            // A panic in a lane has already ended the process.
             let _ = thread.join();
         }
     }
@@ -159,7 +160,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// The lane was abandoned while its model ran: nobody waits for it.
+/// The lane was abandoned while its model ran; its result is discarded.
 #[derive(Debug)]
 pub(super) struct Abandoned;
 
@@ -167,12 +168,12 @@ pub(super) struct Abandoned;
 pub(super) struct Lane<M> {
     pub device: Arc<Device<M>>,
     state: Arc<Mutex<State>>,
-    /// Of the device's time.
+    /// Fraction of the device's time that counts as this lane's.
     share: f64,
 }
 
 impl<M: Model> Lane<M> {
-    fn serve(&self, queue: &Receiver<Work<M>>, done: &Sender<Done<M::Value>>) {
+    fn serve(&self, queue: &Receiver<Work<M>>, done: &Sender<BatchResult<M::Value>>) {
         for work in queue {
             let started = Instant::now();
             let Ok(mut result) = settle(self, work) else { return };
@@ -185,7 +186,7 @@ impl<M: Model> Lane<M> {
         }
     }
 
-    /// Runs the model. `alone`: while no other lane does, so that all of the device's memory is free.
+    /// Runs the model. `alone`: while no other lane runs, so that all of the device's memory is free.
     pub fn run(
         &self,
         batch: &[&M::Item],
@@ -197,7 +198,7 @@ impl<M: Model> Lane<M> {
             false => (Some(memory.read().unwrap_or_else(|e| e.into_inner())), None),
             true => (None, Some(memory.write().unwrap_or_else(|e| e.into_inner()))),
         };
-        // A lane that waits is not abandoned: the one that it waits for is.
+        // Only now: waiting for the lock is not inference time, so it cannot time out this lane.
         *lock(&self.state) = State::Running { since: Instant::now(), run };
         let result = self.device.model.run(batch);
         drop((shared, exclusive));

@@ -1,5 +1,5 @@
-//! Runs a model over the items of windows: what need not be computed, batches, lanes, and what happens when a batch
-//! fails. Knows no Kafka, no records and no tasks.
+//! Runs a model over the items of windows: reuses answers, forms batches, runs them on lanes and handles failing ones.
+//! Knows nothing of Kafka, records or tasks.
 //!
 //! ```text
 //! requests ─▶ windows ─▶ batches ─▶ lanes: run, halve, bisect, probe ─▶ windows ─▶ responses, in the order of requests
@@ -26,25 +26,25 @@ pub use calibrate::{Calibration, Calibrations, Rate};
 pub use model::{Item, Model, RunError, Value};
 pub use plan::{Batch, Planned, plan};
 
-use self::lanes::{Device, Done, Lanes, Purpose, Work};
+use self::lanes::{BatchResult, Device, Lanes, Purpose, Work};
 use self::reuse::{Cache, Reuse, reuse};
 use self::windows::Windows;
 use crate::flow::Queued;
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
 
-/// Cost of a batch on a CPU core, in tokens: what a layer writes then stays in the second-level cache. In f32, 512
-/// are no faster; in bf16 and int8, where the multiplication waits for nothing else, a tenth slower. 128 are
-/// a tenth slower. Small batches also spread evenly over the cores.
+/// Budget of a batch on a CPU core, in tokens: the output of a layer then stays in the L2 cache. 512 tokens are no
+/// faster in f32 and a tenth slower in bf16 and int8; 128 are a tenth slower. Small batches also spread more evenly
+/// over the cores.
 const CORE_COST: usize = 256;
 
 /// Lanes of a GPU: while the host waits for one batch, the next is queued.
 const GPU_LANES: usize = 2;
 
-/// Windows on the lanes at a time: while the last batches of one run, the next one fills idle lanes.
+/// Windows on the lanes at a time: while the last batches of one run, the next window's batches fill idle lanes.
 const WINDOWS: usize = 2;
 
-/// What of a window is to be computed.
+/// The batches of a window, and the items that need not be computed.
 #[derive(Debug)]
 pub struct Plan<V> {
     batches: Vec<Batch>,
@@ -52,47 +52,47 @@ pub struct Plan<V> {
     cached: Vec<(u32, Arc<[V]>)>,
 }
 
-/// What the engine is asked: one window.
+/// One window for the engine to answer.
 #[derive(Debug)]
 pub struct Request<W, I, V> {
-    /// The window's id: no other request under way has it.
+    /// The window's id, unique among the requests in flight.
     pub id: u64,
-    /// Travels along untouched.
+    /// The caller's window, handed back unchanged in the response.
     pub window: W,
     pub items: Vec<I>,
     pub plan: Plan<V>,
 }
 
-/// What it answers.
+/// The answers to a [`Request`].
 #[derive(Debug)]
 pub struct Response<W, V> {
     pub window: W,
     pub answers: Answers<V>,
-    /// Items without an answer that counts, and why.
+    /// Items without a valid answer, each with its error message.
     pub failed: Vec<(u32, String)>,
-    /// A lane was abandoned for one of them. Its thread holds memory, and a core or the device: the process had better
-    /// start again.
+    /// A lane was abandoned because one of them timed out. Its stuck thread still holds memory, and a core or the
+    /// device: the process should restart.
     pub lane_abandoned: bool,
-    /// The device's time that it took, all lanes together.
+    /// Device time that the window took, over all lanes.
     pub busy: Duration,
 }
 
 type RequestOf<W, M> = Request<W, <M as Model>::Item, <M as Model>::Value>;
 
-/// Why the engine can compute no more.
+/// Why the engine cannot compute any more.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError<W> {
     #[error("{0}")]
     Fatal(String),
-    /// With these items of the window. None of them is to blame yet.
+    /// `items` of the window were in the batch that timed out. None of them is blamed yet.
     #[error("inference on {} inputs exceeded batch.timeout ({limit:?})", items.len())]
     TimedOut { window: W, items: Vec<u32>, limit: Duration },
-    #[error("the device does not answer: a plain input exceeded batch.timeout ({0:?})")]
+    #[error("the device does not respond: a known-good probe input exceeded batch.timeout ({0:?})")]
     Unresponsive(Duration),
 }
 
 impl<W> EngineError<W> {
-    /// The error alone.
+    /// The same error without its window.
     pub fn without_window(self) -> EngineError<()> {
         match self {
             Self::Fatal(message) => EngineError::Fatal(message),
@@ -102,12 +102,12 @@ impl<W> EngineError<W> {
     }
 }
 
-/// How an engine is set.
+/// Settings of an engine.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// `batch.max_tokens`: the cost of a batch.
+    /// `batch.max_tokens`: maximum cost of a batch.
     pub max_cost: usize,
-    /// What calibration found for the model on the device.
+    /// The calibrated budget for this model and device, if there is one.
     pub calibrated: Option<usize>,
     /// `batch.lanes`.
     pub lanes: Option<usize>,
@@ -117,16 +117,16 @@ pub struct Limits {
     pub cache: Option<u64>,
 }
 
-/// Where an engine runs.
+/// The device that an engine runs on.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// The label of its metrics.
+    /// Value of the `device` label of its metrics.
     pub name: String,
-    /// A lane is a core.
+    /// The device is the CPU: each lane is a core.
     pub is_cpu: bool,
 }
 
-/// A model on its lanes.
+/// A model and the lanes that run it.
 pub struct Engine<M: Model> {
     device: Arc<Device<M>>,
     lanes: usize,
@@ -136,7 +136,7 @@ pub struct Engine<M: Model> {
 }
 
 impl<M: Model> Engine<M> {
-    /// A lane for each core the process may use, or two for a GPU.
+    /// Uses `limits.lanes` or one lane per core that the process may use on a CPU, two lanes on a GPU.
     pub fn new(model: Arc<M>, place: Place, limits: Limits, metrics: Arc<Metrics>) -> Self {
         let (lanes, cost) = match place.is_cpu {
             true => (limits.lanes.unwrap_or_else(cores), CORE_COST),
@@ -156,7 +156,7 @@ impl<M: Model> Engine<M> {
         &self.device.model
     }
 
-    /// Measures budgets of a batch.
+    /// Measures batch budgets and chooses one.
     pub fn calibrate(&self) -> Result<Calibration, RunError> {
         let (least, most) = if self.is_cpu { (64, 2048) } else { (1024, 65_536) };
         let rates = calibrate::measure(self.model(), least, most)?;
@@ -167,7 +167,7 @@ impl<M: Model> Engine<M> {
         self.lanes
     }
 
-    /// The plan for the items of a window. Those on which inference has timed out before run alone.
+    /// Plans the items of a window. A `suspect`, on which inference timed out before, runs alone.
     pub fn plan(&self, items: &[M::Item], suspect: impl Fn(usize) -> bool) -> Plan<M::Value> {
         let (alone, together): (Vec<u32>, Vec<u32>) =
             (0..items.len() as u32).partition(|&item| suspect(item as usize));
@@ -189,11 +189,11 @@ impl<M: Model> Engine<M> {
         Plan { batches, duplicates, cached }
     }
 
-    /// Serves requests until their channel closes, or nobody takes the responses any more, which leave in the order of
-    /// the requests. `health` is told whether there is work.
+    /// Serves requests until their channel closes or the receiver of the responses is gone. Responses leave in the
+    /// order of the requests. Reports to `health` whether the engine is busy.
     ///
     /// # Errors
-    /// Nothing more can be computed.
+    /// The device failed, or inference timed out.
     pub fn serve<W>(
         &self,
         requests: &Receiver<Queued<RequestOf<W, M>>>,
@@ -207,7 +207,7 @@ impl<M: Model> Engine<M> {
             (None, _) => {}
         };
         let look = (self.timeout / 4).min(Duration::from_secs(1));
-        let (done, finished) = unbounded::<Done<M::Value>>();
+        let (done, finished) = unbounded::<BatchResult<M::Value>>();
         let mut lanes = Lanes::start(self.lanes, Arc::clone(&self.device), done);
         let mut windows = Windows::new();
         let closed = never();
@@ -254,7 +254,7 @@ impl<M: Model> Engine<M> {
             }
             while let Some((response, took)) = windows.take(Instant::now()) {
                 metrics.stage.with_label_values(&["infer"]).observe(took.as_secs_f64());
-                // While the next stage is full the lanes go on with what they have.
+                // Sending may block on a full channel. That is no stall: the lanes keep running what they have.
                 active(false);
                 if responses.send(Queued::new(response)).is_err() {
                     return Ok(());
@@ -284,7 +284,7 @@ impl<M: Model> Engine<M> {
     }
 }
 
-/// As many lanes as the process may use cores (its cgroup's quota counted).
+/// Cores that the process may use, within its cgroup's CPU quota.
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -296,7 +296,7 @@ mod tests {
     use super::*;
     use crate::ragged::Ragged;
 
-    /// An item that is a number, and costs something.
+    /// A number with a cost.
     #[derive(Debug, Clone)]
     pub(super) struct Number {
         pub value: u32,
@@ -328,19 +328,19 @@ mod tests {
     const BAD: u32 = 666;
     /// Keeps its batch running until it is released.
     const ENDLESS: u32 = 777;
-    /// Keeps its batch running until another one did not fit.
+    /// Keeps its batch running until another one has run out of memory.
     const GREEDY: u32 = 888;
     /// Is answered with NaN.
     const UNCLEAR: u32 = 999;
     const PLAIN: u32 = 1;
 
-    /// A device with memory for so much cost. Its model answers a number with itself and its cost.
+    /// A device with memory for a limited cost. Its model answers each number with its value and its cost.
     #[derive(Default)]
     struct Fake {
         memory: usize,
         /// Fails every item.
         broken: bool,
-        /// Does not return from a plain item.
+        /// Never returns from the probe item.
         deaf: bool,
         runs: AtomicUsize,
         in_use: AtomicUsize,
@@ -352,7 +352,7 @@ mod tests {
     fn until(done: impl Fn() -> bool) {
         let started = Instant::now();
         while !done() {
-            assert!(started.elapsed() < Duration::from_secs(20), "it never happens");
+            assert!(started.elapsed() < Duration::from_secs(20), "the condition never became true");
             std::thread::yield_now();
         }
     }
@@ -421,7 +421,7 @@ mod tests {
         failed
     }
 
-    /// Has these items run alone, as after a timeout.
+    /// Runs the items with these suspects, as after a timeout.
     fn suspected(
         engine: &Engine<Fake>,
         items: Vec<Number>,
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn one_item_that_does_not_fit_is_at_fault_where_the_device_is_healthy() {
+    fn one_item_that_does_not_fit_is_at_fault_if_the_device_is_healthy() {
         let engine = engine(1, Fake { memory: 4, ..Fake::default() });
         let response = engine.run(vec![Number::of(7, 5), Number::of(8, 3)]).unwrap();
         assert_eq!(failed(&response), [0]);
@@ -470,14 +470,14 @@ mod tests {
         assert_eq!(response.answers.row(1), [8.0, 3.0]);
         let sick = super::tests::engine(1, Fake { memory: 0, ..Fake::default() });
         let message = sick.run(vec![Number::of(7, 5)]).expect_err("nothing fits").to_string();
-        assert!(message.contains("fails on a plain item"), "{message}");
+        assert!(message.contains("fails on a known-good probe input"), "{message}");
     }
 
     #[test]
     fn one_item_that_does_not_fit_beside_another_lanes_batch_is_tried_alone() {
         let engine = engine(2, Fake { memory: 5, ..Fake::default() });
         let (greedy, large) = (Number::of(GREEDY, 3), Number::of(9, 4));
-        // In two batches: the first holds its memory until the second has been refused.
+        // Two batches: the first holds its memory until the second has failed to fit.
         let batch = |item, cost| Batch { items: vec![item], cost, suspect: false };
         let plan = Plan { batches: vec![batch(0, 3), batch(1, 4)], duplicates: vec![], cached: vec![] };
         let response =
@@ -487,18 +487,18 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_fails_everything_blames_nothing() {
+    fn no_item_is_blamed_if_the_device_fails_on_all_of_them() {
         let engine = engine(1, Fake { broken: true, ..roomy() });
         let message = engine.run(numbers([5, 6])).expect_err("fatal").to_string();
-        assert!(message.contains("fails on a plain item"), "{message}");
+        assert!(message.contains("fails on a known-good probe input"), "{message}");
     }
 
     #[test]
-    fn a_first_timeout_blames_nothing_even_of_one_item() {
+    fn no_item_is_blamed_for_a_first_timeout_even_if_alone() {
         let engine = engine(2, roomy());
         let result = engine.run(vec![Number::new(ENDLESS), Number::new(ENDLESS)]);
         let Err(EngineError::TimedOut { items, .. }) = result else { panic!("{result:?}") };
-        assert_eq!(items, [0, 1], "and what is equal to it");
+        assert_eq!(items, [0, 1], "the item and its duplicate");
         engine.model().released.store(true, Ordering::SeqCst);
     }
 
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_does_not_answer_a_probe_blames_nothing() {
+    fn no_item_is_blamed_if_the_probe_times_out() {
         let engine = engine(1, Fake { deaf: true, ..roomy() });
         let result = suspected(&engine, numbers([5]), &[0]);
         assert!(matches!(result, Err(EngineError::Unresponsive(_))), "{result:?}");
@@ -535,7 +535,7 @@ mod tests {
             };
             send(0, vec![Number::new(ENDLESS)], &[0]);
             assert!(responses.recv().unwrap().into_inner().lane_abandoned);
-            // Its thread comes back while another window is open.
+            // The abandoned thread returns while another window is open.
             send(1, vec![Number::new(5), Number::of(GREEDY, 2)], &[]);
             engine.model().released.store(true, Ordering::SeqCst);
             until(|| engine.model().returned.load(Ordering::SeqCst) == 1);
@@ -566,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_cache_has_is_not_computed_again() {
+    fn cached_answers_are_not_computed_again() {
         let mut engine = engine(1, roomy());
         engine.cache = Some(Cache::new(1 << 20));
         engine.run(numbers([5, 6, BAD])).unwrap();

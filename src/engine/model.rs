@@ -1,4 +1,4 @@
-//! What the engine knows of a model: it answers items, a batch at a time.
+//! The engine's view of a model: it answers items, one batch at a time.
 
 use crate::ragged::Ragged;
 
@@ -12,13 +12,13 @@ pub trait Item: Send + Sync + 'static {
         0
     }
 
-    /// Items with equal keys have equal answers, so that one of them is computed. `None`: never reused.
+    /// Items with equal keys have equal answers, so only one of them is computed. `None`: its answer is never reused.
     fn key(&self) -> Option<u128>;
 }
 
 /// One number of an answer.
 pub trait Value: Copy + Send + Sync + std::fmt::Display + 'static {
-    /// Whether a prediction may be made of it. A model that answers with anything else failed on the item.
+    /// Whether a prediction can be made from it. An item with an invalid value in its answer has failed.
     fn is_valid(self) -> bool;
 }
 
@@ -36,24 +36,24 @@ pub trait Model: Send + Sync + 'static {
     /// One answer per item, in the order of the batch. An answer does not depend on the items beside it.
     ///
     /// # Errors
-    /// Nothing of the batch is answered. What is done next depends on the kind; see [`RunError`].
+    /// No item of the batch is answered. The kind of [`RunError`] decides what the engine does next.
     fn run(&self, batch: &[&Self::Item]) -> Result<Ragged<Self::Value>, RunError>;
 
-    /// A plain item of about this cost, which every healthy device answers: for a first forward, probes and
-    /// calibration.
+    /// A known-good item of about this cost, which every healthy device answers. Used for the first forward pass,
+    /// probes and calibration.
     fn sample(&self, cost: u32) -> Self::Item;
 }
 
 /// Why a batch has no answers.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum RunError {
-    /// The batch is halved and tried again.
+    /// The batch is halved and retried; a single item is retried alone.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
-    /// Perhaps one item's fault: the batch is bisected down to it.
+    /// Possibly one item's fault: the batch is bisected to find it.
     #[error("{0}")]
     Batch(String),
-    /// Nothing will work any more.
+    /// The device is unusable: nothing more can be computed.
     #[error("the device failed: {0}")]
     Device(String),
 }

@@ -3,33 +3,34 @@
 /// Items of one class and of similar cost, together at most a budget.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
-    /// Places of the items in their window.
+    /// Indexes of the items in their window.
     pub items: Vec<u32>,
-    /// Of all of them.
+    /// Sum of the items' costs.
     pub cost: usize,
-    /// Inference on this one item has timed out before: it runs alone, after a probe.
+    /// Inference on its only item timed out before: it runs alone, after a probe.
     pub suspect: bool,
 }
 
-/// An item to be planned.
+/// An item that needs a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Planned {
-    /// Its place in the window.
+    /// Its index in the window.
     pub item: u32,
     pub class: u64,
     pub cost: usize,
 }
 
-/// A batch of less than this is not worth a lane of its own.
-const LEAST: usize = 64;
+/// A batch of a lower cost than this is not worth a lane of its own.
+const MIN_BATCH_COST: usize = 64;
 
-/// Sorts by class and cost, largest first, and cuts where the class changes or `budget` is reached; an item above the
-/// budget is a batch of its own. Where there is less work than lanes would take, it is spread over them.
+/// Sorts items by class and cost, largest first, and starts a new batch where the class changes or `budget` is reached.
+/// An item above the budget is a batch of its own. If there is too little work to fill all lanes, smaller batches
+/// spread it over them.
 pub fn plan(mut items: Vec<Planned>, budget: usize, lanes: usize) -> Vec<Batch> {
-    // Stable, so that the same window makes the same batches.
+    // A stable sort: the same window always makes the same batches.
     items.sort_by_key(|item| (item.class, std::cmp::Reverse(item.cost)));
     let total: usize = items.iter().map(|item| item.cost).sum();
-    let budget = budget.min(total.div_ceil(lanes.max(1)).max(LEAST));
+    let budget = budget.min(total.div_ceil(lanes.max(1)).max(MIN_BATCH_COST));
     let mut batches: Vec<Batch> = Vec::new();
     let mut class = None;
     for Planned { item, class: of_item, cost } in items {

@@ -1,5 +1,5 @@
-//! Answers that need not be computed: of items that are equal to another one in their window, and of items that the
-//! cache (`task.cache`) has answers for. Items are equal where their keys are.
+//! Finds items that need not be computed: duplicates of another item in their window, and items whose answer is in the
+//! cache (`task.cache`). Items are equal if their keys are.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,16 +10,16 @@ use quick_cache::sync::Cache as Entries;
 use super::model::{Item, Value};
 use super::plan::Planned;
 
-/// What of a window need not be computed, and what is left.
+/// The items of a window: those to compute, and those that need not be.
 #[derive(Debug)]
 pub(super) struct Reuse<V> {
     pub planned: Vec<Planned>,
-    /// Items that are equal to an earlier one, and that one.
+    /// Items that are equal to an earlier one, each with that earlier item.
     pub duplicates: Vec<(u32, u32)>,
     pub cached: Vec<(u32, Arc<[V]>)>,
 }
 
-/// Looks through the items that have no reason to run alone.
+/// Sorts out `items`, which must not include suspects: those run alone.
 pub(super) fn reuse<'a, I: Item, V: Value>(
     items: impl Iterator<Item = (u32, &'a I)>,
     cache: Option<&Cache<V>>,
@@ -43,12 +43,12 @@ pub(super) fn reuse<'a, I: Item, V: Value>(
     found
 }
 
-/// Bytes that an entry takes beside its values.
+/// Bytes of a cache entry beside its values.
 const OVERHEAD: usize = 128;
-/// Bytes of an entry, about, for the size of the cache's tables.
+/// Typical bytes of a cache entry, to size the cache's tables.
 const TYPICAL: usize = 1024;
 
-/// Answers of late, by the key of their item.
+/// Recent answers, by the key of their item.
 pub(super) struct Cache<V: Value>(Entries<u128, Arc<[V]>, Bytes>);
 
 #[derive(Clone)]
@@ -76,7 +76,7 @@ impl<V: Value> Cache<V> {
         }
     }
 
-    /// Bytes held.
+    /// Bytes in use.
     pub fn bytes(&self) -> u64 {
         self.0.weight()
     }

@@ -1,17 +1,17 @@
-//! Settles a batch: every item of it gets an answer or a reason why it has none. A batch that does not fit the device is
-//! halved and tried again; one that fails otherwise is bisected down to the item at fault, which is one only where the
-//! device is healthy. Only a model that does not return cannot be settled here; see [`super::lanes`].
+//! Settles a batch: each of its items gets an answer or an error. A batch that does not fit the device's memory is
+//! halved and retried. A batch that fails otherwise is bisected down to the item at fault; that item is blamed only
+//! after a probe has shown that the device is healthy. For a model that never returns see [`super::lanes`].
 
 use std::time::Duration;
 
-use super::lanes::{Abandoned, Done, Lane, Purpose, Run, Work};
+use super::lanes::{Abandoned, BatchResult, Lane, Purpose, Run, Work};
 use super::model::{Item, Model, RunError, Value};
 use crate::ragged::Ragged;
 
 /// Cost of the item that probes the device.
 const PROBE: u32 = 8;
 
-/// What ends the settling of a batch.
+/// Why a batch cannot be settled.
 enum Stop {
     Abandoned,
     /// Nothing more can be computed.
@@ -24,7 +24,7 @@ impl From<Abandoned> for Stop {
     }
 }
 
-pub(super) fn settle<M: Model>(lane: &Lane<M>, work: Work<M>) -> Result<Done<M::Value>, Abandoned> {
+pub(super) fn settle<M: Model>(lane: &Lane<M>, work: Work<M>) -> Result<BatchResult<M::Value>, Abandoned> {
     let Work { window, items, batch } = work;
     let mut settling = Settling {
         lane,
@@ -43,21 +43,22 @@ pub(super) fn settle<M: Model>(lane: &Lane<M>, work: Work<M>) -> Result<Done<M::
         Err(Stop::Abandoned) => return Err(Abandoned),
     };
     let Settling { answers, failed, .. } = settling;
-    Ok(Done { window, items: batch.items, answers, failed, fatal, busy: Duration::ZERO })
+    Ok(BatchResult { window, items: batch.items, answers, failed, fatal, busy: Duration::ZERO })
 }
 
 struct Settling<'a, M: Model> {
     lane: &'a Lane<M>,
-    /// Of the window.
+    /// All items of the window.
     items: &'a [M::Item],
     window: u64,
-    /// Of the batch, in its order, as far as it is settled.
+    /// Answers to the items settled so far, in the order of the batch.
     answers: Ragged<M::Value>,
     failed: Vec<(u32, String)>,
 }
 
 impl<M: Model> Settling<'_, M> {
-    /// An item on which inference has timed out before: it is to blame only where the device is healthy.
+    /// Settles an item on which inference timed out before. Probes the device first: only if it is healthy can the item
+    /// be at fault.
     fn suspect(&mut self, items: &[u32]) -> Result<(), Stop> {
         self.probe()?;
         self.settle(items, Purpose::Suspect)
@@ -68,7 +69,7 @@ impl<M: Model> Settling<'_, M> {
         let batch: Vec<&M::Item> = items.iter().map(|&item| &self.items[item as usize]).collect();
         let cost: usize = batch.iter().map(|item| item.cost() as usize).sum();
         if items.len() > 1 && cost > device.budget.tokens() {
-            // Planned before the budget shrank.
+            // The batch was planned before the budget shrank.
             return self.halves(items, purpose);
         }
         match self.run(&batch, items, purpose, false)? {
@@ -88,7 +89,7 @@ impl<M: Model> Settling<'_, M> {
                     cost,
                     budget = device.budget.tokens(),
                     message,
-                    "the device is out of memory: halving the batch"
+                    "the device is out of memory: halving the batch, or retrying its only item alone"
                 );
                 match items {
                     [item] => self.too_large(*item, batch[0], purpose),
@@ -114,7 +115,7 @@ impl<M: Model> Settling<'_, M> {
         self.settle(right, purpose)
     }
 
-    /// One item did not fit: it is tried again while no other lane holds memory.
+    /// A single item did not fit: retries it while no other lane holds memory.
     fn too_large(&mut self, place: u32, item: &M::Item, purpose: Purpose) -> Result<(), Stop> {
         match self.run(&[item], &[place], purpose, true)? {
             Ok(answers) => {
@@ -125,19 +126,21 @@ impl<M: Model> Settling<'_, M> {
             Err(RunError::Batch(message) | RunError::OutOfMemory(message)) => {
                 self.probe()?;
                 let cost = item.cost();
-                self.fail(place, format!("an input of {cost} does not fit the device: {message}"));
+                self.fail(place, format!("an input of cost {cost} does not fit the device: {message}"));
                 Ok(())
             }
         }
     }
 
+    /// Runs a known-good item.
+    ///
     /// # Errors
-    /// The device does not answer a plain item.
+    /// The device fails on it.
     fn probe(&self) -> Result<(), Stop> {
         let item = self.lane.device.model.sample(PROBE);
         match self.run(&[&item], &[], Purpose::Probe, false)? {
             Ok(_) => Ok(()),
-            Err(error) => Err(Stop::Fatal(format!("the device fails on a plain item: {error}"))),
+            Err(error) => Err(Stop::Fatal(format!("the device fails on a known-good probe input: {error}"))),
         }
     }
 
@@ -155,7 +158,7 @@ impl<M: Model> Settling<'_, M> {
     fn keep(&mut self, items: &[u32], answers: &Ragged<M::Value>) {
         for (&item, answer) in items.iter().zip(answers.iter()) {
             if let Some(bad) = answer.iter().find(|value| !value.is_valid()) {
-                self.failed.push((item, format!("the model's output has {bad} in it")));
+                self.failed.push((item, format!("the model's output contains {bad}")));
             }
         }
         self.answers.append(answers);

@@ -1,18 +1,18 @@
-//! The windows on the lanes, and what of each is done. Pure.
+//! The windows on the lanes and the progress of each. Pure.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::answers::Answers;
-use super::lanes::Done;
+use super::lanes::BatchResult;
 use super::model::{Item, Value};
 use super::plan::Batch;
 use super::reuse::Cache;
 use super::{Plan, Response};
 use crate::ragged::Ragged;
 
-/// Windows in the order they came, which is that in which they leave.
+/// Open windows, in the order they came. They leave in the same order.
 pub(super) struct Windows<W, I, V: Value> {
     open: VecDeque<Open<W, I, V>>,
 }
@@ -40,7 +40,7 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         self.open.is_empty()
     }
 
-    /// Opens a window; returns its batches, which are to be run.
+    /// Opens a window and returns its batches, which the caller runs.
     pub fn open(
         &mut self,
         id: u64,
@@ -64,8 +64,8 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         self.open.iter_mut().find(|open| open.id == id)
     }
 
-    /// A batch is done.
-    pub fn done(&mut self, done: Done<V>, cache: Option<&Cache<V>>) {
+    /// Stores the result of a batch, and adds its answers to the cache.
+    pub fn done(&mut self, done: BatchResult<V>, cache: Option<&Cache<V>>) {
         let Some(open) = self.find(done.window) else { return };
         if let Some(cache) = cache {
             let failed = |item: u32| done.failed.iter().any(|(failed, _)| *failed == item);
@@ -81,7 +81,7 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         open.left -= 1;
     }
 
-    /// A suspect's lane was abandoned: its batch is done, and the item is at fault.
+    /// A suspect timed out again and its lane was abandoned: the batch is done and its item has failed.
     pub fn abandoned(&mut self, id: u64, items: &[u32], limit: Duration) {
         let Some(open) = self.find(id) else { return };
         let message = || format!("inference on this record alone exceeded batch.timeout ({limit:?}) twice");
@@ -90,7 +90,7 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         open.left -= 1;
     }
 
-    /// A window that will never be done, with these items of it, and those that are equal to them.
+    /// Removes a window that cannot be completed. Returns it with `items` and their duplicates.
     pub fn give_up(&mut self, id: u64, mut items: Vec<u32>) -> Option<(W, Vec<u32>)> {
         let at = self.open.iter().position(|open| open.id == id)?;
         let open = self.open.remove(at)?;
@@ -100,8 +100,8 @@ impl<W, I: Item, V: Value> Windows<W, I, V> {
         Some((open.response.window, items))
     }
 
-    /// The next window, if all its batches are done, and how long it took. What was computed once is given to all that
-    /// have it.
+    /// Takes the next window and how long it took, if all its batches are done. Duplicates get the answer or the
+    /// failure of the item that was computed for them.
     pub fn take(&mut self, now: Instant) -> Option<(Response<W, V>, Duration)> {
         if self.open.front()?.left > 0 {
             return None;

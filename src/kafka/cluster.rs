@@ -1,4 +1,4 @@
-//! Looking at the cluster before anything is consumed: can it be reached, are the topics there.
+//! Checks of the cluster before anything is consumed: whether brokers answer and the topics exist.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -18,27 +18,27 @@ use super::topics::TopicFilter;
 use crate::settings::Settings;
 use crate::telemetry::{Health, Metrics};
 
-/// How long one attempt may take.
-const ATTEMPT: Duration = Duration::from_secs(5);
-/// Waits between attempts: doubled from the first to the last.
+/// Timeout of one request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// First and longest wait between attempts; it doubles each time.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
-/// The wait by which a topic that is made on demand is there.
-const MADE: Duration = Duration::from_secs(2);
+/// Once the wait has grown to this, a topic that the broker creates on demand exists.
+const AUTO_CREATE_WAIT: Duration = Duration::from_secs(2);
 
-/// A topic that is written.
+/// A topic that kandle writes to.
 #[derive(Debug, Clone, Default)]
-pub struct Written {
+pub struct OutputTopic {
     pub partitions: i32,
     pub rules: TopicRules,
 }
 
 #[derive(Debug, Clone)]
 pub struct Topics {
-    /// Of all input topics.
+    /// Number of partitions of all input topics together.
     pub input_partitions: u64,
-    pub output: Written,
-    pub dead_letters: Written,
+    pub output: OutputTopic,
+    pub dead_letters: OutputTopic,
 }
 
 /// Why the configuration of a topic or of a broker cannot be read.
@@ -50,10 +50,10 @@ pub enum ConfigurationError {
     Resource(#[from] RDKafkaErrorCode),
     #[error(transparent)]
     Runtime(#[from] std::io::Error),
-    #[error("no answer")]
+    #[error("the cluster's answer is empty")]
     NoAnswer,
-    /// This user may not see it.
-    #[error("{0} is not shown")]
+    /// This user may not see the setting.
+    #[error("the broker does not show {0} to this user")]
     NotShown(String),
 }
 
@@ -70,7 +70,7 @@ pub enum ClusterError {
     Topic { key: &'static str, topic: String, reason: String },
 }
 
-/// Remembers what the client last complained of: metadata calls themselves only say "timed out".
+/// Remembers the client's last error, because metadata calls themselves only report "timed out".
 #[derive(Debug, Default)]
 pub struct LastClientError(Mutex<Option<String>>);
 
@@ -98,18 +98,18 @@ impl LastClientError {
     }
 }
 
-/// A client that asks and consumes nothing.
+/// Clients that ask the cluster for metadata and configuration and consume nothing.
 pub struct Cluster<'a> {
     settings: &'a Settings,
-    /// Looks, and changes nothing.
+    /// Client whose requests change nothing on the cluster.
     client: BaseConsumer<LastClientError>,
-    /// Brokers that create topics on demand do so when it asks for one.
+    /// Client whose metadata requests make a broker create a missing topic, if it creates topics on demand.
     creator: Option<BaseConsumer<LastClientError>>,
     admin: AdminClient<LastClientError>,
 }
 
 impl<'a> Cluster<'a> {
-    /// Asking changes nothing on the cluster.
+    /// Creates the clients. None of their requests changes anything on the cluster.
     pub fn connect(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
         let admin = config.create_with_context(LastClientError::default())?;
@@ -118,8 +118,8 @@ impl<'a> Cluster<'a> {
         Ok(Self { settings, client, creator: None, admin })
     }
 
-    /// The same, but a broker that creates topics on demand creates the topics to write, when they are asked for. An
-    /// input topic is never created: a mistyped name would be waited for without a word.
+    /// Like [`Self::connect`], but brokers that create topics on demand create a missing output or dead-letter topic.
+    /// Input topics are never created: with a mistyped name, kandle would wait for records without any error.
     fn connect_and_create(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
         config.set("allow.auto.create.topics", "true");
@@ -140,24 +140,24 @@ impl<'a> Cluster<'a> {
         &self.client
     }
 
-    /// Number of brokers.
+    /// Asks a broker for the number of brokers.
     pub fn reach(&self) -> Result<usize, ClusterError> {
-        // Any answer will do; asking for one topic keeps it short.
+        // Any metadata will do; asking for one topic keeps the answer short.
         let topic = self.settings.output.topic.as_str();
-        match self.client.fetch_metadata(Some(topic), ATTEMPT) {
+        match self.client.fetch_metadata(Some(topic), REQUEST_TIMEOUT) {
             Ok(metadata) => Ok(metadata.brokers().len()),
             Err(error) => Err(self.unreachable(&error)),
         }
     }
 
     fn unreachable(&self, error: &KafkaError) -> ClusterError {
-        // LastClientError are served by polling.
+        // The client passes errors to its context only while it is polled.
         self.client.poll(Duration::ZERO);
         let reason = self.client.context().last().unwrap_or_else(|| error.to_string());
         ClusterError::Unreachable { brokers: self.settings.kafka.brokers.clone(), reason }
     }
 
-    /// Partitions of a topic.
+    /// Number of partitions of a topic. `key` is the setting that names the topic, for the error text.
     pub fn partitions(&self, key: &'static str, topic: &str) -> Result<i32, ClusterError> {
         self.partitions_by(&self.client, key, topic)
     }
@@ -168,7 +168,8 @@ impl<'a> Cluster<'a> {
         key: &'static str,
         topic: &str,
     ) -> Result<i32, ClusterError> {
-        let metadata = client.fetch_metadata(Some(topic), ATTEMPT).map_err(|e| self.unreachable(&e))?;
+        let metadata =
+            client.fetch_metadata(Some(topic), REQUEST_TIMEOUT).map_err(|e| self.unreachable(&e))?;
         let found = metadata.topics().iter().find(|t| t.name() == topic);
         let error = found.and_then(|t| t.error()).map(RDKafkaErrorCode::from);
         match (found, error) {
@@ -186,39 +187,39 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// Partitions of the topics that match a pattern now; none may.
+    /// Number of partitions of all topics that match a pattern now; 0 if none matches.
     fn matching(&self, pattern: &str) -> Result<u64, ClusterError> {
-        let metadata = self.client.fetch_metadata(None, ATTEMPT).map_err(|e| self.unreachable(&e))?;
-        // The rules have read it.
+        let metadata = self.client.fetch_metadata(None, REQUEST_TIMEOUT).map_err(|e| self.unreachable(&e))?;
+        // The rules of the settings have checked the pattern.
         let Ok(filter) = TopicFilter::new(&[pattern]) else { return Ok(0) };
         let matching = metadata.topics().iter().filter(|topic| filter.holds(topic.name()));
         Ok(matching.map(|topic| topic.partitions().len() as u64).sum())
     }
 
-    /// What a topic refuses.
+    /// Reads from a topic's configuration which records it refuses.
     ///
     /// # Errors
-    /// The cluster cannot be asked, or this user may not see the topic's configuration.
+    /// The cluster does not answer, or this user may not see the topic's configuration.
     pub fn rules(&self, topic: &str) -> Result<TopicRules, ConfigurationError> {
         Ok(TopicRules::of(&self.configuration(ResourceSpecifier::Topic(topic))?))
     }
 
-    /// A setting of the first broker, which all share in a cluster that is well kept.
+    /// A numeric setting of the first broker; all brokers of a cluster should agree on it.
     pub fn broker_setting(&self, name: &str) -> Result<u64, ConfigurationError> {
         let topic = self.settings.output.topic.as_str();
-        let metadata = self.client.fetch_metadata(Some(topic), ATTEMPT)?;
+        let metadata = self.client.fetch_metadata(Some(topic), REQUEST_TIMEOUT)?;
         let broker = metadata.brokers().first().ok_or(ConfigurationError::NoAnswer)?.id();
         let configuration = self.configuration(ResourceSpecifier::Broker(broker))?;
         let value = configuration.get(name).and_then(|value| value.parse().ok());
         value.ok_or_else(|| ConfigurationError::NotShown(name.to_owned()))
     }
 
-    /// Name to value.
+    /// Reads a configuration, name to value. Entries without a value are left out.
     fn configuration(
         &self,
         of: ResourceSpecifier<'_>,
     ) -> Result<HashMap<String, String>, ConfigurationError> {
-        let options = AdminOptions::new().request_timeout(Some(ATTEMPT));
+        let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
         let resources = [of];
         let asked = self.admin.describe_configs(&resources, &options);
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
@@ -228,9 +229,12 @@ impl<'a> Cluster<'a> {
         Ok(entries.filter_map(|entry| Some((entry.name, entry.value?))).collect())
     }
 
-    /// The topics of the settings, all that is wrong with them at once.
+    /// Checks the topics of the settings.
+    ///
+    /// # Errors
+    /// All problems with the topics, not just the first.
     pub fn topics(&self) -> Result<Topics, Vec<ClusterError>> {
-        let mut troubles = Vec::new();
+        let mut problems = Vec::new();
         let mut input_partitions = 0;
         for topic in &self.settings.input.topics {
             let found = match TopicFilter::is_pattern(topic) {
@@ -239,29 +243,29 @@ impl<'a> Cluster<'a> {
             };
             match found {
                 Ok(count) => input_partitions += count,
-                Err(trouble) => troubles.push(trouble),
+                Err(problem) => problems.push(problem),
             }
         }
         let mut written = |key, topic: &str| {
             let client = self.creator.as_ref().unwrap_or(&self.client);
             let partitions =
-                self.partitions_by(client, key, topic).map_err(|e| troubles.push(e)).unwrap_or(0);
+                self.partitions_by(client, key, topic).map_err(|e| problems.push(e)).unwrap_or(0);
             let rules = self.rules(topic).unwrap_or_else(|reason| {
                 tracing::info!(
                     topic,
                     %reason,
-                    "the topic's configuration cannot be read: what the topic refuses is found by trying"
+                    "the topic's configuration cannot be read: it is unknown which records it refuses"
                 );
                 TopicRules::default()
             });
-            Written { partitions, rules }
+            OutputTopic { partitions, rules }
         };
         let topics = Topics {
             input_partitions,
             output: written("output.topic", &self.settings.output.topic),
             dead_letters: written("dead_letters.topic", &self.settings.dead_letters.topic),
         };
-        if troubles.is_empty() { Ok(topics) } else { Err(troubles) }
+        if problems.is_empty() { Ok(topics) } else { Err(problems) }
     }
 }
 
@@ -273,9 +277,9 @@ pub struct Member {
 }
 
 impl Cluster<'_> {
-    /// The group's live members. Of groups of the new protocol (KIP-848) the client cannot say any.
+    /// The group's live members. The client cannot list members of groups with the new protocol (KIP-848).
     pub fn members(&self, group: &str) -> Result<Vec<Member>, KafkaError> {
-        let list = self.client.fetch_group_list(Some(group), ATTEMPT)?;
+        let list = self.client.fetch_group_list(Some(group), REQUEST_TIMEOUT)?;
         let members = list.groups().iter().flat_map(|group| group.members());
         let member = |m: &rdkafka::groups::GroupMemberInfo| Member {
             client_id: m.client_id().to_owned(),
@@ -285,7 +289,7 @@ impl Cluster<'_> {
     }
 }
 
-/// The group's offsets, tried again while its coordinator is only just coming up.
+/// The group's committed offsets. Retries for `within` while the group's coordinator is starting or moving.
 pub fn committed<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     partitions: &TopicPartitionList,
@@ -308,16 +312,16 @@ pub fn committed<C: ConsumerContext>(
     }
 }
 
-/// What becomes of a topic that is not there.
+/// What to do about a topic that does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
-    /// It may be made yet: a daemon waits.
+    /// Wait for someone to create it (daemon).
     Wait,
-    /// A batch job fails.
+    /// Fail (batch job).
     Fail,
 }
 
-/// Why there is nothing to wait for.
+/// Why waiting for the cluster is pointless.
 #[derive(Debug, thiserror::Error)]
 pub enum WaitError {
     #[error(transparent)]
@@ -326,7 +330,7 @@ pub enum WaitError {
     Missing(String),
 }
 
-/// Waits until the cluster can be used, and says what it waits for; `None` when asked to stop.
+/// Waits until the brokers answer and the topics exist; logs what it waits for. Returns `None` if asked to stop.
 pub fn wait(
     settings: &Settings,
     metrics: &Metrics,
@@ -337,25 +341,26 @@ pub fn wait(
     let cluster = Cluster::connect_and_create(settings)?;
     let mut backoff = BACKOFF.0;
     loop {
-        let troubles = match cluster.reach() {
+        let problems = match cluster.reach() {
             Ok(_) => match cluster.topics() {
                 Ok(topics) => return Ok(Some(topics)),
-                Err(troubles) => troubles,
+                Err(problems) => problems,
             },
-            Err(trouble) => vec![trouble],
+            Err(problem) => vec![problem],
         };
-        let (gone, troubles): (Vec<_>, Vec<_>) = troubles
+        let (gone, problems): (Vec<_>, Vec<_>) = problems
             .into_iter()
-            .partition(|trouble| missing == Missing::Fail && matches!(trouble, ClusterError::Missing { .. }));
-        // Brokers that make topics on demand say at first that there is none.
-        if let Some(trouble) = gone.first()
-            && backoff >= MADE
+            .partition(|problem| missing == Missing::Fail && matches!(problem, ClusterError::Missing { .. }));
+        // A broker that creates topics on demand at first answers that the topic does not exist.
+        if let Some(problem) = gone.first()
+            && backoff >= AUTO_CREATE_WAIT
         {
-            return Err(WaitError::Missing(trouble.to_string()));
+            return Err(WaitError::Missing(problem.to_string()));
         }
-        for trouble in troubles.iter().chain(&gone) {
-            tracing::error!("{trouble}; trying again in {}", humantime::format_duration(backoff));
-            health.error(&trouble.to_string());
+        for problem in problems.iter().chain(&gone) {
+            let retry_in = humantime::format_duration(backoff);
+            tracing::error!(error = %problem, %retry_in, "the cluster is not ready: trying again");
+            health.error(&problem.to_string());
         }
         metrics.retries.with_label_values(&["topics"]).inc();
         let until = Instant::now() + backoff;

@@ -1,4 +1,4 @@
-//! The properties of consumers: the user's, kandle's own, and how much a consumer may hold.
+//! The librdkafka properties of consumers: the user's, kandle's own, and the limits of prefetching.
 
 use std::sync::Arc;
 
@@ -11,41 +11,41 @@ use rdkafka::{ClientConfig, Statistics};
 use crate::kafka::log;
 use crate::settings::{Guarantee, Settings};
 
-/// How long a partition's fetcher rests once enough is prefetched. librdkafka's own second leaves a
-/// fast pipeline without records most of the time: 131,000 records/s with it, 511,000 with this
-/// (benches/RESULTS.md).
+/// How long a partition's fetcher pauses once enough is prefetched. With librdkafka's default of one second, a fast
+/// pipeline has no records most of the time: 131,000 records/s, against 511,000 with this value (benches/RESULTS.md).
 pub const FETCH_BACKOFF_MS: &str = "5";
 
-/// What a prefetched message takes beside its bytes: librdkafka's operation and message headers,
-/// measured by the resident memory of a consumer that is not polled (about 550 bytes, rounded up).
+/// Bytes that a prefetched message takes besides its content: librdkafka's operation and message structures, measured
+/// as the resident memory of a consumer that is not polled (about 550 bytes, rounded up).
 const MESSAGE_OVERHEAD: u64 = 640;
 
-/// What a message may hold that librdkafka does not count: it weighs a queue by the bytes of values alone. Keys and
-/// headers are bounded by the number of messages, if they take no more than this on average.
+/// Bytes of a message that librdkafka does not count: it limits a queue by the bytes of values alone. Keys and headers
+/// are bounded by the number of messages, as long as they take no more than this on average.
 const UNCOUNTED: u64 = 20 << 10;
 
-/// By how much an answer grows that is full of messages of about 20 bytes.
+/// How many times its size on the wire a fetch response full of 20-byte messages takes in memory.
 const SMALLEST_GROWTH: u64 = MESSAGE_OVERHEAD / 20;
 
-/// How much librdkafka may hold of what was fetched.
+/// Limits on the records that librdkafka prefetches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Prefetch {
-    /// Bytes of messages in all.
+    /// KiB of values in the queue, over all partitions.
     pub kib: u64,
-    /// Messages a partition.
+    /// Messages per partition.
     pub messages: u64,
-    /// Bytes of one answer from a broker, and of one partition in it. A larger message still comes.
+    /// Bytes of one fetch response. A single larger message is still fetched.
     pub answer: u64,
+    /// Bytes of one partition in a fetch response. A single larger message is still fetched.
     pub partition: u64,
 }
 
 impl Prefetch {
-    /// `share` is what of the memory limit is for it; `partitions` is how many the topics have: one
-    /// member may be given them all.
+    /// `share`: bytes of the memory limit for prefetching. `partitions`: number of all input partitions, because one
+    /// member may be assigned them all.
     pub fn within(share: u64, partitions: u64) -> Self {
         let partitions = partitions.max(1);
-        // A quarter for the bytes of values, a quarter for headers and what messages take beside them, and a quarter for
-        // the answer that comes when both are nearly full.
+        // A quarter for values, a quarter for keys, headers and overhead, and a quarter for the fetch response that
+        // arrives when both are nearly full.
         let quarter = share / 4;
         let partition = (quarter / SMALLEST_GROWTH / partitions).clamp(16 << 10, 1 << 20);
         Self {
@@ -57,14 +57,14 @@ impl Prefetch {
     }
 }
 
-/// The group as a transaction names it; `None` while the consumer is in none.
+/// Returns the consumer group metadata for a transaction; `None` while the consumer is in no group.
 pub type Group = Arc<dyn Fn() -> Option<ConsumerGroupMetadata> + Send + Sync>;
 
-/// What a member of a group does.
+/// The command that a group member runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     Run,
-    /// Replays too.
+    /// Drain or replay.
     Drain,
 }
 
@@ -76,12 +76,12 @@ impl Role {
         }
     }
 
-    /// The client.id, which the group shows of each member: what it does, and by which model.
+    /// The client.id, which the group shows for each member: its role and model digest.
     fn client_id(self, digest: &str) -> String {
         format!("kandle-{}-{digest}", self.name())
     }
 
-    /// What a client.id says of a kandle; `None` where it is something else's.
+    /// Role and model digest in a client.id; `None` if it is not kandle's.
     pub fn of(client_id: &str) -> Option<(Self, &str)> {
         let rest = client_id.strip_prefix("kandle-")?;
         let (role, digest) = rest.split_once('-')?;
@@ -89,10 +89,10 @@ impl Role {
     }
 }
 
-/// A client that asks and joins no group.
+/// A client that looks offsets and records up and joins no group.
 pub type Reader = BaseConsumer<ReaderContext>;
 
-/// Errors of these clients are returned to the caller, which reports them.
+/// Context of a [`Reader`]. It logs errors only for debugging: they are returned to the caller, which reports them.
 pub struct ReaderContext;
 
 impl ClientContext for ReaderContext {
@@ -109,28 +109,27 @@ impl ClientContext for ReaderContext {
 
 impl ConsumerContext for ReaderContext {}
 
-/// A consumer that reads and commits nothing, and sees what the settings' group would see. It joins no group.
+/// A consumer that sees what the settings' group would see, but joins no group and commits nothing.
 pub fn reader(settings: &Settings) -> KafkaResult<Reader> {
     reader_with(&config(settings, Role::Drain, "", 1))
 }
 
-/// The same, by a member's properties.
+/// Like [`reader`], with the properties of a group member.
 pub fn reader_with(config: &ClientConfig) -> KafkaResult<Reader> {
     reader_config(config).create_with_context(ReaderContext)
 }
 
-/// A consumer that stops where it would otherwise jump: at offsets that are not there, and at batches that cannot be
-/// read.
+/// A reader that reports an error instead of skipping offsets that do not exist and batches that cannot be read.
 pub fn prober(config: &ClientConfig) -> KafkaResult<Reader> {
     let mut config = reader_config(config);
     config.set("auto.offset.reset", "error").set("check.crcs", "true");
-    // It looks at one place, and is told soon where nothing is there.
+    // It reads at a single offset and should learn quickly if nothing is there.
     config.set("fetch.wait.max.ms", "20");
     config.create_with_context(ReaderContext)
 }
 
-/// A client that is told at once where the group stands: it waits neither for the group's rebalance, as a member's
-/// requests do, nor for open transactions.
+/// A reader that gets the group's committed offsets at once: it waits neither for a rebalance, as a member's requests
+/// do, nor for open transactions.
 pub fn offset_reader(config: &ClientConfig) -> KafkaResult<Reader> {
     let mut config = reader_config(config);
     config.set("isolation.level", "read_uncommitted");
@@ -139,16 +138,16 @@ pub fn offset_reader(config: &ClientConfig) -> KafkaResult<Reader> {
 
 fn reader_config(config: &ClientConfig) -> ClientConfig {
     let mut config = config.clone();
-    // A static member's name stays that member's.
+    // A second client with the same instance id would fence the static member.
     config.remove("group.instance.id");
     config.set("client.id", "kandle").set("statistics.interval.ms", "0");
     config.set("enable.partition.eof", "true");
-    // It changes nothing.
+    // A reader must change nothing on the cluster.
     config.set("allow.auto.create.topics", "false");
     config
 }
 
-/// The properties of a member of the group; `partitions`: of all input topics.
+/// The properties of a group member. `partitions`: number of partitions of all input topics.
 pub fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) -> ClientConfig {
     let mut config = ClientConfig::new();
     let prefetch = Prefetch::within(settings.memory.limit.0 / 4, partitions);
@@ -156,8 +155,8 @@ pub fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) ->
         .set("bootstrap.servers", &settings.kafka.brokers)
         .set("client.id", role.client_id(digest))
         .set("group.id", &settings.input.group)
-        // Where reading begins is resolved before. This is for offsets that retention deletes meanwhile: what is left
-        // is read, whatever `input.start` says.
+        // Start offsets are resolved before. This applies when retention deletes them meanwhile: reading continues with
+        // the earliest record left, whatever `input.start` says.
         .set("auto.offset.reset", "earliest")
         .set("check.crcs", "true")
         .set("enable.auto.commit", "false")
@@ -169,12 +168,12 @@ pub fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) ->
         .set("fetch.max.bytes", prefetch.answer.to_string())
         .set("fetch.message.max.bytes", prefetch.partition.to_string());
     if settings.delivery.guarantee == Guarantee::ExactlyOnce {
-        // Also makes the group's offsets wait for transactions that still hold some: a partition's
-        // next owner begins after what its last one committed.
+        // Also makes reads of the group's offsets wait for open transactions, so that a partition's next owner starts
+        // after the last one's commit.
         config.set("isolation.level", "read_committed");
     }
     let own = settings.kafka.properties.iter().chain(&settings.input.properties);
-    // The new protocol's assignor is the broker's.
+    // With the new protocol (KIP-848) the broker chooses the assignor.
     let new_protocol = |(name, value): (&String, &crate::settings::Scalar)| {
         name == "group.protocol" && value.0.eq_ignore_ascii_case("consumer")
     };
@@ -192,11 +191,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_prefetched_stays_within_its_share() {
+    fn prefetched_records_stay_within_their_share() {
         for share in [4 << 20, 64 << 20, 256 << 20, 4u64 << 30] {
             for partitions in [1, 4, 64] {
                 let p = Prefetch::within(share, partitions);
-                // Where there is room for more than the least number of messages.
+                // At the minimum of 16 messages, the share may be exceeded.
                 if p.messages > 16 {
                     let most = p.kib * 1024 + p.messages * partitions * UNCOUNTED + p.answer;
                     assert!(most <= share / 4 * 3, "{p:?}");
@@ -204,6 +203,6 @@ mod tests {
                 assert!(p.answer <= 50 << 20 && p.partition <= p.answer, "{p:?}");
             }
         }
-        assert_eq!(Prefetch::within(1 << 40, 1).messages, 100_000, "no more than librdkafka's own");
+        assert_eq!(Prefetch::within(1 << 40, 1).messages, 100_000, "at most librdkafka's default");
     }
 }

@@ -1,5 +1,5 @@
-//! The headers of records: kandle's own names, and access to headers as they are. The client's own reader insists on
-//! names of UTF-8, which a record's headers need not have.
+//! Headers of records: the names of kandle's own, and access to the raw headers. The rdkafka crate's reader requires
+//! UTF-8 names; Kafka does not.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
@@ -26,7 +26,7 @@ impl Name {
     }
 }
 
-/// `topic/partition/offset` of the input.
+/// `topic/partition/offset` of the input record.
 pub const SOURCE: Name = Name(c"kandle-source");
 /// `source@revision` of the model.
 pub const MODEL: Name = Name(c"kandle-model");
@@ -35,31 +35,31 @@ pub const MODEL_DIGEST: Name = Name(c"kandle-model-digest");
 /// Why a record is a dead letter: a [`crate::record::Fault`].
 pub const ERROR: Name = Name(c"kandle-error");
 pub const ERROR_MESSAGE: Name = Name(c"kandle-error-message");
-/// The stage at which the fault showed.
+/// The pipeline stage at which the record failed.
 pub const STAGE: Name = Name(c"kandle-stage");
-/// The record's own timestamp, where the topic of dead letters refuses it.
+/// The record's own timestamp, if the dead-letter topic refuses it. Milliseconds since the Unix epoch.
 pub const TIMESTAMP: Name = Name(c"kandle-timestamp");
 /// The span that a record was produced in (W3C Trace Context).
 pub const TRACEPARENT: Name = Name(c"traceparent");
 
-/// What kandle adds to a prediction.
+/// The headers that kandle adds to a prediction.
 pub const OF_PREDICTIONS: [Name; 3] = [SOURCE, MODEL, MODEL_DIGEST];
-/// What kandle adds to a dead letter; the last only where it has to.
+/// The headers that kandle adds to a dead letter; [`TIMESTAMP`] only where it is needed.
 pub const OF_DEAD_LETTERS: [Name; 6] = [SOURCE, ERROR, ERROR_MESSAGE, STAGE, MODEL_DIGEST, TIMESTAMP];
 
 fn of_message(message: &BorrowedMessage<'_>) -> Option<*mut rd_kafka_headers_t> {
     let mut headers = ptr::null_mut();
-    // SAFETY: the message is alive; librdkafka keeps the headers with it and hands out where they stand.
+    // SAFETY: the message is alive; librdkafka owns the headers with it and returns a pointer to them.
     let found = unsafe { rd_kafka_message_headers(message.ptr(), &mut headers) == DONE };
     found.then_some(headers)
 }
 
-/// The client's list: it lends it by a reference to where it stands.
+/// The pointer to librdkafka's list, which the rdkafka crate hides behind a reference to it.
 fn list(headers: &OwnedHeaders) -> *const rd_kafka_headers_t {
     ptr::from_ref(headers.as_borrowed()).cast()
 }
 
-/// The value of the last header of a name.
+/// The value of the last header with a name; `None` without such a header or value.
 pub fn last<'a>(message: &'a BorrowedMessage<'_>, name: Name) -> Option<&'a [u8]> {
     let headers = of_message(message)?;
     let (mut value, mut size): (*const c_void, usize) = (ptr::null(), 0);
@@ -70,13 +70,13 @@ pub fn last<'a>(message: &'a BorrowedMessage<'_>, name: Name) -> Option<&'a [u8]
     }
 }
 
-/// Removes the last header of a name from a message; earlier ones of that name move to the end. Whatever
-/// [`last`] returned has to be gone: the message is borrowed for good.
+/// Removes the last header with a name from a message; earlier ones with that name move to the end. The exclusive
+/// borrow rules out that a value from [`last`] is still in use.
 pub fn remove_last(message: &mut BorrowedMessage<'_>, name: Name) {
     let Some(headers) = of_message(message) else { return };
     let mut all: Vec<Vec<u8>> = Vec::new();
     let (mut value, mut size): (*const c_void, usize) = (ptr::null(), 0);
-    // SAFETY: nobody else has the message or its headers; each value is copied before they change.
+    // SAFETY: the message is borrowed exclusively; each value is copied before the headers change.
     unsafe {
         while rd_kafka_header_get(headers, all.len(), name.0.as_ptr(), &mut value, &mut size) == DONE {
             let bytes =
@@ -93,7 +93,7 @@ pub fn remove_last(message: &mut BorrowedMessage<'_>, name: Name) {
     }
 }
 
-/// The headers of a record as they came, whatever bytes their names hold. Only source and sink look into them.
+/// The headers of a record as received; their names may be any bytes. Only source and sink look into them.
 #[derive(Debug, Clone)]
 pub struct Headers(OwnedHeaders);
 
@@ -104,42 +104,42 @@ impl From<OwnedHeaders> for Headers {
 }
 
 impl Headers {
-    /// A copy of the headers of a message that has any.
+    /// A copy of a message's headers; `None` if it has none.
     pub fn of(message: &BorrowedMessage<'_>) -> Option<Self> {
         Some(Self(message.headers()?.detach()))
     }
 
-    /// A copy in the client's form.
+    /// A copy in the rdkafka crate's type.
     pub fn copy(&self) -> OwnedHeaders {
         self.0.clone()
     }
 
-    /// Bytes of memory that they take, about.
+    /// Approximate bytes of memory.
     pub fn memory(&self) -> usize {
         lengths(&self.0).map(|(name, value)| name + value.unwrap_or(0) + OVERHEAD).sum()
     }
 }
 
-/// Headers without those of some names.
+/// Removes all headers with these names.
 pub fn without(headers: OwnedHeaders, names: &[Name]) -> OwnedHeaders {
     for name in names {
-        // SAFETY: the list is ours alone; that there is none of the name is no error to us.
+        // SAFETY: this function owns the list. An error only means that no header has the name.
         unsafe { rd_kafka_header_remove(list(&headers).cast_mut(), name.0.as_ptr()) };
     }
     headers
 }
 
-/// Headers and one more.
+/// Appends a header.
 pub fn with(headers: OwnedHeaders, name: Name, value: &str) -> OwnedHeaders {
     headers.insert(Header { key: name.text(), value: Some(value) })
 }
 
-/// Lengths of the name and the value of each header, in bytes; no length where there is no value.
+/// Lengths of the name and the value of each header, in bytes; `None` for a header without a value.
 pub fn lengths(headers: &OwnedHeaders) -> impl Iterator<Item = (usize, Option<usize>)> + '_ {
     (0..).map_while(move |index| {
         let (mut name, mut value, mut size): (*const c_char, *const c_void, usize) =
             (ptr::null(), ptr::null(), 0);
-        // SAFETY: the list lives as long as the iterator; names end with a zero.
+        // SAFETY: the list lives as long as the iterator; names are NUL-terminated.
         unsafe {
             let found = rd_kafka_header_get_all(list(headers), index, &mut name, &mut value, &mut size);
             (found == DONE).then(|| (CStr::from_ptr(name).count_bytes(), (!value.is_null()).then_some(size)))
@@ -147,10 +147,10 @@ pub fn lengths(headers: &OwnedHeaders) -> impl Iterator<Item = (usize, Option<us
     })
 }
 
-/// What librdkafka takes for one header beside its name and its value.
+/// Bytes that librdkafka takes for a header besides its name and value.
 const OVERHEAD: usize = 64;
 
-/// `kandle-source`: the position of the input that a prediction or a dead letter is about.
+/// The position in `kandle-source`: that of the input record of a prediction or a dead letter.
 pub fn origin(message: &BorrowedMessage<'_>) -> Option<Position> {
     position(last(message, SOURCE)?)
 }
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn all_headers_of_a_name_go() {
+    fn all_headers_with_a_name_are_removed() {
         let headers = with(with(with(OwnedHeaders::new(), SOURCE, "a/0/1"), MODEL, "m"), SOURCE, "b/0/1");
         let left = without(headers, &[SOURCE, ERROR]);
         assert_eq!(lengths(&left).collect::<Vec<_>>(), [("kandle-model".len(), Some(1))]);

@@ -1,15 +1,15 @@
-//! librdkafka's own log lines, as events of ours.
+//! librdkafka's log lines, passed on to kandle's log.
 
 use rdkafka::config::RDKafkaLogLevel;
 
-/// What librdkafka says of a setting that kandle chose itself: users cannot change it, and a batch that is refused is
-/// recovered from (`sink::recovery`, which says so).
-const OWN_CHOICES: [&str; 2] =
+/// Parts of lines that are not logged: they warn about a property that kandle sets and users cannot change. Kandle
+/// recovers from refused batches and logs that itself (`sink::recovery`).
+const IGNORED: [&str; 2] =
     ["enable.gapless.guarantee is experimental", "Gap-less ordering would not be guaranteed"];
 
 /// Logs a line of librdkafka. `facility` is its short name for the kind of event, such as `FAIL`.
 pub fn librdkafka(level: RDKafkaLogLevel, facility: &str, text: &str) {
-    if OWN_CHOICES.iter().any(|words| text.contains(words)) {
+    if IGNORED.iter().any(|words| text.contains(words)) {
         return;
     }
     match level {

@@ -1,5 +1,5 @@
-//! What the group keeps beside each offset: the topic that it is an offset of, the model that covered the records before
-//! it, and the records after it that are under suspicion.
+//! The commit metadata that the group stores with each offset: the topic's id, the model that processed the records
+//! before the offset, and the suspects: records after it on which inference timed out.
 
 use std::collections::BTreeSet;
 
@@ -10,16 +10,16 @@ use serde::{Deserialize, Serialize};
 use super::native::TopicId;
 use crate::record::Partition;
 
-/// Kafka takes 4,096 bytes (`offset.metadata.max.bytes`).
-const ROOM: usize = 3000;
+/// Most bytes of the list of suspects; Kafka accepts 4,096 bytes of metadata (`offset.metadata.max.bytes`).
+const MAX_SUSPECTS_BYTES: usize = 3000;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
-    /// `source@revision`.
+    /// The model as `source@revision`.
     pub model: String,
-    /// 16 hex digits.
+    /// First 16 hex digits of the model digest.
     pub digest: String,
-    /// Where the broker gives ids.
+    /// The topic's id; `None` if the broker gives none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topic_id: Option<TopicId>,
     /// Offsets of records on which inference timed out, as `first-last,…`.
@@ -32,7 +32,7 @@ impl Metadata {
         Self { model: model.to_owned(), digest: digest.to_owned(), topic_id, suspects: ranges(suspects) }
     }
 
-    /// `None` where the offset was committed by something else.
+    /// Parses the metadata; `None` if another program committed the offset.
     pub fn read(text: &str) -> Option<Self> {
         serde_json::from_str(text).ok()
     }
@@ -50,7 +50,7 @@ impl Metadata {
     }
 }
 
-/// Adds an offset to be committed, with the text of [`Metadata`] beside it.
+/// Adds an offset to be committed, with the text of its [`Metadata`].
 pub fn add_offset(
     list: &mut TopicPartitionList,
     partition: &Partition,
@@ -73,8 +73,8 @@ fn ranges(offsets: &BTreeSet<i64>) -> String {
     let mut text = String::new();
     for (first, last) in runs {
         let run = if first == last { format!("{first}") } else { format!("{first}-{last}") };
-        if text.len() + run.len() > ROOM {
-            // The rest is found the next time.
+        if text.len() + run.len() > MAX_SUSPECTS_BYTES {
+            // The rest is found again when inference on it times out once more.
             break;
         }
         if !text.is_empty() {
@@ -111,7 +111,7 @@ mod tests {
             prop_assert!(kept.text().len() < 4096);
             let back = Metadata::read(&kept.text()).unwrap().suspects();
             prop_assert!(back.iter().eq(offsets.iter().take(back.len())));
-            prop_assert!(back.len() == offsets.len() || kept.suspects.len() > ROOM - 20);
+            prop_assert!(back.len() == offsets.len() || kept.suspects.len() > MAX_SUSPECTS_BYTES - 20);
         }
     }
 }

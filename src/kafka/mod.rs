@@ -1,4 +1,4 @@
-//! What the stages and the commands share of Kafka.
+//! Kafka code that the stages and the commands share.
 
 pub mod cluster;
 pub mod consumer;

@@ -1,4 +1,4 @@
-//! What librdkafka offers and its Rust binding does not: the ids of topics, and errors with their offsets.
+//! librdkafka functions that the rdkafka crate does not wrap: topic ids, and errors with their offsets.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char};
@@ -21,7 +21,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::types::{RDKafkaAdminOp, RDKafkaErrorCode, RDKafkaRespErr};
 use serde::{Deserialize, Serialize};
 
-/// A topic's id, as `kafka-topics.sh --describe` shows it. A topic that is deleted and made again has another one.
+/// A topic's id, as `kafka-topics.sh --describe` shows it. A topic that is deleted and recreated has a new one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct TopicId(String);
@@ -38,11 +38,11 @@ impl fmt::Display for TopicId {
     }
 }
 
-/// Which topic stands behind a name now.
+/// Which topic a name refers to now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Identity {
     Id(TopicId),
-    /// There is no topic of that name.
+    /// No topic has the name.
     Absent,
     /// The broker gives no ids (before Kafka 2.8), or not to this user.
     Unknown,
@@ -57,7 +57,7 @@ impl Identity {
     }
 }
 
-/// The topics that stand behind these names.
+/// Looks up which topics these names refer to now.
 ///
 /// # Errors
 /// No broker answers in time.
@@ -70,16 +70,16 @@ pub fn identities<C: ConsumerContext>(
     if names.is_empty() {
         return Ok(BTreeMap::new());
     }
-    // Any broker knows the topics. Without one by number, librdkafka would wait for the controller, which can be away
-    // while all topics can be read.
+    // Any broker can describe topics. Unless one is given, librdkafka waits for the controller, which may be
+    // unavailable while all topics can be read.
     let metadata = client.fetch_metadata(topics.first().map(String::as_str), timeout)?;
     let numbers = || metadata.brokers().iter().map(|broker| broker.id());
     let broker = numbers().find(|&id| id == metadata.orig_broker_id()).or_else(|| numbers().next());
     let mut pointers: Vec<*const c_char> = names.iter().map(|name| name.as_ptr()).collect();
     let rk = client.client().native_ptr();
     let ms = timeout.as_millis().min(i32::MAX as u128) as i32;
-    // SAFETY: the client outlives the call; each object is destroyed once, after its last use; what the event lends is
-    // copied before it is destroyed.
+    // SAFETY: the client outlives the call; each object is destroyed once, after its last use; data borrowed from the
+    // event is copied before the event is destroyed.
     unsafe {
         let options = rd_kafka_AdminOptions_new(rk, RDKafkaAdminOp::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS);
         rd_kafka_AdminOptions_set_request_timeout(options, ms, ptr::null_mut(), 0);
@@ -89,7 +89,7 @@ pub fn identities<C: ConsumerContext>(
         let collection = rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
         let queue = rd_kafka_queue_new(rk);
         rd_kafka_DescribeTopics(rk, collection, options, queue);
-        // The request has its own timeout, after which there is an event that says so.
+        // The request has its own timeout, which also produces an event; wait a little longer than that.
         let event = rd_kafka_queue_poll(queue, ms.saturating_add(1000));
         let found = if event.is_null() {
             Err(RDKafkaErrorCode::OperationTimedOut)
@@ -114,10 +114,12 @@ pub fn identities<C: ConsumerContext>(
     }
 }
 
+/// Name and identity of a described topic.
+///
 /// # Safety
-/// `topic` is alive.
+/// `topic` must be valid during the call.
 unsafe fn identity(topic: *const rdkafka::bindings::rd_kafka_TopicDescription_t) -> (String, Identity) {
-    // SAFETY: as the caller says; all that is lent lives as long as the topic.
+    // SAFETY: the caller guarantees that the topic is valid; everything borrowed lives as long as the topic.
     unsafe {
         let name = CStr::from_ptr(rd_kafka_TopicDescription_name(topic)).to_string_lossy().into_owned();
         let error = rd_kafka_TopicDescription_error(topic);
@@ -141,7 +143,7 @@ unsafe fn identity(topic: *const rdkafka::bindings::rd_kafka_TopicDescription_t)
     }
 }
 
-/// What a consumer meets first.
+/// What a consumer receives first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum First {
     /// A record at this offset.
@@ -150,20 +152,20 @@ pub enum First {
     End,
     /// A batch that begins at this offset and cannot be read.
     Damaged(i64),
-    /// Nothing in time.
-    Silence,
+    /// Nothing before the timeout.
+    TimedOut,
     Error(RDKafkaErrorCode),
 }
 
-/// What comes first from a consumer that is assigned one partition by hand, with `enable.partition.eof` and
-/// `check.crcs`.
+/// Waits for what a consumer receives first. The consumer must be assigned one partition manually, with
+/// `enable.partition.eof` and `check.crcs` set.
 pub fn first<C: ConsumerContext>(consumer: &BaseConsumer<C>, timeout: Duration) -> First {
     let ms = timeout.as_millis().min(i32::MAX as u128) as i32;
     // SAFETY: the consumer is alive, and the message is destroyed once, after its last use.
     unsafe {
         let message = rd_kafka_consumer_poll(consumer.client().native_ptr(), ms);
         if message.is_null() {
-            return First::Silence;
+            return First::TimedOut;
         }
         let (error, offset) = ((*message).err, (*message).offset);
         rd_kafka_message_destroy(message);

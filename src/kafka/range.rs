@@ -1,4 +1,4 @@
-//! Parts of topics, by time or by offset.
+//! Ranges of topics, by time or by offset.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -16,14 +16,15 @@ use rdkafka::types::RDKafkaErrorCode;
 use super::topics::TopicFilter;
 use crate::record::Partition;
 
-/// How long one question to the cluster may take, and how often it is asked.
+/// Timeout of one request to the cluster.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a request is made before its error counts.
 const TRIES: usize = 6;
 
 /// A point in a partition: `2026-11-25T22:00:00+01:00` (RFC 3339) or `offset:1200`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Point {
-    /// The first record that is not older.
+    /// The first record at or after this time.
     Time(Timestamp),
     Offset(i64),
 }
@@ -35,7 +36,7 @@ impl FromStr for Point {
         if let Some(offset) = text.strip_prefix("offset:") {
             return match offset.parse() {
                 Ok(offset @ 0..) => Ok(Self::Offset(offset)),
-                _ => Err(format!("{offset:?} is no offset")),
+                _ => Err(format!("{offset:?} is not a valid offset")),
             };
         }
         text.parse().map(Self::Time).map_err(|_| {
@@ -53,34 +54,36 @@ impl fmt::Display for Point {
     }
 }
 
-/// A part of a partition, and what there is of it in all.
+/// A range of a partition's offsets, and the bounds of its log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
+    /// The first offset of the range.
     pub from: i64,
-    /// The offset after the last one.
+    /// The offset after the last one of the range.
     pub to: i64,
-    /// The log's first offset: what was before is deleted.
+    /// The log's first offset; earlier records are deleted.
     pub low: i64,
-    /// The end of the log, or of what was committed to it by transactions, for readers of such.
+    /// The log's high watermark, or its last stable offset for `read_committed`.
     pub high: i64,
 }
 
-/// Why a part cannot be had.
+/// Why a range cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum RangeError {
-    #[error("what there is in the topics cannot be read: {0}")]
+    #[error("cannot read the offsets of the topics: {0}")]
     Kafka(#[from] KafkaError),
-    #[error("no pattern of topics: {0}")]
+    #[error("not a valid topic pattern: {0}")]
     Pattern(#[from] regex::Error),
     #[error("topic {0} does not exist")]
     Unknown(String),
     #[error("--from {from} is not before --to {to}")]
     Order { from: Point, to: Point },
-    #[error("--to {0} is not over yet: what comes until then would be left out")]
+    #[error("--to {0} is in the future: records that arrive until then would be left out")]
     Future(Timestamp),
-    /// Retention has deleted a part of it.
+    /// Retention has deleted a part of the range.
     #[error("{0}")]
     Deleted(String),
+    /// The range holds no records.
     #[error("{0}")]
     Empty(String),
 }
@@ -114,18 +117,18 @@ pub fn partitions<C: ConsumerContext>(
 pub enum Edge {
     /// The first offset.
     Start,
-    /// The offset after the last record, or after the last that transactions have committed, for readers of such.
+    /// The high watermark, or the last stable offset for `read_committed`.
     End,
 }
 
-/// Where the logs of partitions start or end: one request to each broker. Partitions that gave an error are absent, and
-/// the first such error is beside.
+/// The offsets at which the logs of partitions start or end: one request to each broker. Partitions with an error are
+/// absent; the first such error is returned as well.
 pub fn edges<'a, C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     partitions: impl IntoIterator<Item = &'a Partition>,
     edge: Edge,
 ) -> Result<(HashMap<Partition, i64>, Option<KafkaError>), KafkaError> {
-    // In place of a time, as in the protocol's ListOffsets: -2 and -1.
+    // In place of a time, as in Kafka's ListOffsets request: -2 (earliest) and -1 (latest).
     let time = match edge {
         Edge::Start => Offset::Beginning,
         Edge::End => Offset::End,
@@ -143,7 +146,7 @@ pub fn edges<'a, C: ConsumerContext>(
     Ok((offsets, failed))
 }
 
-/// The same, of all of them or of none.
+/// Like [`edges`], but any partition's error fails the whole.
 pub fn all_edges<'a, C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     partitions: impl IntoIterator<Item = &'a Partition>,
@@ -169,7 +172,7 @@ fn offsets_at<'a, C: ConsumerContext>(
     consumer.offsets_for_times(list, REQUEST_TIMEOUT)
 }
 
-/// The list that librdkafka takes for `partitions`, without offsets.
+/// librdkafka's list of `partitions`, without offsets.
 pub fn list_of<'a>(partitions: impl IntoIterator<Item = &'a Partition>) -> TopicPartitionList {
     let mut list = TopicPartitionList::new();
     for partition in partitions {
@@ -178,12 +181,12 @@ pub fn list_of<'a>(partitions: impl IntoIterator<Item = &'a Partition>) -> Topic
     list
 }
 
-/// The parts of all partitions of `topics` from one point to another; the whole where none is given.
-/// `even_deleted`: what retention has left of a part that it has begun to delete will do.
+/// The ranges of all partitions of `topics` from one point to another; without a point, from the start or to the end.
+/// `even_deleted`: accept a range of which retention has already deleted a part.
 ///
 /// # Errors
-/// Points in the wrong order or in the future, topics that are not there, parts of which nothing is there
-/// or not all, with what there is.
+/// Points in the wrong order or in the future, topics that do not exist, and ranges that are empty or partly deleted,
+/// with the offsets that exist.
 pub fn resolve<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     topics: &[&str],
@@ -211,7 +214,7 @@ pub fn resolve<C: ConsumerContext>(
     let mut ranges = BTreeMap::new();
     for partition in partitions {
         let low = starts[&partition];
-        // Retention may have moved the start on in between.
+        // Retention may have moved the start past this end between the two requests.
         let high = ends[&partition].max(low);
         ranges.insert(partition, Range { from: low, to: high, low, high });
     }
@@ -235,7 +238,7 @@ pub fn resolve<C: ConsumerContext>(
     }
     if (from.is_some() || to.is_some()) && ranges.values().all(|range| range.from == range.to) {
         return Err(RangeError::Empty(format!(
-            "nothing is there from {} to {}; {}",
+            "no records from {} to {}; {}",
             from.map_or("the beginning".to_owned(), |p| p.to_string()),
             to.map_or("the end".to_owned(), |p| p.to_string()),
             there_is(consumer, &ranges),
@@ -245,7 +248,7 @@ pub fn resolve<C: ConsumerContext>(
         let deleted: BTreeMap<Partition, Range> =
             deleted.into_iter().filter_map(|p| ranges.get(&p).map(|range| (p.clone(), *range))).collect();
         return Err(RangeError::Deleted(format!(
-            "not all from {} on is there any more, retention has deleted some; {}; --force takes what is left",
+            "retention has deleted records from {} on; {}; use --force to take what is left",
             from.map_or("the beginning".to_owned(), |p| p.to_string()),
             there_is(consumer, &deleted),
         )));
@@ -269,7 +272,7 @@ fn begins_before<C: ConsumerContext>(
     })
 }
 
-/// Where a point lies in each partition; nothing where all records are before it.
+/// The offset of a point in each partition. A partition whose records are all before the point is absent.
 fn offsets<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     ranges: &BTreeMap<Partition, Range>,
@@ -295,17 +298,19 @@ fn offsets<C: ConsumerContext>(
 /// How the reading of a partition ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Read<B> {
-    /// By who saw the records.
+    /// The callback stopped it.
     Stopped(B),
-    /// At the end of the log.
+    /// The end of the log was reached.
     End,
-    /// Nothing came for as long as was waited.
-    Silence,
+    /// No record arrived for `patience`.
+    TimedOut,
 }
 
-/// Shows the records of a partition from an offset on, until told to stop. The consumer, which says where
-/// partitions end (`enable.partition.eof`), is in no group. Errors may pass; one that has not passed in
-/// `patience` is returned.
+/// Passes the records of a partition to `see`, from an offset on, until `see` stops it. The consumer must be in no
+/// group and have `enable.partition.eof` set.
+///
+/// # Errors
+/// An error after `patience` without a record. Earlier errors are logged and reading continues.
 pub fn read<C: ConsumerContext, B>(
     consumer: &BaseConsumer<C>,
     partition: &Partition,
@@ -327,8 +332,10 @@ pub fn read<C: ConsumerContext, B>(
             }
             Some(Err(KafkaError::PartitionEOF(_))) => break Ok(Read::End),
             Some(Err(error)) if heard.elapsed() > patience => break Err(error),
-            Some(Err(error)) => tracing::warn!(%partition, %error, "reading"),
-            None if heard.elapsed() > patience => break Ok(Read::Silence),
+            Some(Err(error)) => {
+                tracing::warn!(%partition, %error, "error while reading the partition: trying again");
+            }
+            None if heard.elapsed() > patience => break Ok(Read::TimedOut),
             None => {}
         }
     };
@@ -336,7 +343,7 @@ pub fn read<C: ConsumerContext, B>(
     end
 }
 
-/// The timestamp of the first record at or after an offset; `None` where none comes in time.
+/// The timestamp of the first record at or after an offset; `None` if none arrives within [`REQUEST_TIMEOUT`].
 pub fn timestamp_at<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     partition: &Partition,
@@ -349,11 +356,11 @@ pub fn timestamp_at<C: ConsumerContext>(
     });
     Ok(match first? {
         Read::Stopped(time) => time,
-        Read::End | Read::Silence => None,
+        Read::End | Read::TimedOut => None,
     })
 }
 
-/// What there is, in words.
+/// Describes, for an error message, which offsets exist.
 fn there_is<C: ConsumerContext>(consumer: &BaseConsumer<C>, ranges: &BTreeMap<Partition, Range>) -> String {
     let one = |(partition, range): (&Partition, &Range)| {
         if range.low == range.high {
@@ -361,7 +368,7 @@ fn there_is<C: ConsumerContext>(consumer: &BaseConsumer<C>, ranges: &BTreeMap<Pa
         }
         let at = |offset| match timestamp_at(consumer, partition, offset) {
             Ok(Some(time)) => format!(" ({time})"),
-            // It is said for help alone.
+            // The time only helps the user; the message is complete without it.
             Ok(None) | Err(_) => String::new(),
         };
         let last = range.high - 1;
@@ -370,13 +377,13 @@ fn there_is<C: ConsumerContext>(consumer: &BaseConsumer<C>, ranges: &BTreeMap<Pa
     ranges.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
-/// Asks until there is an answer, some times: brokers come and go.
+/// Repeats a request that fails, a few times: brokers may be unavailable for a moment.
 pub fn retry<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
     let mut tries = 1;
     loop {
         match ask() {
             Err(error) if tries < TRIES => {
-                tracing::warn!(%error, tries, "what there is in the topics: asking again")
+                tracing::warn!(%error, tries, "cannot read the offsets of the topics: trying again")
             }
             answer => return answer,
         }

@@ -1,4 +1,4 @@
-//! How large a record is on the wire: what a topic's `max.message.bytes` is about.
+//! The size of a record on the wire, which a topic's `max.message.bytes` limits.
 //!
 //! The format is Kafka's record batch, version 2 (<https://kafka.apache.org/documentation/#recordbatch>): a header of
 //! 61 bytes, then each record with lengths as variable-length integers.
@@ -7,7 +7,7 @@ use rdkafka::message::OwnedHeaders;
 
 use super::headers;
 
-/// Bytes of a batch beside its records.
+/// Bytes of a batch besides its records.
 pub const BATCH_HEADER: u64 = 61;
 
 /// Bytes of a batch that holds one record, uncompressed.

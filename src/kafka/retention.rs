@@ -1,5 +1,5 @@
-//! Whether what is published would soon be deleted: a prediction has its record's timestamp, and a topic keeps records
-//! by theirs.
+//! Warns if retention would soon delete what is published: a prediction has its record's timestamp, and retention goes
+//! by timestamps.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,7 +13,7 @@ use super::topic_rules::{Timestamps, TopicRules};
 use crate::record::Partition;
 use crate::settings::{OutputTimestamp, Settings};
 
-/// The oldest of the first records at these offsets, each before the end that is given with it: `(from, end)`.
+/// The oldest timestamp of the first records of these ranges: `(from, end)`, `end` exclusive.
 fn oldest<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     places: &BTreeMap<Partition, (i64, i64)>,
@@ -29,19 +29,19 @@ fn oldest<C: ConsumerContext>(
     Ok(oldest)
 }
 
-/// What is to be said of the records to come: those of `ranges` that the group has not come to.
+/// Warnings about the records still to be processed: those of `ranges` from the group's offsets (`committed`) on.
 ///
 /// # Errors
-/// The cluster cannot be asked.
+/// The cluster does not answer.
 pub fn warnings<C: ConsumerContext>(
     settings: &Settings,
     topics: &Topics,
     consumer: &BaseConsumer<C>,
     ranges: &BTreeMap<Partition, Range>,
-    standing: &HashMap<Partition, i64>,
+    committed: &HashMap<Partition, i64>,
 ) -> Result<Vec<String>, KafkaError> {
     let place = |(partition, range): (&Partition, &Range)| {
-        let from = standing.get(partition).map_or(range.from, |&at| at.max(range.from));
+        let from = committed.get(partition).map_or(range.from, |&at| at.max(range.from));
         (partition.clone(), (from, range.to))
     };
     let oldest = oldest(consumer, &ranges.iter().map(place).collect())?;
@@ -66,8 +66,8 @@ fn warning(topic: &str, rules: &TopicRules, oldest: Timestamp, now: Timestamp) -
         rules.timestamps != Timestamps::Replaced && u128::try_from(age).ok()? > retention.as_millis();
     too_old.then(|| {
         format!(
-            "topic {topic} keeps records for {}, and the oldest record to come is of {oldest}: what is published for \
-             it is deleted soon afterwards; raise retention.ms, or set output.timestamp: now",
+            "topic {topic} keeps records for {}, and the oldest record to process is from {oldest}: what is \
+             published for it would soon be deleted; raise retention.ms, or set output.timestamp: now",
             humantime::format_duration(retention)
         )
     })
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_older_than_the_topic_keeps_them_are_said() {
+    fn warns_of_records_older_than_the_topics_retention() {
         let rules = |retention, timestamps| TopicRules { retention, timestamps, ..TopicRules::default() };
         let days = |days: u64| Duration::from_secs(days * 86400);
         let now: Timestamp = "2026-11-26T00:00:00Z".parse().unwrap();

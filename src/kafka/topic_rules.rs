@@ -1,28 +1,29 @@
-//! What a topic refuses, by its configuration. Pure.
+//! Which records a topic refuses, according to its configuration. Pure.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// Our clock and the broker's may differ by so much: nearer to a bound than this, the broker decides.
-const CLOCKS: i64 = 5 * 60 * 1000;
+/// Milliseconds that our clock and the broker's may differ. Nearer to a bound than this, the broker decides.
+const MAX_CLOCK_SKEW_MS: i64 = 5 * 60 * 1000;
 
-/// The part of a topic's configuration that decides about records.
+/// The part of a topic's configuration that decides which records it accepts and how long it keeps them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TopicRules {
-    /// `max.message.bytes`: of a batch as it is sent, compressed or not. `None` where it cannot be read.
+    /// `max.message.bytes`: the largest batch as it is sent, compressed or not. `None`: unknown.
     pub max_bytes: Option<u64>,
     /// `cleanup.policy` has `compact`: a record without a key is refused.
     pub compacted: bool,
     pub timestamps: Timestamps,
-    /// How long records are kept, by their timestamps; `None`: for ever, as far as is known.
+    /// `retention.ms`: how long records are kept after their timestamps. `None`: forever or unknown.
     pub retention: Option<Duration>,
 }
 
+/// The timestamps that a topic accepts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Timestamps {
     #[default]
     Any,
-    /// The broker sets its own (`message.timestamp.type: LogAppendTime`).
+    /// Any; the broker replaces it by its own (`message.timestamp.type: LogAppendTime`).
     Replaced,
     /// At most so many milliseconds before and after the broker's clock.
     Near { before: i64, after: i64 },
@@ -46,7 +47,7 @@ impl TopicRules {
         let number = |name: &str| text(name).and_then(|value| value.parse::<i64>().ok());
         let policies: Vec<&str> =
             text("cleanup.policy").unwrap_or("delete").split(',').map(str::trim).collect();
-        // Before Kafka 3.6 there was one distance for both directions.
+        // Before Kafka 3.6 one setting limited both directions.
         let distance = number("message.timestamp.difference.max.ms").unwrap_or(i64::MAX);
         let retention = number("retention.ms").filter(|&ms| ms >= 0 && policies.contains(&"delete"));
         Self {
@@ -63,7 +64,8 @@ impl TopicRules {
         }
     }
 
-    /// Whether the topic will refuse a record for its key or its timestamp; both in milliseconds since the epoch.
+    /// Why the topic will refuse a record, if its key or timestamp is the reason. `timestamp` and `now`: milliseconds
+    /// since the Unix epoch.
     pub fn refusal(&self, has_key: bool, timestamp: Option<i64>, now: i64) -> Option<Refusal> {
         if self.compacted && !has_key {
             return Some(Refusal::NoKey);
@@ -72,11 +74,12 @@ impl TopicRules {
             return None;
         };
         let distance = timestamp.saturating_sub(now);
-        let far = distance > after.saturating_add(CLOCKS) || distance < -before.saturating_add(CLOCKS);
+        let far = distance > after.saturating_add(MAX_CLOCK_SKEW_MS)
+            || distance < -before.saturating_add(MAX_CLOCK_SKEW_MS);
         far.then_some(Refusal::Timestamp(timestamp))
     }
 
-    /// Whether a batch of so many bytes is too large; it is not known where the limit cannot be read.
+    /// Whether a batch of `bytes` bytes is too large for the topic; false if its limit is unknown.
     pub fn is_too_large(&self, bytes: u64) -> bool {
         self.max_bytes.is_some_and(|most| bytes > most)
     }
@@ -116,10 +119,10 @@ mod tests {
         ]);
         let refused = |rules: &TopicRules, timestamp| rules.refusal(true, Some(timestamp), now).is_some();
         assert!(!refused(&new, now) && !refused(&new, now + hour) && !refused(&new, now - 24 * hour));
-        assert!(!refused(&new, now + hour + CLOCKS), "the broker decides");
+        assert!(!refused(&new, now + hour + MAX_CLOCK_SKEW_MS), "the broker decides");
         assert!(refused(&new, now + 2 * hour) && refused(&new, now - 25 * hour));
         assert!(refused(&new, now * 1000), "microseconds");
-        assert!(!refused(&rules(&[]), now * 1000), "nothing is known");
+        assert!(!refused(&rules(&[]), now * 1000), "no limit is known");
         let old = rules(&[("message.timestamp.difference.max.ms", "3600000")]);
         assert!(refused(&old, now + 2 * hour) && refused(&old, now - 2 * hour));
         assert!(!refused(&rules(&[("message.timestamp.type", "LogAppendTime")]), 1));

@@ -1,9 +1,9 @@
-//! Which topics `input.topics` means: by their names, or by a pattern. One engine matches patterns everywhere: kandle
-//! subscribes to the names that it has found to match, never to the pattern.
+//! Which topics `input.topics` selects, by name or by pattern. Kandle always matches patterns itself and subscribes to
+//! the names that match, never to the pattern, so that one regex engine decides everywhere.
 
 use regex::Regex;
 
-/// As `input.topics` has them: names, or patterns, which start with `^`.
+/// The entries of `input.topics`: names, or patterns, which start with `^`.
 #[derive(Debug)]
 pub struct TopicFilter {
     names: Vec<String>,
@@ -12,7 +12,7 @@ pub struct TopicFilter {
 
 impl TopicFilter {
     /// # Errors
-    /// A pattern is none.
+    /// A pattern is not a valid regular expression.
     pub fn new<T: AsRef<str>>(topics: &[T]) -> Result<Self, regex::Error> {
         let (patterns, names): (Vec<&str>, Vec<&str>) =
             topics.iter().map(T::as_ref).partition(|topic| Self::is_pattern(topic));
@@ -26,7 +26,7 @@ impl TopicFilter {
         topic.starts_with('^')
     }
 
-    /// Those that are known by name; `None` where a pattern may mean any.
+    /// The names, if there are no patterns.
     pub fn names(&self) -> Option<&[String]> {
         self.patterns.is_empty().then_some(&self.names[..])
     }
@@ -36,7 +36,7 @@ impl TopicFilter {
     }
 }
 
-/// Kafka's own topics, such as `__consumer_offsets`, are meant only by a pattern that begins with their `__`.
+/// Kafka's internal topics, such as `__consumer_offsets`, match only patterns that start with `^__`.
 fn matches(pattern: &Regex, topic: &str) -> bool {
     let internal = topic.starts_with("__") && !pattern.as_str().starts_with("^__");
     !internal && pattern.is_match(topic)
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn kafkas_own_topics_are_meant_only_where_they_are_named() {
+    fn internal_topics_match_only_patterns_that_start_with_their_prefix() {
         assert!(!TopicFilter::new(&["^.*"]).unwrap().holds("__consumer_offsets"));
         assert!(TopicFilter::new(&["^__mine.*"]).unwrap().holds("__mine-1"));
         assert!(TopicFilter::new(&["^_.*"]).unwrap().holds("_schemas"));

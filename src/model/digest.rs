@@ -1,18 +1,18 @@
-//! The model digest: the same digest means the same files and settings. Predictions are the same then up to rounding,
+//! The model digest: the same digest means the same files and settings. Predictions are then equal up to rounding,
 //! which depends on the device and its kernels.
 //!
 //! SHA-256 over a list of lines, sorted: `name <SHA-256 of the file>` for each file of the model,
 //! and `setting <JSON>` for the settings that change a prediction. Batch sizes, topics and the
-//! like are not in it.
+//! like are not included.
 
 use std::fmt;
 
 use sha2::{Digest as _, Sha256};
 
-use super::files::{Files, FilesError};
+use super::store::{Files, FilesError};
 use crate::settings::Settings;
 
-/// 64 hex digits; shown as the first 16 everywhere but in `model show`.
+/// 64 hex digits; shown as the first 16 everywhere except in `model show`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Digest(String);
 
@@ -22,7 +22,7 @@ impl Digest {
         let mut lines = Vec::new();
         if let Some(files) = files {
             for name in files.names()? {
-                lines.push(format!("{name} {}", hex(&Sha256::digest(files.require(&name)?))));
+                lines.push(format!("{name} {}", hex(&files.sha256(&name)?)));
             }
         }
         if let Some(path) = &settings.task.candidates {
@@ -31,7 +31,7 @@ impl Digest {
             lines.push(format!("candidates {}", hex(&Sha256::digest(bytes))));
         }
         let (mut task, input) = (settings.task.set_keys(), &settings.input);
-        // The candidates themselves count, not where they are; the cache changes nothing.
+        // The candidates' content is hashed, not their path. The cache does not change predictions.
         task.retain(|key, _| !["candidates", "cache"].contains(&key.as_str()));
         task.insert("kind".to_owned(), settings.task.kind.name().into());
         let settings = serde_json::json!({
@@ -62,7 +62,7 @@ impl fmt::Display for Digest {
     }
 }
 
-/// In lower case.
+/// Lower-case hex digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

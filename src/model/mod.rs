@@ -1,31 +1,32 @@
-//! Models: finding and reading their files, their digest, the tokenizer, and the packed encoder.
-//! Nothing here knows Kafka.
+//! Models: where their files come from, their digest and placement, and what runs them. Nothing here knows Kafka.
+//!
+//! ```text
+//! store       model.source to files                 (manifest: which files belong to a model; digest: their hash)
+//! weights     safetensors to tensors, one at a time
+//! placement   device and precision
+//! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
+//! kernels     the operations of the layers, on CPUs and GPUs
+//! ```
 
-pub mod architecture;
-mod device;
 mod digest;
-mod encoder;
-mod files;
-mod head;
-mod hub;
-mod items;
-mod load;
-pub mod ops;
-mod sentence;
-mod tokenize;
+pub mod kernels;
+mod manifest;
+mod placement;
+mod store;
+pub mod text;
+mod weights;
 
-pub use device::{Placement, PlacementError};
 pub use digest::Digest;
 pub(crate) use digest::hex;
-pub use encoder::{Encoder, Packed};
-pub use files::{Files, FilesError};
-pub use head::Head;
-pub use load::{Model, ModelError, Output, Scores};
-pub use ops::Pooling;
-pub use sentence::{Embedding, TextSettings};
-pub use tokenize::{NoRoom, Part, Shorten, Span, Spans, TokenizeError, Tokenizer, Tokens};
+pub use kernels::{Packed, Pooling};
+pub use placement::{Placement, PlacementError};
+pub use store::{Files, FilesError};
+pub use text::{
+    Embedding, Encoder, Head, Model, ModelError, NoRoom, Output, Part, Scores, Shorten, Span, Spans,
+    TextSettings, TokenizeError, Tokenizer, Tokens,
+};
 
-/// The message of an error of Candle's, which carries a backtrace below it.
+/// The first line of a Candle error; a backtrace may follow it.
 pub(crate) fn message(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }

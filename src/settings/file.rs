@@ -1,5 +1,5 @@
-//! One configuration file. The config crate reads it, except for the values of librdkafka's properties: those keep the
-//! text of the file, because `0123456` is a password and not a number.
+//! One configuration file. The config crate reads it, except for the values of librdkafka properties: those keep the
+//! text of the file, because `0123456` may be a password and not a number.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,13 +11,13 @@ use toml::de::{DeTable, DeValue};
 use yaml_rust2::Event;
 use yaml_rust2::parser::{EventReceiver, Parser};
 
-/// What a file says, parsed.
+/// The parsed content of a configuration file.
 #[derive(Debug, Clone)]
 pub(super) struct File(Map<String, Layered>);
 
 impl File {
     /// # Errors
-    /// There is no such file, its name ends in no known format, or it is not what its name says.
+    /// The file does not exist, its extension is unknown, or its content is not valid in that format.
     pub fn read(path: &Path) -> Result<Self, String> {
         let name = path.display().to_string();
         let format = match path.extension().and_then(|e| e.to_str()) {
@@ -44,7 +44,7 @@ impl File {
             _ => Written::of_json(text)?,
         };
         let mut root = format.parse(Some(&name.to_owned()), text)?;
-        // The config crate takes such a name for a path, and what is below it would lose its text.
+        // The config crate reads such a name as a path, and the properties below it would lose their text.
         if let Some(name) = root.keys().find(|name| name.contains(['.', '['])) {
             return Err(format!("{name} is not a section: put its keys below their section").into());
         }
@@ -76,7 +76,7 @@ impl Source for File {
     }
 }
 
-/// The tables of a file, with the scalars as they are written.
+/// The tables of a file, with the text of scalars as it is written.
 #[derive(Debug, Clone)]
 enum Written {
     Scalar(String),
@@ -99,7 +99,8 @@ impl Written {
     }
 
     /// # Errors
-    /// Line and problem; the parser's own error quotes the line, which may hold a secret.
+    /// The text is not valid TOML. The message is the line number and the problem, because the parser's own message
+    /// quotes the line, which may hold a secret.
     fn of_toml(text: &str) -> Result<Self, String> {
         fn written(value: &Spanned<DeValue<'_>>, text: &str) -> Written {
             match value.get_ref() {
@@ -135,19 +136,19 @@ impl Written {
     }
 }
 
-/// Builds the tree from the events of YAML's parser, which gives scalars as they are written.
+/// Builds the tree from the events of the YAML parser, which hold scalars as they are written.
 struct YamlEvents {
     open: Vec<Open>,
     anchors: HashMap<usize, Written>,
     root: Option<Written>,
 }
 
-/// A mapping or sequence that has not ended.
+/// A mapping or sequence whose end has not been read yet.
 struct Open {
     anchor: usize,
-    /// `None`: a sequence.
+    /// Entries of the mapping; `None` for a sequence.
     table: Option<HashMap<String, Written>>,
-    /// The name that the next node is the value of.
+    /// The key whose value is the next node.
     name: Option<String>,
 }
 
@@ -164,7 +165,7 @@ impl YamlEvents {
         match (parent.name.take(), node) {
             (Some(name), node) => drop(table.insert(name, node)),
             (None, Written::Scalar(name)) => parent.name = Some(name),
-            // A name that is no scalar: the config crate refuses it.
+            // A key that is not a scalar: the config crate refuses it.
             (None, _) => parent.name = Some(String::new()),
         }
     }

@@ -1,5 +1,5 @@
-//! Defaults < files < `KANDLE__SECTION__KEY` < `--set section.key=value`, every problem at once,
-//! each with the key, where it was set, and what is allowed.
+//! Loads the settings: defaults < files < `KANDLE__SECTION__KEY` < `--set section.key=value`. All problems are reported
+//! at once, each with its key, where it was set, and what is allowed.
 //!
 //! The layers are merged by the config crate, which remembers where each value came from; the
 //! merged tree is checked against the schema, then against the rules between keys (`rules`).
@@ -17,25 +17,28 @@ use super::{Settings, rules, schema};
 /// Where settings come from.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
-    /// YAML, TOML or JSON; later ones win.
+    /// YAML, TOML or JSON files; later files win.
     pub files: Vec<PathBuf>,
-    /// `section.key=value`.
+    /// Assignments from `--set`: `section.key=value`.
     pub set: Vec<String>,
-    /// The process's environment, or a test's.
+    /// Environment variables, name and value: the process's, or a test's.
     pub environment: Vec<(String, String)>,
 }
 
-/// Settings, and where each came from.
+/// The settings, and where each came from.
 #[derive(Debug)]
 pub struct Loaded {
     pub settings: Settings,
     /// The merged tree with defaults filled in and secrets replaced by `<hidden>`.
     pub shown: Value,
-    /// `section.key` to file, variable or flag; what is not in it is a default.
+    /// `section.key` to the file, variable or flag that set it. Keys that are absent have their default.
     pub origins: BTreeMap<String, String>,
 }
 
-/// Reads, merges and checks. All problems are returned, not only the first.
+/// Reads, merges and checks the settings.
+///
+/// # Errors
+/// All problems, not only the first.
 pub fn load(sources: &Sources) -> Result<Loaded, Vec<Problem>> {
     let mut problems = Vec::new();
     let mut builder = config::Config::builder();
@@ -69,16 +72,16 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Problem>> {
     fill_defaults(&mut value, &schema);
     let unread: Vec<String> = problems.iter().map(|problem| problem.key.clone()).collect();
     for problem in check(&value, &schema, &origins, &secrets) {
-        // A key whose text could not be read is not wrong twice.
+        // The text of this key could not be read, which has been reported already.
         if !unread.iter().any(|key| covers(key, &problem.key)) {
             problems.push(problem);
         }
     }
-    mend(&mut value, &schema, &problems);
+    replace_faulty(&mut value, &schema, &problems);
     match serde_json::from_value::<Settings>(value.clone()) {
         Ok(settings) => {
             for problem in rules::check(&settings) {
-                // A key that is already wrong is not wrong twice.
+                // Report only one problem per key.
                 if !problems.iter().any(|f| covers(&f.key, &problem.0)) {
                     problems.push(Problem {
                         origin: origin_of(&origins, &problem.0),
@@ -100,7 +103,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Problem>> {
     Err(problems)
 }
 
-/// Whether a key is another one, or below it.
+/// Whether `key` is `outer` or lies below it.
 pub(super) fn covers(outer: &str, key: &str) -> bool {
     key == outer || key.strip_prefix(outer).is_some_and(|rest| rest.starts_with('.'))
 }
@@ -109,12 +112,12 @@ pub(super) fn origin_of(origins: &BTreeMap<String, String>, key: &str) -> Option
     origins.get(key).or_else(|| origins.iter().find(|(k, _)| covers(key, k)).map(|(_, v)| v)).cloned()
 }
 
-/// Single assignments, from the environment or from flags.
+/// Single assignments from the environment or from flags: path, value, origin.
 #[derive(Debug, Clone)]
 struct Assignments(Vec<(Vec<String>, String, String)>);
 
 impl Assignments {
-    /// `KANDLE__SECTION__KEY`; a property of librdkafka is written with `_` for `.`:
+    /// `KANDLE__SECTION__KEY`; a librdkafka property is written with `_` for `.`:
     /// `KANDLE__KAFKA__PROPERTIES__SASL_USERNAME`.
     fn from_environment(environment: &[(String, String)]) -> Self {
         let mut list = Vec::new();
@@ -179,11 +182,11 @@ fn insert(table: &mut Map<String, Layered>, path: &[String], value: Layered) {
     }
 }
 
-/// Turns the merged tree into JSON, remembers origins, puts secrets in, and reads the text of
-/// variables and flags as the type the schema asks for.
+/// Turns the merged tree into JSON: records origins, replaces placeholders, and converts the text of variables and
+/// flags to the type that the schema asks for.
 struct Tree<'a> {
     origins: BTreeMap<String, String>,
-    /// Keys whose values are not to be shown.
+    /// Keys whose values must not be shown.
     secrets: Vec<String>,
     problems: Vec<Problem>,
     environment: &'a [(String, String)],
@@ -231,7 +234,7 @@ impl Tree<'_> {
             message: text.to_owned(),
             origin: origin.map(str::to_owned),
         };
-        // A Secret that is a variable has whatever characters it has.
+        // A secret from a variable (such as a Kubernetes Secret) is taken verbatim, `$$` included.
         let verbatim = is_secret(key)
             && origin.is_some_and(|origin| origin.starts_with("environment "))
             && !text.contains("${env:")
@@ -261,7 +264,7 @@ impl Tree<'_> {
     }
 }
 
-/// Whether the value of this key is not to be shown, whatever it is.
+/// Whether the key's name says that its value is a secret.
 fn is_secret(key: &str) -> bool {
     const WORDS: [&str; 8] = [
         "password",
@@ -291,11 +294,11 @@ pub(super) fn property<'a>(schema: &'a Value, name: &str) -> &'a Value {
     if named.is_null() { &schema["additionalProperties"] } else { named }
 }
 
-/// Replaces `${env:NAME}` and `${file:/path}`, and `$$` by `$`. Any other `$` stands for itself. Says whether a
+/// Replaces `${env:NAME}` and `${file:/path}`, and `$$` by `$`. Any other `$` is kept. Also returns whether a
 /// placeholder was replaced.
 ///
 /// # Errors
-/// The variable or the file is not there, or a placeholder has no end.
+/// The variable is not set, the file cannot be read, or a placeholder has no closing `}`.
 fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, bool), String> {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -311,9 +314,9 @@ fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, 
                 rest[1..].split_once('}').ok_or("a placeholder has no } (write $$ for a literal $)")?;
             match placeholder.split_once(':') {
                 Some(("env", name)) => {
-                    // Not quoted: what comes after a missing } may be a secret.
+                    // The message does not quote the name: without its }, it may hold a secret.
                     if !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
-                        return Err("${env:…} does not hold the name of a variable".to_owned());
+                        return Err("${env:…} does not hold a valid variable name".to_owned());
                     }
                     let found = environment.iter().find(|(k, _)| k == name);
                     let (_, value) =
@@ -336,7 +339,7 @@ fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, 
     Ok((out, replaced))
 }
 
-/// The text that `interpolate` reads as this one.
+/// Escapes `$` in `text`, so that `interpolate` returns `text` itself.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for (at, c) in text.char_indices() {
@@ -357,10 +360,10 @@ pub(super) fn types(schema: &Value) -> Vec<&str> {
     }
 }
 
-/// The text of a variable or flag as the type that the schema asks for.
+/// Converts the text of a variable or flag to the type that the schema asks for.
 ///
 /// # Errors
-/// It starts with `[` and is not a JSON list, or it sets a whole section.
+/// The text starts with `[` and is not a JSON list, or the key is a whole section.
 fn coerce(text: &str, schema: &Value) -> Result<Value, String> {
     let types = types(schema);
     if text == "null" && types.contains(&"null") {
@@ -406,17 +409,17 @@ fn fill_defaults(value: &mut Value, schema: &Value) {
     }
 }
 
-/// Puts something readable where a key is at problem, so that the other rules can still be checked.
-fn mend(value: &mut Value, schema: &Value, problems: &[Problem]) {
+/// Replaces the value of each key that has a problem by a valid one, so that the other rules can still be checked.
+fn replace_faulty(value: &mut Value, schema: &Value, problems: &[Problem]) {
     for problem in problems {
         let parts = parts(&problem.key);
         let Some((name, section)) = parts.split_last() else { continue };
         let property = problem.key.contains(".properties.").then(|| "-".into());
-        let stand_in = exemplar(schema_at(schema, &problem.key)).or(property);
+        let stand_in = example_value(schema_at(schema, &problem.key)).or(property);
         let mut at = &mut *value;
         for &part in section {
             if let Value::Array(items) = at {
-                // An item of a list: the list itself stands for it.
+                // The problem is in an item of a list: empty the whole list.
                 items.clear();
                 break;
             }
@@ -435,11 +438,11 @@ fn mend(value: &mut Value, schema: &Value, problems: &[Problem]) {
     fill_defaults(value, schema);
 }
 
-fn exemplar(schema: &Value) -> Option<Value> {
+fn example_value(schema: &Value) -> Option<Value> {
     schema.get("default").cloned().or_else(|| schema["examples"].get(0).cloned())
 }
 
-/// The names that a key consists of. The name of a property holds dots itself.
+/// Splits a key into its names. The name of a librdkafka property contains dots and is not split.
 fn parts(key: &str) -> Vec<&str> {
     match key.split_once(".properties.") {
         Some((section, name)) => vec![section, "properties", name],

@@ -1,5 +1,5 @@
-//! What is wrong with a configuration: each problem with its key, its origin and what is allowed
-//! instead, the nearest known key where one was mistyped.
+//! Problems of a configuration: each with its key, its origin and what is allowed instead, or the nearest known key if
+//! one was mistyped.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,13 +9,13 @@ use serde_json::Value;
 
 use super::load::{covers, join, origin_of, property, types};
 
-/// What is wrong with the configuration, and where.
+/// One problem of a configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Problem {
-    /// `section.key`; empty where it is not one key's problem.
+    /// `section.key`; empty if the problem is not about one key.
     pub key: String,
     pub message: String,
-    /// The file, variable or flag that set it.
+    /// The file, variable or flag that set the key.
     pub origin: Option<String>,
 }
 
@@ -32,7 +32,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// What the interface names and this version does not have yet.
+/// Key and value of what is planned but not in this version.
 const PLANNED: &[(&str, &str)] = &[
     ("input.format", "image"),
     ("input.format", "avro"),
@@ -43,7 +43,7 @@ const PLANNED: &[(&str, &str)] = &[
     ("task.kind", "tensor"),
 ];
 
-/// What of a tree is not as the schema wants it. The values of `secrets` are not named.
+/// Problems of a tree that does not match the schema. Messages never quote the values of `secrets`.
 pub(super) fn check(
     value: &Value,
     schema: &Value,
@@ -51,12 +51,12 @@ pub(super) fn check(
     secrets: &[String],
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let validator = jsonschema::validator_for(schema).expect("the schema made from the struct is a schema");
+    let validator = jsonschema::validator_for(schema).expect("the schema made from the struct is valid");
     for error in validator.iter_errors(value) {
         let key =
             error.instance_path().to_string().trim_start_matches('/').replace("~1", "/").replace('/', ".");
         let at = schema_at(schema, &key);
-        // What stands for a section may hold anything.
+        // A value in place of a whole section may hold secrets.
         let hidden = types(at) == ["object"]
             || secrets.iter().any(|secret| covers(&key, secret) || covers(secret, &key));
         let instance = if hidden { "<hidden>".to_owned() } else { error.instance().to_string() };
@@ -138,7 +138,7 @@ fn unknown(name: &str, section: &str, at: &Value, root: &Value) -> String {
         at["properties"].as_object().into_iter().flatten().map(|(known, _)| join(section, known)).collect();
     let mut all = Vec::new();
     all_keys(root, "", &mut all);
-    // The same name in another section, else the nearest here, else the nearest anywhere.
+    // The nearest key of this section, else the same name in another section, else the nearest key anywhere.
     let moved = all.iter().find(|known| known.rsplit('.').next() == Some(name)).map(String::as_str);
     let near = nearest(&key, here.iter().map(String::as_str))
         .or(moved)

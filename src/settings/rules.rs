@@ -1,17 +1,19 @@
-//! What the schema cannot say: rules between keys, and what kandle itself sets in librdkafka.
+//! Rules that the schema cannot express: between keys, and about the librdkafka properties that kandle manages.
 
 use rdkafka::ClientConfig;
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, KafkaResult};
 use serde::Serialize;
 
-use super::{Fields, Format, Guarantee, Properties, Settings, Task};
+use super::{Guarantee, Properties, Settings, Task};
+use crate::codec::FormatEntry;
+use crate::codec::select::{self, needs_members};
 use crate::kafka::consumer::ReaderContext;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
 use crate::task::Kind;
 
-/// Properties of librdkafka that kandle owns, and why.
+/// librdkafka properties that kandle manages, each with the setting to use instead or the reason.
 const OWNED: &[(&str, &str)] = &[
     ("bootstrap.servers", "set kafka.brokers"),
     ("metadata.broker.list", "set kafka.brokers"),
@@ -21,21 +23,21 @@ const OWNED: &[(&str, &str)] = &[
     ("auto.commit.interval.ms", "set delivery.commit_interval"),
     ("enable.auto.offset.store", "kandle commits what is published, not what was read"),
     ("enable.partition.eof", "kandle decides when a partition is at its end"),
-    ("enable.idempotence", "delivery.guarantee rests on it"),
-    ("acks", "the idempotent producer needs all of them"),
-    ("request.required.acks", "the idempotent producer needs all of them"),
-    ("max.in.flight.requests.per.connection", "order per partition rests on it"),
-    ("max.in.flight", "order per partition rests on it"),
-    ("enable.gapless.guarantee", "order after a refused batch rests on it"),
+    ("enable.idempotence", "delivery.guarantee depends on it"),
+    ("acks", "the idempotent producer needs acks=all"),
+    ("request.required.acks", "the idempotent producer needs acks=all"),
+    ("max.in.flight.requests.per.connection", "the order per partition depends on it"),
+    ("max.in.flight", "the order per partition depends on it"),
+    ("enable.gapless.guarantee", "the order after a refused batch depends on it"),
     ("delivery.report.only.error", "kandle waits for every acknowledgement"),
-    ("message.timeout.ms", "a prediction is sent until the broker has it"),
-    ("delivery.timeout.ms", "a prediction is sent until the broker has it"),
-    ("retries", "a prediction is sent until the broker has it"),
-    ("message.send.max.retries", "a prediction is sent until the broker has it"),
-    ("transactional.id", "delivery.guarantee decides about transactions"),
-    ("check.crcs", "what a damaged batch holds would be taken for records"),
+    ("message.timeout.ms", "a prediction is retried until the broker acknowledges it"),
+    ("delivery.timeout.ms", "a prediction is retried until the broker acknowledges it"),
+    ("retries", "a prediction is retried until the broker acknowledges it"),
+    ("message.send.max.retries", "a prediction is retried until the broker acknowledges it"),
+    ("transactional.id", "set delivery.guarantee and delivery.transactional_id"),
+    ("check.crcs", "without the check, a damaged batch would be read as records"),
     ("partitioner", "set output.partition"),
-    ("statistics.interval.ms", "the lag metrics are made from it"),
+    ("statistics.interval.ms", "the lag metrics are computed from it"),
     ("queued.max.messages.kbytes", "set memory.limit"),
     ("queue.buffering.max.kbytes", "set memory.limit"),
     ("queued.min.messages", "set memory.limit"),
@@ -43,7 +45,7 @@ const OWNED: &[(&str, &str)] = &[
     ("fetch.message.max.bytes", "set memory.limit"),
     ("max.partition.fetch.bytes", "set memory.limit"),
     ("queue.buffering.max.messages", "set memory.limit"),
-    ("message.max.bytes", "each topic's own limit counts"),
+    ("message.max.bytes", "each topic's own limit applies"),
     ("log_level", "set log.level"),
 ];
 
@@ -68,11 +70,11 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         problem(&key, message);
     }
     if settings.kafka.brokers.trim().is_empty() {
-        problem("kafka.brokers", "names no broker".to_owned());
+        problem("kafka.brokers", "is empty: list brokers as host:port".to_owned());
     }
     let input = &settings.input;
     if input.topics.iter().any(|topic| TopicFilter::is_pattern(topic)) && input.topics.len() > 1 {
-        problem("input.topics", "holds names or one pattern that starts with ^, not both".to_owned());
+        problem("input.topics", "must be names or one pattern that starts with ^, not both".to_owned());
     }
     let twice = input.topics.iter().enumerate().find(|(i, topic)| input.topics[..*i].contains(topic));
     if let Some((_, topic)) = twice {
@@ -105,69 +107,16 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     if input.group.is_empty() {
         problem("input.group", "is empty".to_owned());
     }
-    match input.format {
-        Format::Json => match (&input.field, &input.template) {
-            (Fields(fields), None) if fields.is_empty() => {
-                problem(
-                    "input.field",
-                    "json needs a field or a template: say where the text is, such as /text".to_owned(),
-                );
-            }
-            (Fields(fields), Some(_)) if !fields.is_empty() => {
-                problem("input.template", "stands instead of input.field, not beside it".to_owned());
-            }
-            (Fields(fields), None) => {
-                for field in fields {
-                    if let Err(message) = check_pointer(field) {
-                        problem("input.field", message);
-                    }
-                }
-            }
-            (_, Some(template)) => {
-                if let Err(e) = crate::codec::json::Template::new(template) {
-                    problem("input.template", format!("is not a valid template: {e}"));
-                }
-            }
-        },
-        Format::Text | Format::Bytes => {
-            let format = name_of(&input.format);
-            if !input.field.0.is_empty() {
-                problem("input.field", format!("has no effect with input.format: {format}"));
-            }
-            if input.template.is_some() {
-                problem("input.template", format!("has no effect with input.format: {format}"));
-            }
-            if !settings.output.include.is_empty() {
-                problem("output.include", format!("needs input.format: json, not {format}"));
-            }
-        }
+    for (key, message) in select::problems(settings) {
+        problem(key, message);
     }
     let entry = Kind::of(settings.task.kind);
-    let mut names: Vec<String> = entry.fields.iter().map(|&field| field.to_owned()).collect();
-    for pointer in &settings.output.include {
-        match check_pointer(pointer) {
-            Ok(()) if pointer.is_empty() => {
-                problem("output.include", "\"\" is the whole input: name its fields".to_owned())
-            }
-            Ok(()) => {
-                let name = crate::codec::json::last_name(pointer);
-                if names.contains(&name) {
-                    problem(
-                        "output.include",
-                        format!("{pointer}: a prediction already has a field {name:?}"),
-                    );
-                }
-                names.push(name);
-            }
-            Err(message) => problem("output.include", message),
-        }
-    }
     if entry.output.is_none() {
         let name = entry.kind.name();
         if !settings.output.include.is_empty() {
             problem(
                 "output.include",
-                format!("{name} publishes the value as it came: there is nothing to add to"),
+                format!("has no effect with task.kind: {name}, which publishes the value unchanged"),
             );
         }
         if settings.model.source.is_some() {
@@ -177,7 +126,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         let message = "is required: a hub id (org/name), a directory, or bundled".to_owned();
         problem("model.source", message);
     }
-    for (key, message) in check_task(&settings.task, entry, input.format) {
+    for (key, message) in check_task(&settings.task, entry, FormatEntry::of(input.format)) {
         problem(&format!("task.{key}"), message);
     }
     if settings.window.max_work.0.is_zero() {
@@ -193,7 +142,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     if settings.memory.limit.0 < 8 * settings.window.max_bytes.0 {
         let least = super::ByteSize(8 * settings.window.max_bytes.0);
         let message = format!(
-            "{} is less than eight windows of window.max_bytes: at least {least}",
+            "{} is less than eight windows of window.max_bytes: set at least {least}",
             settings.memory.limit
         );
         problem("memory.limit", message);
@@ -211,7 +160,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         problem("batch.timeout", "is zero".to_owned());
     } else if settings.batch.timeout.0 >= settings.server.stall_after.0 {
         let message = format!(
-            "{} is not less than server.stall_after {}: the process would be taken for stalled first",
+            "{} is not less than server.stall_after {}: /livez would report a stall first",
             settings.batch.timeout, settings.server.stall_after
         );
         problem("batch.timeout", message);
@@ -250,7 +199,7 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
     let (timeout, longest) = (settings.transaction_timeout(), settings.longest_transaction());
     if timeout < longest {
         let message = format!(
-            "transaction.timeout.ms {} is less than a transaction may last, {} ms: commit_interval and a window of window.max_bytes",
+            "transaction.timeout.ms {} is less than a transaction may last, {} ms: commit_interval and the time to publish window.max_bytes",
             timeout.as_millis(),
             longest.as_millis()
         );
@@ -263,8 +212,8 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
     problems
 }
 
-/// Keys of `task` that are set and have no effect with its kind, and what its kind finds wrong with the others.
-fn check_task(task: &Task, entry: &Kind, format: Format) -> Vec<(String, String)> {
+/// Key and message of each problem of `task`: keys without effect on its kind, and what the kind's check reports.
+fn check_task(task: &Task, entry: &Kind, format: &FormatEntry) -> Vec<(String, String)> {
     let (set, name) = (task.set_keys(), entry.kind.name());
     let without_effect = set.keys().filter(|key| !entry.keys.contains(&key.as_str()));
     let mut problems: Vec<(String, String)> =
@@ -274,23 +223,23 @@ fn check_task(task: &Task, entry: &Kind, format: Format) -> Vec<(String, String)
         if let Err(message) = check_pointer(pointer) {
             problems.push(((*key).to_owned(), message));
         }
-        if format != Format::Json {
-            let format = name_of(&format);
-            problems.push(((*key).to_owned(), format!("needs input.format: json, not {format}")));
+        if !format.has_members {
+            problems.push(((*key).to_owned(), needs_members(format)));
         }
     }
     if let Some(overflow) =
         task.overflow.filter(|of| entry.keys.contains(&"overflow") && !entry.overflow.contains(of))
     {
         let allowed: Vec<String> = entry.overflow.iter().map(name_of).collect();
-        let message = format!("{} is not for {name}; allowed: {}", name_of(&overflow), allowed.join(", "));
+        let message =
+            format!("{} is not supported by {name}; allowed: {}", name_of(&overflow), allowed.join(", "));
         problems.push(("overflow".to_owned(), message));
     }
     problems.extend((entry.check)(task).into_iter().map(|(key, message)| (key.to_owned(), message)));
     problems
 }
 
-/// As a setting's value is written.
+/// A setting's value, as it is written in a configuration.
 fn name_of(value: &impl Serialize) -> String {
     let value = serde_json::to_value(value).unwrap_or_default();
     value.as_str().unwrap_or_default().to_owned()
@@ -311,14 +260,14 @@ fn check_properties(section: &str, properties: &Properties) -> Vec<(String, Stri
     problems
 }
 
-/// Names of librdkafka for one property.
+/// Pairs of names that librdkafka has for one property.
 const ALIASES: &[(&str, &str)] = &[
     ("sasl.mechanism", "sasl.mechanisms"),
     ("linger.ms", "queue.buffering.max.ms"),
     ("compression.type", "compression.codec"),
 ];
 
-/// The sections that each client has its properties from, the consumer and the producer; the last one that sets a
+/// The sections with the properties of each client: of the consumer, then of the producer. The last section that sets a
 /// property wins.
 fn clients(settings: &Settings) -> [[(&'static str, &Properties); 2]; 2] {
     let common = ("kafka.properties", &settings.kafka.properties);
@@ -326,7 +275,7 @@ fn clients(settings: &Settings) -> [[(&'static str, &Properties); 2]; 2] {
     [("input.properties", input), ("output.properties", output)].map(|own| [common, own])
 }
 
-/// Two names of one property, of which one client would take either.
+/// Reports properties that one client would get under two names: it is undefined which of them wins.
 fn check_aliases(settings: &Settings) -> Vec<(String, String)> {
     let mut problems = Vec::new();
     for sections in clients(settings) {
@@ -347,7 +296,7 @@ fn check_aliases(settings: &Settings) -> Vec<(String, String)> {
     problems
 }
 
-/// What librdkafka says, without the value, which may be a secret.
+/// librdkafka's message, without the value, which may be a secret.
 fn reason(error: KafkaError) -> String {
     match error {
         KafkaError::ClientConfig(_, reason, ..) | KafkaError::ClientCreation(reason) => reason,
@@ -370,7 +319,7 @@ fn check_login(settings: &Settings) -> Vec<(String, String)> {
         let mut config = ClientConfig::new();
         config.set("security.protocol", "SASL_PLAINTEXT").set("log_level", "0");
         for (_, (name, value)) in all().filter(|(_, (name, _))| name.contains("sasl.")) {
-            // A property that does not exist is a problem of its own.
+            // `check_properties` reports properties that do not exist.
             if ClientConfig::new().set(name, &value.0).create_native_config().is_ok() {
                 config.set(name, &value.0);
             }
@@ -390,21 +339,21 @@ fn check_login(settings: &Settings) -> Vec<(String, String)> {
     problems
 }
 
-/// Kafka's own rule for names: `[a-zA-Z0-9._-]{1,249}`.
+/// Kafka's rule for topic names: `[a-zA-Z0-9._-]{1,249}`, except `.` and `..`.
 fn check_topic(topic: &str) -> Result<(), String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if topic.is_empty() || topic.len() > 249 || !topic.chars().all(legal) || topic == "." || topic == ".." {
         return Err(format!(
-            "{topic:?} is not a topic's name: letters, digits, '.', '_' and '-', at most 249"
+            "{topic:?} is not a valid topic name: use letters, digits, '.', '_' and '-', at most 249"
         ));
     }
     Ok(())
 }
 
-/// RFC 6901: empty, or starting with `/`.
-fn check_pointer(pointer: &str) -> Result<(), String> {
+/// A JSON Pointer is empty or starts with `/` (RFC 6901).
+pub(crate) fn check_pointer(pointer: &str) -> Result<(), String> {
     if pointer.is_empty() || pointer.starts_with('/') {
         return Ok(());
     }
-    Err(format!("{pointer:?} is not a JSON Pointer: /{pointer}?"))
+    Err(format!("{pointer:?} is not a JSON Pointer; did you mean /{pointer}?"))
 }

@@ -1,4 +1,4 @@
-//! Values with units, as people write them: `8MiB`, `200ms`, `cuda:1`.
+//! Setting types with a notation of their own: `8MiB`, `200ms`, `cuda:1`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -117,7 +117,7 @@ impl JsonSchema for Wait {
     }
 }
 
-/// A value of a librdkafka property: text, number or truth, kept as text.
+/// A value of a librdkafka property: text, number or boolean, kept as text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "AnyScalar", into = "String")]
 pub struct Scalar(pub String);

@@ -13,12 +13,12 @@ use rdkafka::types::RDKafkaErrorCode;
 use crate::kafka::log;
 use crate::telemetry::Health;
 
-/// Identifies a record with a message under way: the window's id and the place in the window, in the one
-/// word that librdkafka carries along.
+/// Identifies the record of a message in flight: the window's id and the record's index in the window, packed into
+/// the one word that librdkafka returns in the delivery report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ticket(usize);
 
-/// `window.max_records` is at most 1,000,000.
+/// Bits of the index in the window; `window.max_records` is at most 1,000,000.
 const PLACE_BITS: u32 = 24;
 
 impl Ticket {
@@ -44,18 +44,18 @@ impl Ticket {
 pub(super) struct Failure {
     pub ticket: Ticket,
     pub code: RDKafkaErrorCode,
-    /// The broker's words, where it has any.
+    /// The error message that came with the code; empty if there was none.
     pub reason: String,
 }
 
-/// What arrived since it was last asked for.
+/// The delivery reports received since the last [`Reports::take`].
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     pub acknowledged: Vec<Ticket>,
     pub failed: Vec<Failure>,
 }
 
-/// Filled by the producer's callbacks, which run on the thread that polls it: the publisher's own.
+/// Collects delivery reports. The producer's callbacks add them on the thread that polls the producer: the publisher's.
 pub(super) struct Reports {
     arrived: Mutex<Arrived>,
     health: Arc<Health>,
@@ -73,7 +73,7 @@ impl Reports {
 
 impl ClientContext for Reports {
     fn error(&self, error: KafkaError, reason: &str) {
-        // A refused batch is reported by its messages, and recovered from.
+        // A batch was refused. The delivery reports of its messages say so too, and `recovery` handles them.
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::GaplessGuarantee) {
             return;
         }
@@ -96,7 +96,7 @@ impl ProducerContext for Reports {
             Ok(_) => arrived.acknowledged.push(ticket),
             Err((error, message)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-                // SAFETY: the message is alive, and so is its text, which ends with a zero.
+                // SAFETY: the message and its error text live as long as this callback; the text is NUL-terminated.
                 let reason = unsafe {
                     let text = rd_kafka_message_produce_errstr(message.ptr());
                     if text.is_null() {

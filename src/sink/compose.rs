@@ -1,26 +1,26 @@
-//! The message of a record: topic, partition, key, headers, timestamp.
+//! Builds the Kafka message for a record: topic, partition, key, headers, timestamp.
 
 use std::fmt::Write;
 
 use rdkafka::message::OwnedHeaders;
 
-use super::window::{Form, UnderWay};
+use super::window::{DeadLetterForm, InFlightWindow};
 use crate::flow::Outcome;
 use crate::kafka::headers::{self, Headers};
 use crate::kafka::record_size;
 use crate::record::{Partition, RecordError};
 use crate::settings::{OutputTimestamp, Partitioning, Settings};
 
-/// What every message says of the model.
+/// The model's identity, for the headers of messages.
 #[derive(Debug, Clone)]
 pub(super) struct Stamp {
-    /// `source@revision`.
+    /// The model as `source@revision`.
     pub model: String,
-    /// 16 hex digits.
+    /// First 16 hex digits of the model digest.
     pub digest: String,
 }
 
-/// Which of the two topics.
+/// The topic that a message goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
     Output,
@@ -33,20 +33,20 @@ pub(super) struct Composed<'a> {
     pub key: Option<&'a [u8]>,
     pub value: Option<&'a [u8]>,
     pub headers: OwnedHeaders,
-    /// Milliseconds since the epoch; `None` takes the present.
+    /// Milliseconds since the Unix epoch; `None`: the time of sending.
     pub timestamp: Option<i64>,
-    /// The input's partition.
+    /// Partition number of the input record.
     pub source_partition: i32,
 }
 
 impl Composed<'_> {
-    /// Bytes of a batch that holds it alone, uncompressed.
+    /// Bytes of an uncompressed batch that holds only this message.
     pub fn batch_bytes(&self) -> u64 {
         record_size::alone(self.key.map(<[u8]>::len), self.value.map(<[u8]>::len), &self.headers)
     }
 }
 
-/// Makes messages.
+/// Builds messages according to the settings.
 pub(super) struct Composer {
     stamp: Stamp,
     pub partitioning: Partitioning,
@@ -64,8 +64,8 @@ impl Composer {
         }
     }
 
-    /// What is published about the record at `place`.
-    pub fn compose<'a>(&'a mut self, window: &'a UnderWay, place: usize) -> Composed<'a> {
+    /// Builds the message for the record at `place`: a prediction, a tombstone or a dead letter.
+    pub fn compose<'a>(&'a mut self, window: &'a InFlightWindow, place: usize) -> Composed<'a> {
         let content = &window.content;
         let record = &content.window.records[place];
         let (partition, offset) = content.window.origin(record);
@@ -81,8 +81,8 @@ impl Composer {
                 Composed {
                     target: Target::DeadLetters,
                     key: match form {
-                        Form { keyed: true, .. } => Some(source.as_bytes()),
-                        Form { bare: true, .. } => None,
+                        DeadLetterForm { keyed: true, .. } => Some(source.as_bytes()),
+                        DeadLetterForm { bare: true, .. } => None,
                         _ => key,
                     },
                     value: if form.bare { None } else { content.window.value(record) },
@@ -110,8 +110,8 @@ impl Composer {
     }
 }
 
-/// The partition to name; `None` leaves it to the hash of the key (murmur2, as in Java's clients).
-/// A record without a key keeps its input partition's number, so that its order holds.
+/// The partition to send to; `None`: librdkafka hashes the key (murmur2, like the Java client).
+/// A record without a key keeps its input partition's number (modulo `count`), so that order is preserved.
 pub(super) fn partition(by: Partitioning, key: Option<&[u8]>, source: i32, count: i32) -> Option<i32> {
     match (by, key) {
         (Partitioning::Key, Some(_)) => None,
@@ -119,7 +119,7 @@ pub(super) fn partition(by: Partitioning, key: Option<&[u8]>, source: i32, count
     }
 }
 
-/// The record's own headers, with room for ours.
+/// A copy of the record's own headers; without any, an empty list with capacity for `more` headers.
 fn own(headers: Option<&Headers>, more: usize) -> OwnedHeaders {
     match headers {
         Some(headers) => headers.copy(),
@@ -127,7 +127,7 @@ fn own(headers: Option<&Headers>, more: usize) -> OwnedHeaders {
     }
 }
 
-/// Of a prediction or a tombstone. Where the input is another job's predictions, what that job said of itself goes.
+/// Headers of a prediction or a tombstone. If the input is another job's predictions, that job's headers are removed.
 fn prediction(headers: Option<&Headers>, source: &str, stamp: &Stamp) -> OwnedHeaders {
     let own = match headers {
         Some(headers) => headers::without(headers.copy(), &headers::OF_PREDICTIONS),
@@ -138,7 +138,7 @@ fn prediction(headers: Option<&Headers>, source: &str, stamp: &Stamp) -> OwnedHe
     headers::with(headers, headers::MODEL_DIGEST, &stamp.digest)
 }
 
-/// Of a dead letter. The record's own headers stay as they are, so that it can be processed again.
+/// Headers of a dead letter. The record's own headers stay unchanged, so that it can be reprocessed.
 fn dead_letter(headers: Option<&Headers>, source: &str, error: &RecordError, stamp: &Stamp) -> OwnedHeaders {
     let headers = headers::with(own(headers, headers::OF_DEAD_LETTERS.len()), headers::SOURCE, source);
     let headers = headers::with(headers, headers::ERROR, error.fault.name());
@@ -147,11 +147,11 @@ fn dead_letter(headers: Option<&Headers>, source: &str, error: &RecordError, sta
     headers::with(headers, headers::MODEL_DIGEST, &stamp.digest)
 }
 
-/// `topic/partition/offset`, of which mostly only the offset changes from record to record.
+/// Formats `topic/partition/offset`. Keeps the text up to the offset, as mostly only the offset changes.
 #[derive(Default)]
 struct SourceText {
     text: String,
-    /// The partition of the last text, and the length of what stands before the offset.
+    /// The partition of the last text, and the length in bytes of the part before the offset.
     of: Option<(Partition, usize)>,
 }
 
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn own_headers_come_first_and_all_of_ours_follow() {
+    fn own_headers_come_first_and_kandles_headers_follow() {
         let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
         let own = OwnedHeaders::new().insert(Header { key: "traceparent", value: Some("00-x") });
         let made = prediction(Some(&own.into()), "t/0/1", &stamp);
@@ -204,13 +204,13 @@ mod tests {
     }
 
     #[test]
-    fn predictions_of_predictions_say_where_they_come_from_themselves() {
+    fn predictions_of_predictions_carry_the_last_jobs_headers() {
         let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
         let first = prediction(None, "a/0/1", &stamp).into();
         let second = prediction(Some(&first), "b/0/7", &stamp);
         assert_eq!(names(&second), ["kandle-source", "kandle-model", "kandle-model-digest"]);
         assert_eq!(listed(&second)[0].1, "b/0/7");
-        // A dead letter keeps what its record had.
+        // A dead letter keeps all headers of its record.
         let letter = dead_letter(Some(&first), "b/0/7", &RecordError::new(Fault::Decode, "bad"), &stamp);
         assert_eq!(listed(&letter)[0].1, "a/0/1");
     }

@@ -1,5 +1,5 @@
-//! Why nothing more can be published. The process ends with 1; the next start publishes what was not acknowledged, and
-//! the broker aborts a transaction that was left open.
+//! Errors that end publishing. The process exits with 1. The next start publishes the records that were not
+//! acknowledged, and the broker aborts a transaction that was left open.
 
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
@@ -7,41 +7,47 @@ use crate::record::{Partition, Position};
 
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    #[error("the producer cannot be created: {0}")]
+    #[error("cannot create the producer: {0}")]
     Client(KafkaError),
-    #[error("the producer's thread for transactions cannot be started: {0}")]
+    #[error("cannot start the transaction thread: {0}")]
     Thread(std::io::Error),
-    #[error("cannot publish to {topic}: {error}")]
+    #[error("cannot publish to topic {topic}: {error}")]
     Topic { topic: String, error: KafkaError },
-    /// The broker takes nothing at all: a right or a topic is missing.
-    #[error("{position}: the broker refuses its prediction for good: {code}")]
+    /// The broker refuses every record: a permission or a topic is missing.
+    #[error(
+        "{position}: the broker refused its message: {code}; check that the topic exists and that this user \
+         may write to it"
+    )]
     Refused { position: Position, code: RDKafkaErrorCode },
-    #[error("{position}: {topic} refuses its dead letter in every form: {reason}")]
+    #[error("{position}: topic {topic} refused its dead letter, even reduced to kandle's headers: {reason}")]
     DeadLetterRefused { position: Position, topic: String, reason: String },
-    #[error("the producer failed for good: {code}: {reason}")]
+    #[error("fatal producer error: {code}: {reason}")]
     Fatal { code: RDKafkaErrorCode, reason: String },
-    /// Another producer has the transactional.id, or this one has no right to it.
-    #[error("transaction: {0}")]
+    /// Another producer uses the transactional.id, or this user is not permitted to use it.
+    #[error("transaction failed: {0}")]
     Transaction(String),
-    /// The group's offsets tell the next start.
-    #[error("transaction: {0}: whether it is committed is unknown")]
+    /// The transaction may or may not be committed. The group's offsets show it, and the next start reads them.
+    #[error(
+        "transaction failed: {0}; it is unknown whether it was committed: the next start continues from the \
+         group's offsets"
+    )]
     InDoubt(String),
-    #[error("{partition}: offset {offset}: {error}")]
+    #[error("{partition}: cannot add offset {offset} to the transaction: {error}")]
     Offset { partition: Partition, offset: i64, error: KafkaError },
     #[error(transparent)]
     TransactionalId(#[from] TransactionalIdError),
 }
 
-/// Why no transactional.id could be made.
+/// Why no transactional.id could be chosen.
 #[derive(Debug, thiserror::Error)]
 pub enum TransactionalIdError {
     #[error(
-        "{path}: {error}; set delivery.transactional_id, or group.instance.id in input.properties, where there is no room \
-         for files"
+        "cannot lock {path}: {error}; if no file can be written there, set delivery.transactional_id, or \
+         group.instance.id in input.properties"
     )]
     Lock { path: String, error: std::io::Error },
-    #[error("{0} members of the group run on this machine")]
+    #[error("{0} members of the group already run on this machine; set delivery.transactional_id")]
     TooMany(usize),
-    #[error("this machine does not say its name: set delivery.transactional_id")]
+    #[error("cannot read the host name; set delivery.transactional_id")]
     NoHostName,
 }

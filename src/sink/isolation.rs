@@ -1,24 +1,24 @@
-//! A batch was refused: which of its records is to blame, and how to find out. Pure.
+//! After a batch was refused: decides which records are to blame, or how to split the batch to find out. Pure.
 //!
-//! The broker refuses a batch as a whole. For what it calls an invalid record it says which ones are; the client then
-//! reports the others as neighbours of an invalid record. Otherwise all of the batch fail alike: the records are sent
-//! again in two halves, until one is refused alone.
+//! The broker refuses a batch as a whole. It names invalid records (`InvalidRecord`, `InvalidTimestamp`); librdkafka
+//! reports the rest of the batch as neighbours (`InvalidDifferentRecord`). With other errors all records of the batch
+//! fail alike: they are sent again in two halves, until one is refused alone.
 
 use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::{Failure, Ticket};
 
-/// What a failed delivery says.
+/// What a failed delivery says about its record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
-    /// The broker refuses the record, or one beside it in its batch.
+    /// The broker refused this record or another one of its batch.
     Refused,
     /// Another record of the batch is invalid; this one is not.
     Neighbour,
-    /// No record can be published: a right or a topic is missing.
-    Hopeless,
-    /// It may be delivered another time: the producer has ended, or time was up.
-    Passing,
+    /// No record can be published: a permission or a topic is missing.
+    Unpublishable,
+    /// The record is not to blame and may be delivered later: the producer has failed, or a request timed out.
+    Transient,
 }
 
 impl Meaning {
@@ -32,38 +32,39 @@ impl Meaning {
             | UnknownTopic
             | UnknownTopicOrPartition
             | UnknownPartition
-            | InvalidTopic => Self::Hopeless,
-            // The producer's, not the record's: it says the same of itself.
+            | InvalidTopic => Self::Unpublishable,
+            // Errors of the producer, not of the record; the producer reports them itself as well.
             OutOfOrderSequenceNumber
             | DuplicateSequenceNumber
             | UnknownProducerId
             | InvalidProducerEpoch
             | ProducerFenced
-            | InvalidTransactionalState => Self::Passing,
+            | InvalidTransactionalState => Self::Transient,
             // librdkafka's own codes are below -100.
-            code if (code as i32) < -100 => Self::Passing,
+            code if (code as i32) < -100 => Self::Transient,
             RequestTimedOut
             | NotEnoughReplicas
             | NotEnoughReplicasAfterAppend
             | LeaderNotAvailable
             | NotLeaderForPartition
             | BrokerNotAvailable
-            | NetworkException => Self::Passing,
+            | NetworkException => Self::Transient,
             _ => Self::Refused,
         }
     }
 }
 
-/// What is to be done about a group of records of which some were refused.
+/// What to do about a group of records of which some were refused.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// These records are to blame.
     Blame(Vec<Failure>),
-    /// To be sent group by group, in this order.
+    /// Send these groups one by one, in this order.
     Split(Vec<Vec<Ticket>>),
 }
 
-/// `group`: what was sent and is not published, in order. `failures`: what was reported of it.
+/// Decides what to do about a refused group. `group`: the records that were sent and are not published, in order;
+/// `failures`: the failed deliveries reported for them.
 pub(super) fn judge(group: &[Ticket], failures: &[Failure]) -> Verdict {
     let of = |meaning: Meaning| failures.iter().filter(move |failure| Meaning::of(failure.code) == meaning);
     let mut refused: Vec<&Failure> = of(Meaning::Refused).collect();
@@ -78,11 +79,11 @@ pub(super) fn judge(group: &[Ticket], failures: &[Failure]) -> Verdict {
     }
     refused.sort_by_key(|failure| failure.ticket);
     let at = |failure: &&Failure| group.iter().position(|ticket| *ticket == failure.ticket);
-    // Before the first that was refused nothing is suspect; half of the suspects go into each of two groups.
+    // Records before the first refused one are not suspect. The suspects are split into two halves.
     let mut cuts: Vec<usize> =
         [refused.first(), refused.get(refused.len() / 2)].into_iter().flatten().filter_map(at).collect();
     if cuts.is_empty() {
-        // Only neighbours were reported so far: halves find the others.
+        // No refused record was reported: split the whole group into halves.
         cuts.push(group.len() / 2);
     }
     let mut groups = Vec::new();
@@ -115,7 +116,7 @@ mod tests {
     };
 
     #[test]
-    fn named_records_are_to_blame_and_nobody_else() {
+    fn only_the_records_that_the_broker_names_are_to_blame() {
         let failures = [
             failure(3, InvalidDifferentRecord),
             failure(4, InvalidTimestamp),
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_refused_alone_is_to_blame() {
+    fn a_record_refused_alone_is_to_blame() {
         let failures = [failure(4, MessageSizeTooLarge), failure(5, PurgeQueue)];
         assert_eq!(judge(&tickets(0..10), &failures), Verdict::Blame(vec![failures[0].clone()]));
     }
@@ -141,15 +142,15 @@ mod tests {
     }
 
     #[test]
-    fn rights_and_topics_are_no_records_fault() {
-        assert_eq!(Meaning::of(RDKafkaErrorCode::TopicAuthorizationFailed), Meaning::Hopeless);
-        assert_eq!(Meaning::of(PurgeQueue), Meaning::Passing);
-        assert_eq!(Meaning::of(RDKafkaErrorCode::MessageTimedOut), Meaning::Passing);
+    fn missing_permissions_and_topics_are_not_a_records_fault() {
+        assert_eq!(Meaning::of(RDKafkaErrorCode::TopicAuthorizationFailed), Meaning::Unpublishable);
+        assert_eq!(Meaning::of(PurgeQueue), Meaning::Transient);
+        assert_eq!(Meaning::of(RDKafkaErrorCode::MessageTimedOut), Meaning::Transient);
         assert_eq!(Meaning::of(RDKafkaErrorCode::Unknown), Meaning::Refused);
         assert_eq!(Meaning::of(RDKafkaErrorCode::PolicyViolation), Meaning::Refused);
     }
 
-    /// A topic that refuses some records, in batches of at most `batch`; it may say which.
+    /// Simulates a topic that refuses the records `bad`, in batches of at most `batch`; `says`: it names them.
     fn publish(group: &[Ticket], bad: &[usize], batch: usize, says: bool) -> Result<usize, Vec<Failure>> {
         let mut done = 0;
         for batch in group.chunks(batch) {
@@ -168,9 +169,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is refused: exactly that is blamed, the rest is published, all in order.
+        /// Whatever is refused: exactly the bad records are blamed, and the rest is published in order.
         #[test]
-        fn finds_all_that_is_bad_and_nothing_else(
+        fn blames_every_bad_record_and_no_other(
             count in 1usize..60, bad in proptest::collection::btree_set(0usize..60, 0..8), batch in 1usize..20,
             says: bool, keeps: bool,
         ) {

@@ -1,13 +1,13 @@
-//! Publishing: predictions and dead letters to Kafka, in input order, and the report to the source once a window is
-//! acknowledged in full. Nothing here knows models.
+//! Publishes predictions and dead letters to Kafka in input order, and reports a window to the source once all its
+//! messages are acknowledged. Nothing here knows about models.
 //!
 //! ```text
-//! publisher   the thread: windows in, records out, reports; at_least_once
-//!   transactions   exactly_once: begin, commit, abort          (transaction_thread: the calls that block)
-//!   recovery       a batch was refused: which record is to blame? (isolation: the decision, pure)
-//!   compose        the message of a record: topic, key, headers, size
-//!   window         what is known of each record of a window under way
-//!   producer       the client, and what it has in flight        (acks: its delivery reports)
+//! publisher        the thread: takes windows, sends messages, reports; at_least_once
+//!   transactions   exactly_once: begin, commit, abort                (transaction_thread: the blocking calls)
+//!   recovery       after a refused batch: finds the record to blame  (isolation: the decision, pure)
+//!   compose        builds a record's message: topic, key, headers, size
+//!   window         a window in flight: the state of each record
+//!   producer       the Kafka client and its messages in flight       (acks: its delivery reports)
 //! ```
 
 mod acks;

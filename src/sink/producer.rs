@@ -1,4 +1,4 @@
-//! The producing client and what it has in flight.
+//! The Kafka producer and its messages in flight.
 
 use std::ffi::CString;
 use std::ptr;
@@ -19,51 +19,51 @@ use super::compose::Composed;
 use crate::settings::{Guarantee, Settings};
 use crate::telemetry::Health;
 
-/// What a message takes in the producer's queue beside its key, value and headers.
+/// Bytes that a message takes in the producer's queue besides its key, value and headers.
 const MESSAGE_OVERHEAD: u64 = 512;
-/// What a batch takes beside its messages, and a little more, so that a full one stays below a topic's limit.
+/// Bytes of a batch besides its messages, rounded up so that a full batch stays below the topic's limit.
 const BATCH_MARGIN: u64 = 512;
-/// librdkafka's own `batch.size`.
+/// librdkafka's default `batch.size` in bytes.
 const BATCH_BYTES: u64 = 1_000_000;
-/// Where no topic's limit is known, a refused batch is followed by ones half as large, down to this.
+/// If no topic's limit is known, each refused batch halves `batch.size`, down to this many bytes.
 const LEAST_BATCH: u64 = 16 << 10;
 
-/// How the producer is configured beyond the settings.
+/// The part of the producer's configuration that does not come from the settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ProducerLimits {
-    /// The smallest `max.message.bytes` of the topics written, where it is known.
+    /// Smallest `max.message.bytes` of the topics that kandle writes to; `None`: unknown.
     pub batch: Option<u64>,
-    /// Batches were refused although no limit is known: so many times they were halved.
+    /// How often to halve `batch.size`: batches were refused and no topic's limit is known.
     pub halved: u32,
-    /// One request at a time, so that nothing behind a refused batch is on its way.
-    pub careful: bool,
+    /// Send one request at a time, so that nothing is in flight behind a refused batch.
+    pub one_request_at_a_time: bool,
 }
 
-/// The properties of the producer.
+/// The librdkafka properties of the producer.
 pub(super) fn config(settings: &Settings, limits: ProducerLimits) -> ClientConfig {
     let share = settings.memory.limit.0 / 4;
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", &settings.kafka.brokers)
         .set("client.id", "kandle")
-        // Java's clients hash keys this way.
+        // The Java client hashes keys this way.
         .set("partitioner", "murmur2_random")
         .set("enable.idempotence", "true")
-        // Each topic has its own limit; see `TopicRules` and `batch.size` below.
+        // No limit here: each topic has its own; see `TopicRules` and `batch.size` below.
         .set("message.max.bytes", "1000000000")
         .set("queue.buffering.max.messages", (share / MESSAGE_OVERHEAD).clamp(1000, 1_000_000).to_string())
         .set("queue.buffering.max.kbytes", (share / 1024).clamp(1, 2_097_151).to_string());
     if settings.delivery.guarantee == Guarantee::AtLeastOnce {
-        // No time limit: a message is given up by the process, never silently. In a transaction it lasts
-        // as long as the transaction.
+        // No timeout: only the end of the process drops a message, never librdkafka silently. In a transaction the
+        // transaction's timeout applies.
         config.set("message.timeout.ms", "0");
-        // After a refused batch nothing more is sent, so that nothing overtakes it.
+        // Sends nothing after a refused batch, so that no later message overtakes it.
         config.set("enable.gapless.guarantee", "true");
     }
     for (name, value) in settings.kafka.properties.iter().chain(&settings.output.properties) {
         config.set(name, &value.0);
     }
-    if limits.careful {
+    if limits.one_request_at_a_time {
         config.set("max.in.flight.requests.per.connection", "1");
     }
     let own = settings.property("batch.size").and_then(|size| size.parse().ok()).unwrap_or(BATCH_BYTES);
@@ -75,24 +75,24 @@ pub(super) fn config(settings: &Settings, limits: ProducerLimits) -> ClientConfi
     config
 }
 
-/// Whether the settings have messages compressed.
+/// Whether the settings compress messages.
 pub(super) fn compresses(settings: &Settings) -> bool {
     let set = ["compression.type", "compression.codec"].iter().find_map(|name| settings.property(name));
     set.is_some_and(|codec| codec != "none")
 }
 
-/// A topic's own settings, kept with the client for as long as this lives.
+/// Producer settings of one topic. The client keeps them as long as this handle lives.
 struct TopicSettings(*mut rd_kafka_topic_t);
 
 // SAFETY: librdkafka's functions on topics may be called from any thread.
 unsafe impl Send for TopicSettings {}
 
 impl TopicSettings {
-    /// Compresses what is produced to a topic. Only before the first message to it.
+    /// Compresses the messages to a topic. Call this before the first message to it.
     fn compressed(client: &BaseProducer<Reports>, topic: &str) -> Option<Self> {
         let topic = CString::new(topic).ok()?;
-        // SAFETY: the client is alive, the strings end with zeros, the topic takes the configuration over, and this
-        // handle is given back before the client, which `RecordProducer` drops after it.
+        // SAFETY: the client is alive, the strings are NUL-terminated, `rd_kafka_topic_new` takes ownership of the
+        // configuration, and `RecordProducer` drops this handle before the client.
         let handle = unsafe {
             let conf = rd_kafka_default_topic_conf_dup(client.client().native_ptr());
             let (name, codec) = (c"compression.codec", c"zstd");
@@ -105,37 +105,38 @@ impl TopicSettings {
 
 impl Drop for TopicSettings {
     fn drop(&mut self) {
-        // SAFETY: the handle is ours, and given back once.
+        // SAFETY: this struct owns the handle and destroys it once.
         unsafe { rd_kafka_topic_destroy(self.0) };
     }
 }
 
-/// The client. Bytes are counted here: librdkafka counts values alone, neither keys nor headers.
+/// The producer client. It counts bytes itself: librdkafka counts only values, neither keys nor headers.
 pub(super) struct RecordProducer {
-    /// Dropped before the client.
+    /// Settings of the dead-letter topic. Declared first, because it must be dropped before the client.
     _dead_letters: Option<TopicSettings>,
     pub client: Arc<BaseProducer<Reports>>,
-    /// Messages and bytes on their way.
+    /// Messages in flight.
     pub unacknowledged: usize,
+    /// Bytes of the messages in flight.
     pub bytes: u64,
 }
 
-/// Why a message was not taken.
+/// Why the client did not accept a message.
 pub(super) enum NotTaken {
-    /// The queue is full: later.
+    /// The queue is full; try again later.
     Full,
-    /// A message of the transaction has failed already.
+    /// Another message of the transaction has already failed.
     TransactionFailed,
-    /// The producer has failed, as [`RecordProducer::fatal_error`] says.
+    /// The producer has failed; [`RecordProducer::fatal_error`] has the reason.
     ProducerFailed,
     Other(KafkaError),
 }
 
 impl RecordProducer {
-    /// Whether the brokers can be reached shows later.
+    /// Creates the client. It connects later, so unreachable brokers cause no error here.
     pub fn new(config: &ClientConfig, settings: &Settings, health: &Arc<Health>) -> KafkaResult<Self> {
         let client: BaseProducer<Reports> = config.create_with_context(Reports::new(Arc::clone(health)))?;
-        // A dead letter keeps its record's bytes wherever they fit compressed.
+        // Compress dead letters, so that a large record's bytes still fit into one.
         let dead_letters = match compresses(settings) {
             true => None,
             false => TopicSettings::compressed(&client, &settings.dead_letters.topic),
@@ -143,7 +144,7 @@ impl RecordProducer {
         Ok(Self { _dead_letters: dead_letters, client: Arc::new(client), unacknowledged: 0, bytes: 0 })
     }
 
-    /// Hands a message of so many bytes over; returns the bytes that it takes until it is acknowledged.
+    /// Queues a message of `bytes` bytes. Returns the bytes that it occupies until it is acknowledged.
     pub fn send(
         &mut self,
         topic: &str,
@@ -158,7 +159,7 @@ impl RecordProducer {
             partition,
             payload: message.value,
             key: message.key,
-            // librdkafka takes 0 for the present: the nearest that can be said.
+            // librdkafka reads 0 as the current time; 1 is the nearest timestamp that it keeps.
             timestamp: message.timestamp.map(|timestamp| if timestamp == 0 { 1 } else { timestamp }),
             headers: Some(message.headers),
             delivery_opaque: ticket.word(),
@@ -179,34 +180,34 @@ impl RecordProducer {
         }
     }
 
-    /// Has the client send what it holds, without waiting for more to fill its batches (`linger.ms`).
+    /// Sends all queued messages without waiting for more to fill a batch (`linger.ms`).
     pub fn send_now(&self) {
-        // The client's threads look at a flag that is set during the call: so long, it takes them to wake up.
+        // The client's threads check a flag that is set during the call; this is the time they take to wake up.
         const WAKE_UP_MS: i32 = 1;
-        // SAFETY: the client is alive, and may be flushed from any thread. That not all is acknowledged is no matter.
+        // SAFETY: the client is alive and may be flushed from any thread. A timeout of the flush is expected.
         unsafe { rd_kafka_flush(self.client.client().native_ptr(), WAKE_UP_MS) };
     }
 
-    /// What was reported since the last time.
+    /// Polls the client and returns the delivery reports since the last call.
     pub fn poll(&self) -> Arrived {
-        // With a time to wait, the client's poll would spin through the last millisecond of it.
+        // No timeout: with one, the client's poll would busy-wait through the last millisecond.
         self.client.poll(Duration::ZERO);
         self.client.context().take()
     }
 
-    /// A message is no longer on its way.
+    /// Counts a message of `bytes` bytes as no longer in flight.
     pub fn finished(&mut self, bytes: u64) {
         self.unacknowledged = self.unacknowledged.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(bytes);
     }
 
-    /// The error after which the client sends nothing more.
+    /// The client's fatal error, if it had one. After it the client sends nothing more.
     pub fn fatal_error(&self) -> Option<(RDKafkaErrorCode, String)> {
         self.client.client().fatal_error()
     }
 
-    /// Forgets what is queued and waits for what has been sent, at most for `limit`; returns the reports. `waits` is
-    /// called now and then. Whatever is not acknowledged by then may or may not have been published.
+    /// Drops the queued messages and waits at most `limit` for those already sent; returns their delivery reports.
+    /// Calls `waits` meanwhile. A message without a report may or may not have been published.
     pub fn wind_up(&self, limit: Duration, mut waits: impl FnMut()) -> Vec<Arrived> {
         self.client.purge(PurgeConfig::default().queue());
         let deadline = Instant::now() + limit;
@@ -238,7 +239,7 @@ mod tests {
 
     #[test]
     fn batches_stay_below_every_topics_limit() {
-        let limits = ProducerLimits { batch: None, halved: 0, careful: false };
+        let limits = ProducerLimits { batch: None, halved: 0, one_request_at_a_time: false };
         assert_eq!(batch_size(&[], limits), "1000000");
         assert_eq!(batch_size(&[], ProducerLimits { batch: Some(500_000), ..limits }), "499488");
         assert_eq!(batch_size(&[], ProducerLimits { batch: Some(20_000_000), ..limits }), "1000000");

@@ -1,16 +1,16 @@
 //! The publisher: one thread that owns the producer.
 //!
-//! It sends the predictions and dead letters of a window in input order, and does not wait for their acknowledgement
-//! before it sends the next window's; the idempotent producer keeps the order.
+//! It sends the predictions and dead letters of a window in input order, and sends the next window without waiting for
+//! their acknowledgement; the idempotent producer keeps the order.
 //!
 //! `at_least_once`: windows are reported in the order they came, each when all of its messages are acknowledged; the
 //! source commits their offsets afterwards.
 //!
 //! `exactly_once`: messages go into one transaction with their offsets ([`super::transactions`]). A transaction ends
-//! where its budget of bytes is used up, also in the middle of a window.
+//! when its budget of bytes is used up, even in the middle of a window.
 //!
-//! A batch that the broker refuses is taken apart until the record to blame is found ([`super::recovery`]). An error of
-//! the producer that no retry can help ends the process.
+//! A batch that the broker refuses is split until the record to blame is found ([`super::recovery`]). A fatal error of
+//! the producer ends the process.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -26,10 +26,10 @@ use super::error::PublishError;
 use super::isolation::Meaning;
 use super::producer::{NotTaken, ProducerLimits, RecordProducer, compresses, config};
 use super::transactions::Transactions;
-use super::window::UnderWay;
+use super::window::InFlightWindow;
 use crate::failpoint;
 use crate::flow::{CommitSoon, Encoded, Outcome, Published, Queued, Report};
-use crate::kafka::cluster::{Cluster, Topics, Written};
+use crate::kafka::cluster::{Cluster, OutputTopic, Topics};
 use crate::kafka::consumer::Group;
 use crate::kafka::topic_rules::{Refusal, TopicRules};
 use crate::record::{Fault, Record, RecordError};
@@ -38,24 +38,25 @@ use crate::telemetry::health::Stage;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
 
-/// Between two looks for delivery reports while there are some to come.
-const REPORTS: Duration = Duration::from_millis(2);
-/// The same while there are none.
-const IDLE: Duration = Duration::from_millis(500);
-/// Messages handed to the client between two looks for delivery reports.
+/// Interval between polls for delivery reports while windows are in flight.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// Interval between polls while no window is in flight.
+const IDLE_POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// Most messages sent between two polls for delivery reports.
 const BURST: usize = 4096;
-/// A topic's configuration that is older than this is read again before a record is refused by it.
+/// A topic's configuration that is older than this is read again before a record is refused because of it.
 const RULES_AGE: Duration = Duration::from_secs(10);
 
-/// What the publisher is given.
+/// What the publisher needs from the rest of the pipeline.
 pub struct Context {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub commit_soon: Arc<CommitSoon>,
-    /// The group, for transactions.
+    /// Returns the consumer group metadata, under which a transaction commits offsets.
     pub group: Group,
-    /// `source@revision` and 16 hex digits.
+    /// The model as `source@revision`.
     pub model: String,
+    /// First 16 hex digits of the model digest.
     pub digest: String,
     pub topics: Topics,
     /// Set when the process is asked to stop.
@@ -63,35 +64,35 @@ pub struct Context {
     pub traces: Option<Arc<Traces>>,
 }
 
-/// How windows are delivered.
+/// The delivery guarantee and the state that it needs.
 pub(super) enum Delivery {
     AtLeastOnce,
     ExactlyOnce(Box<Transactions>),
 }
 
-/// A place in the windows under way: the id of a window, and a record in it.
+/// A place in the windows in flight: a window's id and the index of a record in it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Cursor {
     pub window: u64,
     pub place: usize,
 }
 
-/// The topics written, and when their configuration was read.
+/// The topics that the publisher writes to, and when their configuration was last read.
 pub(super) struct TopicsWritten {
-    output: Written,
-    dead_letters: Written,
+    output: OutputTopic,
+    dead_letters: OutputTopic,
     read: Instant,
 }
 
 impl TopicsWritten {
-    pub fn of(&self, target: Target) -> &Written {
+    pub fn of(&self, target: Target) -> &OutputTopic {
         match target {
             Target::Output => &self.output,
             Target::DeadLetters => &self.dead_letters,
         }
     }
 
-    /// The largest batch that both take, where it is known.
+    /// Largest batch in bytes that both topics accept; `None`: unknown.
     pub fn batch_limit(&self) -> Option<u64> {
         [self.output.rules.max_bytes, self.dead_letters.rules.max_bytes].into_iter().flatten().min()
     }
@@ -104,27 +105,27 @@ pub struct Publisher {
     pub(super) delivery: Delivery,
     pub(super) topics: TopicsWritten,
     composer: Composer,
-    /// Messages are compressed: their size on the wire is not known before.
+    /// Messages are compressed, so their size on the wire is not known in advance.
     compresses: bool,
-    /// Windows taken in and not yet reported. The source's share of the memory limit bounds them.
-    pub(super) windows: VecDeque<UnderWay>,
-    /// The id after that of the last window taken in: ids grow.
+    /// Windows received and not yet reported. The source's share of the memory limit bounds them.
+    pub(super) windows: VecDeque<InFlightWindow>,
+    /// Id of the last window received, plus 1. Window ids increase.
     next: u64,
     /// The next record to send.
     pub(super) cursor: Cursor,
-    /// Refused by the broker, and not yet dealt with.
+    /// Messages that the broker refused and `recover` has yet to handle.
     pub(super) refused: Vec<Failure>,
-    /// Why the open transaction cannot be committed.
-    pub(super) broken: Option<String>,
-    /// The producer has stopped after a batch that it could not deliver.
-    pub(super) stopped: bool,
-    /// How often batches were halved because a limit is not known.
+    /// Why the open transaction cannot be committed, if so.
+    pub(super) abort_reason: Option<String>,
+    /// The producer has stopped because it could not deliver a batch.
+    pub(super) producer_stopped: bool,
+    /// How often `batch.size` was halved because batches were refused and no topic's limit is known.
     pub(super) halved: u32,
-    /// The client holds messages that wait for others (`linger.ms`).
+    /// The client may hold messages back to fill a batch (`linger.ms`).
     lingers: bool,
-    /// Whether they are sent at once where no others are to come.
+    /// Whether to send such messages at once when no more records are waiting.
     sends_at_once: bool,
-    /// Milliseconds since the epoch, when records were last handed over.
+    /// When the current burst began, in milliseconds since the Unix epoch.
     now: i64,
     pub(super) reports: Sender<Report>,
 }
@@ -136,7 +137,7 @@ impl Publisher {
             dead_letters: context.topics.dead_letters.clone(),
             read: Instant::now(),
         };
-        let limits = ProducerLimits { batch: topics.batch_limit(), halved: 0, careful: false };
+        let limits = ProducerLimits { batch: topics.batch_limit(), halved: 0, one_request_at_a_time: false };
         let config = config(settings, limits);
         let (producer, delivery) = match settings.delivery.guarantee {
             Guarantee::AtLeastOnce => {
@@ -162,10 +163,10 @@ impl Publisher {
             next: 0,
             cursor: Cursor::default(),
             refused: Vec::new(),
-            broken: None,
-            stopped: false,
+            abort_reason: None,
+            producer_stopped: false,
             lingers: false,
-            // Who sets it wants to wait.
+            // A user who sets the linger time wants messages to wait.
             sends_at_once: !["linger.ms", "queue.buffering.max.ms"]
                 .iter()
                 .any(|name| settings.property(name).is_some()),
@@ -183,9 +184,8 @@ impl Publisher {
         let mut open = true;
         while open || !self.windows.is_empty() {
             self.context.health.busy(Stage::Publish);
-            // Reports are looked for every so often; with none to come, the producer wants to be served
-            // now and then all the same.
-            let pause = if self.windows.is_empty() { IDLE } else { REPORTS };
+            // Even with no window in flight, the producer has to be polled now and then.
+            let pause = if self.windows.is_empty() { IDLE_POLL_INTERVAL } else { POLL_INTERVAL };
             let ending = self.transaction_is_due(open);
             if open && !ending && self.all_is_sent() {
                 match windows.recv_timeout(pause) {
@@ -203,8 +203,8 @@ impl Publisher {
                 self.lingers = false;
                 self.producer.send_now();
             }
-            self.book_reports()?;
-            if self.stopped || !self.refused.is_empty() {
+            self.process_reports()?;
+            if self.producer_stopped || !self.refused.is_empty() {
                 self.recover()?;
             }
             match self.delivery {
@@ -217,7 +217,7 @@ impl Publisher {
     }
 
     fn take(&mut self, content: Encoded) {
-        let window = UnderWay::new(content);
+        let window = InFlightWindow::new(content);
         self.next = window.id() + 1;
         failpoint::pass("publish");
         if self.windows.is_empty() {
@@ -227,32 +227,32 @@ impl Publisher {
         self.show_memory();
     }
 
-    /// Where the window stands in `windows`.
+    /// Index in `windows` of the window with this id.
     pub(super) fn index(&self, id: u64) -> Option<usize> {
-        self.windows.binary_search_by_key(&id, UnderWay::id).ok()
+        self.windows.binary_search_by_key(&id, InFlightWindow::id).ok()
     }
 
     pub(super) fn all_is_sent(&self) -> bool {
         self.cursor.window == self.next || self.windows.is_empty()
     }
 
-    /// There is room for more messages under way.
+    /// Whether another message may be sent now.
     fn may_send(&self) -> bool {
         !self.all_is_sent()
-            && self.broken.is_none()
-            && !self.stopped
+            && self.abort_reason.is_none()
+            && !self.producer_stopped
             && self.refused.is_empty()
             && self.producer.bytes < self.settings.memory.limit.0 / 4
     }
 
-    /// Sends what may be sent now: a burst at most.
+    /// Sends the next records, at most [`BURST`].
     fn send(&mut self) -> Result<(), PublishError> {
         self.now = now();
         for _ in 0..BURST {
             if !self.may_send() || !self.begin_transaction()? {
                 return Ok(());
             }
-            // Not every id comes this far: a window may have been dropped before.
+            // Ids have gaps where an earlier stage dropped a window.
             let index = self.windows.partition_point(|window| window.id() < self.cursor.window);
             let Some(window) = self.windows.get(index) else { return Ok(()) };
             if window.id() > self.cursor.window {
@@ -272,7 +272,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Sends a record unless it is settled or its lease has ended; false where it cannot be sent now.
+    /// Sends a record unless it is settled or its lease has ended. Returns false if it cannot be sent now.
     pub(super) fn send_if_ours(&mut self, index: usize, place: usize) -> Result<bool, PublishError> {
         let window = &mut self.windows[index];
         if window.is_settled(place) {
@@ -282,30 +282,30 @@ impl Publisher {
             return self.send_record(index, place);
         }
         if matches!(self.delivery, Delivery::ExactlyOnce(_)) {
-            // Records of the same lease may be in the transaction.
-            self.broken.get_or_insert_with(|| "partitions were revoked".to_owned());
+            // The transaction may hold records of the same lease, so it must be aborted.
+            self.abort_reason.get_or_insert_with(|| "partitions were revoked".to_owned());
             return Ok(false);
         }
         window.drop_lost();
         Ok(true)
     }
 
-    /// Hands a record's message to the client; false where it does not take it now.
+    /// Queues a record's message in the client. Returns false if the client cannot take it now.
     fn send_record(&mut self, index: usize, place: usize) -> Result<bool, PublishError> {
         self.check_against_rules(index, place);
         let by = self.composer.partitioning;
         loop {
             let message = self.composer.compose(&self.windows[index], place);
             let target = message.target;
-            // What is compressed may fit all the same: the broker decides.
+            // The size before compression; a compressed message may still fit, and then the broker decides.
             let bytes = message.batch_bytes();
-            let Written { partitions, rules } = self.topics.of(target);
+            let OutputTopic { partitions, rules } = self.topics.of(target);
             if rules.is_too_large(bytes) && !may_fit_compressed(&message, bytes, rules, self.compresses) {
                 drop(message);
                 if self.refresh_rules(RULES_AGE) {
                     continue;
                 }
-                self.give_up(index, place, RefusedBecause::TooLarge)?;
+                self.dead_letter_or_change_form(index, place, RefusedBecause::TooLarge)?;
                 self.check_against_rules(index, place);
                 continue;
             }
@@ -327,19 +327,20 @@ impl Publisher {
                     Ok(false)
                 }
                 Err(NotTaken::TransactionFailed) => {
-                    // Reports say why; until they are read, this is what is known.
-                    self.broken.get_or_insert_with(|| "a message of it was not delivered".to_owned());
+                    // Its delivery report, which is not read yet, has the cause.
+                    self.abort_reason
+                        .get_or_insert_with(|| "one of its messages was not delivered".to_owned());
                     Ok(false)
                 }
-                // A refused batch is reported, anything else is found by `book_reports`.
+                // `process_reports` finds the cause: a refused batch or a fatal error.
                 Err(NotTaken::ProducerFailed) => Ok(false),
                 Err(NotTaken::Other(error)) => Err(PublishError::Topic { topic: topic.clone(), error }),
             };
         }
     }
 
-    /// Makes a dead letter of a record that its topic is known to refuse, and gives a dead letter the form that its
-    /// topic takes.
+    /// Turns a record that the output topic is known to refuse into a dead letter, and gives a dead letter a form that
+    /// its topic accepts.
     fn check_against_rules(&mut self, index: usize, place: usize) {
         for _ in 0..4 {
             let window = &self.windows[index];
@@ -368,7 +369,8 @@ impl Publisher {
             let window = &mut self.windows[index];
             match (dead, refusal) {
                 (false, refusal) => {
-                    let message = format!("{} refuses it: {refusal}", self.settings.output.topic);
+                    let message =
+                        format!("topic {} refuses the record: {refusal}", self.settings.output.topic);
                     window.content.outcomes[place] = Outcome::Dead(RecordError::new(Fault::Refused, message));
                 }
                 (true, Refusal::NoKey) => window.forms.entry(place).or_default().keyed = true,
@@ -377,7 +379,7 @@ impl Publisher {
         }
     }
 
-    /// Reads the topics' configuration again where it is older than `age`; true where that was done.
+    /// Reads the topics' configuration again if it is older than `age`. Returns true if at least one was read.
     pub(super) fn refresh_rules(&mut self, age: Duration) -> bool {
         if self.topics.read.elapsed() < age {
             return false;
@@ -404,11 +406,11 @@ impl Publisher {
         read
     }
 
-    /// Makes a dead letter of a record that was refused, or gives a refused dead letter another form.
+    /// Turns a refused record into a dead letter, or gives a refused dead letter another form.
     ///
     /// # Errors
-    /// The dead letter was refused in every form.
-    pub(super) fn give_up(
+    /// The dead letter was refused even reduced to kandle's headers.
+    pub(super) fn dead_letter_or_change_form(
         &mut self,
         index: usize,
         place: usize,
@@ -425,16 +427,16 @@ impl Publisher {
             let topic = &self.settings.output.topic;
             let error = match why {
                 _ if too_large => {
-                    RecordError::new(Fault::TooLarge, format!("the prediction is larger than {topic} takes"))
+                    RecordError::new(Fault::TooLarge, format!("prediction too large for topic {topic}"))
                 }
                 RefusedBecause::Broker(Failure { code, reason, .. }) => {
                     let reason =
                         if reason.is_empty() { code.to_string() } else { format!("{code}: {reason}") };
-                    RecordError::new(Fault::Refused, format!("{topic} refuses it: {reason}"))
+                    RecordError::new(Fault::Refused, format!("topic {topic} refused the record: {reason}"))
                 }
                 RefusedBecause::TooLarge => unreachable!("handled above"),
             };
-            tracing::warn!(source = %position, error = %error, "the output topic refuses the record: it becomes a dead letter");
+            tracing::warn!(source = %position, error = %error, "the output topic refused the record: publishing it as a dead letter");
             window.content.outcomes[place] = Outcome::Dead(error);
             return Ok(());
         }
@@ -442,41 +444,44 @@ impl Publisher {
         let topic = &self.settings.dead_letters.topic;
         let code = match why {
             RefusedBecause::Broker(failure) => failure.code.to_string(),
-            RefusedBecause::TooLarge => "larger than the topic takes".to_owned(),
+            RefusedBecause::TooLarge => "larger than max.message.bytes".to_owned(),
         };
         if too_large && !form.bare {
             form.bare = true;
-            tracing::warn!(source = %position, topic, "too large even for a dead letter: only kandle's headers are published");
+            tracing::warn!(source = %position, topic, "dead letter too large for its topic: publishing kandle's headers only");
             return Ok(());
         }
         let timestamp = matches!(why, RefusedBecause::Broker(failure) if failure.code == InvalidTimestamp);
         if timestamp && !form.now {
             form.now = true;
         } else if !form.keyed || !form.now {
-            // What is left to change without losing anything.
+            // The remaining changes that lose no data.
             (form.keyed, form.now) = (true, true);
         } else if !form.bare {
             form.bare = true;
         } else {
             return Err(PublishError::DeadLetterRefused { position, topic: topic.clone(), reason: code });
         }
-        tracing::warn!(source = %position, topic, code, form = ?*form, "the topic refuses the dead letter: it is published in another form");
+        tracing::warn!(source = %position, topic, code, form = ?*form, "the topic refused the dead letter: publishing it in another form");
         Ok(())
     }
 
-    /// Serves the producer and books what it reports.
-    pub(super) fn book_reports(&mut self) -> Result<(), PublishError> {
+    /// Polls the producer and processes its delivery reports.
+    ///
+    /// # Errors
+    /// A fatal error of the producer, or an error of [`Self::process`].
+    pub(super) fn process_reports(&mut self) -> Result<(), PublishError> {
         loop {
             let arrived = self.producer.poll();
             if arrived.acknowledged.is_empty() && arrived.failed.is_empty() {
                 break;
             }
-            self.book(arrived)?;
+            self.process(arrived)?;
         }
         match self.producer.fatal_error() {
             None => Ok(()),
             Some((RDKafkaErrorCode::GaplessGuarantee, _)) => {
-                self.stopped = true;
+                self.producer_stopped = true;
                 Ok(())
             }
             Some((code, _)) if self.may_outlive(code) => Ok(()),
@@ -484,9 +489,11 @@ impl Publisher {
         }
     }
 
+    /// Processes delivery reports: counts acknowledged messages and keeps refused ones for `recover`.
+    ///
     /// # Errors
-    /// The broker takes nothing at all: a right or a topic is missing.
-    pub(super) fn book(&mut self, arrived: Arrived) -> Result<(), PublishError> {
+    /// The broker refuses every record: a permission or a topic is missing.
+    pub(super) fn process(&mut self, arrived: Arrived) -> Result<(), PublishError> {
         for ticket in arrived.acknowledged {
             let Some(at) = self.index(ticket.window()) else { continue };
             let bytes = self.windows[at].take_size(ticket.place());
@@ -501,15 +508,16 @@ impl Publisher {
             let bytes = self.windows[at].take_size(failure.ticket.place());
             self.producer.finished(bytes);
             match Meaning::of(failure.code) {
-                Meaning::Hopeless => {
+                Meaning::Unpublishable => {
                     let position = self.windows[at].position(failure.ticket.place());
                     return Err(PublishError::Refused { position, code: failure.code });
                 }
                 Meaning::Refused | Meaning::Neighbour => self.refused.push(failure),
-                Meaning::Passing => {
+                Meaning::Transient => {
                     if matches!(self.delivery, Delivery::ExactlyOnce(_)) {
                         let position = self.windows[at].position(failure.ticket.place());
-                        self.broken.get_or_insert(format!("{position}: not delivered: {}", failure.code));
+                        self.abort_reason
+                            .get_or_insert(format!("{position}: not delivered: {}", failure.code));
                     }
                 }
             }
@@ -517,9 +525,9 @@ impl Publisher {
         Ok(())
     }
 
-    /// Reports windows of which everything is published, in the order they came.
+    /// Reports the windows whose records are all settled, in the order they came. `committed`: so are their offsets.
     pub(super) fn report_published(&mut self, committed: bool) {
-        while self.windows.front().is_some_and(UnderWay::is_done) {
+        while self.windows.front().is_some_and(InFlightWindow::is_done) {
             failpoint::pass("acknowledged");
             let Some(first) = self.windows.pop_front() else { return };
             if self.cursor.window == first.id() {
@@ -530,16 +538,16 @@ impl Publisher {
                 true => Report::Published(self.finish(first, committed)),
                 false => Report::Dropped { load: first.content.window.load() },
             };
-            // A closed channel is the source's end, and with it the process's.
+            // A closed channel means that the source has ended, and with it the process.
             let _ = self.reports.send(report);
         }
     }
 
-    /// Counts what is published.
-    fn finish(&self, done: UnderWay, committed: bool) -> Published {
+    /// Counts the records of a published window in the metrics, traces it, and makes its report.
+    fn finish(&self, done: InFlightWindow, committed: bool) -> Published {
         let live: Vec<bool> =
             (0..done.content.window.spans.len()).map(|span| done.is_live(span as u32)).collect();
-        let UnderWay { content: Encoded { window, outcomes, memory: _ }, started, .. } = done;
+        let InFlightWindow { content: Encoded { window, outcomes, memory: _ }, started, .. } = done;
         let metrics = &self.context.metrics;
         metrics.stage.with_label_values(&["publish"]).observe(started.elapsed().as_secs_f64());
         let mut counts = vec![[0u64; 3]; window.spans.len()];
@@ -596,14 +604,14 @@ impl Publisher {
         Published { records, counts, load, spans: window.spans, committed }
     }
 
-    /// Predictions of windows not yet acknowledged in full.
+    /// Updates the memory metric with the predictions of all windows in flight.
     pub(super) fn show_memory(&self) {
         let bytes: usize =
             self.windows.iter().flat_map(|window| &window.content.memory).map(Vec::capacity).sum();
         self.context.metrics.memory.with_label_values(&["predictions"]).set(bytes as i64);
     }
 
-    /// Records from one place to another that are not settled.
+    /// The records in `from..to` that are not settled, in order.
     pub(super) fn unsettled(&self, from: Cursor, to: Cursor) -> Vec<Ticket> {
         let mut tickets = Vec::new();
         for window in &self.windows {
@@ -621,18 +629,18 @@ impl Publisher {
     }
 }
 
-/// Whether a message above the topic's limit is to be tried all the same.
+/// Whether to send a message although it exceeds the topic's limit uncompressed.
 fn may_fit_compressed(message: &Composed<'_>, bytes: u64, rules: &TopicRules, compresses: bool) -> bool {
     if message.target == Target::Output || compresses {
         return compresses;
     }
-    // Dead letters are compressed by zstd, as this is.
+    // The producer compresses dead letters with zstd; so does this estimate.
     let value = message.value.unwrap_or_default();
     let compressed = zstd::bulk::compress(value, 3).map_or(value.len(), |bytes| bytes.len());
     !rules.is_too_large(bytes - value.len() as u64 + compressed as u64)
 }
 
-/// Milliseconds since the epoch.
+/// The current time in milliseconds since the Unix epoch.
 fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
 }
@@ -640,7 +648,8 @@ fn now() -> i64 {
 /// Why a record cannot be published as it is.
 #[derive(Clone, Copy)]
 pub(super) enum RefusedBecause<'a> {
-    /// By the topic's limit, as it was read.
+    /// It exceeds the topic's `max.message.bytes`, as last read.
     TooLarge,
+    /// The broker refused its message.
     Broker(&'a Failure),
 }

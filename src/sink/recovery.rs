@@ -1,4 +1,4 @@
-//! After a batch was refused: finds the records to blame, makes dead letters of them, and publishes the rest in order.
+//! After a batch was refused: finds the records to blame, turns them into dead letters and publishes the rest in order.
 //!
 //! ```text
 //! stop sending ─▶ read the topics' limits ─▶ records not published, in order ─▶ send a group, wait for all of it
@@ -6,9 +6,9 @@
 //!                                              └────────────────────────────────┘
 //! ```
 //!
-//! `at_least_once`: the producer stops at the first refused batch (`enable.gapless.guarantee`) and a careful one, with
-//! one request at a time, takes its place: nothing that comes later overtakes what was refused. `exactly_once`: each
-//! group is a transaction of its own.
+//! `at_least_once`: the producer stops at the first refused batch (`enable.gapless.guarantee`) and is replaced by one
+//! that sends one request at a time, so that no later message overtakes the refused ones. `exactly_once`: each group is
+//! a transaction of its own.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -20,25 +20,25 @@ use super::error::PublishError;
 use super::isolation::{Meaning, Verdict, judge};
 use super::producer::{ProducerLimits, RecordProducer, config};
 use super::publisher::{Cursor, Delivery, Publisher, RefusedBecause};
-use super::window::UnderWay;
+use super::window::InFlightWindow;
 use crate::telemetry::health::Stage;
 
-/// How long messages that have been sent may take to be answered once the producer has stopped.
+/// How long to wait, once the producer has stopped, for the delivery reports of messages already sent.
 const WIND_UP: Duration = Duration::from_secs(60);
-/// Between two looks for delivery reports.
+/// Interval between polls for delivery reports.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
-/// The topics' configuration is read again, however new what is known is.
-const NOW: Duration = Duration::ZERO;
+/// Age for `refresh_rules` with which it always reads the topics' configuration again.
+const ALWAYS: Duration = Duration::ZERO;
 
-/// What became of a group of records.
+/// The result of sending a group of records.
 enum Sent {
     Published,
-    /// What was reported of those that were refused; may be empty.
+    /// Some were refused. Holds the failures reported for them, perhaps none.
     Refused(Vec<Failure>),
 }
 
 impl Publisher {
-    /// Deals with the refused batch: returns when everything that had been sent is published.
+    /// Handles a refused batch. Returns when all records sent so far are published.
     pub(super) fn recover(&mut self) -> Result<(), PublishError> {
         let failures = self.take_refused();
         let first = failures.iter().find(|failure| Meaning::of(failure.code) == Meaning::Refused);
@@ -46,16 +46,16 @@ impl Publisher {
             records = failures.len(),
             code = first.map(|failure| failure.code.to_string()),
             reason = first.map(|failure| failure.reason.as_str()),
-            "the broker refused a batch: looking for the record to blame"
+            "the broker refused a batch: searching for the record to blame"
         );
         self.context.metrics.retries.with_label_values(&["refused"]).inc();
         let end = self.cursor;
-        self.refresh_rules(NOW);
+        self.refresh_rules(ALWAYS);
         if self.topics.batch_limit().is_none() {
             self.halved += 1;
         }
         self.stop_after_refusal()?;
-        let start = Cursor { window: self.windows.front().map_or(end.window, UnderWay::id), place: 0 };
+        let start = Cursor { window: self.windows.front().map_or(end.window, InFlightWindow::id), place: 0 };
         let all = self.unsettled(start, end);
         let mut groups = VecDeque::from([all.clone()]);
         if !failures.is_empty() {
@@ -71,22 +71,22 @@ impl Publisher {
             self.stop_after_refusal()?;
             let left: Vec<Ticket> = group.into_iter().filter(|ticket| !self.is_settled(*ticket)).collect();
             if let ([alone], []) = (&left[..], &failures[..]) {
-                // Nothing was reported of it, and nothing else can be to blame.
+                // No failure was reported for it, but no other record is left to blame.
                 let reason = "its batch was refused".to_owned();
                 failures.push(Failure { ticket: *alone, code: RDKafkaErrorCode::Unknown, reason });
             }
             groups.push_front(left.clone());
             self.apply(judge(&left, &failures), &left, &mut groups)?;
         }
-        // Windows that nobody waits for any more may be gone.
+        // The window at `end` may be gone: `rewind` drops windows whose leases have ended.
         let first = self.windows.front().map_or(end, |window| Cursor { window: window.id(), place: 0 });
         self.cursor = end.max(first);
         self.start_producer(false)?;
-        tracing::info!("everything that had been sent is published");
+        tracing::info!("recovered from the refused batch: all records sent so far are published");
         Ok(())
     }
 
-    /// Replaces the first group, which was judged.
+    /// Replaces the first group, which is `judged`, according to the verdict.
     fn apply(
         &mut self,
         verdict: Verdict,
@@ -98,7 +98,11 @@ impl Publisher {
             Verdict::Blame(failures) => {
                 for failure in &failures {
                     if let Some(index) = self.index(failure.ticket.window()) {
-                        self.give_up(index, failure.ticket.place(), RefusedBecause::Broker(failure))?;
+                        self.dead_letter_or_change_form(
+                            index,
+                            failure.ticket.place(),
+                            RefusedBecause::Broker(failure),
+                        )?;
                     }
                 }
                 groups.push_front(judged.to_vec());
@@ -113,21 +117,21 @@ impl Publisher {
     }
 
     fn take_refused(&mut self) -> Vec<Failure> {
-        self.stopped = false;
+        self.producer_stopped = false;
         std::mem::take(&mut self.refused)
     }
 
     fn is_settled(&self, ticket: Ticket) -> bool {
-        // A window that is no longer here was reported.
+        // A window that is no longer in `windows` was reported.
         self.index(ticket.window()).is_none_or(|index| self.windows[index].is_settled(ticket.place()))
     }
 
-    /// Ends what is under way, and leaves a producer behind that sends one request at a time.
+    /// Ends what is in flight and starts a producer for sending the groups.
     fn stop_after_refusal(&mut self) -> Result<(), PublishError> {
         match self.delivery {
             Delivery::AtLeastOnce => {
                 self.wind_up(WIND_UP)?;
-                // They fail because of the first one, which is being dealt with.
+                // Later messages fail only because of the first one, which is being handled.
                 self.take_refused();
                 self.start_producer(true)
             }
@@ -139,14 +143,15 @@ impl Publisher {
         }
     }
 
-    /// Waits until all that the producer has sent is answered, at most for `limit`, and books that.
+    /// Waits at most `limit` for the delivery reports of all messages sent, and processes them.
     pub(super) fn wind_up(&mut self, limit: Duration) -> Result<(), PublishError> {
         let arrived = self.producer.wind_up(limit, || self.context.health.busy(Stage::Publish));
-        arrived.into_iter().try_for_each(|reports| self.book(reports))
+        arrived.into_iter().try_for_each(|reports| self.process(reports))
     }
 
-    fn start_producer(&mut self, careful: bool) -> Result<(), PublishError> {
-        let limits = ProducerLimits { batch: self.topics.batch_limit(), halved: self.halved, careful };
+    fn start_producer(&mut self, one_request_at_a_time: bool) -> Result<(), PublishError> {
+        let limits =
+            ProducerLimits { batch: self.topics.batch_limit(), halved: self.halved, one_request_at_a_time };
         let config = config(&self.settings, limits);
         match self.delivery {
             Delivery::AtLeastOnce => {
@@ -159,15 +164,15 @@ impl Publisher {
                 }
                 Ok(())
             }
-            // A transaction holds a group alone: more requests at a time do no harm.
+            // A transaction holds only one group, so several requests at a time do no harm.
             Delivery::ExactlyOnce(_) => self.reconfigure(super::producer::config(
                 &self.settings,
-                ProducerLimits { careful: false, ..limits },
+                ProducerLimits { one_request_at_a_time: false, ..limits },
             )),
         }
     }
 
-    /// Sends these records and waits until all of them are published; or for what is refused of them.
+    /// Sends these records and waits until all of them are published or some are refused.
     fn publish_group(&mut self, group: &[Ticket]) -> Result<Sent, PublishError> {
         loop {
             if let Delivery::ExactlyOnce(_) = self.delivery {
@@ -187,17 +192,17 @@ impl Publisher {
             while self.producer.unacknowledged > 0 && self.goes_on() {
                 self.wait_for_reports()?;
             }
-            if self.stopped {
+            if self.producer_stopped {
                 // The client stops before it reports the messages that made it stop.
                 self.wind_up(WIND_UP)?;
             }
-            if self.stopped || !self.refused.is_empty() {
+            if self.producer_stopped || !self.refused.is_empty() {
                 return Ok(Sent::Refused(self.take_refused()));
             }
             if matches!(self.delivery, Delivery::AtLeastOnce) {
                 return Ok(Sent::Published);
             }
-            if let Some(reason) = self.broken.take() {
+            if let Some(reason) = self.abort_reason.take() {
                 self.abort(&reason)?;
                 continue;
             }
@@ -209,17 +214,17 @@ impl Publisher {
         }
     }
 
-    /// Nothing has failed yet.
+    /// Whether nothing has failed yet.
     fn goes_on(&mut self) -> bool {
         if self.is_too_slow() {
-            self.broken.get_or_insert_with(|| "not acknowledged in time".to_owned());
+            self.abort_reason.get_or_insert_with(|| "not acknowledged in time".to_owned());
         }
-        self.broken.is_none() && self.refused.is_empty() && !self.stopped
+        self.abort_reason.is_none() && self.refused.is_empty() && !self.producer_stopped
     }
 
     fn wait_for_reports(&mut self) -> Result<(), PublishError> {
         self.context.health.busy(Stage::Publish);
         std::thread::park_timeout(POLL_INTERVAL);
-        self.book_reports()
+        self.process_reports()
     }
 }

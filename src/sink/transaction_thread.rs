@@ -1,7 +1,7 @@
-//! Transactions, on a thread of their own: librdkafka's calls block, and one of them
-//! (`send_offsets_to_transaction`) is known to ignore its timeout. The publisher waits for the
-//! answer, serving the producer all the while, but no longer than the coordinator would: a call that
-//! does not return is left behind with its producer.
+//! Transaction calls, on a thread of their own: librdkafka's calls block, and one of them
+//! (`send_offsets_to_transaction`) is known to ignore its timeout. The publisher polls the producer while it waits for
+//! the result, but waits not much longer than the transaction's timeout: a call that has not returned by then is
+//! abandoned together with its producer.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,12 +14,12 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::acks::Reports;
 
-/// Between two looks for the answer.
+/// How long to wait for the result between two polls of the producer.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
-/// Between two tries of a call that the coordinator could not take just now.
+/// Delay before a call that failed with a retriable error is made again.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
-/// One try of `init_transactions`.
-const INIT: Duration = Duration::from_secs(10);
+/// Timeout of one `init_transactions` call.
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) enum Call {
     Init,
@@ -39,24 +39,24 @@ impl Call {
     }
 }
 
-/// What went wrong, by what is to be done about it.
+/// Errors of a call, by what to do about them.
 #[derive(Debug)]
-pub(super) enum Broken {
-    /// Try again: the coordinator is away.
+pub(super) enum CallError {
+    /// Try again: the coordinator is unavailable.
     Again(String),
     /// Abort the transaction.
     Abort(String),
-    /// This producer is no longer of use, though nothing says that another would not be.
+    /// Replace the producer: its call did not return.
     Lost(String),
-    /// Another producer with the same transactional.id, or no right to be one.
+    /// No retry can help: for instance, another producer uses the transactional.id, or this user may not use it.
     Fatal(String),
 }
 
-/// The thread; it ends when this is dropped, or later, when its call returns.
+/// Handle of the thread. The thread ends when this is dropped, or when its current call returns after that.
 pub(super) struct TransactionThread {
     calls: Sender<Call>,
     answers: Receiver<KafkaResult<()>>,
-    /// After which the coordinator has given the transaction up.
+    /// The transaction's timeout, after which the coordinator aborts it.
     timeout: Duration,
 }
 
@@ -74,23 +74,24 @@ impl TransactionThread {
         Ok(Self { calls, answers, timeout })
     }
 
-    /// Makes the call and waits for its end; `serve` is what the producer needs meanwhile.
-    pub fn call(&self, call: Call, mut serve: impl FnMut()) -> Result<(), Broken> {
+    /// Makes the call and waits for its result. Calls `serve` meanwhile, which polls the producer.
+    pub fn call(&self, call: Call, mut serve: impl FnMut()) -> Result<(), CallError> {
         let name = call.name();
-        let limit = if matches!(call, Call::Init) { 3 * INIT } else { self.timeout + 2 * RETRY_DELAY };
+        let limit =
+            if matches!(call, Call::Init) { 3 * INIT_TIMEOUT } else { self.timeout + 2 * RETRY_DELAY };
         let started = Instant::now();
         if self.calls.send(call).is_err() {
-            return Err(Broken::Lost(format!("{name}: the thread for transactions has ended")));
+            return Err(CallError::Lost(format!("{name}: the transaction thread has ended")));
         }
         loop {
             match self.answers.recv_timeout(POLL_INTERVAL) {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) => return Err(judge(name, &error)),
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Broken::Lost(format!("{name}: the thread for transactions has ended")));
+                    return Err(CallError::Lost(format!("{name}: the transaction thread has ended")));
                 }
                 Err(RecvTimeoutError::Timeout) if started.elapsed() > limit => {
-                    return Err(Broken::Lost(format!("{name}: no answer within {limit:?}")));
+                    return Err(CallError::Lost(format!("{name}: no answer within {limit:?}")));
                 }
                 Err(RecvTimeoutError::Timeout) => serve(),
             }
@@ -98,14 +99,14 @@ impl TransactionThread {
     }
 }
 
-/// Tries again what can be tried again, until the transaction's own time is over.
+/// Makes a call and retries it on retriable errors until the transaction's timeout.
 fn make(producer: &BaseProducer<Reports>, call: &Call, timeout: Duration) -> KafkaResult<()> {
     let deadline = Instant::now() + timeout;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let result = match call {
-            // The caller says that it waits, and goes on.
-            Call::Init => return producer.init_transactions(INIT),
+            // The caller logs the error and retries.
+            Call::Init => return producer.init_transactions(INIT_TIMEOUT),
             Call::SendOffsets(offsets, group) => producer.send_offsets_to_transaction(offsets, group, left),
             Call::Commit => producer.commit_transaction(left),
             Call::Abort => producer.abort_transaction(left),
@@ -121,14 +122,14 @@ fn make(producer: &BaseProducer<Reports>, call: &Call, timeout: Duration) -> Kaf
     }
 }
 
-fn judge(name: &str, error: &KafkaError) -> Broken {
+fn judge(name: &str, error: &KafkaError) -> CallError {
     let message = format!("{name}: {error}");
     match error {
-        KafkaError::Transaction(error) if error.is_fatal() => Broken::Fatal(message),
-        KafkaError::Transaction(error) if error.txn_requires_abort() => Broken::Abort(message),
-        KafkaError::Transaction(error) if error.is_retriable() => Broken::Again(message),
-        // Messages that did not get there in time.
-        KafkaError::Flush(_) => Broken::Abort(message),
-        _ => Broken::Fatal(message),
+        KafkaError::Transaction(error) if error.is_fatal() => CallError::Fatal(message),
+        KafkaError::Transaction(error) if error.txn_requires_abort() => CallError::Abort(message),
+        KafkaError::Transaction(error) if error.is_retriable() => CallError::Again(message),
+        // Some messages were not delivered in time.
+        KafkaError::Flush(_) => CallError::Abort(message),
+        _ => CallError::Fatal(message),
     }
 }

@@ -1,5 +1,5 @@
-//! The transactional.id: the same whenever this member starts again, so that what its last life left
-//! open is aborted at once, and never that of another member, which would be fenced.
+//! The transactional.id. It stays the same over restarts, so that a transaction left open is aborted at once. No two
+//! members have the same id, because they would fence each other.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
@@ -7,21 +7,20 @@ use std::path::Path;
 use super::error::TransactionalIdError;
 use crate::settings::Settings;
 
-/// The id; others on this machine take another one for as long as this lives.
+/// The id. As long as this lives, other processes on this machine take another one.
 #[derive(Debug)]
 pub(super) struct TransactionalId {
     pub text: String,
-    /// Locked.
+    /// The lock file that reserves the id's number; `None` if the id is configured.
     _held: Option<File>,
 }
 
-/// Members of one group on one machine.
+/// Most members of one group on one machine.
 const SLOTS: usize = 4096;
 
 impl TransactionalId {
-    /// `delivery.transactional_id`; else the group with its static member's `group.instance.id`,
-    /// which the group itself keeps from being used twice; else with the machine's name and the first
-    /// number that no other process here holds.
+    /// Takes `delivery.transactional_id` if it is set; else the group with `group.instance.id`, which only one member
+    /// can have; else the group with the host name and the lowest number that no other process here holds.
     pub fn take(settings: &Settings) -> Result<Self, TransactionalIdError> {
         if let Some(id) = &settings.delivery.transactional_id {
             return Ok(Self { text: id.clone(), _held: None });
@@ -36,7 +35,7 @@ impl TransactionalId {
     }
 }
 
-/// The lowest free number among those of `name`.
+/// Locks the lowest free number for `name`, with a lock file in `directory`.
 fn slot(directory: &Path, name: &str) -> Result<(usize, File), TransactionalIdError> {
     use sha2::{Digest, Sha256};
     let name: String = Sha256::digest(name).iter().take(8).map(|byte| format!("{byte:02x}")).collect();

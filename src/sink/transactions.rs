@@ -6,8 +6,8 @@
 //!   └────────── the same records again, less those whose lease has ended ◀──────────────────┘
 //! ```
 //!
-//! The group's generation is asked for before the leases are looked at; see [`crate::lease`]. What was in an aborted
-//! transaction is still here: it is sent again, before anything that came later.
+//! The group's generation is read before the leases are checked; see [`crate::lease`]. The records of an aborted
+//! transaction are kept: they are sent again before any later ones.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use super::budget::Budget;
 use super::error::PublishError;
 use super::producer::RecordProducer;
 use super::publisher::{Cursor, Delivery, Publisher};
-use super::transaction_thread::{Broken, Call, TransactionThread};
+use super::transaction_thread::{Call, CallError, TransactionThread};
 use super::transactional_id::TransactionalId;
 use crate::failpoint;
 use crate::kafka::metadata::add_offset;
@@ -33,7 +33,7 @@ use crate::settings::Settings;
 use crate::telemetry::Health;
 use crate::telemetry::health::Stage;
 
-/// Between two attempts to become a transactional producer.
+/// Delay between two attempts to initialize transactions.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// The transactional producer's state.
@@ -44,7 +44,7 @@ pub(super) struct Transactions {
     commit_interval: Duration,
     budget: Budget,
     open: Option<Open>,
-    /// Kept for as long as the id is used.
+    /// Reserves the id as long as this lives.
     _id: TransactionalId,
 }
 
@@ -53,13 +53,14 @@ struct Open {
     begun: Instant,
     /// Its first record.
     from: Cursor,
-    /// Bytes sent, and acknowledged.
+    /// Bytes sent so far.
     sent: u64,
+    /// Bytes acknowledged so far.
     acknowledged: u64,
 }
 
 impl Transactions {
-    /// With its producer, which [`Publisher::become_transactional`] has yet to make transactional.
+    /// Creates the state and its producer. Call [`Publisher::become_transactional`] before the first transaction.
     pub fn new(
         settings: &Settings,
         mut config: ClientConfig,
@@ -84,19 +85,19 @@ impl Transactions {
         Ok((producer, transactions))
     }
 
-    /// A message of the open transaction is acknowledged.
+    /// Counts an acknowledged message of the open transaction.
     pub fn acknowledged(&mut self, bytes: u64) {
         if let Some(open) = &mut self.open {
             open.acknowledged += bytes;
         }
     }
 
-    /// The open transaction holds as much as the broker will take in time.
+    /// Whether the open transaction has used up its budget of bytes.
     fn is_full(&self) -> bool {
         self.open.as_ref().is_some_and(|open| open.sent >= self.budget.bytes())
     }
 
-    /// The broker has given the open transaction up, by our clock.
+    /// Whether the open transaction is older, by our clock, than the timeout after which the broker aborts it.
     fn has_timed_out(&self) -> bool {
         self.open.as_ref().is_some_and(|open| open.begun.elapsed() >= self.timeout)
     }
@@ -110,7 +111,7 @@ impl Publisher {
         }
     }
 
-    /// Whether the open transaction, if there is one, takes no more records; `input`: more may come.
+    /// Whether the open transaction takes no more records and is to be committed. `input`: more windows may come.
     pub(super) fn transaction_is_due(&self, input: bool) -> bool {
         let Delivery::ExactlyOnce(transactions) = &self.delivery else { return false };
         let Some(open) = &transactions.open else { return false };
@@ -120,7 +121,7 @@ impl Publisher {
             || self.context.commit_soon.is_set()
     }
 
-    /// Opens a transaction where one is needed and none is open; false where that failed.
+    /// Opens a transaction if one is needed and none is open. Returns false if that failed or the open one is full.
     pub(super) fn begin_transaction(&mut self) -> Result<bool, PublishError> {
         let cursor = self.cursor;
         let Delivery::ExactlyOnce(transactions) = &mut self.delivery else { return Ok(true) };
@@ -146,8 +147,8 @@ impl Publisher {
         }
     }
 
-    /// Whether the process goes on after an error that ends the producer: its transaction has timed out, and another
-    /// producer of the same id can take its place.
+    /// Whether the process can survive an error that ends the producer: only its transaction has timed out, and a new
+    /// producer with the same id can replace it.
     pub(super) fn may_outlive(&mut self, code: RDKafkaErrorCode) -> bool {
         let timed_out = self.transactions().is_some_and(|transactions| transactions.has_timed_out());
         let fenced = matches!(
@@ -157,14 +158,14 @@ impl Publisher {
                 | RDKafkaErrorCode::InvalidProducerEpoch
         );
         if fenced && timed_out {
-            self.broken.get_or_insert_with(|| "the broker timed the transaction out".to_owned());
+            self.abort_reason.get_or_insert_with(|| "the transaction timed out at the broker".to_owned());
         }
         fenced && timed_out
     }
 
     /// Commits the transaction once it is due and acknowledged, or aborts it where it cannot be committed.
     pub(super) fn advance_transaction(&mut self, due: bool) -> Result<(), PublishError> {
-        if let Some(reason) = self.broken.take() {
+        if let Some(reason) = self.abort_reason.take() {
             return self.abort(&reason);
         }
         if self.is_too_slow() {
@@ -173,7 +174,7 @@ impl Publisher {
         let (waiting, to) = (self.producer.unacknowledged > 0, self.cursor);
         let Some(transactions) = self.transactions() else { return Ok(()) };
         let Some(open) = &transactions.open else {
-            // Of windows that have lost all leases nothing is to be committed.
+            // Windows that have lost all their leases need no commit.
             self.report_published(true);
             return Ok(());
         };
@@ -191,14 +192,14 @@ impl Publisher {
         Ok(())
     }
 
-    /// Whether the broker is about to give the open transaction up while messages of it are on their way. The next one
-    /// is smaller then.
+    /// Whether the open transaction is about to time out while messages of it are in flight. If so, this also shrinks
+    /// the budget of the next one.
     pub(super) fn is_too_slow(&mut self) -> bool {
         let waiting = self.producer.unacknowledged > 0;
         let Some(transactions) = self.transactions() else { return false };
         let Some(open) = &transactions.open else { return false };
         let (acknowledged, after, timeout) = (open.acknowledged, open.begun.elapsed(), transactions.timeout);
-        // What is left of the time is for the abort.
+        // The rest of the timeout is left for the abort.
         if !waiting || after <= timeout * 3 / 4 {
             return false;
         }
@@ -207,15 +208,15 @@ impl Publisher {
             acknowledged_bytes = acknowledged,
             seconds = after.as_secs(),
             next_bytes = transactions.budget.bytes(),
-            "the broker acknowledges too slowly for the transaction: the next one is smaller"
+            "the broker acknowledges too slowly: aborting the transaction, making the next one smaller"
         );
         true
     }
 
-    /// Commits the open transaction, which holds these records; false where it was aborted instead.
+    /// Commits the open transaction, which holds these records. Returns false if it was aborted instead.
     pub(super) fn commit(&mut self, tickets: &[Ticket]) -> Result<bool, PublishError> {
         failpoint::pass("acknowledged");
-        // In this order; see `lease`.
+        // Read the generation first, then check the leases; see `lease`.
         let group = (self.context.group)();
         if self.windows.iter().any(|window| window.has_lost()) {
             self.abort("partitions were revoked")?;
@@ -230,8 +231,8 @@ impl Publisher {
         if result.is_ok() {
             failpoint::pass("offsets");
             result = self.call(Call::Commit);
-            if let Err(Broken::Again(message) | Broken::Lost(message)) = result {
-                // The coordinator may have taken it: only the group's offsets say so, where the next start reads on.
+            if let Err(CallError::Again(message) | CallError::Lost(message)) = result {
+                // The coordinator may have committed it. Only the group's offsets show that; the next start reads them.
                 return Err(PublishError::InDoubt(message));
             }
         }
@@ -248,18 +249,20 @@ impl Publisher {
                 }
                 Ok(true)
             }
-            Err(Broken::Abort(message) | Broken::Again(message)) => self.abort(&message).map(|()| false),
-            Err(Broken::Lost(message)) => self.renew(&message).map(|()| false),
-            Err(Broken::Fatal(message)) => self.fatal(message).map(|()| false),
+            Err(CallError::Abort(message) | CallError::Again(message)) => {
+                self.abort(&message).map(|()| false)
+            }
+            Err(CallError::Lost(message)) => self.renew(&message).map(|()| false),
+            Err(CallError::Fatal(message)) => self.fatal(message).map(|()| false),
         }
     }
 
-    /// The offset after the last of these records, by partition.
+    /// The offsets to commit: for each partition, the offset after the last of these records.
     fn offsets(&self, tickets: &[Ticket]) -> Result<TopicPartitionList, PublishError> {
         let mut offsets: BTreeMap<&Partition, (i64, &str)> = BTreeMap::new();
         let mut tickets = tickets;
         while let Some(first) = tickets.first() {
-            // Of one window at a time.
+            // One window at a time.
             let count = tickets.iter().take_while(|ticket| ticket.window() == first.window()).count();
             let (of_window, rest) = tickets.split_at(count);
             tickets = rest;
@@ -274,7 +277,7 @@ impl Publisher {
         Ok(list)
     }
 
-    /// Aborts the open transaction. What was in it is sent again, from its first record on.
+    /// Aborts the open transaction. Its records are sent again, from the first one on.
     pub(super) fn abort(&mut self, reason: &str) -> Result<(), PublishError> {
         self.say_aborted(reason);
         match self.call(Call::Abort) {
@@ -282,8 +285,8 @@ impl Publisher {
                 self.rewind()?;
                 Ok(())
             }
-            Err(Broken::Fatal(message)) => self.fatal(message),
-            Err(Broken::Abort(message) | Broken::Again(message) | Broken::Lost(message)) => {
+            Err(CallError::Fatal(message)) => self.fatal(message),
+            Err(CallError::Abort(message) | CallError::Again(message) | CallError::Lost(message)) => {
                 self.renew(&message)
             }
         }
@@ -295,12 +298,12 @@ impl Publisher {
         self.context.health.error(&format!("transaction aborted: {reason}"));
     }
 
-    /// Goes back to the first record of the transaction that is no more.
+    /// Rewinds to the first record of the aborted transaction.
     fn rewind(&mut self) -> Result<(), PublishError> {
-        // Reports of its messages would be taken for those of the next one's.
+        // Delivery reports of its messages must not be counted for the next transaction.
         let limit = self.transactions().map_or(Duration::ZERO, |transactions| transactions.timeout);
         self.wind_up(limit)?;
-        self.broken = None;
+        self.abort_reason = None;
         if let Some(open) = self.transactions().and_then(|transactions| transactions.open.take()) {
             self.cursor = open.from;
         }
@@ -315,24 +318,24 @@ impl Publisher {
         Ok(())
     }
 
-    /// An error that ends the producer: the process too, unless the transaction had only timed out.
+    /// Handles an error that ends the producer. It also ends the process, unless only the transaction has timed out.
     fn fatal(&mut self, message: String) -> Result<(), PublishError> {
         match self.transactions() {
             Some(transactions) if transactions.has_timed_out() => {
-                self.renew(&format!("the broker timed the transaction out ({message})"))
+                self.renew(&format!("the transaction timed out at the broker ({message})"))
             }
             _ => Err(PublishError::Transaction(message)),
         }
     }
 
-    /// Abandons the producer for a new one with the same id, which fences it and aborts what it left open.
+    /// Replaces the producer with a new one with the same id, which fences the old one and aborts its transaction.
     pub(super) fn renew(&mut self, reason: &str) -> Result<(), PublishError> {
         self.say_aborted(reason);
         self.replace_producer()?;
         self.become_transactional().map(drop)
     }
 
-    /// Puts a new producer, by the present configuration, in the old one's place.
+    /// Replaces the producer with a new one of the current configuration, and rewinds.
     fn replace_producer(&mut self) -> Result<(), PublishError> {
         let Delivery::ExactlyOnce(transactions) = &mut self.delivery else { return Ok(()) };
         let producer = RecordProducer::new(&transactions.config, &self.settings, &self.context.health)
@@ -344,7 +347,7 @@ impl Publisher {
         self.rewind()
     }
 
-    /// Takes the producer's configuration as it is now; between transactions.
+    /// Replaces the producer if `config` differs from its configuration. Call this only between transactions.
     pub(super) fn reconfigure(&mut self, mut config: ClientConfig) -> Result<(), PublishError> {
         let Some(transactions) = self.transactions() else { return Ok(()) };
         for own in ["transactional.id", "transaction.timeout.ms"] {
@@ -360,23 +363,23 @@ impl Publisher {
         self.become_transactional().map(drop)
     }
 
-    /// Becomes the transactional producer, however long the coordinator takes; false when asked to stop.
+    /// Initializes transactions, however long the coordinator takes. Returns false if the process is asked to stop.
     pub(super) fn become_transactional(&mut self) -> Result<bool, PublishError> {
         loop {
             let result = self.call(Call::Init);
             self.context.health.busy(Stage::Publish);
             match result {
                 Ok(()) => return Ok(true),
-                Err(Broken::Fatal(message)) => return Err(PublishError::Transaction(message)),
-                Err(Broken::Again(message) | Broken::Abort(message)) => {
-                    tracing::warn!(reason = message, "the transactional producer cannot start: trying again");
+                Err(CallError::Fatal(message)) => return Err(PublishError::Transaction(message)),
+                Err(CallError::Again(message) | CallError::Abort(message)) => {
+                    tracing::warn!(reason = message, "cannot initialize transactions: trying again");
                     self.context.health.error(&message);
                     self.context.metrics.retries.with_label_values(&["transaction"]).inc();
                 }
-                Err(Broken::Lost(message)) => {
+                Err(CallError::Lost(message)) => {
                     tracing::warn!(
                         reason = message,
-                        "the transactional producer does not answer: replacing it"
+                        "the transactional producer does not respond: replacing it"
                     );
                     self.replace_producer()?;
                 }
@@ -388,7 +391,7 @@ impl Publisher {
         }
     }
 
-    fn call(&self, call: Call) -> Result<(), Broken> {
+    fn call(&self, call: Call) -> Result<(), CallError> {
         let Delivery::ExactlyOnce(transactions) = &self.delivery else { return Ok(()) };
         let (client, health) = (&self.producer.client, &self.context.health);
         let started = Instant::now();

@@ -1,4 +1,4 @@
-//! A window under way: what is known of each of its records.
+//! A window in flight, with the state of each of its records.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -7,33 +7,34 @@ use super::acks::Ticket;
 use crate::flow::Encoded;
 use crate::record::{Partition, Position, Record};
 
-/// How a dead letter differs from its record, where its topic refuses the record as it is.
+/// How a dead letter differs from its record, because its topic refuses the unchanged record.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Form {
-    /// Published with the present time; its own is in a header.
+pub(super) struct DeadLetterForm {
+    /// Published with the current time as timestamp; the record's own timestamp is in a header.
     pub now: bool,
-    /// Published under its position as key.
+    /// Published with the record's position as key.
     pub keyed: bool,
-    /// Published without its key, value and headers.
+    /// Published without the record's key, value and headers.
     pub bare: bool,
 }
 
-/// A window that is published, in whole or in part.
-pub(super) struct UnderWay {
+/// A window whose records are being published.
+pub(super) struct InFlightWindow {
     pub content: Encoded,
-    /// By span: its lease is held.
+    /// For each span, whether its lease was held at the last [`Self::drop_lost`].
     live: Vec<bool>,
-    /// One bit a record: published and acknowledged, or no longer ours.
+    /// One bit per record: set when it is published and acknowledged, or when its lease has ended.
     settled: Vec<u64>,
-    /// Records that are not settled.
+    /// Number of records that are not settled.
     left: usize,
-    /// Bytes of each message under way.
+    /// Bytes of each record's message in flight; 0: none is.
     sizes: Vec<u32>,
-    pub forms: BTreeMap<usize, Form>,
+    /// Forms of dead letters that their topic refuses otherwise, by the record's index.
+    pub forms: BTreeMap<usize, DeadLetterForm>,
     pub started: Instant,
 }
 
-impl UnderWay {
+impl InFlightWindow {
     pub fn new(content: Encoded) -> Self {
         let count = content.outcomes.len();
         let mut window = Self {
@@ -69,7 +70,7 @@ impl UnderWay {
         self.settled[place / 64] >> (place % 64) & 1 == 1
     }
 
-    /// True where it was not settled before.
+    /// Settles a record. Returns true if it was not settled before.
     pub fn settle(&mut self, place: usize) -> bool {
         let new = !self.is_settled(place);
         if new {
@@ -79,7 +80,7 @@ impl UnderWay {
         new
     }
 
-    /// Every record is settled.
+    /// Whether every record is settled.
     pub fn is_done(&self) -> bool {
         self.left == 0
     }
@@ -92,18 +93,18 @@ impl UnderWay {
         (0..self.live.len()).filter(|&span| self.live[span])
     }
 
-    /// The lease that the record was read under is held.
+    /// Whether the lease that the record was read under is held.
     pub fn is_held(&self, place: usize) -> bool {
         let span = self.content.window.records[place].span as usize;
         self.live[span] && self.content.window.spans[span].lease.is_held()
     }
 
-    /// A span that counts was revoked or lost since we last looked.
+    /// Whether the lease of a span has ended since the last [`Self::drop_lost`].
     pub fn has_lost(&self) -> bool {
         self.live_spans().any(|span| !self.content.window.spans[span].lease.is_held())
     }
 
-    /// Settles the records of spans whose lease has ended: somebody else publishes them.
+    /// Settles the records of spans whose lease has ended: the partition's next owner publishes them.
     pub fn drop_lost(&mut self) {
         if !self.has_lost() {
             return;
@@ -118,27 +119,27 @@ impl UnderWay {
         }
     }
 
-    /// The message of a record is on its way.
+    /// Marks a record's message, of `bytes` bytes, as in flight.
     pub fn sent(&mut self, place: usize, bytes: u64) {
         self.sizes[place] = bytes.min(u64::from(u32::MAX)) as u32;
     }
 
-    /// Bytes of the record's message, if it is on its way; it is not any more.
+    /// Marks a record's message as no longer in flight. Returns its bytes, or 0 if it was not in flight.
     pub fn take_size(&mut self, place: usize) -> u64 {
         u64::from(std::mem::take(&mut self.sizes[place]))
     }
 
-    /// Records from `from` up to `to` that are not settled.
+    /// The records in `from..to` that are not settled.
     pub fn unsettled(&self, from: usize, to: usize) -> impl Iterator<Item = Ticket> + '_ {
         (from..to).filter(|&place| !self.is_settled(place)).map(|place| self.ticket(place))
     }
 
-    /// The offset after the last record of each live partition before `to`, of those from `from` on, with what is kept
-    /// beside it.
+    /// The offsets to commit for the records in `from..to`: for each live partition, the offset after its last record,
+    /// with its commit metadata.
     pub fn offsets(&self, from: usize, to: usize) -> BTreeMap<&Partition, (i64, &str)> {
         let window = &self.content.window;
         if to == self.len() {
-            // The last of a span stands behind `from`, or was committed already.
+            // The last record of a span is at `from` or later, or was committed already.
             let spans = self.live_spans().map(|span| &window.spans[span]);
             return spans.map(|span| (&span.partition, (span.last + 1, &*span.metadata))).collect();
         }

@@ -1,9 +1,9 @@
-//! The assignment: partitions taken up, with the model compared that made their offsets, and given
-//! up again once what is in flight of them is published and committed.
+//! Rebalances. Before a partition is read, the model that made its committed offset is compared with ours. A revoked
+//! partition is unassigned once its windows in flight are published and committed.
 //!
 //! ```text
-//! assigned ─▶ where to begin? (lookup) ─▶ models compared ─▶ taken up
-//! revoked  ─▶ paused ─▶ windows in flight end ─▶ committed ─▶ given up      lost: given up at once
+//! assigned ─▶ look up where to begin ─▶ compare models ─▶ assign to the client
+//! revoked  ─▶ pause ─▶ windows in flight finish ─▶ commit ─▶ unassign      lost: unassign at once
 //! ```
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rdkafka::consumer::Consumer;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::callbacks::{give_up, take_up};
+use super::callbacks::{assign, unassign};
 use super::ledger::PartitionState;
 use super::lookup::{Question, Started};
 use super::serve::{Source, SourceError};
@@ -24,37 +24,37 @@ use crate::settings::OnChange;
 /// Where the member stands in a rebalance.
 pub(super) struct Assignment {
     revoke_timeout: Duration,
-    /// Tells questions about assignments apart.
+    /// Id of the last start lookup; answers to earlier ones are ignored.
     last_id: u64,
-    /// Partitions that are ours once it is known where to begin.
+    /// Assigned partitions whose start offsets are being looked up, with the id of the lookup.
     pending: Option<(u64, TopicPartitionList)>,
     revoking: Option<Revocation>,
-    /// The models of the whole group have been compared.
+    /// The models of all the group's partitions have been compared, which is done once.
     compared: bool,
 }
 
-/// Partitions asked back, whose windows in flight may still finish.
+/// A revocation under way: windows in flight may finish until `deadline`.
 struct Revocation {
     list: TopicPartitionList,
     partitions: Vec<Partition>,
     deadline: Instant,
 }
 
-/// What a revocation has to do next.
+/// The next step of a revocation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     /// Windows are in flight.
     Wait,
-    /// All is published: commit it.
+    /// All windows are published, but not committed.
     Commit,
     GiveUp,
-    /// Time is up, or the partitions are lost: what is in flight is not committed.
+    /// The deadline has passed, or the partitions are lost: windows in flight are not committed.
     GiveUpLate,
 }
 
 impl Revocation {
-    /// `lost`: another member may have them already; `in_flight`: windows of them; `uncommitted`: some are published
-    /// and not committed.
+    /// `lost`: another member may own the partitions already. `in_flight`: they have windows in flight. `uncommitted`:
+    /// some of their published offsets are not committed.
     fn next(&self, now: Instant, lost: bool, in_flight: bool, uncommitted: bool) -> Next {
         if lost || now >= self.deadline {
             return Next::GiveUpLate;
@@ -76,7 +76,7 @@ impl Assignment {
         self.revoking.is_some()
     }
 
-    /// No partition comes or goes.
+    /// No rebalance is under way.
     pub fn is_steady(&self) -> bool {
         self.pending.is_none() && self.revoking.is_none()
     }
@@ -91,21 +91,21 @@ impl Source {
         self.assignment.pending = Some((id, list));
     }
 
-    /// It is known where to begin.
+    /// Start offsets are known: compares models, checks topics, and assigns the partitions to the client.
     pub(super) fn on_start(&mut self, started: Started) -> Result<(), SourceError> {
         let Started { id, list, partitions: starts, all } = started;
         if self.assignment.pending.take_if(|(pending, _)| *pending == id).is_none() {
             return Ok(());
         }
-        // Under `refuse`, what the group has of all partitions counts, ours or another member's: once, when we come.
+        // `refuse` also compares the partitions of other members, once, when this member joins.
         let compared = match &all {
             Some(all) if !std::mem::replace(&mut self.assignment.compared, true) => self.compare_models(all),
             _ => Ok(()),
         };
         let same_models = compared.and_then(|()| self.compare_models(&list));
         if let Err(error) = same_models.and_then(|()| self.check_topics(&starts)) {
-            // The client waits for an answer, also when it is about to leave.
-            let _ = take_up(&self.consumer, &list);
+            // librdkafka waits for an answer to the rebalance, even before it closes.
+            let _ = assign(&self.consumer, &list);
             return Err(error);
         }
         let mut partitions = Vec::new();
@@ -113,7 +113,7 @@ impl Source {
             let partition = start.partition.clone();
             let mut offset = start.committed();
             if let Some(begin) = self.bounds.drain.as_ref().and_then(|drain| drain.begin(&partition)) {
-                // Not before the bounds, whatever the group has.
+                // A replay never reads before its range, even if the group's offset is earlier.
                 let begin = offset.map_or(begin, |offset| offset.max(begin));
                 offset = Some(begin);
                 if let Some(mut element) = list.find_partition(&partition.topic, partition.number) {
@@ -137,23 +137,22 @@ impl Source {
                 self.count_recreated(&partition, Some(*offset), &before.to_string(), Some(&now.to_string()));
             }
             if let Some(drain) = &self.bounds.drain {
-                drain.taken_up(&partition, offset);
+                drain.assigned(&partition, offset);
             }
-            // A rate wants a first point.
+            // Creates the series at 0, so that a rate includes the first increase.
             for cause in ["retention", "damaged"] {
                 self.context.metrics.skipped.with_label_values(&[&*partition.topic, cause]);
             }
             self.context.metrics.topic_recreated.with_label_values(&[&*partition.topic]);
             partitions.push(partition);
         }
-        if let Err(error) = take_up(&self.consumer, &list) {
-            return Err(SourceError::Fatal(format!("partitions cannot be taken up: {error}")));
+        if let Err(error) = assign(&self.consumer, &list) {
+            return Err(SourceError::Fatal(format!("assigning partitions failed: {error}")));
         }
         if self.intake.paused {
             self.pause();
         } else if !list.elements().is_empty() {
-            // A partition that was paused while it was taken away, and comes back, is still paused for
-            // librdkafka.
+            // librdkafka still pauses a partition that was paused when it was revoked before.
             self.consumer.resume(&list).map_err(SourceError::Client)?;
         }
         if let Some(drain) = &self.bounds.drain {
@@ -167,15 +166,15 @@ impl Source {
         }
         self.context.metrics.rebalances.with_label_values(&["assigned"]).inc();
         self.context.health.set_ready();
-        // A new member of a cooperative group is first given nothing.
+        // A new member of a cooperative group gets an empty assignment first.
         match partitions.is_empty() {
-            true => tracing::info!("in the group, standing by"),
-            false => tracing::info!(partitions = %names(&partitions), "assigned"),
+            true => tracing::info!("joined the group, no partitions assigned"),
+            false => tracing::info!(partitions = %names(&partitions), "partitions assigned"),
         }
         Ok(())
     }
 
-    /// Whether the topics are those whose ends a drain froze.
+    /// Checks that the topics are still those whose end offsets the drain froze.
     fn check_topics(&self, starts: &[StartOf]) -> Result<(), SourceError> {
         let Some(drain) = &self.bounds.drain else { return Ok(()) };
         for start in starts {
@@ -184,7 +183,7 @@ impl Source {
         Ok(())
     }
 
-    /// `model.on_change`: the digest in the committed offsets' metadata against ours.
+    /// Applies `model.on_change`: compares the model digest in the commit metadata with ours.
     fn compare_models(&self, known: &TopicPartitionList) -> Result<(), SourceError> {
         if self.context.on_change == OnChange::Allow {
             return Ok(());
@@ -198,7 +197,8 @@ impl Source {
                 continue;
             }
             let message = format!(
-                "{}/{}: records before offset {offset} were predicted by {} (digest {}); from there on {} (digest {})",
+                "{}/{}: records before offset {offset} were predicted by {} (digest {}); \
+                 this process runs {} (digest {})",
                 element.topic(),
                 element.partition(),
                 kept.model,
@@ -211,16 +211,16 @@ impl Source {
                     "{message}: model.on_change is refuse; set it to warn or allow, or use another group"
                 )));
             }
-            tracing::warn!("the model changed: {message}");
+            tracing::warn!(reason = message, "the model changed since the last commit");
         }
         Ok(())
     }
 
     pub(super) fn on_revoked(&mut self, list: TopicPartitionList) {
         let partitions = partitions(&list);
-        // What was not taken up yet is given up all the same.
+        // An assignment whose start offsets are still being looked up is unassigned too.
         self.assignment.pending = None;
-        // Records that only wait go to the next owner.
+        // The next owner reads the records of the open window again.
         self.intake.gatherer.forget(|p| partitions.contains(p));
         for partition in &partitions {
             if let Some(owned) = self.ledger.get_mut(partition) {
@@ -232,20 +232,20 @@ impl Source {
         self.context.metrics.rebalances.with_label_values(&[cause]).inc();
         tracing::info!(partitions = %names(&partitions), cause, "partitions revoked");
         if !lost && let Err(error) = self.consumer.pause(&list) {
-            tracing::debug!(%error, "pausing what is revoked");
+            tracing::debug!(%error, "pausing revoked partitions failed");
         }
         let deadline = Instant::now() + self.assignment.revoke_timeout;
         self.assignment.revoking = Some(Revocation { list, partitions, deadline });
     }
 
-    /// Gives revoked partitions up once nothing of them is in flight and their offsets are committed,
-    /// or time is up.
+    /// Unassigns revoked partitions once nothing of them is in flight and their offsets are committed, or once
+    /// `delivery.revoke_timeout` has passed.
     pub(super) fn advance_revocation(&mut self) {
         let Some(revoking) = self.assignment.revoking.take() else { return };
         let lost = self.consumer.assignment_lost();
         let owned = || revoking.partitions.iter().filter_map(|partition| self.ledger.get(partition));
         if lost {
-            // The session expired, before or meanwhile: it is too late to finish in good order.
+            // The session expired, so another member may own the partitions: publish nothing more of them.
             owned().for_each(|owned| owned.lease.end());
         }
         let in_flight = owned().any(|owned| owned.windows_in_flight() > 0);
@@ -256,36 +256,36 @@ impl Source {
                 self.commit(Some(&revoking.partitions));
                 self.assignment.revoking = Some(revoking);
             }
-            Next::GiveUp => self.give_up(&revoking),
+            Next::GiveUp => self.unassign(&revoking),
             Next::GiveUpLate => {
                 if in_flight {
                     tracing::warn!(
                         partitions = %names(&revoking.partitions),
-                        "windows in flight did not finish in time: dropped, not committed"
+                        "windows in flight dropped, not committed: the next owner reads their records again"
                     );
                 }
-                self.give_up(&revoking);
+                self.unassign(&revoking);
             }
         }
     }
 
-    fn give_up(&mut self, revoking: &Revocation) {
+    fn unassign(&mut self, revoking: &Revocation) {
         for partition in &revoking.partitions {
             self.ledger.remove(partition);
             self.lag.forget(partition, &self.context.metrics);
         }
-        if let Err(error) = give_up(&self.consumer, &revoking.list) {
-            tracing::warn!(%error, "partitions could not be given up");
+        if let Err(error) = unassign(&self.consumer, &revoking.list) {
+            tracing::warn!(%error, "unassigning partitions failed");
         }
     }
 
-    /// Answers whatever the client waits for, because it is about to leave the group.
+    /// Answers a pending rebalance, so that the client can leave the group.
     pub(super) fn abandon_assignment(&mut self) {
         if let Some((_, list)) = self.assignment.pending.take() {
-            let _ = take_up(&self.consumer, &list);
+            let _ = assign(&self.consumer, &list);
         }
         if let Some(revoking) = self.assignment.revoking.take() {
-            let _ = give_up(&self.consumer, &revoking.list);
+            let _ = unassign(&self.consumer, &revoking.list);
         }
     }
 }
@@ -294,7 +294,7 @@ fn partitions(list: &TopicPartitionList) -> Vec<Partition> {
     list.elements().iter().map(|e| Partition::new(e.topic(), e.partition())).collect()
 }
 
-/// `topic[0,1,2] …`
+/// Formats partitions as `topic[0,1,2] …`.
 fn names(partitions: &[Partition]) -> String {
     let mut by_topic: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
     for partition in partitions {

@@ -1,4 +1,4 @@
-//! The bounds of a job that ends: which partitions of a drain have given all that is wanted, and whether all is over.
+//! The end of a drain: which partitions have been read to their end offsets, and whether the whole group is done.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,19 +20,19 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    /// A drain wants nothing more of the partition.
+    /// A drain needs no more records of the partition.
     pub fn is_done(&self, partition: &Partition) -> bool {
         self.drain.as_ref().is_some_and(|drain| drain.is_done(partition))
     }
 
-    /// Where a drain ends in the partition.
+    /// The drain's end offset of the partition.
     pub fn bound(&self, partition: &Partition) -> Option<i64> {
         self.drain.as_ref()?.bound(partition)
     }
 }
 
 impl Source {
-    /// These partitions have given all that is wanted of them.
+    /// Marks partitions as read to their end offsets, and pauses them.
     pub(super) fn end(&mut self, ended: &BTreeSet<Partition>) {
         let Some(drain) = &self.bounds.drain else { return };
         let mut list = TopicPartitionList::new();
@@ -43,18 +43,18 @@ impl Source {
         if list.count() > 0
             && let Err(error) = self.consumer.pause(&list)
         {
-            tracing::debug!(%error, "pausing partitions at their ends");
+            tracing::debug!(%error, "pausing finished partitions failed");
         }
         if self.ledger.iter().all(|owned| drain.is_done(&owned.partition))
             && let Some(window) = self.intake.gatherer.close(ClosedBy::End)
         {
-            // Nothing is to come that it could wait for.
+            // No more records will come, so the window need not wait.
             self.hold(window);
         }
     }
 
-    /// Whether the drain is over: our partitions are at their ends and committed, and so are the
-    /// others'.
+    /// Whether the drain is complete: all members' partitions are committed up to their end offsets. Asks for the
+    /// group's offsets once our own partitions are.
     pub(super) fn is_drained(&mut self) -> bool {
         let Some(drain) = self.bounds.drain.clone() else { return false };
         if drain.is_complete() {
@@ -67,7 +67,7 @@ impl Source {
                 open = true;
                 continue;
             }
-            // The group stands at the end itself, also where no record is right before it.
+            // Commit the end offset itself, even if no record lies right before it.
             if let Some(end) = drain.bound(&owned.partition) {
                 owned.skip_to(end);
                 owned.settle();
@@ -80,7 +80,7 @@ impl Source {
             self.commit(None);
             return false;
         }
-        if let Some(partitions) = drain.to_look_at() {
+        if let Some(partitions) = drain.partitions_to_poll() {
             self.lookup.ask(Question::Progress(partitions));
         }
         false

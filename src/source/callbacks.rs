@@ -1,9 +1,8 @@
-//! The consumer's callbacks. They run inside of the calls that poll, on the thread that owns all state; so they only
-//! queue an event, which that thread handles afterwards.
+//! The consumer's callbacks. They run inside poll calls on the source's thread, so they only queue events, which that
+//! thread handles after the call.
 //!
-//! That includes the assignment. librdkafka waits until the application has taken up or given up partitions, and does
-//! not need that to happen inside of the callback. So a revocation stays open while windows in flight finish, with the
-//! consumer polled all the while.
+//! Rebalances are queued too. librdkafka waits until the application calls assign or unassign, but does not need the
+//! call inside the callback. So a revocation can stay open until windows in flight finish, while polling goes on.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -20,7 +19,7 @@ use rdkafka::types::RDKafkaRespErr;
 use super::lookup::Answer;
 use crate::kafka::log;
 
-/// What the source's loop has to handle beside records.
+/// What the source's loop handles besides records.
 #[derive(Debug)]
 pub(super) enum Event {
     Assigned(TopicPartitionList),
@@ -38,12 +37,12 @@ pub(super) struct Callbacks {
 }
 
 impl Callbacks {
-    /// The events since the last call, in order.
+    /// Takes the events queued since the last call, in order.
     pub fn take(&self) -> VecDeque<Event> {
         std::mem::take(&mut *self.events.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
-    /// From now on revocations are answered inside of the callback: the consumer is about to be dropped.
+    /// From now on rebalances are answered inside the callback: the consumer is about to close.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Relaxed);
     }
@@ -76,11 +75,11 @@ impl ConsumerContext for Callbacks {
     ) {
         let assigned = kind == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
         if self.closing.load(Ordering::Relaxed) {
-            // An assignment too is waited for: the client gives it up again by itself.
+            // librdkafka waits for an answer to an assignment too, and then unassigns it by itself.
             let answered =
-                if assigned { take_up(consumer, partitions) } else { give_up(consumer, partitions) };
+                if assigned { assign(consumer, partitions) } else { unassign(consumer, partitions) };
             if let Err(error) = answered {
-                tracing::warn!(%error, assigned, "a rebalance could not be answered while closing");
+                tracing::warn!(%error, assigned, "answering a rebalance failed while closing the consumer");
             }
             return;
         }
@@ -89,19 +88,16 @@ impl ConsumerContext for Callbacks {
     }
 }
 
-/// Takes partitions up, as the group's protocol asks for it.
-pub(super) fn take_up(
-    consumer: &BaseConsumer<Callbacks>,
-    partitions: &TopicPartitionList,
-) -> KafkaResult<()> {
+/// Assigns partitions to the client; incrementally under the cooperative protocol.
+pub(super) fn assign(consumer: &BaseConsumer<Callbacks>, partitions: &TopicPartitionList) -> KafkaResult<()> {
     match consumer.rebalance_protocol() {
         RebalanceProtocol::Cooperative => consumer.incremental_assign(partitions),
         RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.assign(partitions),
     }
 }
 
-/// Gives partitions up.
-pub(super) fn give_up(
+/// Unassigns partitions; all of them unless the protocol is cooperative.
+pub(super) fn unassign(
     consumer: &BaseConsumer<Callbacks>,
     partitions: &TopicPartitionList,
 ) -> KafkaResult<()> {

@@ -1,5 +1,5 @@
-//! Commits, on a thread of their own: a commit's outcome is known only to a call that waits for it
-//! (this client posts no event for the asynchronous one), and the thread that polls must not wait.
+//! Commits offsets, on a thread of its own: only a synchronous commit returns its outcome (this client posts no event
+//! for an asynchronous one), and the thread that polls must not wait.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -12,21 +12,21 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::callbacks::{Callbacks, Event};
 
 pub(super) struct Committer {
-    /// `None` once closed.
+    /// Jobs for the thread; `None` once closed.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    /// Since when a commit is under way.
+    /// When the commit in flight started.
     since: Option<Instant>,
 }
 
 enum Job {
     Commit(TopicPartitionList),
-    /// The channel is sent to once the offsets are committed, and closed where they cannot be.
+    /// Signals the channel once the offsets are committed, or closes it if the commit fails.
     CommitAndTell(TopicPartitionList, Sender<()>),
 }
 
 impl Committer {
-    /// Outcomes come as [`Event::Committed`].
+    /// Starts the thread. Outcomes arrive as [`Event::Committed`].
     pub fn start(consumer: &Arc<BaseConsumer<Callbacks>>) -> std::io::Result<Self> {
         let (jobs, todo) = unbounded();
         let consumer = Arc::clone(consumer);
@@ -39,7 +39,11 @@ impl Committer {
                     }
                     Job::CommitAndTell(list, done) => match consumer.commit(&list, CommitMode::Sync) {
                         Ok(()) => drop(done.send(())),
-                        Err(error) => tracing::error!(%error, "the suspects could not be committed"),
+                        Err(error) => tracing::error!(
+                            %error,
+                            "records on which inference timed out could not be saved in the commit metadata: \
+                             the next start will not run them alone"
+                        ),
                     },
                 }
             }
@@ -47,30 +51,30 @@ impl Committer {
         Ok(Self { jobs: Some(jobs), thread: Some(thread), since: None })
     }
 
-    /// One commit at a time.
+    /// A commit is in flight; only one is at a time.
     pub fn is_busy(&self) -> bool {
         self.since.is_some()
     }
 
-    /// Only when not busy.
+    /// Starts a commit. Call it only when not busy.
     pub fn commit(&mut self, list: TopicPartitionList) {
         self.since = Some(Instant::now());
         self.send(Job::Commit(list));
     }
 
-    /// `done` is told once the offsets are committed.
+    /// Starts a commit and signals `done` once it succeeds.
     pub fn commit_and_tell(&self, list: TopicPartitionList, done: Sender<()>) {
         self.send(Job::CommitAndTell(list, done));
     }
 
     fn send(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
-            // The thread lives as long as this end.
+            // Cannot fail: the thread lives as long as this sender.
             let _ = jobs.send(job);
         }
     }
 
-    /// The outcome has come; returns how long it took.
+    /// Marks the commit in flight as finished, and returns how long it took.
     pub fn done(&mut self) -> Option<Duration> {
         Some(self.since.take()?.elapsed())
     }
@@ -79,7 +83,7 @@ impl Committer {
 impl Drop for Committer {
     fn drop(&mut self) {
         self.jobs = None;
-        // A commit that hangs, because the coordinator is away, is not waited for.
+        // A commit in flight may hang because the coordinator is unreachable: do not wait for it.
         if !self.is_busy()
             && let Some(thread) = self.thread.take()
         {

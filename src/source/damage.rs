@@ -1,21 +1,21 @@
-//! Where a batch ends that cannot be read, because the broker's file is damaged. librdkafka would fetch such a batch
-//! again and again, or jump to an arbitrary offset, so kandle finds the end and seeks past it.
+//! Finds where a batch ends that is damaged in the broker's file. librdkafka fetches such a batch again and again, or
+//! jumps to an arbitrary offset, so kandle seeks past it.
 
 use crate::kafka::native::First;
 
-/// What a batch at an offset turned out to be.
+/// Result of a check for damaged batches at an offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Damage {
-    /// It can be read, or there is none.
+    /// The batch can be read, or there is none.
     None,
-    /// All from the offset up to this one, itself not a part, is lost.
+    /// All offsets up to this one (exclusive) are lost.
     UpTo(i64),
-    /// No answer: it can be neither read nor passed.
+    /// No answer: the batch can be neither read nor skipped.
     Unknown,
 }
 
-/// Follows damaged batches from `from` on, which lies before the log's `end`. `probe` says what comes first from an
-/// offset.
+/// Finds how far damaged batches extend from offset `from`, which lies before the log's `end`. `probe` returns what a
+/// fetch at an offset finds first.
 pub(super) fn extent(from: i64, end: i64, mut probe: impl FnMut(i64) -> First) -> Damage {
     let mut at = from;
     while at < end {
@@ -25,19 +25,19 @@ pub(super) fn extent(from: i64, end: i64, mut probe: impl FnMut(i64) -> First) -
                 Some(next) => at = next,
                 None => return Damage::Unknown,
             },
-            First::Silence | First::Error(_) => return Damage::Unknown,
+            First::TimedOut | First::Error(_) => return Damage::Unknown,
         }
     }
     if at == from { Damage::None } else { Damage::UpTo(at) }
 }
 
-/// The offset after the damaged batch that holds `at` and begins at `batch`. A broker answers each offset inside of a
-/// batch with the whole of it, so the offsets that give this batch are contiguous.
+/// The offset after the damaged batch that contains `at` and begins at `batch`; `None` if a probe got no answer. A
+/// broker returns the whole batch for each offset inside it, so a galloping and then a binary search finds its end.
 fn batch_end(at: i64, end: i64, batch: i64, probe: &mut impl FnMut(i64) -> First) -> Option<i64> {
     let mut is_inside = |offset: i64| match probe(offset) {
         First::Damaged(other) => Some(other == batch),
         First::Record(_) | First::End => Some(false),
-        First::Silence | First::Error(_) => None,
+        First::TimedOut | First::Error(_) => None,
     };
     let (mut inside, mut step) = (at, 1);
     let mut outside = loop {
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Batches of any lengths, some damaged: what is lost ends where the next good batch begins.
+        /// Batches of any lengths, some damaged: the lost range ends where the next good batch begins.
         #[test]
         fn ends_at_the_next_good_batch(
             batches in proptest::collection::vec((1i64..70, any::<bool>()), 1..12), at in 0usize..12,
@@ -91,9 +91,9 @@ mod tests {
     }
 
     #[test]
-    fn without_an_answer_nothing_is_given_up() {
-        assert_eq!(extent(5, 9, |_| First::Silence), Damage::Unknown);
-        let silent_after = |offset| if offset == 5 { First::Damaged(5) } else { First::Silence };
+    fn without_an_answer_the_damage_is_unknown() {
+        assert_eq!(extent(5, 9, |_| First::TimedOut), Damage::Unknown);
+        let silent_after = |offset| if offset == 5 { First::Damaged(5) } else { First::TimedOut };
         assert_eq!(extent(5, 9, silent_after), Damage::Unknown);
         assert_eq!(extent(5, 6, |_| First::Damaged(5)), Damage::UpTo(6));
     }

@@ -1,5 +1,5 @@
-//! Dead letters as input: each is a record again, at the position it once came from, without the headers
-//! that made it a dead letter.
+//! Dead letters as input: restores the original record of each, with its original position and without the headers
+//! of a dead letter.
 
 use rdkafka::message::{BorrowedMessage, Message};
 
@@ -7,7 +7,7 @@ use crate::kafka::headers;
 use crate::kafka::topics::TopicFilter;
 use crate::record::Position;
 
-/// Which dead letters are a job's own: those whose records came from its topics.
+/// The topics whose dead letters are reprocessed: those that the records originally came from.
 #[derive(Debug)]
 pub struct OriginalTopics(TopicFilter);
 
@@ -16,16 +16,17 @@ impl OriginalTopics {
         Self(topics)
     }
 
-    /// Where the record once was that a message is the dead letter of. `None`: it is another job's, no dead
-    /// letter at all, or its bytes were too large to keep.
+    /// Original position of a dead letter's record. `None`: the record came from another topic, the message is not a
+    /// dead letter, or the value was too large to keep.
     pub fn origin(&self, message: &BorrowedMessage<'_>) -> Option<Position> {
-        // A dead letter was no tombstone: one without a value has lost it.
+        // Tombstones never become dead letters, so one without a value has lost it.
         message.payload()?;
         headers::last(message, headers::ERROR)?;
         headers::origin(message).filter(|origin| self.0.holds(&origin.partition.topic))
     }
 
-    /// Makes a dead letter the record it was, and says where that came from.
+    /// Removes the headers of a dead letter, and returns the record's original position; `None` as for
+    /// [`Self::origin`].
     pub(super) fn restore(&self, message: &mut BorrowedMessage<'_>) -> Option<Position> {
         let origin = self.origin(message)?;
         headers::OF_DEAD_LETTERS.into_iter().for_each(|name| headers::remove_last(message, name));

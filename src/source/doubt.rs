@@ -1,35 +1,35 @@
-//! Doubt: whether what the client delivers is still what we think it is.
+//! Doubt: detects recreated topics and damaged batches, and recovers from them.
 //!
-//! librdkafka keeps no promise in two cases. After a topic was deleted and recreated it reads on at the old offset in
-//! the new topic, so that the records before it are never read. And a batch that is damaged in the broker's file it
-//! fetches again and again, or jumps to an arbitrary offset. In both cases partitions are paused, what is delivered
-//! meanwhile is dropped, the cluster is asked, and the client seeks to where the ledger stands before it goes on.
+//! librdkafka handles neither. After a topic was deleted and recreated, it reads on at the old offset in the new topic,
+//! so the records before it are never read. A batch that is damaged in the broker's file makes it fetch again and
+//! again, or jump to an arbitrary offset. In both cases the source pauses all partitions, discards what is delivered
+//! meanwhile, asks the cluster, and seeks to the ledger's offsets before it resumes.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::damage::Damage;
 use super::ledger::Hold;
-use super::lookup::{Looked, Question, Topics};
+use super::lookup::{DamageReport, Question, Topics};
 use super::serve::{Source, SourceError};
 use crate::kafka::native::Identity;
 use crate::record::{Partition, topics_of};
 
-/// The loop turns more often, unless the process is stopped or starved. A topic can be deleted and recreated in less
-/// than half a second.
+/// If a loop iteration takes longer, the process was suspended or starved, and topics are checked: one can be deleted
+/// and recreated in less than half a second.
 const STALE: Duration = Duration::from_millis(250);
-/// Between two looks at the topics, while nothing gives cause; `topic.metadata.refresh.interval.ms` where that is less.
+/// Interval of topic checks; `topic.metadata.refresh.interval.ms` if that is shorter.
 const TOPICS_INTERVAL: Duration = Duration::from_secs(5);
-/// Between two looks at what is held.
+/// Interval of topic checks while an input topic is absent.
 const HELD_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Between two attempts at partitions that cannot be read.
+/// Interval of retries for partitions that cannot be read.
 const UNREADABLE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What is doubted.
+/// What has to be checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cause {
-    /// Whether the topics are the ones that they were.
+    /// Whether the topics were recreated.
     Topics,
     /// Whether the next batch of each partition can be read.
     Damage,
@@ -42,28 +42,31 @@ enum Stage {
         topics: bool,
         damage: bool,
     },
-    /// The client is told where to read on.
+    /// The client seeks to the ledger's offsets.
     Seeking,
 }
 
 #[derive(Debug)]
 pub(super) struct Doubt {
     stage: Stage,
-    /// Tells seeks apart.
+    /// Id of the last seek.
     seeks: u64,
-    /// When the loop last turned.
+    /// When [`Doubt::turns`] was last called.
     turned: Instant,
-    /// When topics were last asked for; an answer is awaited.
+    /// When topics were last asked for.
     asked: Instant,
+    /// That question is not answered yet.
     waiting: bool,
+    /// Interval of topic checks.
     every: Duration,
-    /// When partitions were last tried that could not be read; an answer is awaited.
+    /// When unreadable partitions were last retried.
     tried: Instant,
+    /// That retry is not answered yet.
     trying: bool,
 }
 
 impl Doubt {
-    /// `refresh`: how often the client looks for topics, where that is set.
+    /// `refresh`: `topic.metadata.refresh.interval.ms`, if it is set.
     pub fn new(now: Instant, refresh: Option<Duration>) -> Self {
         let every = refresh.map_or(TOPICS_INTERVAL, |refresh| refresh.min(TOPICS_INTERVAL));
         Self {
@@ -78,24 +81,24 @@ impl Doubt {
         }
     }
 
-    /// Nothing that is delivered now counts.
+    /// A check or a seek is under way: messages delivered now are discarded.
     pub fn is_open(&self) -> bool {
         self.stage != Stage::None
     }
 
-    /// The loop turns. True where it has not for so long (the process was stopped, or starved) that topics may have
-    /// been recreated.
-    pub fn turns(&mut self, now: Instant) -> bool {
+    /// Called on every loop iteration. True if the last call is so long ago (the process was suspended or starved) that
+    /// topics may have been recreated.
+    pub fn was_suspended(&mut self, now: Instant) -> bool {
         now.saturating_duration_since(std::mem::replace(&mut self.turned, now)) >= STALE
     }
 
-    /// Whether it is time to look at the topics again; `held`: some partition waits for it.
+    /// Whether the next topic check is due. `held`: a topic is absent.
     fn is_due(&self, held: bool, now: Instant) -> bool {
         let every = if held { HELD_INTERVAL } else { self.every };
         !self.waiting && now.saturating_duration_since(self.asked) >= every
     }
 
-    /// Adds a cause; true where it is new.
+    /// Adds a cause; true if it is new.
     fn add(&mut self, cause: Cause) -> bool {
         let (topics, damage) = match self.stage {
             Stage::Asking { topics, damage } => (topics, damage),
@@ -108,7 +111,7 @@ impl Doubt {
         std::mem::replace(&mut self.stage, next) != next
     }
 
-    /// A cause is answered; true where it was the last one.
+    /// Marks a cause as answered; true if it was the last open one.
     fn answered(&mut self, cause: Cause) -> bool {
         let Stage::Asking { topics, damage } = &mut self.stage else { return false };
         match cause {
@@ -120,7 +123,7 @@ impl Doubt {
 }
 
 impl Source {
-    /// From now on nothing that the client delivers counts, until the cluster has been asked.
+    /// Pauses partitions and discards what the client delivers until the cluster has answered.
     pub(super) fn doubt(&mut self, cause: Cause) {
         if !self.doubt.add(cause) {
             return;
@@ -136,9 +139,9 @@ impl Source {
         }
     }
 
-    /// Looks at the topics now and then, and at what could not be read.
-    pub(super) fn look_around(&mut self) {
-        self.look_at_unreadable();
+    /// Periodic checks: retries unreadable partitions, and asks for the topics when due.
+    pub(super) fn run_periodic_checks(&mut self) {
+        self.retry_unreadable();
         let held = self.ledger.iter().any(|owned| owned.hold == Some(Hold::TopicAbsent));
         if self.doubt.is_due(held || self.subscription.is_empty(), Instant::now()) {
             self.ask_for_topics();
@@ -148,7 +151,7 @@ impl Source {
     pub(super) fn ask_for_topics(&mut self) {
         (self.doubt.asked, self.doubt.waiting) = (Instant::now(), true);
         let mut topics = topics_of(self.ledger.iter().map(|owned| &owned.partition));
-        // Also those of which other members have all partitions.
+        // A drain also checks topics whose partitions all belong to other members.
         topics.extend(self.bounds.drain.iter().flat_map(|drain| drain.open_topics()));
         topics.sort();
         topics.dedup();
@@ -158,7 +161,7 @@ impl Source {
     pub(super) fn on_topics(&mut self, topics: Option<Topics>) -> Result<(), SourceError> {
         self.doubt.waiting = false;
         let Some(topics) = topics else {
-            // What is in doubt stays so until there is an answer.
+            // Partitions stay paused until there is an answer.
             if matches!(self.doubt.stage, Stage::Asking { topics: true, .. }) {
                 self.ask_for_topics();
             }
@@ -179,7 +182,7 @@ impl Source {
                     tracing::warn!(
                         topic = &*owned.partition.topic,
                         partition = owned.partition.number,
-                        "the topic does not exist any more: not read until it is recreated"
+                        "the topic no longer exists: waiting until it is recreated"
                     );
                 }
                 Some(Identity::Id(id)) => {
@@ -199,8 +202,7 @@ impl Source {
         for (partition, before) in again {
             self.recreated(partition, &before.to_string());
         }
-        // Seeks, and resumes, also what was found by the way.
-        // Also while it seeks: to the offsets of before.
+        // A periodic check can find this too: pause and seek now. A seek under way has the old offsets: repeat it.
         if (changed || back) && matches!(self.doubt.stage, Stage::None | Stage::Seeking) {
             self.doubt.stage = Stage::Asking { topics: true, damage: false };
             self.pause();
@@ -211,7 +213,7 @@ impl Source {
         Ok(())
     }
 
-    /// The topic was deleted and recreated: its offsets begin anew.
+    /// The topic was deleted and recreated: reads the partition from its start.
     fn recreated(&mut self, partition: Partition, before: &str) {
         let at = self.ledger.get(&partition).and_then(super::ledger::PartitionState::next);
         let owned = self.ledger.renew(partition.clone(), None);
@@ -219,7 +221,7 @@ impl Source {
         self.count_recreated(&partition, at, before, now.as_deref());
     }
 
-    /// Counts, then logs.
+    /// Counts and logs a recreated topic. `at`: the offset that was next; `before`, `now`: the topic's ids.
     pub(super) fn count_recreated(
         &self,
         partition: &Partition,
@@ -238,10 +240,10 @@ impl Source {
         );
     }
 
-    pub(super) fn on_damage(&mut self, found: Vec<Looked>) {
+    pub(super) fn on_damage(&mut self, found: Vec<DamageReport>) {
         self.doubt.trying = false;
         let (mut back, mut ended) = (false, BTreeSet::new());
-        for Looked { partition, at, from, damage } in found {
+        for DamageReport { partition, at, from, damage } in found {
             let Some(owned) = self.ledger.get_mut(&partition) else { continue };
             if damage != Damage::Unknown && owned.hold == Some(Hold::Unreadable) {
                 owned.hold = None;
@@ -249,7 +251,7 @@ impl Source {
             }
             match damage {
                 Damage::None => {}
-                // Asked before it was revoked, or renewed.
+                // An outdated answer: the partition was revoked or renewed meanwhile.
                 Damage::UpTo(_) if owned.next() != at || owned.hold == Some(Hold::Revoked) => {}
                 Damage::UpTo(to) => {
                     owned.skip_to(to);
@@ -265,7 +267,7 @@ impl Source {
                         topic = &*partition.topic,
                         partition = partition.number,
                         offset = from,
-                        "the partition cannot be read at this offset: trying again"
+                        "the partition cannot be read at this offset: retrying"
                     );
                     self.context.health.error(&format!("{partition}: cannot be read at offset {from}"));
                 }
@@ -282,8 +284,8 @@ impl Source {
         }
     }
 
-    /// Tries partitions again that could not be read.
-    fn look_at_unreadable(&mut self) {
+    /// Retries partitions that could not be read.
+    fn retry_unreadable(&mut self) {
         if self.doubt.trying || self.doubt.tried.elapsed() < UNREADABLE_INTERVAL {
             return;
         }
@@ -314,7 +316,7 @@ impl Source {
         );
     }
 
-    /// Has the client read on where the ledger stands.
+    /// Seeks the client to the ledger's offsets.
     fn seek(&mut self) {
         let wanted = self.ledger.iter().filter(|owned| owned.hold.is_none());
         let to: Vec<(Partition, Option<i64>)> =
@@ -331,7 +333,7 @@ impl Source {
         if self.doubt.stage != Stage::Seeking || id != self.doubt.seeks {
             return;
         }
-        // A partition that is no longer ours need not.
+        // A partition that is no longer ours need not seek.
         if failed.iter().any(|partition| self.ledger.get(partition).is_some_and(|owned| owned.hold.is_none()))
         {
             return self.seek();
@@ -352,12 +354,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stopped_process_doubts() {
+    fn a_suspended_process_checks_its_topics() {
         let start = Instant::now();
         let mut doubt = Doubt::new(start, None);
-        assert!(!doubt.turns(start + Duration::from_millis(200)));
-        assert!(!doubt.turns(start + Duration::from_millis(400)), "counted from the last turn");
-        assert!(doubt.turns(start + Duration::from_millis(700)));
+        assert!(!doubt.was_suspended(start + Duration::from_millis(200)));
+        assert!(!doubt.was_suspended(start + Duration::from_millis(400)), "counted from the last call");
+        assert!(doubt.was_suspended(start + Duration::from_millis(700)));
     }
 
     #[test]
@@ -375,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn topics_are_looked_at_now_and_then() {
+    fn topics_are_checked_periodically() {
         let start = Instant::now();
         let mut doubt = Doubt::new(start, None);
         assert!(!doubt.is_due(false, start + Duration::from_secs(4)));

@@ -1,5 +1,5 @@
-//! The bounds of a drain: where each partition ends, frozen at the start, and how far it has come.
-//! Shared by the source, which moves it, and by whoever shows it.
+//! The state of a drain: the end offset of each partition, frozen at the start, and the progress towards it.
+//! Shared by the source, which updates it, and the command that reports it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,45 +20,46 @@ use crate::record::{Partition, topics_of};
 use crate::settings::{Settings, Start};
 use crate::window::Span;
 
-/// Between two looks at how far the group's other members are.
+/// Interval at which the group's offsets are read, to see the progress of other members.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// A topic counts as deleted once it has been absent for so long: a broker that has just started may know no topics yet.
+/// A topic absent for this long counts as deleted; a broker that has just started may not know its topics yet.
 const ABSENT: Duration = Duration::from_secs(3);
 
-/// Why a drain cannot come to its end.
+/// Why a drain cannot finish.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Gone {
+pub enum DrainTopicLost {
     #[error(
-        "topic {0} was deleted and recreated during the drain, so its end is gone: start the drain again"
+        "topic {0} was deleted and recreated during the drain, so its end offsets are void: \
+         start the drain again"
     )]
     Recreated(String),
-    #[error("topic {0} was deleted during the drain: what was left of it cannot be read")]
+    #[error("topic {0} was deleted during the drain: its remaining records cannot be read")]
     Deleted(String),
 }
 
-/// One partition of a drain.
+/// Bounds and progress of one partition in a drain.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Bound {
-    /// Where the group stood at the start; the log's first offset where it had none.
+    /// The group's offset at the start of the drain; the log's first offset if the group had none.
     pub from: i64,
-    /// The offset after the last record: the end of the log at the start, or of what was committed
-    /// to it by transactions, for readers of such.
+    /// End offset (exclusive), frozen at the start: the high watermark, or the last stable offset if
+    /// `isolation.level` is read_committed.
     pub to: i64,
-    /// The offset after the last one that this process has published.
+    /// The offset after the last one known to be published, by any member; `None` if that is not beyond `from`.
     pub reached: Option<i64>,
     pub predicted: u64,
     pub dead_lettered: u64,
     pub tombstones: u64,
-    /// Dead letters left alone by a replay of such: another job's, or without their bytes.
+    /// Messages skipped when reprocessing dead letters: another job's, or without their original value.
     pub passed_over: u64,
-    /// Nothing before `to` is left to be read by this process.
+    /// This process has read everything before `to`.
     #[serde(skip)]
     done: bool,
-    /// The drain is over only once the group has an offset at or after `to`.
+    /// The group's committed offset is not known to have reached `to`, so the drain is not complete.
     #[serde(skip)]
     open: bool,
-    /// The log's first offset.
+    /// The first offset of the log, or of a replay's range.
     #[serde(skip)]
     low: i64,
 }
@@ -70,23 +71,23 @@ impl Bound {
     }
 }
 
-/// A drain under way.
+/// A drain or replay under way.
 #[derive(Default)]
 pub struct Drain {
-    /// Of a replay: from where to where.
+    /// The ranges of a replay; `None` for a drain.
     ranges: Option<BTreeMap<Partition, Range>>,
     bounds: Mutex<BTreeMap<Partition, Bound>>,
-    /// The topics whose ends were frozen, by name, where the broker gives ids.
+    /// Ids of the topics at the start, by name, to detect recreated topics.
     topics: OnceLock<BTreeMap<String, Identity>>,
-    /// Since when topics are absent.
+    /// Topics that are absent, and since when.
     absent: Mutex<HashMap<String, Instant>>,
     complete: AtomicBool,
-    /// When it was last asked how far the group is.
+    /// When the group's offsets were last asked for.
     looked: Mutex<Option<Instant>>,
 }
 
 impl Drain {
-    /// Between points that are known already: a replay.
+    /// A replay of these ranges.
     pub fn between(ranges: BTreeMap<Partition, Range>) -> Self {
         Self { ranges: Some(ranges), ..Self::default() }
     }
@@ -96,8 +97,8 @@ impl Drain {
         self.ranges.as_ref()
     }
 
-    /// Freezes the ends of all partitions of `topics` (names, or one pattern), and where the group stands; returns the
-    /// topics' names.
+    /// Freezes the end offsets of all partitions of `topics` (names, or one pattern) and reads the group's offsets.
+    /// Returns the topics' names.
     pub(super) fn freeze(
         &self,
         config: &ClientConfig,
@@ -109,8 +110,8 @@ impl Drain {
             Some(ranges) => ranges.clone(),
             None => range::resolve(&reader, topics, None, None, true)?,
         };
-        let known = standing_of(&consumer::offset_reader(config)?, ranges.keys())?;
-        // A group without any offset begins at the ends.
+        let known = committed_offsets_of(&consumer::offset_reader(config)?, ranges.keys())?;
+        // `input.start: latest`: a group without any offset begins at the end offsets.
         let at_ends = start == Start::Latest && known.is_empty() && self.ranges.is_none();
         let bound = |(partition, range): (Partition, Range)| {
             let from = match known.get(&partition) {
@@ -141,29 +142,29 @@ impl Drain {
         Ok(names)
     }
 
-    /// The topics of which something is left.
+    /// The topics that the group has not finished.
     pub(super) fn open_topics(&self) -> Vec<String> {
         let bounds = self.lock();
         topics_of(bounds.iter().filter(|(_, bound)| bound.open).map(|(partition, _)| partition))
     }
 
     /// # Errors
-    /// The topic is another one than at the start, so that the frozen ends mean nothing.
-    pub(super) fn check_topic(&self, topic: &str, now: Option<&TopicId>) -> Result<(), Gone> {
+    /// The topic was recreated since the start, so its frozen end offsets are void.
+    pub(super) fn check_topic(&self, topic: &str, now: Option<&TopicId>) -> Result<(), DrainTopicLost> {
         let frozen = self.topics.get().and_then(|topics| topics.get(topic)?.id());
         match (frozen, now) {
-            (Some(frozen), Some(now)) if frozen != now => Err(Gone::Recreated(topic.to_owned())),
+            (Some(frozen), Some(now)) if frozen != now => Err(DrainTopicLost::Recreated(topic.to_owned())),
             _ => Ok(()),
         }
     }
 
     /// # Errors
-    /// A topic of which something is left is another one than at the start, or has been absent for [`ABSENT`].
+    /// An unfinished topic was recreated since the start, or has been absent for [`ABSENT`].
     pub(super) fn check_topics(
         &self,
         identities: &BTreeMap<String, Identity>,
         now: Instant,
-    ) -> Result<(), Gone> {
+    ) -> Result<(), DrainTopicLost> {
         let mut absent = self.absent.lock().unwrap_or_else(|e| e.into_inner());
         for topic in self.open_topics() {
             let identity = identities.get(&topic);
@@ -172,7 +173,7 @@ impl Drain {
                 Some(Identity::Absent) => {
                     let since = *absent.entry(topic.clone()).or_insert(now);
                     if now.saturating_duration_since(since) >= ABSENT {
-                        return Err(Gone::Deleted(topic));
+                        return Err(DrainTopicLost::Deleted(topic));
                     }
                 }
                 _ => drop(absent.remove(&topic)),
@@ -181,7 +182,7 @@ impl Drain {
         Ok(())
     }
 
-    /// Where to begin in a partition for which the group has no offset; `None` leaves it to `input.start`.
+    /// The first offset of a partition in a replay; `None` in a drain, which begins at the group's offset.
     pub(super) fn begin(&self, partition: &Partition) -> Option<i64> {
         self.ranges.as_ref()?.get(partition).map(|range| range.from)
     }
@@ -194,27 +195,27 @@ impl Drain {
         self.lock().clone()
     }
 
-    /// Every partition has reached its end, by whichever member.
+    /// The group's members have together reached every end offset.
     pub fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Relaxed)
     }
 
-    /// Records (offsets) of all partitions that nobody is known to have published.
+    /// Offsets of all partitions that are not known to be published.
     pub fn left(&self) -> i64 {
         self.lock().values().map(|bound| (bound.to - bound.position()).max(0)).sum()
     }
 
-    /// The offset at which a partition ends; `None` for one that is not part of the drain.
+    /// End offset of a partition; `None` for one that is not part of the drain.
     pub(super) fn bound(&self, partition: &Partition) -> Option<i64> {
         self.lock().get(partition).map(|bound| bound.to)
     }
 
-    /// The same; a partition that is not part of the drain has nothing to give.
+    /// End offset of a partition; `i64::MIN`, which no record is before, for one that is not part of the drain.
     pub(super) fn end(&self, partition: &Partition) -> i64 {
         self.bound(partition).unwrap_or(i64::MIN)
     }
 
-    /// Nothing of the partition is left to be read.
+    /// This process has read the partition to its end offset, or the partition is not part of the drain.
     pub(super) fn is_done(&self, partition: &Partition) -> bool {
         self.lock().get(partition).is_none_or(|bound| bound.done)
     }
@@ -231,16 +232,16 @@ impl Drain {
         }
     }
 
-    /// The partition comes to this process, which reads on from `start`, or from the log's first offset.
-    pub(super) fn taken_up(&self, partition: &Partition, start: Option<i64>) {
+    /// A partition was assigned to this process, which reads it from `start`; `None`: from the log's first offset.
+    pub(super) fn assigned(&self, partition: &Partition, start: Option<i64>) {
         if let Some(bound) = self.lock().get_mut(partition) {
             bound.done = start.unwrap_or(bound.low) >= bound.to;
-            // Another member may have come further.
+            // Another member may have made progress.
             bound.reached = bound.reached.max(start.filter(|&start| start > bound.from));
         }
     }
 
-    /// A window is published; `counts` are its predictions, dead letters and tombstones by span.
+    /// Counts a published window. `counts`: predictions, dead letters and tombstones of each span.
     pub(super) fn published(&self, spans: &[Span], counts: &[[u64; 3]]) {
         let mut bounds = self.lock();
         for (span, [predicted, dead_lettered, tombstones]) in spans.iter().zip(counts) {
@@ -253,8 +254,8 @@ impl Drain {
         }
     }
 
-    /// The partitions of which it is time to ask how far the group is.
-    pub(super) fn to_look_at(&self) -> Option<Vec<Partition>> {
+    /// The unfinished partitions whose group offsets to ask for; `None` until [`POLL_INTERVAL`] has passed.
+    pub(super) fn partitions_to_poll(&self) -> Option<Vec<Partition>> {
         let mut looked = self.looked.lock().unwrap_or_else(|e| e.into_inner());
         if looked.is_some_and(|at| at.elapsed() < POLL_INTERVAL) {
             return None;
@@ -265,14 +266,14 @@ impl Drain {
         Some(open.map(|(partition, _)| partition.clone()).collect())
     }
 
-    /// The group's offsets of the partitions that were asked for.
+    /// Updates the progress from the group's offsets.
     pub(super) fn progress(&self, known: &HashMap<Partition, i64>) {
         let mut bounds = self.lock();
         let mut all = true;
         for (partition, bound) in bounds.iter_mut().filter(|(_, bound)| bound.open) {
             let known = known.get(partition).copied();
             bound.reached = bound.reached.max(known.filter(|&offset| offset > bound.from));
-            // From here on the topic may be deleted, and the group's offset with it.
+            // A finished partition is not opened again: its topic may be deleted, and the group's offset with it.
             bound.open = known.is_none_or(|offset| offset < bound.to);
             all &= !bound.open;
         }
@@ -282,17 +283,21 @@ impl Drain {
     }
 }
 
-/// Where a group stands, as its settings name it.
-pub fn standing<'a>(
+/// Committed offsets of the settings' group. Partitions without one, or with one of an earlier topic of the same name,
+/// are left out.
+///
+/// # Errors
+/// The cluster does not answer.
+pub fn committed_offsets<'a>(
     settings: &Settings,
     partitions: impl Iterator<Item = &'a Partition>,
 ) -> Result<HashMap<Partition, i64>, KafkaError> {
     let config = consumer::config(settings, consumer::Role::Drain, "", 1);
-    standing_of(&consumer::offset_reader(&config)?, partitions)
+    committed_offsets_of(&consumer::offset_reader(&config)?, partitions)
 }
 
-/// The offsets of a client's group, less those of earlier topics of the same names.
-pub(super) fn standing_of<'a>(
+/// Same as [`committed_offsets`], for the group of an existing client.
+pub(super) fn committed_offsets_of<'a>(
     consumer: &Reader,
     partitions: impl Iterator<Item = &'a Partition>,
 ) -> Result<HashMap<Partition, i64>, KafkaError> {
@@ -344,11 +349,11 @@ mod tests {
     }
 
     #[test]
-    fn is_over_once_the_group_is_at_all_ends() {
+    fn is_complete_once_the_group_has_reached_all_end_offsets() {
         let p = |number| Partition::new("t", number);
         let drain = drain(&[(0, 0, 10, true), (1, 5, 5, false), (2, 3, 9, true)]);
-        assert_eq!(drain.to_look_at(), Some(vec![p(0), p(2)]));
-        assert_eq!(drain.to_look_at(), None, "not at once again");
+        assert_eq!(drain.partitions_to_poll(), Some(vec![p(0), p(2)]));
+        assert_eq!(drain.partitions_to_poll(), None, "asked a moment ago");
         drain.progress(&[(p(0), 10)].into());
         assert!(!drain.is_complete());
         drain.progress(&[(p(0), 10), (p(2), 8)].into());
@@ -359,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_begins_at_the_ends_has_to_have_offsets() {
+    fn a_group_that_begins_at_the_end_offsets_has_to_commit_them() {
         let p = Partition::new("t", 0);
         let drain = drain(&[(0, 7, 7, true)]);
         drain.progress(&HashMap::new());
@@ -369,13 +374,13 @@ mod tests {
     }
 
     #[test]
-    fn a_topic_is_another_one_where_both_ids_are_known_and_differ() {
+    fn a_topic_counts_as_recreated_if_both_ids_are_known_and_differ() {
         let id = |text| TopicId::new(text);
         let drain = drain(&[(0, 0, 10, true)]);
         assert_eq!(drain.check_topic("t", Some(&id("a"))), Ok(()), "not frozen yet");
         let topics = [("t".to_owned(), Identity::Id(id("a"))), ("u".to_owned(), Identity::Unknown)];
         drain.topics.set(topics.into()).unwrap();
-        assert_eq!(drain.check_topic("t", Some(&id("b"))), Err(Gone::Recreated("t".to_owned())));
+        assert_eq!(drain.check_topic("t", Some(&id("b"))), Err(DrainTopicLost::Recreated("t".to_owned())));
         for (topic, now) in [("t", Some("a")), ("t", None), ("u", Some("a"))] {
             assert_eq!(drain.check_topic(topic, now.map(id).as_ref()), Ok(()));
         }
@@ -389,20 +394,20 @@ mod tests {
         assert_eq!(check(Identity::Absent, Duration::ZERO), Ok(()));
         assert_eq!(check(Identity::Id(TopicId::new("a")), ABSENT), Ok(()), "it is there again");
         assert_eq!(check(Identity::Absent, ABSENT), Ok(()));
-        assert_eq!(check(Identity::Absent, ABSENT * 2), Err(Gone::Deleted("t".to_owned())));
+        assert_eq!(check(Identity::Absent, ABSENT * 2), Err(DrainTopicLost::Deleted("t".to_owned())));
         drain.progress(&[(Partition::new("t", 0), 10)].into());
         assert_eq!(check(Identity::Absent, ABSENT * 3), Ok(()));
         assert!(drain.is_complete());
     }
 
     #[test]
-    fn what_is_taken_up_at_its_end_is_done() {
+    fn a_partition_assigned_at_its_end_offset_is_done() {
         let p = Partition::new("t", 0);
         let drain = drain(&[(0, 2, 9, true)]);
-        drain.taken_up(&p, Some(9));
+        drain.assigned(&p, Some(9));
         assert!(drain.is_done(&p));
-        drain.taken_up(&p, None);
+        drain.assigned(&p, None);
         assert!(!drain.is_done(&p), "from the log's start");
-        assert!(drain.is_done(&Partition::new("t", 1)), "no part of the drain");
+        assert!(drain.is_done(&Partition::new("t", 1)), "not part of the drain");
     }
 }

@@ -1,9 +1,9 @@
-//! Partitions that the client no longer fetches although they hold records.
+//! Detects partitions that the client no longer fetches although they hold unread records.
 //!
-//! librdkafka 2.12 can stop fetching a partition for good. It keeps the highest leader epoch of a partition that it has
-//! seen, also when the topic is deleted and recreated, whose epochs begin at 0 again: brokers refuse its fetches then
-//! (UNKNOWN_LEADER_EPOCH), and it takes newer metadata for outdated. Nothing but another client helps, so the process
-//! ends.
+//! librdkafka 2.12 can stop fetching a partition for good. It remembers the highest leader epoch that it has seen of a
+//! partition. A topic that is deleted and recreated begins at epoch 0 again, so brokers refuse the fetches
+//! (UNKNOWN_LEADER_EPOCH), and librdkafka ignores the new metadata as outdated. Only a new client helps, so the process
+//! exits.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -17,19 +17,19 @@ use super::serve::{Source, SourceError};
 use crate::failpoint;
 use crate::record::Partition;
 
-/// A partition is looked at when its position has not moved for so long, and again after as long.
+/// A partition whose position has not moved for this long is checked, and again at this interval.
 const QUIET: Duration = Duration::from_secs(10);
-/// So long after it was first seen that a quiet partition holds records, the client counts as stuck. Quotas may hold it
-/// up for half a minute.
+/// The client counts as stuck once a partition has been behind its end for this long. Broker quotas alone can delay a
+/// fetch by half a minute.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// A partition that is fetched, and of which nothing came lately.
+/// A partition that is fetched but whose position does not move.
 #[derive(Debug)]
 struct Quiet {
-    /// What the client fetches next.
+    /// The offset that the client fetches next.
     position: i64,
     since: Instant,
-    /// Since when its log is known to hold records at the position.
+    /// Since when the log is known to hold records at or after the position.
     behind: Option<Instant>,
 }
 
@@ -44,7 +44,7 @@ pub(super) struct Fetching {
 
 impl Fetching {
     pub fn new(now: Instant) -> Self {
-        // Tests need not wait for so long.
+        // Tests shorten the wait.
         let stuck_after = failpoint::argument("stuck_after").and_then(|seconds| seconds.parse().ok());
         Self {
             quiet: HashMap::new(),
@@ -54,8 +54,8 @@ impl Fetching {
         }
     }
 
-    /// The partitions that are fetched and of which nothing waits, with their positions, once a second. Returns those
-    /// whose ends are to be asked for.
+    /// Called once a second. `fetched`: positions of the partitions that are fetched and have no prefetched messages.
+    /// Returns the partitions whose end offsets to ask for.
     fn look(&mut self, fetched: HashMap<Partition, i64>, now: Instant) -> Vec<Partition> {
         self.paused = None;
         self.quiet.retain(|partition, quiet| fetched.get(partition) == Some(&quiet.position));
@@ -74,8 +74,8 @@ impl Fetching {
         partitions
     }
 
-    /// Partitions are paused, once a second. A short pause, such as one in which the cluster is asked what is true, comes
-    /// often on a busy machine and says nothing of the client.
+    /// Called once a second while partitions are paused. A short pause keeps the state: pauses for topic checks are
+    /// frequent on a busy machine.
     fn pause(&mut self, now: Instant) {
         let since = *self.paused.get_or_insert(now);
         if now.saturating_duration_since(since) >= QUIET {
@@ -83,7 +83,7 @@ impl Fetching {
         }
     }
 
-    /// The ends of logs. Returns a partition that is stuck: its position and its end.
+    /// Compares positions with the logs' end offsets. Returns a stuck partition, its position and its end offset.
     fn ends(&mut self, ends: &Offsets, now: Instant) -> Option<(Partition, i64, i64)> {
         for (partition, &end) in ends {
             let Some(quiet) = self.quiet.get_mut(partition) else { continue };
@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_partition_is_stuck_that_holds_records_and_does_not_move() {
+    fn a_partition_that_holds_records_and_does_not_move_is_stuck() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut fetching = Fetching::new(start);

@@ -1,5 +1,5 @@
-//! Partitions of which all is read although their end is further on: what lies between are the markers of transactions,
-//! or what was compacted away. The group's offset is moved past it, so that its lag is zero.
+//! Offsets without records at the end of a partition: transaction markers, or records removed by compaction. The
+//! group's offset is moved past them, so that the lag is zero.
 
 use std::collections::BTreeSet;
 
@@ -11,25 +11,25 @@ use super::ledger::PartitionState;
 use super::lookup::{Content, OffsetRange, Question};
 use super::serve::Source;
 
-/// A question is under way.
+/// Whether a content lookup is in flight.
 #[derive(Debug, Default)]
 pub(super) struct Idle {
     asked: bool,
 }
 
-/// What lies between the last record read and the end; `None` where records may come. `bound`: where a drain ends.
+/// The range between the last record read and the end; `None` if records may still come. `bound`: a drain's end offset.
 ///
-/// What statistics say of a position is not enough: after a pause they count what was fetched and thrown away again.
+/// The range has to be looked up: after a pause the statistics' position includes messages fetched and discarded.
 fn beyond(owned: &PartitionState, known: &PartitionStatistics, bound: Option<i64>) -> Option<OffsetRange> {
     let from = owned.next().unwrap_or(known.lo_offset);
-    // What of an open transaction lies beyond the last stable offset may still become records.
+    // Not beyond the last stable offset: an open transaction may still commit records there.
     let to = bound.unwrap_or(known.ls_offset);
     let read = owned.is_idle() && owned.hold.is_none() && known.fetchq_cnt == 0 && known.next_offset >= to;
     (read && (0..to).contains(&from)).then(|| OffsetRange { partition: owned.partition.clone(), from, to })
 }
 
 impl Source {
-    /// Asks what lies beyond the last records of partitions that seem to be at their ends.
+    /// Looks up what lies after the last record of partitions that seem to be read to their ends.
     pub(super) fn look_at_idle(&mut self, statistics: &Statistics) {
         if self.idle.asked || self.intake.paused {
             return;
@@ -55,12 +55,12 @@ impl Source {
         for (OffsetRange { partition, from, to }, content) in found {
             damaged |= content == Content::Damaged;
             let Some(owned) = self.ledger.get_mut(&partition) else { continue };
-            // Meanwhile records may have come after all.
+            // Records may have been read since the question.
             let same = owned.is_idle() && owned.next().is_none_or(|next| next == from);
             if content != Content::Nothing || !same {
                 continue;
             }
-            owned.pass_to(to);
+            owned.skip_deleted_to(to);
             if self.bounds.bound(&partition) == Some(to) {
                 ended.insert(partition);
             }
@@ -79,7 +79,7 @@ mod tests {
     use crate::source::ledger::Ledger;
 
     #[test]
-    fn lies_between_what_is_read_and_what_is_stable() {
+    fn the_range_ends_at_the_last_stable_offset_or_a_drains_end() {
         let p = Partition::new("t", 0);
         let mut ledger = Ledger::default();
         ledger.assign(p.clone(), Some(4));

@@ -1,4 +1,5 @@
-//! Taking records in: messages into the window, closed windows to the next stage, and the pause while that is full.
+//! Takes messages into the open window, passes closed windows to the next stage, and pauses partitions while that is
+//! full.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::doubt::Cause;
-use super::ledger::{PartitionState, Read};
+use super::ledger::{OffsetOrder, PartitionState};
 use super::serve::{POLL, Source, SourceError};
 use crate::compute::Compute;
 use crate::flow::Queued;
@@ -20,30 +21,29 @@ use crate::record::{Arrival, Partition, TraceParent};
 use crate::settings::WhenIdle;
 use crate::window::{ClosedBy, Gatherer, Load, Window};
 
-/// Messages taken from the client between two looks at everything else.
+/// Most messages taken from the client in one loop iteration.
 pub(super) const BURST: usize = 1024;
-/// Messages taken between two looks at the clock.
 const MESSAGES_PER_CLOCK_READ: usize = 64;
-/// How long a full pipeline may hold up polling before partitions are paused. Pausing throws away
-/// what the client has prefetched, so it is for pipelines that stay full.
+/// How long the pipeline must stay full before partitions are paused. Pausing discards the messages that the client has
+/// prefetched.
 const PAUSE_AFTER: Duration = Duration::from_secs(2);
-/// How long the source waits for the reports that make room.
+/// Wait between two attempts to pass a window on that lacks room.
 const FULL_INTERVAL: Duration = Duration::from_millis(5);
-/// How long the source waits for messages while the window that gathers closes as soon as no other one is under way.
+/// Longest wait for messages under `window.when_idle: close`, where the open window closes once no other is in flight.
 const IDLE_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Windows on their way in, and what they occupy.
+/// The open window, the closed ones, and their load on memory and model.
 pub(super) struct Intake {
     pub gatherer: Gatherer,
-    /// Closed and not yet passed on.
+    /// Closed windows not yet passed on.
     pub held: VecDeque<Queued<Window>>,
     /// Windows passed on and not yet published.
     pub in_flight: Load,
-    /// What windows may hold in all, and what may be passed on and not yet published.
+    /// `bytes`: memory of all windows. `work` and `windows`: what may be in flight.
     limit: Load,
     when_idle: WhenIdle,
     full_since: Option<Instant>,
-    /// Memory or work under way holds windows up.
+    /// The next window waits because of the memory or work in flight.
     pub out_of_room: bool,
     /// Partitions are paused.
     pub paused: bool,
@@ -73,39 +73,39 @@ impl Intake {
         self.in_flight.bytes + self.waiting()
     }
 
-    /// Nothing at all is under way.
+    /// No window is open, held or in flight.
     fn is_idle(&self) -> bool {
         self.has_passed_all_on() && self.gatherer.is_empty()
     }
 
-    /// No window is under way.
+    /// No window is held or in flight.
     fn has_passed_all_on(&self) -> bool {
         self.in_flight.windows == 0 && self.held.is_empty()
     }
 
-    /// The window that gathers waits for records that are there already, and for no others.
+    /// The open window closes as soon as no message is waiting.
     fn closes_when_idle(&self) -> bool {
         self.when_idle == WhenIdle::Close && self.has_passed_all_on() && !self.gatherer.is_empty()
     }
 
-    /// The stages behind take nothing more at present.
+    /// The next stage takes no more windows at present.
     pub fn is_full(&self) -> bool {
         self.full_since.is_some()
     }
 
-    /// Whether a window, not among those that wait, has to wait for others to be published: for their memory, or because
-    /// the model has enough to do. What is under way is repeated after a crash, and waited for at a stop.
+    /// Whether `window`, already removed from `held`, must wait until others are published: memory is short, or the
+    /// model has enough work. Work in flight is limited because a crash repeats it and a stop waits for it.
     fn lacks_room(&self, window: Load) -> bool {
         let memory = self.in_flight.bytes + window.bytes + self.waiting() > self.limit.bytes;
-        (self.in_flight.bytes > 0 && memory) || self.limit.is_overworked(self.in_flight, window)
+        (self.in_flight.bytes > 0 && memory) || self.limit.exceeds_work(self.in_flight, window)
     }
 
-    /// Before a stop: takes out the windows that the model would need long for, last first.
-    fn take_what_takes_long(&mut self) -> Vec<Window> {
+    /// Before a stop: removes the held windows that exceed the work limit, last first.
+    fn take_excess_windows(&mut self) -> Vec<Window> {
         let mut before = self.in_flight;
         let fits = |window: &&Queued<Window>| {
             let load = window.get().load();
-            let fits = !self.limit.is_overworked(before, load);
+            let fits = !self.limit.exceeds_work(before, load);
             before += load;
             fits
         };
@@ -113,11 +113,11 @@ impl Intake {
         self.held.drain(kept..).rev().map(Queued::into_inner).collect()
     }
 
-    /// The next stage takes nothing; true where it has not for so long, or so much waits, that partitions are to be
-    /// paused.
+    /// The next stage is full. True if partitions should be paused: it has been full for [`PAUSE_AFTER`], or much
+    /// memory is waiting.
     fn is_full_for_long(&mut self, now: Instant) -> bool {
         let since = *self.full_since.get_or_insert(now);
-        // Some messages still come until partitions are paused: of large ones, few may.
+        // Messages keep coming until the pause takes effect; if they are large, pause at once.
         let large = self.waiting() > self.limit.bytes / 4;
         !self.paused && (large || now.saturating_duration_since(since) >= PAUSE_AFTER)
     }
@@ -128,7 +128,7 @@ impl Source {
         self.context.metrics.memory.with_label_values(&["windows"]).set(self.intake.bytes() as i64);
     }
 
-    /// Takes messages until none is there, a window is full, or the burst is over.
+    /// Takes messages until none is waiting, a window is full, or [`BURST`] is reached.
     pub(super) fn poll(&mut self) -> Result<(), SourceError> {
         let (closes_when_idle, records) = (self.intake.closes_when_idle(), self.intake.gatherer.len());
         let wait = match self.intake.gatherer.deadline() {
@@ -149,22 +149,21 @@ impl Source {
         Ok(())
     }
 
-    /// Serves the client without taking messages, as far as it lets us: one that comes all the same
-    /// is gathered.
+    /// Polls for events only. The client may deliver a message all the same, which is gathered.
     pub(super) fn poll_events(&mut self, wait: Duration) -> Result<(), SourceError> {
         self.take(1, wait)
     }
 
-    /// Takes at most `limit` messages, or as many as fill a window; waits for the first one alone.
+    /// Takes at most `limit` messages, or as many as fill a window. Waits for the first one only.
     fn take(&mut self, limit: usize, mut wait: Duration) -> Result<(), SourceError> {
         let consumer = Arc::clone(&self.consumer);
         let mut now = Instant::now();
         let (mut full, mut failed, mut doubtful) = (None, None, false);
-        // Partitions of which a drain has all.
+        // Partitions read to their end offsets in a drain.
         let mut ended = BTreeSet::new();
-        // Messages come in runs of one partition.
+        // State of the current partition: messages come in runs of one partition.
         let mut run: Option<&mut PartitionState> = None;
-        // Where a drain ends in it.
+        // The drain's end offset in that partition.
         let mut end = None;
         for i in 0..limit {
             let waits = (i == 0 && self.intake.is_idle()).then(Instant::now);
@@ -175,7 +174,7 @@ impl Source {
             wait = Duration::ZERO;
             if i % MESSAGES_PER_CLOCK_READ == 0 {
                 now = Instant::now();
-                doubtful = self.doubt.turns(now);
+                doubtful = self.doubt.was_suspended(now);
             }
             let mut message = match polled {
                 None => break,
@@ -197,7 +196,7 @@ impl Source {
                 let drain = self.bounds.drain.as_ref();
                 end = run.as_ref().and_then(|owned| Some(drain?.end(&owned.partition)));
             }
-            // Not ours, or not now: left in the queue from before.
+            // Prefetched before the partition was revoked or held: discard.
             let Some(mut owned) = run.take_if(|owned| owned.hold.is_none()) else { continue };
             if end.is_some_and(|end| message.offset() >= end) {
                 ended.insert(owned.partition.clone());
@@ -208,7 +207,7 @@ impl Source {
             if let Some(topics) = &self.context.reprocess {
                 origin = topics.restore(&mut message).map(Box::new);
                 if origin.is_none() {
-                    owned.pass_over(message.offset());
+                    owned.skip_record(message.offset());
                     if let Some(drain) = &self.bounds.drain {
                         drain.passed_over(&owned.partition);
                     }
@@ -219,13 +218,13 @@ impl Source {
                     continue;
                 }
             }
-            if let Read::Backwards { expected } = owned.read(message.offset(), timestamp(&message)) {
+            if let OffsetOrder::Backwards { expected } = owned.read(message.offset(), timestamp(&message)) {
                 let partition = owned.partition.clone();
                 tracing::warn!(
                     %partition,
                     expected,
                     offset = message.offset(),
-                    "the partition starts again: its topic was recreated or its log was cut"
+                    "offsets went backwards: the topic was recreated or its log truncated, reading from here"
                 );
                 owned = self.ledger.renew(partition, Some(message.offset()));
                 owned.read(message.offset(), timestamp(&message));
@@ -253,7 +252,7 @@ impl Source {
         failed.map_or(Ok(()), |error| self.on_error(error, ""))
     }
 
-    /// A window is closed, and waits to be passed on.
+    /// Queues a closed window to be passed on.
     pub(super) fn hold(&mut self, mut window: Window) {
         self.ledger.gathered(&window.spans);
         for span in &mut window.spans {
@@ -268,30 +267,30 @@ impl Source {
         self.show_memory();
     }
 
-    /// Before a stop: windows that the model would need long for are left to whoever owns their partitions next.
-    pub(super) fn leave_what_takes_long(&mut self) {
-        let left = self.intake.take_what_takes_long();
+    /// Before a stop: leaves held windows that exceed the work limit to the next owners of their partitions.
+    pub(super) fn leave_excess_windows(&mut self) {
+        let left = self.intake.take_excess_windows();
         for window in &left {
             self.ledger.left(&window.spans);
         }
         if !left.is_empty() {
             tracing::info!(
                 windows = left.len(),
-                "windows not begun are left to the next owner of their partitions"
+                "windows not started are left to the next owner of their partitions"
             );
         }
     }
 
-    /// Hands held windows on; while the next stage is full, waits for it, but not for long.
+    /// Passes held windows on. Waits at most [`POLL`] for the next stage if it is full.
     pub(super) fn pass_on(&mut self, windows: &Sender<Queued<Window>>) {
         while let Some(window) = self.intake.held.pop_front() {
             let load = window.get().load();
             self.intake.out_of_room = self.intake.lacks_room(load);
-            // A transaction must not be overtaken by a commit beside it.
+            // A commit in flight could land after the transaction of this window and set the offset back.
             let wait = self.intake.out_of_room || (self.context.transactional && self.offsets.is_busy());
             if wait {
                 self.intake.held.push_front(window);
-                // Nothing tells when room is there but the reports, read by the caller.
+                // Only the reports, which the caller reads, tell when there is room.
                 std::thread::park_timeout(FULL_INTERVAL);
                 return self.full();
             }
@@ -302,7 +301,7 @@ impl Source {
                     return self.full();
                 }
                 Err(SendTimeoutError::Disconnected(_)) => {
-                    // The stage behind has failed and says so itself.
+                    // The next stage has failed, and reports it itself.
                     self.context.stop.store(true, Ordering::Relaxed);
                     return;
                 }
@@ -322,11 +321,11 @@ impl Source {
     pub(super) fn pause(&mut self) {
         self.intake.paused = true;
         if let Err(error) = self.consumer.assignment().and_then(|all| self.consumer.pause(&all)) {
-            tracing::debug!(%error, "pausing");
+            tracing::debug!(%error, "pausing partitions failed");
         }
     }
 
-    /// Nothing is left that partitions were paused for.
+    /// Partitions are paused, and no reason for it is left.
     pub(super) fn may_resume(&self) -> bool {
         let stopping = self.context.stop.load(Ordering::Relaxed);
         let held_up =
@@ -334,8 +333,8 @@ impl Source {
         self.intake.paused && !held_up
     }
 
-    /// Has what is paused resumed, where nothing is left that it was paused for: once the cluster has been asked, because
-    /// a topic may have been deleted and recreated while nothing was fetched.
+    /// Starts to resume partitions if no reason for the pause is left. Topics are checked first: one may have been
+    /// deleted and recreated while nothing was fetched.
     pub(super) fn resume_if_possible(&mut self) {
         if self.may_resume() {
             self.doubt(Cause::Topics);
@@ -343,7 +342,7 @@ impl Source {
     }
 
     pub(super) fn resume(&mut self) {
-        tracing::debug!("resumed");
+        tracing::debug!("partitions resumed");
         self.intake.paused = false;
         let resumed = self.consumer.assignment().and_then(|all| {
             let mut wanted = TopicPartitionList::new();
@@ -358,7 +357,7 @@ impl Source {
             self.consumer.resume(&wanted)
         });
         if let Err(error) = resumed {
-            tracing::debug!(%error, "resuming");
+            tracing::debug!(%error, "resuming partitions failed");
         }
     }
 }
@@ -406,7 +405,7 @@ mod tests {
         Load { bytes, work, windows }
     }
 
-    /// Holds windows of one record each, of so much work.
+    /// Queues windows of one record each, with the given work.
     fn hold(intake: &mut Intake, work: &[f32]) {
         for &work in work {
             let arrival = Arrival { value: Some(b"x"), work, ..Arrival::default() };
@@ -434,15 +433,15 @@ mod tests {
         let mut intake = intake(1 << 20);
         intake.in_flight = load(100, 1.0, 1);
         hold(&mut intake, &[0.5, 0.5, 1.0, 0.125]);
-        let left = intake.take_what_takes_long();
+        let left = intake.take_excess_windows();
         assert_eq!(left.iter().map(|window| window.load().work).collect::<Vec<_>>(), [0.125, 1.0]);
-        assert_eq!(intake.held.len(), 2, "in their order, up to what may be under way");
+        assert_eq!(intake.held.len(), 2, "in their order, up to what may be in flight");
         hold(&mut intake, &[0.0; 20]);
-        assert!(intake.take_what_takes_long().is_empty(), "what takes no time is done");
+        assert!(intake.take_excess_windows().is_empty(), "what takes no time is done");
     }
 
     #[test]
-    fn partitions_are_paused_once_it_is_full_for_long() {
+    fn partitions_are_paused_once_the_pipeline_is_full_for_long() {
         let mut intake = intake(1 << 20);
         let start = Instant::now();
         assert!(!intake.is_full());
@@ -450,11 +449,11 @@ mod tests {
         assert!(intake.is_full() && !intake.is_full_for_long(start + PAUSE_AFTER / 2));
         assert!(intake.is_full_for_long(start + PAUSE_AFTER));
         intake.paused = true;
-        assert!(!intake.is_full_for_long(start + 2 * PAUSE_AFTER), "they are paused");
+        assert!(!intake.is_full_for_long(start + 2 * PAUSE_AFTER), "they are paused already");
     }
 
     #[test]
-    fn partitions_are_paused_at_once_where_much_waits() {
+    fn partitions_are_paused_at_once_if_much_memory_waits() {
         let mut intake = intake(1000);
         let value = [0; 900];
         let arrival = Arrival { value: Some(&value), ..Arrival::default() };

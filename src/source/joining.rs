@@ -1,15 +1,15 @@
-//! Waiting for the group: said now and then, because it can take as long as another member's session.
+//! Warns while the member waits to join the group, which can take as long as another member's session timeout.
 
 use std::time::{Duration, Instant};
 
 use super::serve::Context;
 use crate::settings::Settings;
 
-/// Shorter waits are usual.
+/// Waits shorter than this are normal and not logged.
 const QUIET: Duration = Duration::from_secs(4);
-/// Between two lines in the log.
+/// Interval of the warnings.
 const EVERY: Duration = Duration::from_secs(5);
-/// librdkafka's own `session.timeout.ms`.
+/// librdkafka's default `session.timeout.ms`.
 const SESSION_MS: &str = "45000";
 
 #[derive(Debug)]
@@ -39,9 +39,10 @@ impl Joining {
         let message = format!("waiting for group {} for {} s", self.group, waited.as_secs());
         context.health.error(&message);
         let hint = match self.is_static {
-            true => "another member has not answered yet",
+            true => "another member has not rejoined the group yet",
             false => {
-                "a member that ended without leaving keeps its place until its session times out; input.properties group.instance.id avoids this wait"
+                "a member that died without leaving the group stays in it until its session times out; \
+                 set group.instance.id in input.properties to avoid this wait"
             }
         };
         tracing::warn!(
@@ -53,13 +54,13 @@ impl Joining {
         );
     }
 
-    /// How long it has waited, where that is to be said now.
+    /// How long the member has waited, if a warning is due.
     fn waits(&mut self, state: &str, now: Instant) -> Option<Duration> {
         if state == "steady" || state.is_empty() {
             (self.since, self.said) = (None, None);
             return None;
         }
-        // In these states the client waits for others; in the rest for us, or for a moment.
+        // In these states the client waits for other members; in the rest for this process, or only briefly.
         if !["wait-join", "wait-sync", "init"].contains(&state) {
             return None;
         }
@@ -78,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_wait_is_said_every_few_seconds() {
+    fn a_long_wait_is_logged_every_few_seconds() {
         let start = Instant::now();
         let mut joining = Joining {
             group: "g".to_owned(),

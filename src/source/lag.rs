@@ -1,5 +1,5 @@
-//! How far behind: the lag metrics and the source's part of /status, made once a second from the
-//! client's statistics and the ledger.
+//! The lag metrics and the source's part of /status, updated once a second from the client's
+//! statistics and the ledger.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -13,18 +13,19 @@ use super::lookup::Offsets;
 use crate::record::Partition;
 use crate::telemetry::Metrics;
 
-/// Weight of the newest second in the mean rate.
+/// Weight of the newest second in the moving average of the rate.
 const NEWEST: f64 = 0.3;
 
 #[derive(Debug)]
 pub(super) struct Lag {
+    /// Partitions that have lag metrics.
     shown: HashSet<Partition>,
     /// Records published since the start.
     pub published: u64,
     last: Option<(Instant, u64)>,
     /// Records per second.
     rate: f64,
-    /// Since when, in seconds since the epoch, a partition of which nothing is read is behind.
+    /// When a partition of which nothing is read was first seen to lag, in seconds since the epoch.
     since: HashMap<Partition, f64>,
 }
 
@@ -33,7 +34,7 @@ impl Lag {
         Self { shown: HashSet::new(), published: 0, last: None, rate: 0.0, since: HashMap::new() }
     }
 
-    /// Updates the metrics; returns what /status shows, and the seconds that the backlog takes at the
+    /// Updates the metrics. Returns the JSON for /status, and the seconds that the backlog takes at the
     /// present rate.
     pub fn update(
         &mut self,
@@ -56,7 +57,7 @@ impl Lag {
             let end = known.hi_offset.max(ends.get(&owned.partition).copied().unwrap_or(-1));
             let (records, mut seconds) = behind(owned, known, end.min(bound.unwrap_or(i64::MAX)), now);
             if records > 0 && owned.oldest().is_none() {
-                // Of records that nobody has read, it is known since when they wait, at the least.
+                // Unread records have no known timestamp: the time since the lag was first seen is a lower bound.
                 let since = *self.since.entry(owned.partition.clone()).or_insert(now);
                 seconds = (now - since).max(0.0);
             } else {
@@ -73,7 +74,7 @@ impl Lag {
                 "end": Some(end).filter(|&o| o >= 0),
                 "lag_records": records, "lag_seconds": seconds,
                 "windows_in_flight": owned.windows_in_flight(),
-                // Of librdkafka: `active` where it fetches, and what it fetches next.
+                // librdkafka's fetch state (`active` while it fetches) and the offset that it fetches next.
                 "fetch_state": known.fetch_state, "fetch_offset": known.next_offset,
             }));
         }
@@ -94,7 +95,7 @@ impl Lag {
         (json!({ "assignment": partitions, "lag_records": total, "records_per_second": rate }), remaining)
     }
 
-    /// The partition is no longer ours: its lag is another member's to show.
+    /// Removes the metrics of a partition that is no longer ours: the new owner reports its lag.
     pub fn forget(&mut self, partition: &Partition, metrics: &Metrics) {
         self.shown.remove(partition);
         self.since.remove(partition);
@@ -111,7 +112,7 @@ impl Lag {
     }
 }
 
-/// What the client says of a partition.
+/// The client's statistics of a partition.
 pub(super) fn of_partition<'a>(
     statistics: &'a Statistics,
     partition: &Partition,
@@ -121,19 +122,19 @@ pub(super) fn of_partition<'a>(
 
 fn forget(partition: &Partition, metrics: &Metrics) {
     let labels = [&*partition.topic, &partition.number.to_string()];
-    // They may never have been shown.
+    // An error means that they were never set.
     let _ = metrics.lag_records.remove_label_values(&labels);
     let _ = metrics.lag_seconds.remove_label_values(&labels);
 }
 
-/// Records and seconds that a partition is behind its end, -1 where that is not known yet; `now` in seconds
-/// since the epoch.
+/// Lag of a partition in records and seconds. `end`: its end offset, -1 if not known yet; `now`: seconds since
+/// the epoch.
 fn behind(owned: &PartitionState, known: &PartitionStatistics, end: i64, now: f64) -> (i64, f64) {
     if end < 0 {
         return (0, 0.0);
     }
-    // The fetcher is past the end although less was published: what lies between are transaction
-    // markers or records compacted away, which nobody will ever see.
+    // Everything read is published and the fetcher is at the end: only transaction markers or compacted
+    // offsets can lie between.
     if owned.is_idle() && known.next_offset >= end && known.fetchq_cnt == 0 {
         return (0, 0.0);
     }

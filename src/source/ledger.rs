@@ -1,7 +1,7 @@
-//! Which partitions are ours and how far each has come. Pure: no Kafka, no clock.
+//! Which partitions are ours, and the progress of each. Pure: no Kafka, no clock.
 //!
-//! A partition's offset moves only when a window that holds it is published, windows are published
-//! in the order they were gathered, and a window of an earlier lease counts no more.
+//! A partition's offset advances only when a window of its records is published. Windows are published
+//! in the order they were gathered. A window of an earlier lease no longer counts.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -10,59 +10,60 @@ use crate::lease::Lease;
 use crate::record::Partition;
 use crate::window::Span;
 
-/// One of our partitions.
+/// State of an assigned partition.
 #[derive(Debug, Clone)]
 pub(super) struct PartitionState {
     pub partition: Partition,
     pub lease: Lease,
-    /// Which topic stands behind the name, where the broker gives ids.
+    /// Id of the topic, if the broker gives ids.
     pub topic_id: Option<TopicId>,
-    /// Why it is not read now.
+    /// Why the partition is not read at present.
     pub hold: Option<Hold>,
-    /// The end of its log when it was last seen.
+    /// End offset of its log, as last seen.
     pub end: Option<i64>,
-    /// Where reading started: the committed offset, where there was one.
+    /// The offset at which reading started; `None`: the log's start, because the group had no offset.
     pub start: Option<i64>,
     /// The offset after the last one read.
     next: Option<i64>,
     /// The offset after the last one published.
     pub published: Option<i64>,
-    /// The offset last sent to be committed.
+    /// The offset last handed to a commit.
     sent: Option<i64>,
-    /// The offset the group has.
+    /// The group's committed offset, as far as known.
     pub committed: Option<i64>,
+    /// Its windows in flight, oldest first.
     in_flight: VecDeque<Pending>,
-    /// What the window that gathers holds of it.
+    /// Its records in the open window.
     gathering: Option<Pending>,
-    /// Offsets that were not there when their turn came: from, up to.
+    /// Ranges of offsets (from, up to) at which no record was found.
     gaps: Vec<(i64, i64)>,
-    /// Records on which inference timed out the last time.
+    /// Offsets of records on which inference timed out before.
     pub suspects: BTreeSet<i64>,
 }
 
-/// Why a partition is not read for the time being.
+/// Why a partition is not read at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Hold {
     /// Its topic does not exist: deleted, and perhaps recreated soon.
     TopicAbsent,
-    /// It has a batch that can neither be read nor passed.
+    /// It has a batch that can be neither read nor skipped.
     Unreadable,
     Revoked,
 }
 
-/// Records read and not published.
+/// Records of one window, read and not published.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
     first: i64,
-    /// Timestamp of the oldest.
+    /// Timestamp of the first record, in milliseconds since the epoch.
     oldest: Option<i64>,
 }
 
-/// What a record's offset says beside itself.
+/// How a record's offset compares with the expected one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Read {
+pub(super) enum OffsetOrder {
     InOrder,
-    /// The partition starts again: its topic was made anew, or its log was cut.
+    /// The offset is lower than expected: the topic was recreated, or its log truncated.
     Backwards {
         expected: i64,
     },
@@ -92,23 +93,23 @@ impl PartitionState {
         self.in_flight.len()
     }
 
-    /// Timestamp of the oldest record read and not published.
+    /// Timestamp of the oldest record read and not published, in milliseconds since the epoch.
     pub fn oldest(&self) -> Option<i64> {
         self.in_flight.front().or(self.gathering.as_ref()).and_then(|pending| pending.oldest)
     }
 
-    /// All that was read is published.
+    /// Everything read is published.
     pub fn is_idle(&self) -> bool {
         self.in_flight.is_empty() && self.gathering.is_none()
     }
 
-    /// The offset that is read next; `None`: the first one that is there.
+    /// The offset to read next; `None`: the log's first one.
     pub fn next(&self) -> Option<i64> {
         self.next
     }
 
-    /// The first offset that is not published: where whoever owns it next has to begin. `None` where
-    /// nothing was read and the group has no offset.
+    /// The first offset that is not published, where the next owner has to begin. `None` if nothing was
+    /// read and the group has no offset.
     pub fn resume_at(&self) -> Option<i64> {
         self.published
             .or(self.start)
@@ -122,49 +123,49 @@ impl PartitionState {
             && after.is_none_or(|after| offset < after.first)
     }
 
-    /// A record comes in that nothing is to be done about.
-    pub fn pass_over(&mut self, offset: i64) -> Read {
+    /// Notes a record that needs no processing.
+    pub fn skip_record(&mut self, offset: i64) -> OffsetOrder {
         match self.next {
-            Some(expected) if offset < expected => return Read::Backwards { expected },
+            Some(expected) if offset < expected => return OffsetOrder::Backwards { expected },
             Some(expected) if offset > expected => self.gaps.push((expected, offset)),
             _ => {}
         }
         self.next = Some(offset + 1);
-        Read::InOrder
+        OffsetOrder::InOrder
     }
 
-    /// A record comes in; it belongs to the window that gathers.
-    pub fn read(&mut self, offset: i64, timestamp: Option<i64>) -> Read {
-        if let backwards @ Read::Backwards { .. } = self.pass_over(offset) {
+    /// Notes a record of the open window.
+    pub fn read(&mut self, offset: i64, timestamp: Option<i64>) -> OffsetOrder {
+        if let backwards @ OffsetOrder::Backwards { .. } = self.skip_record(offset) {
             return backwards;
         }
         self.gathering.get_or_insert(Pending { first: offset, oldest: timestamp });
-        Read::InOrder
+        OffsetOrder::InOrder
     }
 
-    /// What lies before `end` is passed: it holds no records, or none that can be read.
+    /// Skips to `end`: the offsets before it hold no records, or none that can be read.
     pub fn skip_to(&mut self, end: i64) {
-        // What the window that gathered held of it is still to be read, by the next owner.
+        // The next owner still has to read the records that were in the open window.
         if self.hold == Some(Hold::Revoked) {
             return;
         }
         self.next = self.next.max(Some(end));
     }
 
-    /// The same, of what the log does not hold: retention may have deleted it.
-    pub fn pass_to(&mut self, end: i64) {
+    /// Same as [`Self::skip_to`], and notes a gap: retention may have deleted these offsets.
+    pub fn skip_deleted_to(&mut self, end: i64) {
         if let Some(next) = self.next.filter(|&next| next < end && self.hold != Some(Hold::Revoked)) {
             self.gaps.push((next, end));
         }
         self.skip_to(end);
     }
 
-    /// Some is published, and not known to be committed.
+    /// Published offsets are not known to be committed.
     pub fn is_uncommitted(&self) -> bool {
         self.published.is_some() && self.published != self.committed
     }
 
-    /// Once nothing is under way, all that was read or passed counts as published.
+    /// Counts everything read or skipped as published, if nothing is in flight.
     pub fn settle(&mut self) {
         let at = self.published.or(self.committed);
         if self.hold != Some(Hold::Revoked) && self.is_idle() && at < self.next {
@@ -172,7 +173,7 @@ impl PartitionState {
         }
     }
 
-    /// It is revoked: what the window that gathers held of it goes to the next owner, and nothing more is read.
+    /// Stops reading a revoked partition. Its records in the open window go to the next owner.
     pub fn revoke(&mut self) {
         self.hold = Some(Hold::Revoked);
         if let Some(pending) = self.gathering.take() {
@@ -180,8 +181,8 @@ impl PartitionState {
         }
     }
 
-    /// Offsets that retention had deleted before their turn came, `low` being the log's first offset
-    /// now: from, up to. Other gaps are what compaction and transactions leave.
+    /// Takes the gaps (from, up to) that retention caused: those that begin before `low`, the log's first
+    /// offset now. Other gaps come from compaction and transactions.
     pub fn take_skipped(&mut self, low: i64) -> Vec<(i64, i64)> {
         let gaps = std::mem::take(&mut self.gaps);
         gaps.into_iter().filter(|&(from, _)| from < low).collect()
@@ -201,7 +202,7 @@ impl Ledger {
         Self { transactional, ..Self::default() }
     }
 
-    /// A partition is assigned.
+    /// Adds an assigned partition, read from `start`, and ends its earlier lease if there is one.
     pub fn assign(&mut self, partition: Partition, start: Option<i64>) -> Lease {
         self.generation += 1;
         let lease = Lease::new(self.generation);
@@ -213,8 +214,8 @@ impl Ledger {
         lease
     }
 
-    /// A partition starts again, at `offset` or at the first record that is there, without having been away: what is
-    /// in flight of it may still be published, and no longer counts for its offsets.
+    /// Restarts an assigned partition at `offset`; `None`: at the log's start. Its windows in flight may still be
+    /// published, but no longer advance its offset.
     pub fn renew(&mut self, partition: Partition, offset: Option<i64>) -> &mut PartitionState {
         self.generation += 1;
         let mut renewed = PartitionState::new(partition.clone(), Lease::new(self.generation), offset);
@@ -222,14 +223,14 @@ impl Ledger {
             renewed.topic_id = before.topic_id;
             renewed.hold = before.hold.filter(|hold| *hold == Hold::Revoked);
             if self.transactional {
-                // A transaction would commit its offsets, which are those of the log of before.
+                // A transaction would commit offsets of the old log.
                 before.lease.end();
             }
         }
         self.owned.entry(partition).insert_entry(renewed).into_mut()
     }
 
-    /// A partition is gone.
+    /// Removes a partition and ends its lease.
     pub fn remove(&mut self, partition: &Partition) {
         if let Some(owned) = self.owned.remove(partition) {
             owned.lease.end();
@@ -252,7 +253,7 @@ impl Ledger {
         self.owned.values_mut()
     }
 
-    /// A window closed and goes its way.
+    /// Marks a closed window as in flight.
     pub fn gathered(&mut self, spans: &[Span]) {
         for span in spans {
             if let Some(owned) = self.current(span) {
@@ -262,7 +263,7 @@ impl Ledger {
         }
     }
 
-    /// The last window of these partitions is left to their next owners: nothing more of them is read.
+    /// Leaves the last window of these partitions to their next owners, and stops reading them.
     pub fn left(&mut self, spans: &[Span]) {
         for span in spans {
             if let Some(owned) = self.current(span) {
@@ -273,7 +274,7 @@ impl Ledger {
         }
     }
 
-    /// A window is published in full; `committed` with its offsets, where both were one transaction.
+    /// Marks a window as published. `committed`: the same transaction has committed its offsets.
     pub fn published(&mut self, spans: &[Span], committed: bool) {
         for span in spans {
             if let Some(owned) = self.current(span) {
@@ -288,8 +289,8 @@ impl Ledger {
         }
     }
 
-    /// What is published and not yet sent to be committed; it now counts as sent. Beside transactions that is what was
-    /// passed, and only while none is under way: the commit could come after the transaction's and step back.
+    /// Takes the published offsets that are not handed to a commit yet. With transactions these are skipped offsets,
+    /// and only of idle partitions: else this commit could land after a transaction's and set the offset back.
     pub fn take_commits(&mut self, only: Option<&[Partition]>) -> Vec<(Partition, i64)> {
         let mut offsets = Vec::new();
         for owned in self.owned.values_mut() {
@@ -309,7 +310,7 @@ impl Ledger {
         offsets
     }
 
-    /// The group has, or has not, taken an offset. What it has not is sent again.
+    /// Notes the outcome of a commit. If it failed (not `taken`), the offset is committed again.
     pub fn committed(&mut self, partition: &Partition, offset: i64, taken: bool) {
         if let Some(owned) = self.owned.get_mut(partition) {
             if taken {
@@ -320,7 +321,7 @@ impl Ledger {
         }
     }
 
-    /// Whether a commit is under way or still to be made.
+    /// Whether a commit is in flight or still to be made.
     pub fn commits_open(&mut self) -> bool {
         self.owned.values_mut().any(|owned| {
             owned.settle();
@@ -351,31 +352,31 @@ mod tests {
 
     fn read(ledger: &mut Ledger, partition: &Partition, offsets: std::ops::RangeInclusive<i64>) {
         for offset in offsets {
-            assert_eq!(ledger.get_mut(partition).unwrap().read(offset, Some(offset)), Read::InOrder);
+            assert_eq!(ledger.get_mut(partition).unwrap().read(offset, Some(offset)), OffsetOrder::InOrder);
         }
     }
 
     #[test]
-    fn what_a_revocation_takes_from_the_open_window_is_not_passed() {
+    fn a_revocation_does_not_skip_records_of_the_open_window() {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
         let lease = ledger.assign(p.clone(), Some(0));
         read(&mut ledger, &p, 0..=9);
         ledger.gathered(&[span(0, &lease, 0, 9)]);
-        // In the window that gathers.
+        // In the open window.
         read(&mut ledger, &p, 10..=14);
         ledger.get_mut(&p).unwrap().revoke();
         ledger.published(&[span(0, &lease, 0, 9)], false);
         let owned = ledger.get_mut(&p).unwrap();
-        // The end of a drain, and of a batch that is damaged.
+        // The end of a drain, and of a damaged batch.
         owned.skip_to(15);
-        owned.pass_to(15);
+        owned.skip_deleted_to(15);
         owned.settle();
         assert_eq!(ledger.take_commits(None), [(p, 10)]);
     }
 
     #[test]
-    fn what_is_renewed_stays_revoked_and_ends_its_lease_in_a_transaction() {
+    fn a_renewed_partition_stays_revoked_and_ends_its_lease_with_transactions() {
         for transactional in [false, true] {
             let mut ledger = Ledger::new(transactional);
             let p = Partition::new("t", 0);
@@ -383,21 +384,21 @@ mod tests {
             ledger.get_mut(&p).unwrap().revoke();
             ledger.renew(p.clone(), None);
             assert_eq!(ledger.get(&p).unwrap().hold, Some(Hold::Revoked));
-            assert_eq!(!lease.is_held(), transactional, "its offsets are those of the log of before");
+            assert_eq!(!lease.is_held(), transactional, "its offsets are those of the old log");
             ledger.get_mut(&p).unwrap().hold = Some(Hold::TopicAbsent);
             assert_eq!(ledger.renew(p, None).hold, None);
         }
     }
 
     #[test]
-    fn what_is_passed_counts_as_deleted_where_the_log_begins_later() {
+    fn skipped_offsets_count_as_deleted_if_the_log_begins_later() {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
         ledger.assign(p.clone(), Some(40));
         let owned = ledger.get_mut(&p).unwrap();
-        owned.pass_to(100);
+        owned.skip_deleted_to(100);
         assert_eq!((owned.next(), owned.take_skipped(100)), (Some(100), vec![(40, 100)]));
-        owned.pass_to(101);
+        owned.skip_deleted_to(101);
         assert_eq!(owned.take_skipped(100), [], "the marker of a transaction");
     }
 
@@ -414,7 +415,7 @@ mod tests {
         assert!(ledger.take_commits(None).is_empty());
         assert!(ledger.commits_open());
         ledger.committed(&p, 10, false);
-        assert_eq!(ledger.take_commits(None), [(p.clone(), 10)], "a refused commit is recreated");
+        assert_eq!(ledger.take_commits(None), [(p.clone(), 10)], "a failed commit is retried");
         ledger.committed(&p, 10, true);
         assert!(!ledger.commits_open());
         assert_eq!(ledger.get(&p).unwrap().committed, Some(10));
@@ -458,8 +459,8 @@ mod tests {
         owned.read(53, None);
         assert_eq!(owned.take_skipped(50), [(10, 50)]);
         assert!(owned.take_skipped(50).is_empty());
-        assert_eq!(owned.read(20, None), Read::Backwards { expected: 54 });
-        assert_eq!(ledger.renew(p, Some(20)).read(20, None), Read::InOrder);
+        assert_eq!(owned.read(20, None), OffsetOrder::Backwards { expected: 54 });
+        assert_eq!(ledger.renew(p, Some(20)).read(20, None), OffsetOrder::InOrder);
     }
 
     #[test]
@@ -480,11 +481,11 @@ mod tests {
         ledger.published(&[span(0, &lease, 0, 4)], false);
         assert_eq!(next(&ledger), [5, 6, 7, 8, 9]);
         ledger.published(&[span(0, &lease, 5, 9)], false);
-        assert!(next(&ledger).is_empty(), "that one still gathers");
+        assert!(next(&ledger).is_empty(), "the last one is still open");
     }
 
     #[test]
-    fn a_window_that_is_left_is_not_passed() {
+    fn a_window_left_to_the_next_owner_is_not_skipped() {
         let mut ledger = Ledger::new(true);
         let p = Partition::new("t", 0);
         let lease = ledger.assign(p.clone(), Some(0));
@@ -500,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn suspects_go_once_they_are_published() {
+    fn suspects_are_dropped_once_they_are_published() {
         let mut ledger = Ledger::default();
         let p = Partition::new("t", 0);
         let lease = ledger.assign(p.clone(), Some(0));
@@ -509,20 +510,20 @@ mod tests {
         assert_eq!(ledger.get(&p).unwrap().suspects, [8].into());
     }
 
-    /// What happens to a group's member, in any order.
+    /// Events of a group member, in any order.
     #[derive(Debug, Clone)]
     enum Step {
-        /// Given up in good order, or lost; assigned again, perhaps after another member went on.
+        /// Unassigned or lost, then assigned again; if lost, another member published `elsewhere` records.
         Reassign { partition: usize, lost: bool, elsewhere: i64 },
         /// Records come in, and their window closes.
         Gather { partition: usize, records: i64 },
-        /// Offsets without records are passed.
+        /// Offsets without records are skipped.
         Pass { partition: usize, offsets: i64 },
         /// Records come in, and the partition is revoked before their window closes; it comes back at once.
         Revoke { partition: usize, records: i64 },
         /// The oldest window in flight is acknowledged.
         Acknowledge,
-        /// Offsets are committed; the broker takes them or not.
+        /// Offsets are committed; `taken`: the broker accepts them.
         Commit { taken: bool },
     }
 
@@ -540,13 +541,13 @@ mod tests {
     }
 
     proptest! {
-        /// A model of the group beside the ledger: whatever the order, what is committed never passes
-        /// the first record that is not published, never steps back, and at the end nothing is missing.
+        /// Compares the ledger with a model of the group: in any order of events, a committed offset never
+        /// passes the first unpublished record and never steps back.
         #[test]
         fn commits_are_contiguous(steps in steps(), transactions in any::<bool>()) {
             let mut ledger = Ledger::new(transactions);
             let partitions = [Partition::new("t", 0), Partition::new("t", 1)];
-            // What the group has; which records were published at all; where reading stands.
+            // For each partition: the group's offset, the published records, the next offset to read.
             let mut group = [0i64; 2];
             let mut published = [BTreeSet::new(), BTreeSet::new()];
             let mut at = [0i64; 2];
@@ -561,7 +562,7 @@ mod tests {
                         ledger.remove(&partitions[i]);
                         prop_assert!(!before.is_held());
                         if lost {
-                            // Whoever had it meanwhile went on from what the group has.
+                            // The other owner read on from the group's offset.
                             published[i].extend(group[i]..group[i] + elsewhere);
                             group[i] += elsewhere;
                         }
@@ -572,7 +573,7 @@ mod tests {
                         let owned = ledger.get_mut(&partitions[i]).unwrap();
                         let lease = owned.lease.clone();
                         for offset in at[i]..at[i] + records {
-                            prop_assert_eq!(owned.read(offset, None), Read::InOrder);
+                            prop_assert_eq!(owned.read(offset, None), OffsetOrder::InOrder);
                         }
                         let span = span(i as i32, &lease, at[i], at[i] + records - 1);
                         at[i] += records;
@@ -580,7 +581,7 @@ mod tests {
                         flying.push_back(span);
                     }
                     Step::Pass { partition: i, offsets } => {
-                        // Nobody will ever publish them.
+                        // They hold no records, so they count as published.
                         published[i].extend(at[i]..at[i] + offsets);
                         at[i] += offsets;
                         ledger.get_mut(&partitions[i]).unwrap().skip_to(at[i]);
@@ -588,7 +589,7 @@ mod tests {
                     Step::Revoke { partition: i, records } => {
                         let owned = ledger.get_mut(&partitions[i]).unwrap();
                         for offset in at[i]..at[i] + records {
-                            prop_assert_eq!(owned.read(offset, None), Read::InOrder);
+                            prop_assert_eq!(owned.read(offset, None), OffsetOrder::InOrder);
                         }
                         owned.revoke();
                         for (partition, offset) in ledger.take_commits(Some(&partitions[i..=i])) {
@@ -601,7 +602,7 @@ mod tests {
                         at[i] = group[i];
                     }
                     Step::Acknowledge => {
-                        // The sink sends, and commits, only what is still held.
+                        // The sink publishes and commits only under a lease that is still held.
                         if let Some(span) = flying.pop_front() {
                             let i = span.partition.number as usize;
                             if span.lease.is_held() {

@@ -1,5 +1,5 @@
-//! Questions to the cluster. A thread with clients of its own asks them, because the thread that polls must not wait:
-//! a group would lose a member that does. Answers come as events.
+//! Queries to the cluster. A thread with clients of its own makes them, because the thread that polls must not wait, or
+//! the group would lose the member. Answers arrive as events.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use super::callbacks::{Callbacks, Event};
 use super::damage::{self, Damage};
-use super::drain::standing_of;
+use super::drain::committed_offsets_of;
 use super::start::{Begin, StartOf, start_of};
 use crate::kafka::cluster::committed;
 use crate::kafka::consumer::{self, Reader};
@@ -25,14 +25,14 @@ use crate::kafka::topics::TopicFilter;
 use crate::record::{Partition, topics_of};
 use crate::settings::Start;
 
-/// Between two attempts at the same question.
+/// Delay before the same question is tried again.
 const RETRY: Duration = Duration::from_millis(200);
-/// How often a place is looked at that gives an error.
+/// Attempts to read at an offset that gives an error.
 const ATTEMPTS: usize = 4;
 /// Repeated failures are logged at most this often.
 const REPEAT: Duration = Duration::from_secs(10);
 
-/// A part of a partition: from an offset up to another one.
+/// Offsets `from..to` of a partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct OffsetRange {
     pub partition: Partition,
@@ -40,22 +40,22 @@ pub(super) struct OffsetRange {
     pub to: i64,
 }
 
-/// A look for damage.
+/// Result of a check for damaged batches.
 #[derive(Debug)]
-pub(super) struct Looked {
+pub(super) struct DamageReport {
     pub partition: Partition,
-    /// As it was asked.
+    /// The offset as it was asked for; `None`: the log's start.
     pub at: Option<i64>,
-    /// Where the log begins, if that is after it.
+    /// Where the check began: at `at`, or at the log's start if that is later.
     pub from: i64,
     pub damage: Damage,
 }
 
-/// What a part of a partition holds.
+/// What an [`OffsetRange`] holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Content {
     Records,
-    /// The markers of transactions, and what was compacted away.
+    /// No records: only transaction markers, or offsets whose records are deleted.
     Nothing,
     Damaged,
     /// No answer in time.
@@ -67,25 +67,26 @@ pub(super) type Offsets = HashMap<Partition, i64>;
 
 #[derive(Debug)]
 pub(super) enum Question {
-    /// Where to begin in the partitions of an assignment, which `id` tells from others.
+    /// Where to begin in assigned partitions. `id`: the assignment; `compare_all`: also return the group's offsets of
+    /// all partitions.
     Start { id: u64, partitions: TopicPartitionList, compare_all: bool },
-    /// The ends of the logs.
+    /// End offsets of the logs.
     Ends(Vec<Partition>),
-    /// The ends of the logs of partitions of which nothing comes.
+    /// End offsets of partitions whose position does not move.
     Quiet(Vec<Partition>),
-    /// How far the group is.
+    /// The group's committed offsets.
     Progress(Vec<Partition>),
-    /// What the parts hold.
+    /// What the ranges hold.
     Content(Vec<OffsetRange>),
-    /// Which topics `input.topics` means now, and which topics stand behind these names.
+    /// Which topics `input.topics` matches now, and the ids of the named topics.
     Topics(Vec<String>),
     /// Whether the batches at these offsets, or at the starts of the logs, can be read.
     Damage(Vec<(Partition, Option<i64>)>),
-    /// The member reads on at these offsets, or at the starts of the logs; `id` tells the question from others.
+    /// Seeks the member to these offsets, or to the starts of the logs. `id`: the seek.
     Seek { id: u64, to: Vec<(Partition, Option<i64>)> },
 }
 
-/// Questions that the loop asks now and then, whether or not the last one is answered.
+/// Questions that the loop asks periodically, whether or not the last one is answered.
 #[derive(Debug, Clone, Copy)]
 enum Repeated {
     Ends,
@@ -113,9 +114,9 @@ pub(super) enum Answer {
     Content(Vec<(OffsetRange, Content)>),
     /// `None`: the cluster did not answer.
     Topics(Option<Topics>),
-    Damage(Vec<Looked>),
-    /// The partitions that did not seek.
-    Sought {
+    Damage(Vec<DamageReport>),
+    /// `failed`: the partitions whose seek failed.
+    SeekDone {
         id: u64,
         failed: Vec<Partition>,
     },
@@ -127,34 +128,34 @@ pub(super) struct Started {
     /// The partitions of the assignment, with the offsets to read from.
     pub list: TopicPartitionList,
     pub partitions: Vec<StartOf>,
-    /// The group's offsets of all partitions, where they were wanted.
+    /// The group's offsets of all partitions, if they were needed.
     pub all: Option<TopicPartitionList>,
 }
 
 #[derive(Debug)]
 pub(super) struct Topics {
-    /// The names that a pattern matches now; `None` where there is no pattern.
+    /// The topics that the pattern matches now; `None` if `input.topics` is not a pattern.
     pub matching: Option<Vec<String>>,
     pub identities: BTreeMap<String, Identity>,
 }
 
-/// Asks. The thread ends when this is dropped.
+/// Handle of the lookup thread, which ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Lookup {
-    /// What reading waits for.
+    /// Questions that reading waits for: answered first.
     urgent: Sender<Question>,
     questions: Sender<Question>,
-    /// The assignment that is to be answered; questions about earlier ones are void.
+    /// Id of the latest assignment; lookups for earlier ones are abandoned.
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,
-    /// By [`Repeated`]: one is asked and not answered.
+    /// Indexed by [`Repeated`]: a question of that kind is not answered yet.
     open: Arc<[AtomicBool; 3]>,
 }
 
-/// What the thread needs to know.
+/// Settings of the lookup thread.
 pub(super) struct Setup {
     pub config: ClientConfig,
-    /// As `input.topics` has them.
+    /// `input.topics`: names, or one pattern.
     pub topics: Vec<String>,
     pub start: Start,
     pub model: String,
@@ -175,7 +176,7 @@ impl Lookup {
             closed: Arc::clone(&closed),
             prober: None,
             offset_reader: None,
-            said: None,
+            last_warning: None,
         };
         std::thread::Builder::new()
             .name("kandle-lookup".to_owned())
@@ -183,7 +184,7 @@ impl Lookup {
         Ok(Self { urgent, questions, assignment, closed, open })
     }
 
-    /// Questions that are asked again and again wait for no more than one answer.
+    /// Queues a question. A [`Repeated`] one is dropped while another of its kind is not answered.
     pub fn ask(&self, question: Question) {
         if let Some(kind) = Repeated::of(&question)
             && self.open[kind as usize].swap(true, Ordering::Relaxed)
@@ -201,7 +202,7 @@ impl Lookup {
             | Question::Content(_)
             | Question::Damage(_) => &self.questions,
         };
-        // The thread lives for as long as this does.
+        // Fails only if the thread has ended because the consumer is gone.
         let _ = queue.send(question);
     }
 }
@@ -220,8 +221,8 @@ struct Thread {
     open: Arc<[AtomicBool; 3]>,
     prober: Option<Reader>,
     offset_reader: Option<Reader>,
-    /// The last failure that was logged.
-    said: Option<(String, Instant)>,
+    /// The last failure that was logged, and when.
+    last_warning: Option<(String, Instant)>,
 }
 
 impl Thread {
@@ -256,7 +257,7 @@ impl Thread {
             Question::Progress(partitions) => match self.progress(&partitions) {
                 Ok(offsets) => Answer::Progress(offsets),
                 Err(error) => {
-                    self.say("the group's offsets", &error);
+                    self.warn_once("committed offsets of the group", &error);
                     Answer::Progress(Offsets::new())
                 }
             },
@@ -264,7 +265,7 @@ impl Thread {
             Question::Topics(owned) => match self.topics(&owned) {
                 Ok(topics) => Answer::Topics(Some(topics)),
                 Err(error) => {
-                    self.say("topics", &error);
+                    self.warn_once("topics", &error);
                     Answer::Topics(None)
                 }
             },
@@ -272,16 +273,17 @@ impl Thread {
                 let find = |(partition, at): (Partition, Option<i64>)| self.damage(partition, at);
                 Answer::Damage(places.into_iter().map(find).collect())
             }
-            Question::Seek { id, to } => Answer::Sought { id, failed: self.seek(to) },
+            Question::Seek { id, to } => Answer::SeekDone { id, failed: self.seek(to) },
         })
     }
 
-    fn say(&mut self, what: &str, error: &dyn std::fmt::Display) {
+    fn warn_once(&mut self, what: &str, error: &dyn std::fmt::Display) {
         let message = format!("{what}: {error}");
-        let again = self.said.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
+        let again =
+            self.last_warning.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
         if !again {
-            tracing::warn!(what, %error, "the cluster gives no answer: asking again");
-            self.said = Some((message, Instant::now()));
+            tracing::warn!(what, %error, "a query to the cluster failed: retrying");
+            self.last_warning = Some((message, Instant::now()));
         }
     }
 
@@ -299,13 +301,13 @@ impl Thread {
         }
     }
 
-    /// `None` where the assignment is no longer to be answered.
+    /// `None` if a newer assignment has replaced this one.
     fn begin(&mut self, id: u64, partitions: &TopicPartitionList, compare_all: bool) -> Option<Started> {
         loop {
             match self.try_begin(id, partitions, compare_all) {
                 Ok(Some(started)) => return Some(started),
                 Ok(None) => {}
-                Err(error) => self.say("where to begin", &error),
+                Err(error) => self.warn_once("start offsets of an assignment", &error),
             }
             let void = self.assignment.load(Ordering::Relaxed) != id || self.closed.load(Ordering::Relaxed);
             if void || self.member.strong_count() == 0 {
@@ -315,7 +317,7 @@ impl Thread {
         }
     }
 
-    /// `None` where another member has yet to say where the group begins.
+    /// `None` if another member still has to commit where the group begins.
     fn try_begin(
         &mut self,
         id: u64,
@@ -336,8 +338,8 @@ impl Thread {
             let known = committed(self.prober()?, &range::list_of(&found), REQUEST_TIMEOUT)?;
             if latest {
                 let none = !known.elements().iter().any(|e| matches!(e.offset(), Offset::Offset(_)));
-                // One member says for all where the group begins, so that nobody skips what another one is to read:
-                // the owner of the first partition.
+                // One member, the owner of the first partition, commits where the group begins in all partitions, so
+                // that no member skips records that another one is to read.
                 let ours = found
                     .first()
                     .is_some_and(|first| list.find_partition(&first.topic, first.number).is_some());
@@ -368,7 +370,7 @@ impl Thread {
                 start_of(element, offset, &identities)
             })
             .collect();
-        // By number: the client may remember where the log of an earlier topic began.
+        // As numbers: the client may have cached where the log of an earlier topic began.
         let new = partitions.iter().filter(|start| !matches!(start.begin, Begin::At(_)));
         let log_starts = self.log_starts(new.map(|start| &start.partition))?;
         for start in &partitions {
@@ -384,7 +386,7 @@ impl Thread {
         Ok(Some(Started { id, list, partitions, all }))
     }
 
-    /// Commits the ends of all partitions, as the offsets at which the group begins.
+    /// Commits the end offsets of all partitions, at which the group begins.
     fn commit_ends(&mut self, partitions: &[Partition]) -> Result<Offsets, RangeError> {
         let names = topics_of(partitions.iter());
         let identities = native::identities(self.prober()?, &names, REQUEST_TIMEOUT)?;
@@ -400,7 +402,7 @@ impl Thread {
             member.commit(&list, CommitMode::Sync)?;
             tracing::info!(
                 partitions = partitions.len(),
-                "the group has no offsets: it begins at the present ends of all partitions (input.start: latest)"
+                "the group has no offsets: starting at the end of all partitions (input.start: latest)"
             );
         }
         Ok(ends)
@@ -413,7 +415,7 @@ impl Thread {
         range::partitions(self.prober()?, &topics)
     }
 
-    /// Where logs start or end, of the partitions that say so.
+    /// Start or end offsets of the logs, without the partitions whose query failed.
     fn edges<'a>(&mut self, partitions: impl IntoIterator<Item = &'a Partition>, edge: Edge) -> Offsets {
         let answer = self.prober().and_then(|prober| range::edges(prober, partitions, edge));
         let (offsets, failed) = match answer {
@@ -421,12 +423,12 @@ impl Thread {
             Err(error) => (Offsets::new(), Some(error)),
         };
         if let Some(error) = failed {
-            self.say("the ends of partitions", &error);
+            self.warn_once("start or end offsets of logs", &error);
         }
         offsets
     }
 
-    /// Where logs begin.
+    /// Start offsets of the logs, of all these partitions or none.
     fn log_starts<'a>(
         &mut self,
         partitions: impl IntoIterator<Item = &'a Partition>,
@@ -434,26 +436,26 @@ impl Thread {
         range::all_edges(self.prober()?, partitions, Edge::Start)
     }
 
-    /// First offset and end of a log. Not tried again: other questions wait.
+    /// Start and end offset of a log. Not retried, because other questions wait.
     fn watermarks(&mut self, partition: &Partition) -> Result<(i64, i64), KafkaError> {
         self.prober()?.fetch_watermarks(&partition.topic, partition.number, REQUEST_TIMEOUT)
     }
 
     fn progress(&mut self, partitions: &[Partition]) -> Result<Offsets, KafkaError> {
-        standing_of(self.offset_reader()?, partitions.iter())
+        committed_offsets_of(self.offset_reader()?, partitions.iter())
     }
 
-    /// What comes first from an offset on.
+    /// What a fetch at an offset finds first.
     fn first(&mut self, partition: &Partition, from: i64) -> First {
         let mut first = self.look(partition, from);
         for _ in 1..ATTEMPTS {
-            // It may be an error of the look before: after a failed checksum librdkafka goes astray, and says so late.
+            // The error may belong to the read before: after a failed checksum librdkafka reports errors late.
             if !matches!(first, First::Error(_)) {
                 break;
             }
             first = self.look(partition, from);
         }
-        tracing::debug!(%partition, from, ?first, "looked at what a partition holds");
+        tracing::debug!(%partition, from, ?first, "looked up the content of a partition");
         first
     }
 
@@ -467,8 +469,8 @@ impl Thread {
             Ok(first)
         });
         first.unwrap_or_else(|error| {
-            self.say("what a partition holds", &error);
-            First::Silence
+            self.warn_once("content of a partition", &error);
+            First::TimedOut
         })
     }
 
@@ -482,9 +484,9 @@ impl Thread {
         ranges.into_iter().map(content).collect()
     }
 
-    /// `start`: where the log begins.
+    /// `start`: the log's start offset.
     fn content(&mut self, range: &OffsetRange, start: i64) -> Content {
-        // Retention has deleted what was there.
+        // Retention has deleted the whole range.
         if start >= range.to {
             return Content::Nothing;
         }
@@ -492,7 +494,7 @@ impl Thread {
             First::Record(offset) if offset < range.to => Content::Records,
             First::Record(_) | First::End => Content::Nothing,
             First::Damaged(_) => Content::Damaged,
-            First::Silence | First::Error(_) => Content::Unknown,
+            First::TimedOut | First::Error(_) => Content::Unknown,
         }
     }
 
@@ -512,16 +514,16 @@ impl Thread {
         Ok(Topics { matching, identities })
     }
 
-    fn damage(&mut self, partition: Partition, at: Option<i64>) -> Looked {
+    fn damage(&mut self, partition: Partition, at: Option<i64>) -> DamageReport {
         match self.watermarks(&partition) {
             Ok((low, end)) => {
                 let from = at.unwrap_or(low).max(low);
                 let damage = damage::extent(from, end, |offset| self.first(&partition, offset));
-                Looked { partition, at, from, damage }
+                DamageReport { partition, at, from, damage }
             }
             Err(error) => {
-                self.say("the ends of partitions", &error);
-                Looked { partition, at, from: at.unwrap_or(0), damage: Damage::Unknown }
+                self.warn_once("start and end offset of a log", &error);
+                DamageReport { partition, at, from: at.unwrap_or(0), damage: Damage::Unknown }
             }
         }
     }
@@ -529,12 +531,12 @@ impl Thread {
     fn seek(&mut self, to: Vec<(Partition, Option<i64>)>) -> Vec<Partition> {
         let all = || to.iter().map(|(partition, _)| partition.clone()).collect();
         let mut list = TopicPartitionList::with_capacity(to.len());
-        // By number: the client may remember where the log of an earlier topic began.
+        // As numbers: the client may have cached where the log of an earlier topic began.
         let new = to.iter().filter(|(_, offset)| offset.is_none());
         let starts = match self.log_starts(new.map(|(partition, _)| partition)) {
             Ok(starts) => starts,
             Err(error) => {
-                self.say("where logs begin", &error);
+                self.warn_once("start offsets of logs", &error);
                 return all();
             }
         };
@@ -553,7 +555,7 @@ impl Thread {
             }
             Err(error) => {
                 drop(member);
-                self.say("seeking", &error);
+                self.warn_once("seek", &error);
                 all()
             }
         }

@@ -1,20 +1,21 @@
-//! Reading: one thread owns the consumer, the window that gathers, the assignment and the commits. It never waits for
-//! anything without polling the consumer, so the group never loses the member, however long the model takes. Nothing
-//! here knows models.
+//! Reads the input. One thread owns the consumer, the open window, the assignment and the offsets. It never waits for
+//! anything without polling the consumer, so slow inference cannot cost the member its place in the group. Nothing here
+//! knows about models.
 //!
 //! ```text
 //! serve          the loop: events, reports, windows, polls
-//!   callbacks      the client's events
-//!   assignment     partitions come and go                    (start: where to begin in one, pure)
-//!   subscription   which topics
-//!   intake         records in, windows out, pauses
-//!   ledger         how far each partition is, pure
-//!   offsets        commits                                    (commit: the thread that makes them)
-//!   bounds         the end of a drain                         (drain: its bounds; schedule_state: the schedule)
-//!   doubt          is the topic still the same, can its batches be read?     (damage: where a bad batch ends)
-//!   idle           the end behind the last record
-//!   lookup         the thread that asks the cluster
-//!   lag, joining   what is shown meanwhile
+//!   callbacks      librdkafka's callbacks, queued as events
+//!   assignment     partitions assigned and revoked            (start: where reading begins, pure)
+//!   subscription   which topics the group reads
+//!   intake         records in, windows out, pauses            (dead_letters: records restored from dead letters)
+//!   ledger         progress of each partition, pure
+//!   offsets        what to commit, and when                   (commit: the thread that commits)
+//!   bounds         the end of a drain                         (drain: its end offsets; schedule_state: the schedule)
+//!   doubt          recreated topics, damaged batches          (damage: where a damaged batch ends)
+//!   fetching       partitions that the client stopped fetching
+//!   idle           offsets without records at the end of a partition
+//!   lookup         the thread that queries the cluster
+//!   lag, joining   lag metrics; warnings while the group rebalances
 //! ```
 
 mod assignment;
@@ -39,5 +40,5 @@ mod start;
 mod subscription;
 
 pub use dead_letters::OriginalTopics;
-pub use drain::{Bound, Drain, standing};
+pub use drain::{Bound, Drain, committed_offsets};
 pub use serve::{Context, Source, SourceError};

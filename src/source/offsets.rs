@@ -1,4 +1,4 @@
-//! Offsets: committed when windows are published, and what the group is to remember beside them.
+//! Commits the offsets of published windows, and the metadata stored with them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::failpoint;
 use crate::kafka::metadata::{Metadata, add_offset};
 use crate::record::{Partition, Position};
 
-/// Seconds of the device after which published windows are committed, whatever the interval.
+/// Device time of published windows, in seconds, after which they are committed before the interval is over.
 const WORTH_A_COMMIT: f64 = 0.25;
 
 /// The commits, and when the next one is due.
@@ -23,15 +23,15 @@ pub(super) struct Offsets {
     committer: Committer,
     interval: Duration,
     last: Instant,
-    /// Seconds of the device since the last commit.
+    /// Device time of the windows published since the last commit, in seconds.
     uncommitted: f64,
     suspected: Option<Suspected>,
 }
 
-/// Records on which inference timed out.
+/// Records on which inference timed out, to be stored in the commit metadata.
 struct Suspected {
     positions: Vec<Position>,
-    /// Told once the group knows them.
+    /// Signalled once they are committed.
     kept: Sender<()>,
 }
 
@@ -44,24 +44,24 @@ impl Offsets {
         self.last.elapsed() >= self.interval || self.uncommitted >= WORTH_A_COMMIT
     }
 
-    /// A window is published that took the model so long. Work worth repeating is not left uncommitted.
+    /// Adds the device time (`work`, seconds) of a published window, so that costly work is committed soon.
     pub fn published(&mut self, work: f64) {
         self.uncommitted += work;
     }
 
-    /// A commit is under way.
+    /// A commit is in flight.
     pub fn is_busy(&self) -> bool {
         self.committer.is_busy()
     }
 
-    /// The group is to be told of suspects once the windows before them are committed.
+    /// Suspects wait to be committed, until the windows before theirs are published.
     pub fn has_suspects(&self) -> bool {
         self.suspected.is_some()
     }
 }
 
 impl Context {
-    /// The text beside an offset of a partition: suspects before `from` are left out.
+    /// Metadata to commit with an offset of a partition. Suspects before `from` are left out.
     pub(super) fn metadata(&self, owned: &PartitionState, from: i64) -> Arc<str> {
         let suspects = owned.suspects.range(from..).copied().collect();
         Metadata::new(&self.model, &self.digest, owned.topic_id.clone(), &suspects).text().into()
@@ -69,7 +69,7 @@ impl Context {
 }
 
 impl Source {
-    /// Sends what is published to be committed. Where transactions do that, there is nothing to send.
+    /// Commits published offsets; `only`: of these partitions. Transactions commit those of windows themselves.
     pub(super) fn commit(&mut self, only: Option<&[Partition]>) {
         if self.offsets.committer.is_busy() {
             return;
@@ -89,7 +89,7 @@ impl Source {
             let Some(owned) = self.ledger.get(partition) else { continue };
             let metadata = self.context.metadata(owned, *offset);
             if let Err(error) = add_offset(&mut list, partition, *offset, &metadata) {
-                tracing::warn!(%partition, offset, %error, "an offset that cannot be committed");
+                tracing::warn!(%partition, offset, %error, "the offset could not be added to the commit");
             }
         }
         list
@@ -102,7 +102,7 @@ impl Source {
         if let Err(error) = &result {
             self.context.metrics.retries.with_label_values(&["commit"]).inc();
             self.context.health.error(&format!("commit: {error}"));
-            tracing::warn!(%error, "a commit failed and will be made again");
+            tracing::warn!(%error, "commit failed: retrying");
         }
         for element in offsets.elements() {
             if let Offset::Offset(offset) = element.offset() {
@@ -118,8 +118,8 @@ impl Source {
         }
     }
 
-    /// The group is to be told on which records inference timed out, so that the next
-    /// start runs each of them alone.
+    /// Notes the records on which inference timed out. They are stored in the commit metadata, so that the
+    /// next start runs each of them alone.
     pub(super) fn suspect(&mut self, positions: Vec<Position>, kept: Sender<()>) {
         for position in &positions {
             if let Some(owned) = self.ledger.get_mut(&position.partition) {
@@ -129,8 +129,8 @@ impl Source {
         self.offsets.suspected = Some(Suspected { positions, kept });
     }
 
-    /// Tells the group of suspects once all windows before theirs are published. A commit before that could come after
-    /// theirs: it would set the group back, or their commit, which knows no suspects, would take its place.
+    /// Commits the suspects once all windows before theirs are published. Earlier, the commit of such a window could
+    /// land after this one: it would set the offset back, or replace the metadata with one without suspects.
     pub(super) fn commit_suspects(&mut self) {
         if self.offsets.committer.is_busy() {
             return;
@@ -150,7 +150,7 @@ impl Source {
         self.offsets.committer.commit_and_tell(self.with_metadata(&offsets), kept);
     }
 
-    /// Counts and logs what retention deleted before it was read.
+    /// Counts and logs the offsets that retention deleted before they were read. `low`: first offset of a log.
     pub(super) fn show_skipped(&mut self, low: impl Fn(&Partition) -> Option<i64>) {
         for owned in self.ledger.iter_mut() {
             let Some(low) = low(&owned.partition) else { continue };

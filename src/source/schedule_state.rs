@@ -1,5 +1,5 @@
-//! The schedule: partitions rest, or the group is left, outside of its periods; and whether the backlog
-//! will be done by the time that is set for it.
+//! The schedule: pauses partitions or leaves the group outside of its periods, and warns if the backlog
+//! will miss `schedule.finish_by`.
 
 use std::time::{Duration, Instant};
 
@@ -10,14 +10,14 @@ use crate::clock;
 use crate::schedule::{Phase, Schedule};
 use crate::settings::Outside;
 
-/// Between two looks at the clock.
+/// Interval of clock checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How long a rate is watched before something is said of it.
+/// How long the rate is measured before a warning is based on it.
 const WATCH: Duration = Duration::from_secs(5);
-/// Between two warnings of the same.
+/// Interval of warnings.
 const REPEAT: Duration = Duration::from_secs(300);
 
-/// Where the schedule stands.
+/// State of the schedule.
 #[derive(Debug)]
 pub(super) struct ScheduleState {
     looked: Option<Instant>,
@@ -25,7 +25,7 @@ pub(super) struct ScheduleState {
     pub resting: bool,
     /// Since when records are consumed.
     since: Instant,
-    /// Of a drain, set when it began.
+    /// Deadline of a drain, fixed at its start; `None` without a drain.
     deadline: Option<Timestamp>,
     warned: Option<Instant>,
 }
@@ -43,9 +43,9 @@ impl ScheduleState {
 }
 
 impl Source {
-    /// Follows the schedule; true once the group is to be left.
+    /// Pauses and resumes partitions by the schedule. True once the group is to be left.
     pub(super) fn is_period_over(&mut self) -> bool {
-        // A drain begins when it is started.
+        // A drain ignores periods: it runs when it is started.
         if self.bounds.drain.is_some() || !self.context.schedule.has_periods() {
             return false;
         }
@@ -57,19 +57,19 @@ impl Source {
             Phase::Open { until } => {
                 if std::mem::take(&mut self.bounds.schedule.resting) {
                     self.bounds.schedule.since = Instant::now();
-                    tracing::info!(until = until.map(|t| t.to_string()), "a period of the schedule begins");
+                    tracing::info!(until = until.map(|t| t.to_string()), "schedule period began: resuming");
                     self.context.metrics.schedule_open.set(1.0);
                     self.resume_if_possible();
                 }
                 false
             }
             Phase::Closed { until } if self.context.schedule.outside == Outside::Leave => {
-                tracing::info!(%until, "the period is over: leaving the group");
+                tracing::info!(%until, "schedule period ended: leaving the group");
                 true
             }
             Phase::Closed { until } => {
                 if !std::mem::replace(&mut self.bounds.schedule.resting, true) {
-                    tracing::info!(%until, "outside of the schedule: partitions rest");
+                    tracing::info!(%until, "outside of the schedule: partitions paused");
                     self.context.metrics.schedule_open.set(0.0);
                     self.context.metrics.deadline.set(f64::INFINITY);
                     self.pause();
@@ -79,9 +79,9 @@ impl Source {
         }
     }
 
-    /// Says ahead of time that what is left will not be done by `schedule.finish_by`; `remaining` in
-    /// seconds, at the present rate.
-    pub(super) fn reckon(&mut self, remaining: f64) {
+    /// Warns while there is still time that the backlog will miss `schedule.finish_by`. `remaining`: seconds
+    /// that the backlog takes at the present rate.
+    pub(super) fn warn_if_late(&mut self, remaining: f64) {
         let now = clock::now();
         let Some(deadline) = self.bounds.schedule.deadline.or_else(|| self.context.schedule.deadline(now))
         else {
@@ -100,11 +100,17 @@ impl Source {
         self.bounds.schedule.warned = Some(Instant::now());
         let whole = |seconds: f64| seconds.ceil();
         let message = format!(
-            "the backlog will not be done by {deadline}: it takes {} s more at the present rate, and {} s are left",
+            "the backlog will miss schedule.finish_by ({deadline}): it takes {} s more at the present rate, \
+             and {} s are left",
             whole(remaining),
             whole(left),
         );
         self.context.health.error(&message);
-        tracing::warn!("{message}");
+        tracing::warn!(
+            %deadline,
+            remaining_seconds = whole(remaining),
+            left_seconds = whole(left),
+            "the backlog will miss schedule.finish_by at the present rate"
+        );
     }
 }

@@ -1,7 +1,7 @@
-//! The source's loop: consumes for ever, or up to a drain's bounds.
+//! The source's loop: consumes for ever, or up to a drain's end offsets.
 //!
-//! It handles the events of the client and the reports of the stages, passes on closed windows, polls, and commits.
-//! What cannot be passed on because the stages behind are full is held, the partitions are paused, and polling goes on.
+//! It handles client events and the reports of the stages, passes closed windows on, polls, and commits. While the next
+//! stage is full, it holds windows, pauses partitions, and keeps polling.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +19,7 @@ use super::callbacks::{Callbacks, Event};
 use super::commit::Committer;
 use super::dead_letters::OriginalTopics;
 use super::doubt::{Cause, Doubt};
-use super::drain::{Drain, Gone};
+use super::drain::{Drain, DrainTopicLost};
 use super::fetching::Fetching;
 use super::idle::Idle;
 use super::intake::Intake;
@@ -40,32 +40,32 @@ use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
 use crate::window::{ClosedBy, Gatherer, Limits, Load, Window};
 
-/// The longest wait for a message; rebalances and acknowledgements are seen within it.
+/// Longest wait for a message; rebalances and reports are handled within that time.
 pub(super) const POLL: Duration = Duration::from_millis(50);
-/// How long the last commit and the group's coordinator may take at the end.
+/// Timeout at shutdown: of the last commit, and of leaving the group.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
-/// Errors of the client are logged at most this often while they repeat.
+/// A repeated client error is logged at most this often.
 const REPEAT: Duration = Duration::from_secs(10);
-/// Between two questions for the ends of partitions that are paused.
+/// Interval of queries for the end offsets of paused partitions.
 const ENDS: Duration = Duration::from_secs(2);
 
-/// Windows under way at a time, whatever they take: one on the lanes, the next queued there.
+/// Windows in flight that are always allowed, whatever their work: one on the lanes, the next queued there.
 const UNDER_WAY: usize = 2;
 
-/// What ends the source, and with it the process.
+/// Errors that end the source, and with it the process.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    #[error("the consumer cannot be made: {0}")]
+    #[error("a call to the Kafka client failed: {0}")]
     Client(KafkaError),
-    #[error("the consumer failed for good: {0}")]
+    #[error("fatal error of the consumer: {0}")]
     Fatal(String),
     #[error("{0}")]
     ModelChanged(String),
     #[error(transparent)]
-    Gone(#[from] Gone),
+    DrainTopicLost(#[from] DrainTopicLost),
     #[error(
-        "{partition}: the Kafka client no longer fetches at offset {position}, although the log ends at {end}; only \
-         another client helps: start again"
+        "{partition}: the Kafka client no longer fetches at offset {position}, although the log ends at {end}: \
+         restart the process to get a new client"
     )]
     Stuck { partition: Partition, position: i64, end: i64 },
     #[error("another stage has failed")]
@@ -89,11 +89,11 @@ pub struct Context {
     /// The bounds of a drain or a replay.
     pub drain: Option<Arc<Drain>>,
     pub schedule: Arc<Schedule>,
-    /// Spans are sent: the source reads each record's `traceparent`.
+    /// Traces are exported: the source reads each record's `traceparent`.
     pub traced: bool,
-    /// The input is dead letters; these are the topics whose records are processed again.
+    /// Original topics of the dead letters to reprocess, if the input is dead letters.
     pub reprocess: Option<Arc<OriginalTopics>>,
-    /// Partitions of the input topics.
+    /// Number of partitions of the input topics.
     pub partitions: u64,
     /// Estimates the memory and the work of a record.
     pub compute: Arc<dyn Compute>,
@@ -117,14 +117,15 @@ pub struct Source {
     pub(super) lag: Lag,
     pub(super) fetching: Fetching,
     joining: Joining,
-    /// The ends of paused partitions, of which the client is told nothing, and when they were last asked for.
+    /// End offsets of paused partitions: librdkafka learns a high watermark only from fetch responses.
     ends: LogEnds,
+    /// When they were last asked for.
     ends_asked: Option<Instant>,
     last_error: Option<(String, Instant)>,
 }
 
 impl Drop for Source {
-    /// Dropping the consumer leaves the group, which ends in a revocation that nobody else answers.
+    /// Dropping the consumer leaves the group, which causes a revocation: from now on the callback answers it itself.
     fn drop(&mut self) {
         self.consumer.context().close();
         self.abandon_assignment();
@@ -158,7 +159,7 @@ impl Source {
         let lookup = Lookup::start(&consumer, setup).map_err(|e| fatal(&e))?;
         context.metrics.memory_limit.set(settings.memory.limit.0 as f64);
         let refresh = settings.property("topic.metadata.refresh.interval.ms");
-        // -1 turns the client's own looks off.
+        // -1, which does not parse here, turns the client's refresh off.
         let refresh = refresh.and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
         let limits = Limits {
             max_records: settings.window.max_records,
@@ -201,13 +202,16 @@ impl Source {
         source.subscribe()
     }
 
-    /// What the sink commits under, where it commits.
+    /// Group metadata, under which the sink's transactions commit offsets.
     pub fn group(&self) -> Group {
         let consumer = Arc::clone(&self.consumer);
         Arc::new(move || consumer.group_metadata())
     }
 
-    /// Consumes until it is asked to stop, or its bounds are reached, and everything in flight is committed.
+    /// Consumes until it is asked to stop or a drain is complete, and everything in flight is committed.
+    ///
+    /// # Errors
+    /// Any [`SourceError`]; the group is left before it is returned.
     pub fn serve(
         mut self,
         windows: Sender<Queued<Window>>,
@@ -220,7 +224,8 @@ impl Source {
         result
     }
 
-    /// Leaves the group, which need not wait for our session to end then. The consumer itself is shared.
+    /// Leaves the group, so that it need not wait for the session timeout. Dropping `self` might not, because the
+    /// consumer is shared.
     fn leave(&mut self) {
         self.consumer.context().close();
         self.abandon_assignment();
@@ -248,7 +253,7 @@ impl Source {
                 self.intake.out_of_room || self.assignment.is_revoking() || self.offsets.has_suspects();
             self.context.commit_soon.set(waits);
             if self.intake.is_full() {
-                // Events alone; the wait was in passing on.
+                // Only events: `pass_on` has waited already.
                 self.poll_events(Duration::ZERO)?;
             } else {
                 self.poll()?;
@@ -266,8 +271,8 @@ impl Source {
         self.finish(windows, reports)
     }
 
-    /// SIGTERM, or the end of a drain or a period: the window that gathers goes too, all in flight is
-    /// published and committed, and the member leaves the group.
+    /// After SIGTERM, or at the end of a drain or a period: closes the open window, waits until everything
+    /// in flight is published, and commits it.
     fn finish(
         &mut self,
         windows: Sender<Queued<Window>>,
@@ -279,10 +284,10 @@ impl Source {
                 ClosedBy::End
             }
             _ if self.context.stop.load(Ordering::Relaxed) => {
-                tracing::info!("stopping: finishing what is in flight");
+                tracing::info!("stopping: finishing windows in flight");
                 ClosedBy::Stop
             }
-            // The period.
+            // The schedule's period has ended.
             _ => ClosedBy::End,
         };
         self.context.commit_soon.set(true);
@@ -291,7 +296,7 @@ impl Source {
             self.hold(window);
         }
         if closed_by == ClosedBy::Stop {
-            self.leave_what_takes_long();
+            self.leave_excess_windows();
         }
         while !self.intake.held.is_empty() {
             self.context.health.busy(Stage::Source);
@@ -301,7 +306,7 @@ impl Source {
             self.pass_on(&windows);
             self.poll_events(Duration::ZERO)?;
         }
-        // The stages end one after the other, and the last of them closes `reports`.
+        // Without a sender the stages end one after the other; the last one closes `reports`.
         drop(windows);
         loop {
             self.context.health.busy(Stage::Source);
@@ -391,12 +396,12 @@ impl Source {
             Answer::Content(found) => self.on_content(found),
             Answer::Topics(topics) => self.on_topics(topics)?,
             Answer::Damage(found) => self.on_damage(found),
-            Answer::Sought { id, failed } => self.on_sought(id, &failed),
+            Answer::SeekDone { id, failed } => self.on_sought(id, &failed),
         }
         Ok(())
     }
 
-    /// Once a second.
+    /// Called once a second.
     fn on_statistics(&mut self, statistics: &Statistics) {
         self.look_at_ends(statistics);
         self.look_at_idle(statistics);
@@ -404,19 +409,20 @@ impl Source {
         let drain = self.bounds.drain.as_deref();
         let (status, remaining) =
             self.lag.update(statistics, &self.ledger, drain, &self.ends, &self.context.metrics);
-        self.reckon(remaining);
+        self.warn_if_late(remaining);
         self.show_skipped(|p| Some(of_partition(statistics, p)?.lo_offset).filter(|&low| low >= 0));
         self.context.health.set_source(status);
-        self.look_around();
+        self.run_periodic_checks();
         let state = statistics.cgrp.as_ref().map_or("", |group| &group.join_state);
-        // A member without partitions stands by.
+        // A member without partitions is ready too.
         if state == "steady" {
             self.context.health.set_ready();
         }
         self.joining.look(state, &self.context);
     }
 
-    /// The ends of the logs: one that steps back belongs to another topic, and paused partitions are asked for.
+    /// Follows the end offsets of the logs, and asks for those of paused partitions. One that moves back hints at a
+    /// recreated topic.
     fn look_at_ends(&mut self, statistics: &Statistics) {
         let mut back = false;
         for owned in self.ledger.iter_mut() {
@@ -430,13 +436,16 @@ impl Source {
         }
         if self.intake.paused && self.ends_asked.is_none_or(|at| at.elapsed() >= ENDS) {
             self.ends_asked = Some(Instant::now());
-            // One that does not exist would hold up the answer for the others.
+            // A topic that does not exist would delay the answer for the others.
             let there = self.ledger.iter().filter(|o| o.hold != Some(Hold::TopicAbsent));
             self.lookup.ask(Question::Ends(there.map(|owned| owned.partition.clone()).collect()));
         }
     }
 
-    /// Errors of the client: most pass, and librdkafka tries again by itself.
+    /// Handles a client error. Most are temporary, and librdkafka retries by itself.
+    ///
+    /// # Errors
+    /// The error is fatal.
     pub(super) fn on_error(&mut self, error: KafkaError, reason: &str) -> Result<(), SourceError> {
         if let KafkaError::MessageConsumptionFatal(code) = error {
             return Err(SourceError::Fatal(code.to_string()));
@@ -449,7 +458,7 @@ impl Source {
             Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => {
                 self.doubt(Cause::Topics);
             }
-            // librdkafka reports a failed checksum so, or goes astray after one.
+            // librdkafka returns these codes for a failed checksum, or after one.
             Some(RDKafkaErrorCode::BadMessage | RDKafkaErrorCode::NotImplemented) => {
                 self.doubt(Cause::Damage);
             }
@@ -465,7 +474,7 @@ impl Source {
         let again =
             self.last_error.as_ref().is_some_and(|(last, at)| *last == message && at.elapsed() < REPEAT);
         if !again {
-            tracing::warn!("Kafka: {message}; trying again");
+            tracing::warn!(reason = message, "Kafka client error: retrying");
             self.context.health.error(&message);
             self.last_error = Some((message, Instant::now()));
         }

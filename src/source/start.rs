@@ -1,4 +1,4 @@
-//! Where reading begins in a partition that is assigned. Pure.
+//! Where reading begins in an assigned partition. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,9 +11,9 @@ use crate::record::Partition;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Begin {
     At(i64),
-    /// The group has no offset of it: at the first record that is there.
+    /// At the log's start: the group has no offset.
     LogStart,
-    /// The group's offset is one of an earlier topic of this name, so it means nothing: at the first record.
+    /// At the log's start: the group's offset belongs to an earlier topic of this name.
     Recreated {
         offset: i64,
         before: TopicId,
@@ -27,12 +27,12 @@ pub(super) struct StartOf {
     pub partition: Partition,
     pub begin: Begin,
     pub topic_id: Option<TopicId>,
-    /// What the group has beside the offset, where a kandle has committed it.
+    /// Commit metadata of the offset, if kandle has committed it.
     pub metadata: Option<Metadata>,
 }
 
 impl StartOf {
-    /// The offset that the group has, where it still means something.
+    /// The group's committed offset, if it belongs to the current topic.
     pub fn committed(&self) -> Option<i64> {
         match self.begin {
             Begin::At(offset) => Some(offset),
@@ -40,7 +40,7 @@ impl StartOf {
         }
     }
 
-    /// Records on which inference timed out the last time.
+    /// Offsets of records on which inference timed out before.
     pub fn suspects(&self) -> BTreeSet<i64> {
         match (&self.begin, &self.metadata) {
             (Begin::At(_), Some(metadata)) => metadata.suspects(),
@@ -49,8 +49,8 @@ impl StartOf {
     }
 }
 
-/// Where reading begins in a partition of which the group has this element; `offset` is its offset, or the one that the
-/// group has got since.
+/// Where reading begins in a partition. `element`: what the group has committed; `offset`: its offset, or one committed
+/// since; `identities`: the current topics.
 pub(super) fn start_of(
     element: &TopicPartitionListElem<'_>,
     offset: Option<i64>,
@@ -61,7 +61,7 @@ pub(super) fn start_of(
     begins(partition, offset, Metadata::read(element.metadata()), identity)
 }
 
-/// `offset`: what the group has; `metadata`: beside it; `identity`: the topic of that name now.
+/// `offset` and `metadata`: committed by the group; `identity`: the current topic of that name.
 fn begins(
     partition: Partition,
     offset: Option<i64>,
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_offset_counts_for_the_topic_that_it_was_committed_for() {
+    fn an_offset_is_valid_only_for_the_topic_it_was_committed_for() {
         let id = TopicId::new;
         let of = |topic_id: Option<&str>| Some(Metadata::new("m", "d", topic_id.map(id), &[7].into()));
         let begin = |offset, metadata, identity| begins(Partition::new("t", 0), offset, metadata, identity);

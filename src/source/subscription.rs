@@ -1,5 +1,5 @@
-//! Which topics the group reads. librdkafka has another regex engine than kandle, so it is never given a pattern: kandle
-//! looks up the topics that match, subscribes to their names, and looks again from time to time.
+//! Which topics the group reads. librdkafka's regex engine differs from kandle's, so it never gets a pattern: kandle
+//! looks up the topics that match, subscribes to their names, and repeats the lookup periodically.
 
 use rdkafka::consumer::Consumer;
 
@@ -9,7 +9,7 @@ use crate::kafka::topics::TopicFilter;
 #[derive(Debug)]
 pub(super) struct Subscription {
     topics: Vec<String>,
-    /// The topics are those that match a pattern, and may change.
+    /// `input.topics` is a pattern, so `topics` may change.
     pattern: bool,
     said_empty: bool,
 }
@@ -21,17 +21,17 @@ impl Subscription {
         Self { topics: if pattern { Vec::new() } else { topics.to_vec() }, pattern, said_empty: false }
     }
 
-    /// A drain's topics are frozen with its ends.
+    /// Topics of a drain, which do not change.
     pub fn fixed(topics: Vec<String>) -> Self {
         Self { topics, pattern: false, said_empty: false }
     }
 
-    /// No topic matches the pattern, as far as is known.
+    /// No topic is known to match the pattern.
     pub fn is_empty(&self) -> bool {
         self.pattern && self.topics.is_empty()
     }
 
-    /// The topics that match now; true where others did before.
+    /// Sets the topics that match now; true if they have changed.
     fn change(&mut self, matching: Vec<String>) -> bool {
         if !self.pattern || self.topics == matching {
             return false;
@@ -42,7 +42,7 @@ impl Subscription {
 }
 
 impl Source {
-    /// Subscribes to what is known, and asks for what a pattern matches.
+    /// Subscribes to the topics, or first asks which ones the pattern matches.
     pub(super) fn subscribe(mut self) -> Result<Self, SourceError> {
         if self.subscription.pattern {
             self.ask_for_topics();
@@ -59,7 +59,7 @@ impl Source {
 
     pub(super) fn subscribe_to(&mut self, matching: Vec<String>) -> Result<(), SourceError> {
         if matching.is_empty() && self.subscription.is_empty() {
-            // There is nothing to wait for but a topic.
+            // Ready: only a topic is missing.
             self.context.health.set_ready();
             if !std::mem::replace(&mut self.subscription.said_empty, true) {
                 tracing::warn!("no topic matches input.topics: looking again every second");
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pattern_means_what_matches_now() {
+    fn a_pattern_follows_the_topics_that_match() {
         let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
         let mut pattern = Subscription::new(&names(&["^t-.*"]));
         assert!(pattern.is_empty());

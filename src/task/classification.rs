@@ -49,10 +49,10 @@ impl PredictText for Classification {
     }
 }
 
-/// Appends the prediction: the label with the highest score, and the `top_k` best with theirs.
+/// Appends the prediction: the label with the highest score, and the `top_k` best labels with their scores.
 ///
 /// # Panics
-/// Where there are no labels.
+/// If there are no scores.
 pub(super) fn write(
     labels: &[String],
     scores: &[f32],
@@ -66,7 +66,7 @@ pub(super) fn write(
     to_json(&Scores { labels, scores, order: &order, best }, out)
 }
 
-/// Bytes of such a prediction at most.
+/// Maximum bytes of such a prediction.
 pub(super) fn bytes(labels: &[String], top_k: usize) -> usize {
     let label = labels.iter().map(String::len).max().unwrap_or(0) + 4 + NUMBER;
     64 + (top_k.min(labels.len()) + 1) * label
@@ -95,7 +95,7 @@ impl Serialize for Scores<'_> {
     }
 }
 
-/// What a model's logits say.
+/// The scores that a model's logits stand for.
 pub(super) fn scores(kind: model::Scores, logits: &[f32]) -> Vec<f32> {
     match kind {
         model::Scores::Softmax => softmax(logits),
@@ -104,7 +104,7 @@ pub(super) fn scores(kind: model::Scores, logits: &[f32]) -> Vec<f32> {
     }
 }
 
-/// e^(x_i - max) / sum.
+/// `exp(x_i - max) / Σ exp(x_j - max)`: subtracting the maximum keeps `exp` from overflowing.
 pub(super) fn softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let powers: Vec<f32> = logits.iter().map(|x| (x - max).exp()).collect();
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_regressions_numbers_stay_as_they_are() {
+    fn raw_scores_stay_unchanged() {
         assert_eq!(
             written(model::Scores::Raw, 3, &[0.25, -0.5, 1.25]),
             r#"{"label":"c","score":1.25,"scores":{"c":1.25,"a":0.25,"b":-0.5}}"#

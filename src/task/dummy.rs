@@ -1,10 +1,10 @@
-//! What it takes to add a task: this file, and its line in `mod.rs`. Of the unit tests alone.
+//! Shows what it takes to add a task: this file and its line in `mod.rs`. Compiled for the unit tests only.
 
 use std::sync::Arc;
 
 use super::Task;
 use super::kinds::Kind;
-use crate::codec::{self, Input};
+use crate::codec::{Decoder, Input};
 use crate::compute::{About, Batched, Pace};
 use crate::engine::{self, Engine, Item, Limits, Place, Rows, RunError};
 use crate::model::Digest;
@@ -43,7 +43,7 @@ pub(super) const KIND: Kind = Kind {
         };
         Ok(Arc::new(Batched {
             about,
-            decoder: codec::decoder(settings)?,
+            decoder: Decoder::new(settings)?,
             task: Dummy { most: settings.task.top_k.unwrap_or(usize::MAX) },
             engine: Engine::new(Arc::new(Letters), place, limits, Arc::clone(metrics)),
             pace: Pace::new(1e-6),
@@ -52,7 +52,7 @@ pub(super) const KIND: Kind = Kind {
     },
 };
 
-/// A record asks for one item a word, of which there may be none.
+/// A record asks for one item per word; it may have no words.
 struct Dummy {
     most: usize,
 }

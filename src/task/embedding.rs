@@ -1,4 +1,4 @@
-//! text-embedding: `{"embedding":[…]}`, of length 1 where the model's modules.json says so.
+//! text-embedding: `{"embedding":[…]}`, scaled to length 1 if the model's modules.json says so.
 
 use serde::Serialize;
 
@@ -55,7 +55,7 @@ impl PredictText for Embed {
     }
 }
 
-/// To length 1, as torch's `normalize` does it: a zero vector stays one.
+/// Scales to length 1, as torch's `normalize` does: a zero vector stays zero.
 pub(super) fn normalized(row: &[f32]) -> Vec<f32> {
     let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
     row.iter().map(|x| (f64::from(*x) / length) as f32).collect()

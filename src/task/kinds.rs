@@ -1,5 +1,5 @@
-//! The table of tasks: one entry each, made in the task's own file. Loading, the schema and the rules of the settings,
-//! `model show`, the README's table and what `output.include` may not repeat come from it.
+//! The table of tasks, with one entry in each task's own file. Loading, the schema and the rules of the settings,
+//! `model show`, the README's table and the names that `output.include` may not use come from it.
 
 use std::borrow::Cow;
 use std::sync::{Arc, LazyLock};
@@ -18,44 +18,44 @@ type Load = fn(&Settings, &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError>;
 /// One kind of task.
 pub struct Kind {
     pub kind: TaskKind,
-    /// What it says about a record, as Markdown: the README has a row of it.
+    /// Its prediction, as Markdown for the table in the README.
     pub prediction: &'static str,
-    /// Members of its prediction.
+    /// Members of the prediction.
     pub fields: &'static [&'static str],
     /// Keys of `task` that have an effect, beside `kind`.
     pub keys: &'static [&'static str],
-    /// Those of them that hold a JSON Pointer into the record.
+    /// The subset of `keys` that hold a JSON Pointer into the record.
     pub pointers: &'static [&'static str],
-    /// What `task.overflow` may be; the first where it is not set.
+    /// Allowed values of `task.overflow`; the first is the default.
     pub overflow: &'static [Overflow],
-    /// What is wrong with its keys: key and message.
+    /// Finds problems with the task's keys: key and message of each.
     pub check: fn(&Task) -> Vec<(&'static str, String)>,
-    /// What it wants of a text model; `None` where it runs none.
+    /// The output that it needs from a text model; `None` if it runs no text model.
     pub output: Option<Output>,
     /// Loads the model and makes the task.
     pub load: Load,
 }
 
-/// Most tasks read a text and nothing else.
+/// For tasks with no rules beyond those of the schema.
 pub(super) const NO_RULES: fn(&Task) -> Vec<(&'static str, String)> = |_| Vec::new();
-/// Of tasks that read the beginning of a text, or none of it.
+/// For tasks that either truncate a long text or dead-letter its record.
 pub(super) const BEGINNING: &[Overflow] = &[Overflow::Truncate, Overflow::DeadLetter];
 
 impl Kind {
     /// # Panics
-    /// Where the table lacks it.
+    /// If the table has no such task.
     pub fn of(kind: TaskKind) -> &'static Self {
         let mut entries = KINDS.iter();
         entries.find(|entry| entry.kind == kind).unwrap_or_else(|| panic!("no entry for {}", kind.name()))
     }
 
-    /// What becomes of a text that is too long.
+    /// What happens to a text that is too long: the setting, or the task's default.
     pub fn overflow(&self, task: &Task) -> Overflow {
         task.overflow.or(self.overflow.first().copied()).unwrap_or(Overflow::Truncate)
     }
 
-    /// The JSON Pointers that are set, in the order of [`Kind::pointers`]: what they point to is
-    /// [`crate::codec::Input::values`].
+    /// The JSON Pointers that are set, in the order of [`Kind::pointers`]. [`crate::codec::Input::values`] has their
+    /// values.
     pub fn pointers_of(&self, task: &Task) -> Vec<String> {
         let set = task.set_keys();
         let pointer = |key: &&str| set.get(*key).and_then(|value| value.as_str()).map(str::to_owned);
@@ -104,7 +104,7 @@ mod tests {
         for entry in KINDS {
             let name = entry.kind.name();
             for key in entry.keys {
-                assert!(keys.contains(key), "{name}: task.{key} is no setting");
+                assert!(keys.contains(key), "{name}: task.{key} is not a setting");
             }
             for pointer in entry.pointers {
                 assert!(entry.keys.contains(pointer), "{name}: task.{pointer}");

@@ -1,5 +1,5 @@
-//! What is predicted: one file per task, which holds its entry of the table, and one line below. A task makes items of
-//! what a record says, and a prediction of the answers to them. Nothing here knows Kafka.
+//! The tasks. Each is one file, which holds its entry of the table, and one line below. A task turns a decoded record
+//! into items, and the answers to them into a prediction. Nothing here knows Kafka.
 
 mod kinds;
 pub mod text;
@@ -16,24 +16,24 @@ use crate::record::{Fault, RecordError};
 use crate::settings::Settings;
 use crate::telemetry::Metrics;
 
-/// From a decoded record to items, and from their answers to a prediction. What it says of a record does not depend on
-/// the records beside it.
+/// Turns a decoded record into items, and the answers to them into a prediction. A prediction does not depend on the
+/// other records of the window.
 pub trait Task: Send + Sync + 'static {
     type Item: Item;
     type Value: Value;
     /// What [`Task::predict`] needs of a record beside the answers.
     type Kept: Send + 'static;
 
-    /// Appends the record's items, of which there may be none.
+    /// Appends the record's items; there may be none.
     ///
     /// # Errors
-    /// The record is at fault; items that were appended do not count.
+    /// The record is at fault. The caller discards the items appended so far.
     fn prepare(&self, input: &Input<'_>, items: &mut Vec<Self::Item>) -> Result<Self::Kept, RecordError>;
 
-    /// Appends the prediction, a JSON object. `answers` has one for each of the record's items, in their order.
+    /// Appends the prediction, a JSON object. `answers` has one answer per item of the record, in their order.
     ///
     /// # Errors
-    /// The record is at fault; bytes that were appended do not count.
+    /// The record is at fault. The caller discards the bytes appended so far.
     fn predict(
         &self,
         kept: &Self::Kept,
@@ -41,7 +41,7 @@ pub trait Task: Send + Sync + 'static {
         out: &mut Vec<u8>,
     ) -> Result<(), RecordError>;
 
-    /// Bytes that a record takes, about, until it is published, beside the value itself: items, answers, the prediction.
+    /// Approximate bytes that a record takes until it is published, beside its own: items, answers, the prediction.
     fn footprint(&self, value: &[u8]) -> usize;
 }
 
@@ -55,7 +55,7 @@ pub enum TaskError {
     Candidates(String),
     #[error("model {model}: {error}")]
     Files { model: String, error: FilesError },
-    #[error("a first forward failed: {0}")]
+    #[error("the model's first forward pass failed: {0}")]
     Forward(String),
     /// The model cannot do the task.
     #[error("the model does not fit task.kind: {0}")]
@@ -67,7 +67,7 @@ pub enum TaskError {
     Template(#[from] minijinja::Error),
 }
 
-/// Declares the tasks' files, and makes the table of their entries.
+/// Declares the tasks' modules and makes the table of their entries.
 macro_rules! tasks {
     ($($(#[$attribute:meta])* $task:ident,)*) => {
         $($(#[$attribute])* pub mod $task;)*
@@ -89,18 +89,18 @@ tasks! {
     zero_shot,
 }
 
-/// The task that the settings ask for, with its model.
+/// Loads the task that the settings ask for, with its model.
 ///
 /// # Errors
-/// It cannot be loaded, or the model does not run.
+/// The task or its model cannot be loaded, or the model does not run.
 pub fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError> {
     (Kind::of(settings.task.kind).load)(settings, metrics)
 }
 
-/// Bytes of an f32 in JSON, at most, with the comma.
+/// Maximum bytes of an f32 in JSON, with a comma.
 const NUMBER: usize = 14;
 
-/// Serialises into memory, which cannot fail but for values JSON has no form for.
+/// Appends a value as JSON. Fails only for values that JSON cannot represent.
 fn to_json(value: &impl serde::Serialize, out: &mut Vec<u8>) -> Result<(), RecordError> {
     serde_json::to_writer(out, value).map_err(|e| RecordError::new(Fault::Encode, e.to_string()))
 }

@@ -1,10 +1,10 @@
-//! noop: the value as it came, for measuring.
+//! noop: publishes each value unchanged, to measure kandle and Kafka without a model.
 
 use std::sync::Arc;
 
 use super::TaskError;
 use super::kinds::{Kind, NO_RULES};
-use crate::codec;
+use crate::codec::Decoder;
 use crate::compute::{About, Compute, Noop};
 use crate::model::Digest;
 use crate::settings::{Settings, TaskKind};
@@ -12,7 +12,7 @@ use crate::telemetry::Metrics;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("noop"),
-    prediction: "the value as it came: no model, for measuring",
+    prediction: "the input value, unchanged: no model, for benchmarks",
     fields: &[],
     keys: &[],
     pointers: &[],
@@ -32,6 +32,6 @@ fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>,
         dtype: "none".to_owned(),
         host_memory: 0,
     };
-    let decoder = codec::decoder(settings)?;
+    let decoder = Decoder::new(settings)?;
     Ok(Arc::new(Noop { about, decoder, metrics: Arc::clone(metrics) }))
 }

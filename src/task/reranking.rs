@@ -1,6 +1,6 @@
 //! reranking: how well each of a record's documents answers its query, best first:
-//! `{"results":[{"index":…,"score":…},…]}`, with the documents' `id` where they have one. The query is the record's text,
-//! the model a cross-encoder: one sequence for each document, as sentence-transformers' `CrossEncoder` makes it.
+//! `{"results":[{"index":…,"score":…},…]}`, with the `id` of each document that has one. The query is the record's
+//! text. The model is a cross-encoder: one sequence per document, built as sentence-transformers' `CrossEncoder` does.
 
 use std::borrow::Cow;
 
@@ -19,7 +19,7 @@ use crate::settings::{self, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("reranking"),
-    prediction: "`{\"results\":[{\"index\":…,\"score\":…},…]}`: a record's documents by how well they answer its query",
+    prediction: "`{\"results\":[{\"index\":…,\"score\":…},…]}`: a record's documents, ranked by how well they answer its query",
     fields: &["results"],
     keys: &["documents", "top_k", "overflow", "cache"],
     pointers: &["documents"],
@@ -40,19 +40,19 @@ pub(super) const KIND: Kind = Kind {
 
 pub struct Reranking {
     texts: Texts,
-    /// Where the documents are.
+    /// JSON Pointer to the documents.
     pointer: String,
     top_k: usize,
     scores: Scores,
 }
 
-/// A document among others.
+/// One document to rank.
 struct Document<'a> {
     text: Cow<'a, str>,
     id: Option<&'a RawValue>,
 }
 
-/// The documents' ids, as JSON; empty where none has one.
+/// The documents' ids, as JSON; empty if no document has one.
 type Ids = Vec<Option<Box<str>>>;
 
 #[derive(Serialize)]
@@ -71,7 +71,10 @@ struct Ranked<'a> {
 impl Reranking {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let model = &texts.model;
-        model.tokenizer.takes_pairs().map_err(|e| TaskError::Unsuitable(format!("pairs of texts: {e}")))?;
+        model
+            .tokenizer
+            .takes_pairs()
+            .map_err(|e| TaskError::Unsuitable(format!("it cannot take pairs of texts: {e}")))?;
         let labels = model.labels.len();
         if labels > 2 {
             let message = format!("it has {labels} labels: a reranker has one (the score) or two (no, yes)");
@@ -104,7 +107,7 @@ impl Reranking {
     /// The score of a pair, from its logits.
     fn score(&self, logits: &[f32]) -> f32 {
         match logits {
-            // Two labels: how likely the second one is, which says yes.
+            // Two labels, no and yes: the score is the probability of yes.
             [_, _] => softmax(logits)[1],
             _ => scores(self.scores, logits)[0],
         }
@@ -141,7 +144,7 @@ impl Task for Reranking {
     fn predict(&self, ids: &Ids, answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
         let scores: Vec<f32> = answers.iter().map(|logits| self.score(logits)).collect();
         let mut order: Vec<usize> = (0..scores.len()).collect();
-        // Stable: of equal ones the first comes first.
+        // A stable sort: documents with equal scores keep the record's order.
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
         order.truncate(self.top_k);
         let id = |index: usize| ids.get(index)?.as_deref().and_then(|id| serde_json::from_str(id).ok());
@@ -150,7 +153,7 @@ impl Task for Reranking {
     }
 
     fn footprint(&self, value: &[u8]) -> usize {
-        // Each string may be a document, and each document stands beside the query.
+        // Any string may be a document, and the query is repeated beside each document.
         let strings = json::Strings::of(value);
         let tokens = self.texts.model.tokenizer.max_tokens();
         let both = value.len() + strings.count * strings.longest.min(tokens);

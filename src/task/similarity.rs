@@ -1,5 +1,5 @@
 //! similarity: the candidates nearest to a record by cosine, `{"matches":[{"id":…,"score":…},…]}`.
-//! Candidates are a file of JSON lines, `id` and `text`, embedded by the same model at the start.
+//! Candidates come from a file of JSON lines (`id`, `text`); the same model embeds them at startup.
 
 use std::collections::HashSet;
 
@@ -16,7 +16,7 @@ use crate::settings::{self, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("similarity"),
-    prediction: "`{\"matches\":[{\"id\":…,\"score\":…},…]}`: the nearest of a file of candidates",
+    prediction: "`{\"matches\":[{\"id\":…,\"score\":…},…]}`: the nearest candidates of a file",
     fields: &["matches"],
     keys: &["top_k", "candidates", "overflow", "cache"],
     pointers: &[],
@@ -25,7 +25,7 @@ pub(super) const KIND: Kind = Kind {
         Some(_) => Vec::new(),
         None => vec![(
             "candidates",
-            "similarity needs a file of candidates, one {\"id\":…,\"text\":…} a line".to_owned(),
+            "similarity needs a file of candidates, one {\"id\":…,\"text\":…} per line".to_owned(),
         )],
     },
     output: Some(Output::Embedding),
@@ -45,7 +45,7 @@ struct Candidate {
 
 pub(super) struct Similarity {
     ids: Vec<String>,
-    /// `[candidates, width]`, each of length 1.
+    /// `[candidates, width]`, each row scaled to length 1.
     vectors: Vec<f32>,
     top_k: usize,
 }
@@ -62,7 +62,7 @@ impl Similarity {
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let candidate: Candidate = serde_json::from_str(line).map_err(|e| wrong(i + 1, e.to_string()))?;
             if !seen.insert(candidate.id.clone()) {
-                return Err(wrong(i + 1, format!("id {:?} is there twice", candidate.id)));
+                return Err(wrong(i + 1, format!("duplicate id {:?}", candidate.id)));
             }
             tokens.push(model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e.to_string()))?);
             ids.push(candidate.id);
@@ -109,7 +109,7 @@ impl PredictText for Similarity {
             matches.select_nth_unstable_by(self.top_k - 1, best_first);
             matches.truncate(self.top_k);
         }
-        // Stable, so that equal scores keep the file's order wherever that decides nothing else.
+        // A stable sort: if all candidates are kept, those with equal scores stay in the file's order.
         matches.sort_by(best_first);
         to_json(&Matches { matches }, out)
     }

@@ -1,9 +1,9 @@
-//! What tasks over texts have in common: a text model, and texts as its items.
+//! Shared by the tasks that use a text model: loading it, and turning texts into its items.
 
 use std::sync::Arc;
 
 use super::{Kind, TaskError};
-use crate::codec::{self, Input};
+use crate::codec::{Decoder, Input};
 use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response, Rows};
 use crate::model::{Digest, Files, Model, Output, Placement, TokenizeError, Tokens};
@@ -12,7 +12,7 @@ use crate::settings::{Overflow, Settings};
 use crate::task::Task;
 use crate::telemetry::Metrics;
 
-/// A text model on its engine.
+/// A text model and its engine.
 pub struct TextModel {
     pub about: About,
     pub texts: Texts,
@@ -22,7 +22,7 @@ pub struct TextModel {
 }
 
 impl TextModel {
-    /// Loads the model and runs it once, so that what cannot work fails here.
+    /// Loads the model and runs it, so that a model that does not work fails at startup.
     pub fn load(settings: &Settings, output: Output, metrics: &Arc<Metrics>) -> Result<Self, TaskError> {
         let name = settings.model.source.clone().unwrap_or_default();
         let files_error = |error| TaskError::Files { model: name.clone(), error };
@@ -63,7 +63,7 @@ impl TextModel {
             Err(error) => Err(TaskError::Forward(error.to_string())),
         };
         first(8)?;
-        // The first one makes memory ready, and is slower.
+        // The first run also allocates memory, so only the second is timed.
         let cost = 128.min(model.tokenizer.max_tokens());
         let seconds_per_token = first(cost as u32)?.as_secs_f64() / cost as f64;
         let overflow = Kind::of(settings.task.kind).overflow(&settings.task);
@@ -72,19 +72,19 @@ impl TextModel {
         Ok(Self { about, texts, engine, pace, metrics: Arc::clone(metrics) })
     }
 
-    /// With a task over it.
+    /// Adds a task that uses the model.
     pub fn batched<T: Task<Item = Tokens, Value = f32>>(
         self,
         settings: &Settings,
         task: impl FnOnce(Texts, &Engine<Model>) -> Result<T, TaskError>,
     ) -> Result<Batched<T, Model>, TaskError> {
         let Self { about, texts, engine, pace, metrics } = self;
-        let decoder = codec::decoder(settings)?;
+        let decoder = Decoder::new(settings)?;
         Ok(Batched { about, decoder, task: task(texts, &engine)?, engine, pace, metrics })
     }
 }
 
-/// Loads a model, and a task over it.
+/// Loads a model and a task that uses it.
 pub(super) fn load<T: Task<Item = Tokens, Value = f32>>(
     settings: &Settings,
     output: Output,
@@ -94,15 +94,15 @@ pub(super) fn load<T: Task<Item = Tokens, Value = f32>>(
     Ok(Arc::new(TextModel::load(settings, output, metrics)?.batched(settings, task)?))
 }
 
-/// From the answer to a record's text to its prediction.
+/// Turns the answer to a record's text into its prediction.
 pub trait PredictText: Send + Sync + 'static {
     /// Appends the prediction, a JSON object.
     ///
     /// # Errors
-    /// The record is at fault; bytes that were appended do not count.
+    /// The record is at fault. The caller discards the bytes appended so far.
     fn write(&self, answer: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError>;
 
-    /// Bytes of a prediction at most, about.
+    /// Approximate maximum bytes of a prediction.
     fn bytes(&self) -> usize;
 }
 
@@ -131,7 +131,7 @@ impl<P: PredictText> Task for TextTask<P> {
     }
 }
 
-/// Texts as a model takes them.
+/// Turns texts into the tokens that a model takes.
 pub struct Texts {
     pub model: Arc<Model>,
     pub overflow: Overflow,
@@ -151,7 +151,7 @@ impl Texts {
     /// Counts a record whose text is truncated.
     ///
     /// # Errors
-    /// `task.overflow` makes it a dead letter.
+    /// `task.overflow` is `dead_letter`.
     pub fn too_long(&self) -> Result<(), RecordError> {
         if self.overflow == Overflow::DeadLetter {
             let limit = self.model.tokenizer.max_tokens();
@@ -161,23 +161,23 @@ impl Texts {
         Ok(())
     }
 
-    /// Bytes of a record's tokens and answer, at most.
+    /// Maximum bytes of a record's tokens and answer.
     pub fn footprint(&self, value_bytes: usize) -> usize {
-        // A token is a byte of the text at least; templates may add to it.
+        // Each token is at least one byte of the text; a template may add text.
         let tokens = self.model.tokenizer.max_tokens().min(value_bytes + 512);
         SEQUENCE + self.bytes(tokens)
     }
 
-    /// Bytes of so many tokens of one sequence, and of the answer to them.
+    /// Bytes of a sequence's tokens and of the answer to it.
     pub fn bytes(&self, tokens: usize) -> usize {
         tokens * size_of::<u32>() + self.model.values(tokens) * size_of::<f32>()
     }
 }
 
-/// Bytes that a sequence takes beside its tokens: in the window, in the plan, in its answer.
+/// Bytes of a sequence beside its tokens: in the window, the plan and the answers.
 pub const SEQUENCE: usize = 256;
 
-/// The tokenizer's error, as the record's.
+/// Makes the tokenizer's error one of the record.
 pub fn not_tokens(error: TokenizeError) -> RecordError {
     RecordError::new(Fault::Prepare, error.to_string())
 }

@@ -1,6 +1,6 @@
-//! token-classification: `{"entities":[{"label":…,"start":…,"end":…,"text":…,"score":…},…]}`, as transformers' pipeline
-//! finds them (`TokenClassificationPipeline`): each aggregation, its words, and how entities of overlapping chunks are
-//! merged. Tokens and entities without a meaning (label "O") are left out.
+//! token-classification: `{"entities":[{"label":…,"start":…,"end":…,"text":…,"score":…},…]}`. Follows transformers'
+//! `TokenClassificationPipeline`: its aggregations, its words, and how it merges entities of overlapping chunks. Tokens
+//! and entities with the label "O" (outside) are left out.
 
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ use crate::settings::{self, Aggregation, Overflow, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("token-classification"),
-    prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, places in Unicode characters of the text",
+    prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text",
     fields: &["entities"],
     keys: &["aggregation", "stride", "overflow", "cache"],
     pointers: &[],
@@ -36,9 +36,9 @@ pub(super) const KIND: Kind = Kind {
     },
 };
 
-/// Tokens that chunks of a long text share, where the settings do not say.
+/// Default of `task.stride`: tokens that consecutive chunks of a long text share.
 const STRIDE: usize = 32;
-/// What stands for nothing.
+/// Label of tokens that belong to no entity.
 const OUTSIDE: &str = "O";
 
 pub struct TokenClassification {
@@ -48,15 +48,15 @@ pub struct TokenClassification {
     labels: Vec<Label>,
 }
 
-/// A label as it is written, and what groups tokens by it.
+/// A label of the model, and its parts that group tokens into entities.
 #[derive(Debug)]
 struct Label {
     name: String,
-    /// It begins an entity ("B-…"), also behind one of its kind.
+    /// "B-…": begins a new entity, even right after one of the same tag.
     begins: bool,
-    /// Where of the name the kind begins that neighbours are compared by: behind "B-" or "I-".
+    /// Byte where the tag begins in `name`, after "B-" or "I-". Neighbours with equal tags are grouped.
     tag: usize,
-    /// Where of the name the kind begins that is published: behind the first "-".
+    /// Byte where the published part of `name` begins, after the first "-".
     group: usize,
 }
 
@@ -71,16 +71,16 @@ impl Label {
     }
 }
 
-/// A text whose tokens were asked about.
+/// A record's text and where its tokens are.
 #[derive(Debug)]
 pub struct Kept {
     text: Box<str>,
     spans: Vec<Span>,
-    /// The tokens of each item.
+    /// Token range of each item.
     chunks: Vec<Range<usize>>,
 }
 
-/// Tokens in a row that are taken for one thing, whose label is this one of the model's.
+/// Consecutive tokens with one label (an index into the model's labels); `start` and `end` in characters of the text.
 #[derive(Debug, Clone, PartialEq)]
 struct Entity {
     label: usize,
@@ -119,9 +119,9 @@ impl TokenClassification {
         Ok(Self { aggregation: task.aggregation, stride, labels, texts })
     }
 
-    /// What a chunk's tokens are, each by itself or word by word.
-    fn judge(&self, spans: &[Span], scores: &[Vec<f32>]) -> Vec<Entity> {
-        // Where words do not count, no token goes on with one.
+    /// Labels a chunk: one entity per word, or per token if the aggregation ignores words.
+    fn label_chunk(&self, spans: &[Span], scores: &[Vec<f32>]) -> Vec<Entity> {
+        // If the aggregation ignores words, no span continues one: each token is a word of its own.
         let words = words(spans);
         let entity = |word: Range<usize>| {
             let (label, score) = match self.aggregation {
@@ -137,7 +137,7 @@ impl TokenClassification {
         words.into_iter().map(entity).collect()
     }
 
-    /// Neighbours of one kind are one, unless the second begins anew.
+    /// Joins neighbours with equal tags, unless the second one begins a new entity.
     fn group(&self, entities: Vec<Entity>) -> Vec<Entity> {
         let joins = |a: &Entity, b: &Entity| {
             let (a, b) = (&self.labels[a.label], &self.labels[b.label]);
@@ -151,7 +151,7 @@ impl TokenClassification {
         entities.chunk_by(joins).map(one).collect()
     }
 
-    /// As it is published.
+    /// The label of an entity as it is published.
     fn name(&self, entity: &Entity) -> &str {
         let label = &self.labels[entity.label];
         match self.aggregation {
@@ -167,9 +167,9 @@ impl TokenClassification {
         for (i, (chunk, answer)) in kept.chunks.iter().zip(answers.iter()).enumerate() {
             let rows = answer.chunks_exact(self.labels.len()).skip(leading).take(chunk.len());
             let scores: Vec<Vec<f32>> = rows.map(softmax).collect();
-            let mut found = self.judge(&kept.spans[chunk.clone()], &scores);
+            let mut found = self.label_chunk(&kept.spans[chunk.clone()], &scores);
             match self.aggregation {
-                // Each token counts in the chunk where more stands around it.
+                // A token in two chunks counts in the one that has more context around it.
                 Aggregation::None => {
                     let own = own_part(&kept.chunks, i);
                     found = found.drain(own.start - chunk.start..own.end - chunk.start).collect();
@@ -190,7 +190,7 @@ impl TokenClassification {
     }
 }
 
-/// The tokens of chunk `i` that no other one has more of around them: overlaps are cut in the middle.
+/// The tokens of chunk `i` that have the most context in it: overlaps are split in the middle.
 fn own_part(chunks: &[Range<usize>], i: usize) -> Range<usize> {
     let middle = |a: &Range<usize>, b: &Range<usize>| (a.start.max(b.start) + a.end.min(b.end)) / 2;
     let chunk = &chunks[i];
@@ -201,7 +201,7 @@ fn own_part(chunks: &[Range<usize>], i: usize) -> Range<usize> {
     })
 }
 
-/// Tokens that stand in one word.
+/// Groups tokens into words: the token range of each.
 fn words(spans: &[Span]) -> Vec<Range<usize>> {
     let mut words: Vec<Range<usize>> = Vec::new();
     for (at, span) in spans.iter().enumerate() {
@@ -223,8 +223,8 @@ fn average(scores: &[Vec<f32>]) -> Vec<f32> {
     (0..scores[0].len()).map(mean).collect()
 }
 
-/// Of entities that overlap, the longest counts, and of equally long ones the surest: each is compared with the one
-/// that counts so far, in the order of their beginnings.
+/// Keeps the longest of overlapping entities, and of equally long ones that with the highest score. In the order of
+/// their starts, each entity is compared with the last one kept.
 fn merge(mut entities: Vec<Entity>) -> Vec<Entity> {
     entities.sort_by_key(|entity| entity.start);
     let mut merged: Vec<Entity> = Vec::new();
@@ -242,10 +242,10 @@ fn merge(mut entities: Vec<Entity>) -> Vec<Entity> {
     merged
 }
 
-/// The text between two of its characters.
+/// Slices a text by character positions.
 struct Characters<'t> {
     text: &'t str,
-    /// Where each begins; none for ASCII.
+    /// Byte offset of each character, then the text's length; empty for ASCII.
     starts: Vec<usize>,
 }
 
@@ -303,11 +303,11 @@ impl Task for TokenClassification {
 
     fn footprint(&self, value: &[u8]) -> usize {
         let room = self.texts.model.tokenizer.room();
-        // A token is a byte of the text at least. Chunks repeat some of them.
+        // Each token is at least one byte of the text. Chunks repeat some tokens.
         let chunks = 1 + value.len() / (room - self.stride);
         let tokens = value.len() + chunks * (self.stride + 2);
         let label = self.labels.iter().map(|label| label.name.len()).max().unwrap_or(0);
-        // Every third token an entity would be many.
+        // A generous estimate: every third token is an entity.
         let entities = tokens / 3 * (label + 64);
         chunks * SEQUENCE + self.texts.bytes(tokens) + tokens * size_of::<Span>() + 2 * value.len() + entities
     }

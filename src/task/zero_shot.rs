@@ -1,6 +1,6 @@
-//! zero-shot-classification: labels that no model was trained for, `{"label":…,"score":…,"scores":{label: score, …}}`. The
-//! model judges whether the record's text entails a hypothesis about each label (natural language inference), as
-//! transformers' pipeline does it (`ZeroShotClassificationPipeline`).
+//! zero-shot-classification: labels that the model was not trained for,
+//! `{"label":…,"score":…,"scores":{label: score, …}}`. The model judges whether the record's text entails a hypothesis
+//! about each label (natural language inference), as transformers' `ZeroShotClassificationPipeline` does.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -30,7 +30,7 @@ pub(super) const KIND: Kind = Kind {
     },
 };
 
-/// What stands for the label in `task.hypothesis`.
+/// Placeholder for the label in `task.hypothesis`.
 const PLACE: &str = "{}";
 
 fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
@@ -38,19 +38,19 @@ fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
     match (task.labels.is_empty(), &task.labels_field) {
         (true, None) => {
             let message =
-                "zero-shot-classification needs labels, or labels_field where each record names its own";
+                "zero-shot-classification needs labels, or labels_field if each record names its own";
             problems.push(("labels", message.to_owned()));
         }
         (false, Some(_)) => {
-            problems.push(("labels_field", "stands instead of task.labels, not beside it".to_owned()))
+            problems.push(("labels_field", "is used instead of task.labels: set only one of them".to_owned()))
         }
         _ => {}
     }
     if let Some(twice) = twice(task.labels.iter().map(String::as_str)) {
-        problems.push(("labels", format!("{twice:?} is there twice")));
+        problems.push(("labels", format!("{twice:?} is named twice")));
     }
     if !task.hypothesis.contains(PLACE) {
-        problems.push(("hypothesis", "has no {}, which stands for the label".to_owned()));
+        problems.push(("hypothesis", "has no {}, the placeholder for the label".to_owned()));
     }
     problems
 }
@@ -64,38 +64,42 @@ pub struct ZeroShot {
     texts: Texts,
     labels: Labels,
     hypothesis: String,
-    /// Every label has a score of its own.
+    /// Scores each label independently of the others.
     multi_label: bool,
     top_k: usize,
-    /// Which of the model's logits say so, and which say the contrary.
+    /// Index of the model's logit for entailment.
     entailment: usize,
+    /// Index of the model's logit for contradiction.
     contradiction: usize,
 }
 
 enum Labels {
-    /// Each with the tokens of its hypothesis.
+    /// The same for every record, each with the tokens of its hypothesis.
     Same(Vec<String>, Vec<Part<'static>>),
-    /// Where the record names its own.
+    /// JSON Pointer to the record's own labels.
     At(String),
 }
 
 impl ZeroShot {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let model = &texts.model;
-        model.tokenizer.takes_pairs().map_err(|e| TaskError::Unsuitable(format!("pairs of texts: {e}")))?;
+        model
+            .tokenizer
+            .takes_pairs()
+            .map_err(|e| TaskError::Unsuitable(format!("it cannot take pairs of texts: {e}")))?;
         let entails = |label: &String| label.to_lowercase().starts_with("entail");
         let entailment = model.label_ids.iter().find(|(label, _)| entails(label)).map(|(_, id)| *id);
         let entailment = entailment.ok_or_else(|| {
             let labels: Vec<&str> = model.label_ids.keys().map(String::as_str).collect();
             TaskError::Unsuitable(format!(
-                "none of its labels ({}) begins with \"entail\": it is no model of natural language inference, or its \
-                 config.json has no label2id",
+                "none of its labels ({}) begins with \"entail\": it is not a natural language inference \
+                 model, or its config.json has no label2id",
                 labels.join(", ")
             ))
         })?;
         if model.labels.len() < 2 {
             return Err(TaskError::Unsuitable(
-                "it has one label, and needs one for contradiction too".to_owned(),
+                "it has only one label: it needs one for contradiction too".to_owned(),
             ));
         }
         let contradiction = if entailment == 0 { model.labels.len() - 1 } else { 0 };
@@ -147,7 +151,7 @@ impl ZeroShot {
         }
     }
 
-    /// A label's scores, from the logits of each of them.
+    /// The scores of the labels, from the logits of each label's hypothesis.
     fn scores(&self, logits: &Rows<'_, f32>) -> Vec<f32> {
         match self.multi_label || logits.len() == 1 {
             true => logits
@@ -162,7 +166,7 @@ impl ZeroShot {
 impl Task for ZeroShot {
     type Item = Tokens;
     type Value = f32;
-    /// The record's own labels, where it names them.
+    /// The record's own labels; empty if the settings name the labels.
     type Kept = Vec<String>;
 
     fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Vec<String>, RecordError> {
@@ -215,7 +219,7 @@ impl Task for ZeroShot {
         let most = self.texts.model.tokenizer.max_tokens();
         let (labels, prediction) = match &self.labels {
             Labels::Same(labels, _) => (labels.len(), classification::bytes(labels, self.top_k)),
-            // Each string may be a label, and is written again.
+            // Any string of the record may be a label, and labels are repeated in the prediction.
             Labels::At(_) => {
                 let labels = json::Strings::of(value).count;
                 (labels, 2 * value.len() + labels * 24)

@@ -1,4 +1,4 @@
-//! What the process knows about its own health and place, for /livez, /readyz and /status.
+//! The health and state of the process, for /livez, /readyz and /status.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
@@ -7,28 +7,28 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
-/// Stages that must move while they have a window.
+/// Stages that must make progress while they have a window.
 #[derive(Debug, Clone, Copy)]
 pub enum Stage {
     Source,
     Prepare,
     Infer,
     Encode,
-    /// Moves also while it waits for Kafka: that is no stall.
+    /// Waiting for Kafka counts as progress, not as a stall.
     Publish,
 }
 
 const STAGES: [&str; 5] = ["source", "prepare", "infer", "encode", "publish"];
-/// Errors that /status remembers.
+/// Number of latest errors that /status shows.
 const ERRORS: usize = 10;
 
 pub struct Health {
     started: Instant,
     stall_after: Duration,
-    /// Milliseconds after `started` since when a stage has been at what it is at, plus 1; 0 is idle.
+    /// When each stage last made progress, in milliseconds after `started`, plus 1; 0 if it is idle.
     busy_since: [AtomicU64; STAGES.len()],
     ready: AtomicBool,
-    /// What the source says of its assignment.
+    /// The source's part of /status: assignment and lag.
     source: Mutex<Value>,
     about: Mutex<Value>,
     errors: Mutex<VecDeque<Value>>,
@@ -47,7 +47,7 @@ impl Health {
         }
     }
 
-    /// A stage begins with a window, or goes on with a further part of it.
+    /// A stage takes a window, or makes progress on it.
     pub fn busy(&self, stage: Stage) {
         let now = self.started.elapsed().as_millis() as u64 + 1;
         self.busy_since[stage as usize].store(now, Ordering::Relaxed);
@@ -58,7 +58,7 @@ impl Health {
         self.busy_since[stage as usize].store(0, Ordering::Relaxed);
     }
 
-    /// The stage that has not moved for too long, if any.
+    /// A stage that has made no progress for longer than `stall_after`, if there is one.
     pub fn stalled(&self) -> Option<&'static str> {
         let now = self.started.elapsed().as_millis() as u64 + 1;
         let limit = self.stall_after.as_millis() as u64;
@@ -66,7 +66,7 @@ impl Health {
         (0..STAGES.len()).find(|&i| stuck(self.busy_since[i].load(Ordering::Relaxed))).map(|i| STAGES[i])
     }
 
-    /// Assigned, or standing by in the group; stays true while Kafka is away.
+    /// The process has joined the group, with or without partitions. Stays ready while Kafka is unreachable.
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Relaxed);
     }
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stage_that_does_not_move_is_a_stall() {
+    fn a_stage_without_progress_is_stalled() {
         let health = Health::new(Duration::ZERO);
         assert_eq!(health.stalled(), None);
         health.busy(Stage::Infer);

@@ -14,12 +14,11 @@ pub fn start(log: &Log) {
         LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
     };
-    // Of libraries no more than their warnings, unless RUST_LOG asks for it.
     let others = if log.level == LogLevel::Error { "error" } else { "warn" };
     let filter = EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| EnvFilter::new(format!("{others},kandle={level},rdkafka=error")));
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // A second start, as in tests, keeps the first.
+    // Fails if logging was started before, as in tests: the first start stays in effect.
     let _ = match log.format {
         LogFormat::Json => {
             builder.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init()

@@ -1,4 +1,4 @@
-//! Every metric, in one table: name, labels, help. Tests hold documentation and code to it.
+//! Every metric, in one table: name, kind, labels, help. Tests compare documentation and code with it.
 
 use prometheus::{
     Counter, CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
@@ -30,38 +30,38 @@ use Kind::{Counter as C, Gauge as G, Histogram as H};
 
 #[rustfmt::skip]
 pub const TABLE: &[Row] = &[
-    ("kandle_records_total", C, &["topic", "outcome"], "Records whose outcome is acknowledged: predicted, dead_lettered or tombstone, by input topic."),
-    ("kandle_dead_letters_total", C, &["error"], "Dead letters acknowledged, by what was wrong."),
-    ("kandle_record_latency_seconds", H(SECONDS), &[], "From a record's arrival in kandle to the acknowledgement of its window."),
-    ("kandle_record_age_seconds", H(AGES), &[], "From a record's own timestamp to the acknowledgement of its window."),
-    ("kandle_stage_seconds", H(SECONDS), &["stage"], "A window's time in a stage, and waiting for it (stage wait_*)."),
+    ("kandle_records_total", C, &["topic", "outcome"], "Records whose outcome Kafka has acknowledged, by input topic: predicted, dead_lettered or tombstone."),
+    ("kandle_dead_letters_total", C, &["error"], "Acknowledged dead letters, by error."),
+    ("kandle_record_latency_seconds", H(SECONDS), &[], "Time from a record's arrival in kandle to the acknowledgement of its window."),
+    ("kandle_record_age_seconds", H(AGES), &[], "Time from a record's own timestamp to the acknowledgement of its window."),
+    ("kandle_stage_seconds", H(SECONDS), &["stage"], "Time that a window spends in a stage, or waiting for one (stage wait_*)."),
     ("kandle_windows_total", C, &["closed_by"], "Windows, by what closed them: records, bytes, wait, idle, memory, work (the limits of `window`), end (of a drain), stop."),
     ("kandle_window_records", H(COUNTS), &[], "Records in a window."),
-    ("kandle_batch_records", H(COUNTS), &[], "Records in a batch."),
+    ("kandle_batch_records", H(COUNTS), &[], "Inputs in a batch; a record may have several."),
     ("kandle_batch_tokens", H(TOKENS), &[], "Tokens in a batch."),
-    ("kandle_tokens_total", C, &[], "Tokens of the records that went to the model."),
-    ("kandle_reused_predictions_total", C, &["from"], "Records not computed: their input was another one's of the window, or in task.cache."),
-    ("kandle_truncated_records_total", C, &[], "Records cut to the model's limit."),
-    ("kandle_skipped_records_total", C, &["topic", "cause"], "Offsets that could not be read: retention had deleted them, or the broker's batch fails its checksum (damaged)."),
+    ("kandle_tokens_total", C, &[], "Tokens of all inputs for the model, including those whose answer was reused."),
+    ("kandle_reused_predictions_total", C, &["from"], "Inputs not computed because their answer was reused: from an equal input in the same window (window), or from task.cache (cache)."),
+    ("kandle_truncated_records_total", C, &[], "Records truncated to the model's maximum number of tokens."),
+    ("kandle_skipped_records_total", C, &["topic", "cause"], "Offsets skipped because they could not be read: deleted by retention (retention), or in a batch that fails its checksum (damaged)."),
     ("kandle_topic_recreated_total", C, &["topic"], "Partitions read from their start again because their topic was deleted and recreated."),
-    ("kandle_device_busy_seconds_total", C, &["device"], "Time the device computed; a CPU's is the mean over its lanes."),
-    ("kandle_lag_records", G, &["topic", "partition"], "Records after the last one published."),
-    ("kandle_lag_seconds", G, &["topic", "partition"], "Age of the oldest record not yet published, 0 where there is none."),
-    ("kandle_drain_remaining_seconds", G, &[], "Records behind, at the present rate; +Inf where there is a backlog and no progress."),
-    ("kandle_deadline_seconds", G, &[], "Until schedule.finish_by, negative once a drain is past it; +Inf where none is set or nothing is consumed now."),
-    ("kandle_schedule_open", G, &[], "1 while records are consumed, 0 outside of schedule.periods."),
-    ("kandle_input_wait_seconds_total", C, &[], "Time in which kandle had nothing at all to work on and waited for records from Kafka."),
-    ("kandle_memory_bytes", G, &["kind"], "Bytes in flight: prefetched by the consumer, windows, predictions waiting for acknowledgement; cache: task.cache."),
-    ("kandle_memory_limit_bytes", G, &[], "memory.limit."),
-    ("kandle_retries_total", C, &["cause"], "What was tried again."),
+    ("kandle_device_busy_seconds_total", C, &["device"], "Time that the device was computing; on a CPU, the mean over its lanes."),
+    ("kandle_lag_records", G, &["topic", "partition"], "Records in the partition after the last published one."),
+    ("kandle_lag_seconds", G, &["topic", "partition"], "Age of the oldest record that is not published yet; 0 if there is none."),
+    ("kandle_drain_remaining_seconds", G, &[], "Estimated time to publish the backlog at the current rate; +Inf if there is a backlog but no progress."),
+    ("kandle_deadline_seconds", G, &[], "Time left until schedule.finish_by, negative once a drain is past it; +Inf if it is not set, or outside schedule.periods."),
+    ("kandle_schedule_open", G, &[], "1 while the schedule allows consuming, 0 outside schedule.periods."),
+    ("kandle_input_wait_seconds_total", C, &[], "Time with no records in flight, spent waiting for records from Kafka."),
+    ("kandle_memory_bytes", G, &["kind"], "Bytes held: fetched by the consumer but not read yet (prefetched), in windows in flight (windows), predictions waiting for acknowledgement (predictions), task.cache (cache)."),
+    ("kandle_memory_limit_bytes", G, &[], "The setting memory.limit."),
+    ("kandle_retries_total", C, &["cause"], "Operations retried: commit, produce, refused (a batch that the broker refused), topics (looking them up), transaction."),
     ("kandle_rebalances_total", C, &["cause"], "Changes of the assignment: assigned, revoked, lost."),
-    ("kandle_oom_splits_total", C, &["cause"], "Batches that did not fit the device's memory: several inputs, which are halved (batch), or one, which is tried again by itself (item)."),
-    ("kandle_bisections_total", C, &[], "Batches halved in search of a record at fault."),
-    ("kandle_model_info", G, &["model", "digest", "task", "device", "dtype"], "1; what predicts."),
-    ("kandle_build_info", G, &["version"], "1; this build."),
+    ("kandle_oom_splits_total", C, &["cause"], "Batches that did not fit the device's memory: several inputs are halved (batch), a single one is retried alone (item)."),
+    ("kandle_bisections_total", C, &[], "Failed batches halved to find the record at fault."),
+    ("kandle_model_info", G, &["model", "digest", "task", "device", "dtype"], "Always 1; the labels name the model, its task and its device."),
+    ("kandle_build_info", G, &["version"], "Always 1; the label is the version of kandle."),
 ];
 
-/// The metrics, registered.
+/// All metrics, registered.
 pub struct Metrics {
     registry: Registry,
     pub records: IntCounterVec,
@@ -164,7 +164,7 @@ impl Metrics {
         register(&metrics.registry, "kandle_build_info", |o, _, l| IntGaugeVec::new(o, l))
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
             .set(1);
-        // Memory, CPU, open files and the start of the process, where the system tells: process_*.
+        // process_*: memory, CPU, open files and start time of the process.
         #[cfg(target_os = "linux")]
         {
             let process = prometheus::process_collector::ProcessCollector::for_self();
@@ -174,7 +174,7 @@ impl Metrics {
         metrics
     }
 
-    /// Label values that are known ahead show from the start, so that a rate has a first point.
+    /// Creates known label values at zero, so that the rate of a counter includes its first increment.
     fn start_at_zero(&self) {
         for fault in crate::record::Fault::ALL {
             self.dead_letters.with_label_values(&[fault.name()]);
@@ -219,7 +219,7 @@ mod tests {
     #[test]
     fn every_row_of_the_table_is_registered() {
         let metrics = Metrics::new();
-        // Vectors without a known label value show nothing until they have one.
+        // Metrics without a known label value are not exported until they have one.
         metrics.records.with_label_values(&["t", "predicted"]);
         metrics.skipped.with_label_values(&["t", "retention"]);
         metrics.topic_recreated.with_label_values(&["t"]);

@@ -1,4 +1,4 @@
-//! What kandle shows of itself: metrics, health, logs, and the admin server that serves them.
+//! Observability: metrics, health, logs, traces, and the admin server.
 
 pub mod health;
 pub mod logging;

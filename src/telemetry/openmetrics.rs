@@ -94,7 +94,7 @@ mod tests {
     use crate::telemetry::Metrics;
 
     #[test]
-    fn the_form() {
+    fn writes_openmetrics_text() {
         let metrics = Metrics::new();
         metrics.dead_letters.with_label_values(&["decode"]).inc_by(3);
         metrics.record_latency.observe(0.3);

@@ -17,7 +17,7 @@ struct Shared {
     health: Arc<Health>,
 }
 
-/// Binds and serves for as long as the runtime lives; returns the address, which the log names.
+/// Binds `listen` and serves for as long as the runtime lives. Returns the bound address.
 pub async fn serve(listen: &str, metrics: Arc<Metrics>, health: Arc<Health>) -> std::io::Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind(listen).await?;
     let address = listener.local_addr()?;
@@ -29,7 +29,7 @@ pub async fn serve(listen: &str, metrics: Arc<Metrics>, health: Arc<Health>) -> 
         .with_state(Shared { metrics, health });
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, app).await {
-            tracing::error!(%error, "the admin server ended");
+            tracing::error!(%error, "the admin server failed");
         }
     });
     tracing::info!(%address, "admin server listens");

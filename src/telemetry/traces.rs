@@ -1,7 +1,7 @@
-//! OpenTelemetry: one span a window, from its oldest record's arrival to its acknowledgement, with links to
-//! the spans that its records' `traceparent` headers name. Sent as OTLP over HTTP (protobuf).
+//! OpenTelemetry: one span per window, from its oldest record's arrival to its acknowledgement, with links to the spans
+//! in its records' `traceparent` headers. Sent as OTLP over HTTP (protobuf).
 //!
-//! The records' headers themselves pass through, so that a reader's spans follow the producer's.
+//! Predictions keep the records' headers, so that a consumer's spans continue the producer's trace.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,11 +20,11 @@ use crate::record::TraceParent;
 use crate::settings::Otel;
 use crate::window::Window;
 
-/// Links of a span at most.
+/// Maximum links of a span.
 const LINKS: u32 = 1024;
 /// How long one request may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the last spans may take at the end.
+/// How long sending the last spans may take at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why no spans can be sent.
@@ -32,14 +32,14 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 #[error("otel.endpoint: {0}")]
 pub struct TracesError(#[from] opentelemetry_otlp::ExporterBuildError);
 
-/// Where spans go.
+/// Exports spans to the OTLP endpoint.
 pub struct Traces {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
 }
 
 impl Traces {
-    /// `None` where no endpoint is set.
+    /// `None` if `otel.endpoint` is not set.
     pub fn start(otel: &Otel) -> Result<Option<Arc<Self>>, TracesError> {
         let Some(endpoint) = &otel.endpoint else { return Ok(None) };
         let exporter = opentelemetry_otlp::SpanExporter::builder()
@@ -67,8 +67,8 @@ impl Traces {
         Ok(Some(Arc::new(Self { provider, tracer })))
     }
 
-    /// A window is acknowledged: `counts` are its predictions, dead letters and tombstones. Returns the trace's
-    /// id, for the log.
+    /// Makes the span of an acknowledged window. `counts`: its predictions, dead letters and tombstones. Returns the
+    /// trace's id, for the log.
     pub fn window(&self, window: &Window, counts: [u64; 3], digest: &str, now: Instant) -> String {
         let oldest = window.records.iter().map(|record| record.arrived).min().unwrap_or(now);
         let links = window.records.iter().filter_map(|record| record.trace.as_deref()).map(link).collect();
@@ -85,7 +85,7 @@ impl Traces {
             .with_start_time(end.checked_sub(now - oldest).unwrap_or(end))
             .with_links(links)
             .with_attributes([
-                // The conventions for messaging.
+                // OpenTelemetry's semantic conventions for messaging.
                 attribute("messaging.system", "kafka".into()),
                 attribute("messaging.operation.type", "process".into()),
                 attribute("messaging.destination.name", topics.into()),
@@ -104,7 +104,7 @@ impl Traces {
         trace
     }
 
-    /// Sends what waits.
+    /// Sends the remaining spans and shuts down.
     pub fn end(&self) {
         if let Err(error) = self.provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT) {
             tracing::warn!(%error, "the last spans could not be sent");
@@ -122,7 +122,7 @@ fn link(parent: &TraceParent) -> Link {
     ))
 }
 
-/// The HTTP client that the hub's code brings along. It blocks: the exporter has a thread of its own.
+/// ureq, a dependency already because of the model hub. It may block: the exporter has a thread of its own.
 #[derive(Debug)]
 struct Client(ureq::Agent);
 

@@ -19,9 +19,9 @@ pub struct Kafka {
 
 #[derive(Clone, Copy, Default)]
 struct Options {
-    /// Makes topics that somebody writes to, as most brokers do unless told otherwise.
+    /// Topics are created on first use, which is the broker's default.
     creates_topics: bool,
-    /// Removes its files when it ends: it is never started again.
+    /// Files are removed when a broker ends, so that it cannot be restarted.
     removes_files: bool,
 }
 
@@ -32,7 +32,7 @@ struct Node {
 
 struct Running {
     script: Child,
-    /// The broker ends when this closes.
+    /// The script's standard input: the broker ends when it closes.
     _input: ChildStdin,
 }
 
@@ -40,16 +40,16 @@ fn script() -> PathBuf {
     root().join("tests/support/kafka.sh")
 }
 
-/// Partitions of the group coordinator's and the transaction coordinator's topics (kafka.sh).
-const COORDINATORS: i32 = 4;
+/// Partitions of `__consumer_offsets` (kafka.sh).
+const OFFSETS_PARTITIONS: i32 = 4;
 
 impl Kafka {
-    /// With more than one: replication 3, min.insync.replicas 2.
+    /// Starts a cluster. With three brokers, the replication factor is 3 and min.insync.replicas 2.
     pub fn start(count: usize) -> Self {
         Self::start_with(count, None)
     }
 
-    /// `file_kib`: until it is started again, a broker's files may not grow larger.
+    /// `file_kib`: the largest size of a broker's files, until it is restarted.
     pub fn start_with(count: usize, file_kib: Option<u32>) -> Self {
         Self::new(count, file_kib, Options::default())
     }
@@ -58,12 +58,12 @@ impl Kafka {
         Self::new(1, None, Options { creates_topics: true, ..Options::default() })
     }
 
-    /// The address of one that lives as long as this process.
+    /// Starts a broker that lives as long as this process; returns its address.
     pub fn start_for_process() -> String {
         let kafka = Self::new(1, None, Options { removes_files: true, ..Options::default() });
         let brokers = kafka.brokers.clone();
-        // It ends when its standard input closes, with this process. No destructor runs then: the script removes
-        // the files.
+        // The broker ends when its standard input closes, with this process. No destructor runs then: the script
+        // removes the files.
         std::mem::forget(kafka);
         brokers
     }
@@ -109,7 +109,7 @@ impl Kafka {
         std::iter::once(data.clone()).chain(below).find_map(find).expect("the partition's file")
     }
 
-    /// Starts a broker that does not run.
+    /// Starts a broker again that has ended.
     pub fn restart(&mut self, node: usize) {
         self.run(node, None);
     }
@@ -139,7 +139,7 @@ impl Kafka {
         self.nodes[node].running = Some(Running { script, _input: input });
     }
 
-    /// Waits until so many brokers are in the cluster.
+    /// Waits until `count` brokers are in the cluster.
     pub fn wait_for(&self, count: usize) {
         let client = self.client();
         until("the brokers", || {
@@ -189,7 +189,7 @@ impl Kafka {
         usize::try_from(leader - 1).ok()
     }
 
-    /// Waits until every replica of a topic follows its leader: the next broker may go.
+    /// Waits until every replica of a topic is in sync: another broker may fail then.
     pub fn wait_in_sync(&self, topic: &str) {
         let client = self.client();
         until("all replicas in sync", || {
@@ -205,11 +205,11 @@ impl Kafka {
         // As Kafka's Utils.abs(groupId.hashCode) does it.
         let hash =
             group.encode_utf16().fold(0i32, |hash, c| hash.wrapping_mul(31).wrapping_add(i32::from(c)));
-        self.leader("__consumer_offsets", (hash & 0x7fff_ffff) % COORDINATORS)
+        self.leader("__consumer_offsets", (hash & 0x7fff_ffff) % OFFSETS_PARTITIONS)
     }
 }
 
-/// Runs a tool of Kafka's to its end.
+/// Runs one of Kafka's tools to its end.
 pub fn tool(class: &str, arguments: &[&str]) {
     let output =
         Command::new(script()).args(["tool", class]).args(arguments).output().expect("kafka.sh runs");
@@ -221,7 +221,7 @@ pub fn tool(class: &str, arguments: &[&str]) {
     );
 }
 
-/// The first of two neighbouring free ports, below those that the system hands out by itself.
+/// The first of two adjacent free ports, below the ephemeral ports.
 fn free_ports() -> u16 {
     use std::sync::atomic::{AtomicU16, Ordering};
     static NEXT: AtomicU16 = AtomicU16::new(0);

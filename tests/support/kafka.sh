@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A real Apache Kafka (KRaft) for tests, on loopback.
 #
-#   kafka.sh fetch            Kafka's published jars, into .cache/kafka
+#   kafka.sh fetch            fetches Kafka's published jars into .cache/kafka
 #   kafka.sh run DIR PORT     runs a broker with its data in DIR on PORT, and PORT+1 for its
 #                             controller, until standard input closes: a broker never outlives
 #                             the test that holds the other end. Its process id is in DIR/pid
-#   kafka.sh tool CLASS …     a tool of Kafka's, such as org.apache.kafka.tools.AclCommand
+#   kafka.sh tool CLASS …     runs one of Kafka's tools, such as org.apache.kafka.tools.AclCommand
 #
-# CREATE_TOPICS=true: topics that somebody writes to are made, as most brokers do unless told otherwise.
+# CREATE_TOPICS=true: topics are created on first use, which is the broker's default.
 # TOOL_HEAP=512m: a tool may use more memory than 128 MiB.
 # FILE_KIB=20000: no file may grow larger, which the broker takes for a full disk.
 # REMOVE=true: DIR is removed when the broker has ended, and the folder that holds it if that is then empty.
@@ -69,7 +69,7 @@ share.coordinator.state.topic.replication.factor=$replicas
 share.coordinator.state.topic.min.isr=$in_sync
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
-# Of the new group protocol: a coordinator that has just started grants every member another session.
+# Short sessions of the new group protocol: a coordinator that has just started grants every member another one.
 group.consumer.min.session.timeout.ms=6000
 group.consumer.session.timeout.ms=6000
 group.consumer.min.heartbeat.interval.ms=1000
@@ -80,7 +80,7 @@ group.initial.rebalance.delay.ms=0
 auto.create.topics.enable=${CREATE_TOPICS:-false}
 message.max.bytes=20000000
 EOF
-  # Several would wait for each other's rules before they let each other in.
+  # For a single broker: several would wait for each other's ACLs before they let each other connect.
   [ "$replicas" -gt 1 ] || cat >> "$dir/server.properties" <<EOF
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 allow.everyone.if.no.acl.found=true

@@ -1,4 +1,4 @@
-//! What became of every input position, as a reader of the output topics sees it.
+//! The outcomes of every input position, as a consumer of the output topics sees them.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,25 +9,25 @@ use rdkafka::message::Message;
 
 use super::{Got, Place, from_the_beginning, unique};
 
-/// Reads both output topics as they grow.
+/// Reads the output and dead-letter topics as they grow.
 pub struct Ledger {
     consumer: BaseConsumer,
     input: String,
-    /// By input position: how many predictions, tombstones and dead letters.
+    /// Number of outcomes (predictions, tombstones, dead letters) by input partition and offset.
     seen: HashMap<(i32, i64), u32>,
-    /// The same of other input topics, by the value's `id`: their positions come again when they are recreated.
+    /// Number of outcomes of other input topics, by the value's `id`: positions repeat when these topics are recreated.
     others: HashMap<u64, u32>,
-    /// By input partition, the last position whose first outcome was read from its output partition.
+    /// Highest input offset with an outcome so far, by input partition, output topic and output partition.
     last: HashMap<(i32, String, i32), i64>,
-    /// First outcomes that came after a later position's.
+    /// First outcomes that came after the outcome of a later offset.
     pub out_of_order: Vec<String>,
-    /// Positions that have no order: what becomes of them depends on the topics' configuration, and it may be another
-    /// thing when they are published again.
+    /// Outcomes whose order is not checked: they depend on the topics' configuration, and may be others when a record
+    /// is processed again.
     unordered: fn(&Got) -> bool,
 }
 
 impl Ledger {
-    /// As a reader of `read_committed` has it.
+    /// Reads with `read_committed`.
     pub fn of(place: &Place) -> Self {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", &place.brokers)
@@ -62,7 +62,7 @@ impl Ledger {
         ledger.count()
     }
 
-    /// Reads for as long as something comes, at least for `wait`.
+    /// Reads for at least `wait`, and on while records come.
     pub fn read(&mut self, wait: Duration) {
         let until = Instant::now() + wait;
         loop {
@@ -87,7 +87,7 @@ impl Ledger {
                     }
                     *last = offset.max(*last);
                 }
-                // Brokers come and go.
+                // Brokers may be down.
                 Some(Err(_)) => {}
                 None if Instant::now() >= until => return,
                 None => {}
@@ -99,12 +99,12 @@ impl Ledger {
         self.seen.len()
     }
 
-    /// Outcomes beyond the first of a position.
+    /// Number of outcomes beyond the first of a position.
     pub fn duplicates(&self) -> u64 {
         self.seen.values().chain(self.others.values()).map(|&count| u64::from(count) - 1).sum()
     }
 
-    /// What has more than one outcome.
+    /// Positions and ids that have more than one outcome.
     pub fn doubled(&self) -> Vec<String> {
         let positions = self.seen.iter().filter(|(_, count)| **count > 1);
         let ids = self.others.iter().filter(|(_, count)| **count > 1);
@@ -113,7 +113,7 @@ impl Ledger {
         positions.chain(ids.map(|(id, count)| format!("id {id} of another topic {count} times"))).collect()
     }
 
-    /// Of the records of other topics with these ids, those that have no outcome.
+    /// Those of `ids`, of records of other topics, that have no outcome.
     pub fn missing_others(&self, ids: std::ops::Range<u64>) -> Vec<u64> {
         ids.filter(|id| !self.others.contains_key(id)).collect()
     }

@@ -1,6 +1,6 @@
-//! Real parts for tests: an Apache Kafka, topics and groups of one's own, the daemon as a process.
+//! What the tests run on: a real Apache Kafka, topics and a group for each test, the daemon as a process.
 
-#![allow(dead_code)] // Each test binary uses its part.
+#![allow(dead_code)] // Each test binary uses only part of it.
 
 pub mod kafka;
 pub mod ledger;
@@ -27,20 +27,20 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use kafka::Kafka;
 
-/// Machines are slow at times; a condition that does not come within this is a failure.
+/// How long a test waits for a condition before it fails. Long, because machines are slow at times.
 pub const TIMEOUT: Duration = Duration::from_secs(90);
 
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A program that scripts/tools.sh has fetched, or the machine's own.
+/// A program that scripts/tools.sh has fetched, or the one on the PATH.
 pub fn tool(name: &str) -> PathBuf {
     let own = root().join(".cache/tools").join(name);
     if own.exists() { own } else { PathBuf::from(name) }
 }
 
-/// The whole answer to a GET; `None` where there is none.
+/// The whole HTTP response to a GET; `None` if there is none.
 pub fn http(address: &str, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect(address).ok()?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: test\r\n\r\n").ok()?;
@@ -49,7 +49,7 @@ pub fn http(address: &str, path: &str) -> Option<String> {
     Some(answer)
 }
 
-/// Waits for a condition; says what it waited for when it does not come.
+/// Waits until `check` returns something; after `TIMEOUT`, panics and names `what`.
 #[track_caller]
 pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
@@ -62,7 +62,7 @@ pub fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// A broker of this test process, or the one that KANDLE_TEST_BROKERS names.
+/// Bootstrap servers: a broker of this test process, or those that KANDLE_TEST_BROKERS names.
 pub fn brokers() -> &'static str {
     static BROKERS: OnceLock<String> = OnceLock::new();
     BROKERS.get_or_init(|| match std::env::var("KANDLE_TEST_BROKERS") {
@@ -79,7 +79,7 @@ pub fn unique(name: &str) -> String {
     format!("{name}-{}-{millis}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Sections of a job without a model, where what is tested is between the topics.
+/// Settings of a job without a model, for tests about topics and offsets.
 pub const NOOP: [(&str, &str); 4] = [
     ("task", "{ kind: noop }"),
     ("model", ""),
@@ -101,7 +101,7 @@ impl Place {
         Self::on(brokers(), name, partitions)
     }
 
-    /// On another Kafka than the tests' own.
+    /// Topics on another Kafka than the tests' own.
     pub fn on(brokers: &str, name: &str, partitions: i32) -> Self {
         let name = unique(name);
         let place = Self {
@@ -117,7 +117,7 @@ impl Place {
         place
     }
 
-    /// Asks the cluster for something.
+    /// Sends a request with an admin client.
     pub fn administer<T>(
         &self,
         ask: impl AsyncFnOnce(&AdminClient<DefaultClientContext>, &AdminOptions) -> T,
@@ -135,17 +135,17 @@ impl Place {
         gone.into_iter().for_each(|result| drop(result.expect("deleted")));
     }
 
-    /// Deletes a topic and makes another of its name.
+    /// Deletes a topic and creates another one with its name.
     pub fn recreate(&self, topic: &str, partitions: i32) {
         self.delete(topic);
         until("the topic to be deleted", || self.try_create(topic, partitions, &[]).then_some(()));
     }
 
     pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
-        assert!(self.try_create(topic, partitions, config), "{topic} is there already");
+        assert!(self.try_create(topic, partitions, config), "{topic} exists already");
     }
 
-    /// False where the topic is there, perhaps still being deleted.
+    /// False if the topic exists, perhaps because it is still being deleted.
     pub fn try_create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) -> bool {
         let mut topic_ = NewTopic::new(topic, partitions, TopicReplication::Fixed(-1));
         for (key, value) in config {
@@ -161,12 +161,12 @@ impl Place {
         })
     }
 
-    /// Gives a topic its broker's defaults again.
+    /// Resets all properties of a topic to the broker's defaults.
     pub fn configure_anew(&self, topic: &str) {
         self.alter(&AlterConfig::new(ResourceSpecifier::Topic(topic)));
     }
 
-    /// Gives a topic this, and its broker's defaults else.
+    /// Sets one property of a topic, and resets all others to the broker's defaults.
     pub fn configure(&self, topic: &str, name: &str, value: &str) {
         self.alter(&AlterConfig::new(ResourceSpecifier::Topic(topic)).set(name, value));
     }
@@ -178,7 +178,7 @@ impl Place {
         changed.into_iter().for_each(|result| drop(result.expect("changed")));
     }
 
-    /// The settings of a daemon here, as YAML; `more` replaces or adds sections.
+    /// The settings of a daemon on these topics, as YAML; `more` replaces or adds sections.
     pub fn config(&self, more: &[(&str, &str)]) -> String {
         let mut sections: Vec<(&str, String)> = vec![
             ("kafka", format!("{{ brokers: \"{}\" }}", self.brokers)),
@@ -218,7 +218,7 @@ impl Place {
             .expect("a producer")
     }
 
-    /// Produces and waits for the acknowledgement of all.
+    /// Produces records to the input topic and waits until all are acknowledged.
     pub fn produce(&self, records: impl IntoIterator<Item = Sent>) {
         let producer = self.producer();
         for record in records {
@@ -245,7 +245,7 @@ impl Place {
         producer.flush(TIMEOUT).expect("all acknowledged");
     }
 
-    /// Reads a topic from its beginning, what is committed, until `enough` says so.
+    /// Reads a topic from its beginning (read_committed, librdkafka's default) until `enough` is true.
     pub fn read(&self, topic: &str, what: &str, mut enough: impl FnMut(&[Got]) -> bool) -> Vec<Got> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
@@ -280,7 +280,7 @@ impl Place {
         self.read(&self.dead, &format!("{count} dead letters"), |got| got.len() >= count)
     }
 
-    /// A client of the group that is no member.
+    /// A client with the group's id that does not join the group.
     fn group_client(&self) -> BaseConsumer {
         ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
@@ -289,7 +289,7 @@ impl Place {
             .expect("a consumer")
     }
 
-    /// Commits an offset for the group, which has no members.
+    /// Commits an offset for the group, which must have no members.
     pub fn commit(&self, partition: i32, offset: i64, metadata: &str) {
         let mut list = TopicPartitionList::new();
         let mut element = list.add_partition(&self.input, partition);
@@ -299,7 +299,7 @@ impl Place {
         until("the group's offset", || consumer.commit(&list, CommitMode::Sync).ok());
     }
 
-    /// The offset that the group has in a partition, with its metadata.
+    /// The offset and metadata that the group has committed for a partition.
     pub fn committed(&self, partition: i32) -> Option<(i64, String)> {
         let mut list = TopicPartitionList::new();
         list.add_partition(&self.input, partition);
@@ -310,8 +310,8 @@ impl Place {
     }
 }
 
-/// Has a consumer read topics from their beginnings, once it knows of them: a broker may not know a
-/// topic yet that was just made.
+/// Assigns all partitions of the topics, from their beginnings. Waits for the metadata first: a broker
+/// may not know a topic yet that was just created.
 fn from_the_beginning(consumer: &BaseConsumer, topics: &[&str]) {
     let mut list = TopicPartitionList::new();
     for topic in topics {
@@ -326,12 +326,12 @@ fn from_the_beginning(consumer: &BaseConsumer, topics: &[&str]) {
     consumer.assign(&list).expect("assigned");
 }
 
-/// Letters and digits without a pattern: no compression makes less than three quarters of them.
+/// Random letters and digits, which compress to three quarters at best.
 pub fn noise(bytes: usize) -> Vec<u8> {
     const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut state = bytes as u64 + 1;
     let mut next = || {
-        // Knuth's generator (MMIX).
+        // Knuth's linear congruential generator (MMIX).
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         DIGITS[(state >> 58) as usize]
     };
@@ -401,7 +401,7 @@ impl Got {
         serde_json::from_slice(self.value.as_deref().expect("a value")).expect("JSON")
     }
 
-    /// The last one, as Kafka's lastHeader does it.
+    /// The last header of this name, like Kafka's `lastHeader`.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
@@ -437,7 +437,7 @@ pub fn assert_order(got: &[Got]) {
     }
 }
 
-/// A model whose tokenizer knows a token, "poison", that its weights have no row for: a forward over it fails.
+/// A model whose tokenizer has a token, "poison", without a row in the embedding table: a forward over it fails.
 pub fn poisoned_model() -> tempfile::TempDir {
     let model = tempfile::tempdir().expect("a directory");
     let fixture = root().join("tests/fixtures/bert");
@@ -457,14 +457,14 @@ pub fn poisoned_model() -> tempfile::TempDir {
 /// The kandle binary of this build.
 pub fn kandle() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kandle"));
-    // Only what a test sets.
+    // Only the settings that a test makes itself.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("KANDLE__")) {
         command.env_remove(name);
     }
     command
 }
 
-/// Runs to the end; exit code, standard output, standard error.
+/// Runs a command to its end; returns exit code, standard output, standard error.
 pub fn finish(command: &mut Command, input: &[u8]) -> (i32, String, String) {
     let mut child = command
         .stdin(Stdio::piped())
@@ -474,11 +474,11 @@ pub fn finish(command: &mut Command, input: &[u8]) -> (i32, String, String) {
         .expect("kandle starts");
     let mut stdin = child.stdin.take().expect("piped");
     let input = input.to_vec();
-    // A full pipe must not stop either side.
+    // On a thread of its own: full pipes would block both sides.
     let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
     let pid = child.id().to_string();
     let (done, over) = std::sync::mpsc::channel::<()>();
-    // What does not end is killed, and its output is part of the failure that follows.
+    // A process that does not end is killed, and the test fails with its output.
     let watch = std::thread::spawn(move || {
         if over.recv_timeout(3 * TIMEOUT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             let _ = Command::new("kill").args(["-9", &pid]).status();
@@ -492,7 +492,7 @@ pub fn finish(command: &mut Command, input: &[u8]) -> (i32, String, String) {
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
 }
 
-/// A file that lives as long as the test.
+/// A temporary file, deleted when this is dropped.
 pub struct File {
     _directory: tempfile::TempDir,
     pub path: PathBuf,
@@ -505,11 +505,11 @@ pub fn file(name: &str, content: &str) -> File {
     File { _directory: directory, path }
 }
 
-/// `kandle run` as a process, its log kept.
+/// `kandle run` as a process, with its log.
 pub struct Daemon {
     child: Child,
     log: Arc<Mutex<String>>,
-    /// Until the process has ended.
+    /// Thread that reads the log; `None` once the process has ended.
     log_reader: Option<JoinHandle<()>>,
     _config: File,
 }
@@ -523,7 +523,7 @@ impl Daemon {
         Self::spawn("run", config, more)
     }
 
-    /// Another of kandle's commands that read a configuration and consume.
+    /// Starts another command that reads a configuration and consumes, such as `drain`.
     pub fn spawn(subcommand: &str, config: &str, more: impl FnOnce(&mut Command)) -> Self {
         let config = file("kandle.yaml", config);
         let mut command = kandle();
@@ -555,12 +555,12 @@ impl Daemon {
         self.log.lock().expect("the log").clone()
     }
 
-    /// Waits for a line in the log that holds `text`.
+    /// Waits for a line in the log that contains `text`.
     #[track_caller]
     pub fn wait_log(&mut self, text: &str) -> String {
         let started = Instant::now();
         loop {
-            // Asked first: what it wrote before it ended is in the log then.
+            // Checked before the log, which is complete if the process has ended.
             let ended = self.ended();
             if let Some(line) = self.log().lines().find(|line| line.contains(text)) {
                 return line.to_owned();
@@ -605,7 +605,7 @@ impl Daemon {
         assert!(status.success(), "kill -{name}");
     }
 
-    /// Waits for the end.
+    /// Waits for the process to end.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
         let started = Instant::now();
@@ -622,7 +622,7 @@ impl Daemon {
         }
     }
 
-    /// SIGTERM; it must end with 0.
+    /// Sends SIGTERM; the exit code must be 0.
     #[track_caller]
     pub fn stop(&mut self) {
         self.signal("TERM");
@@ -630,14 +630,14 @@ impl Daemon {
         assert!(status.success(), "{status}:\n{}", self.log());
     }
 
-    /// kill -9, and its end.
+    /// Sends SIGKILL and waits for the process to end.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
         self.ended();
     }
 
-    /// Whether it has ended; its log is complete then.
+    /// The exit status if the process has ended; its log is complete then.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         let status = self.child.try_wait().expect("a status")?;
         if let Some(reader) = self.log_reader.take() {
@@ -646,7 +646,7 @@ impl Daemon {
         Some(status)
     }
 
-    /// Resident memory in KiB; 0 once it has ended.
+    /// Resident memory in KiB; 0 once the process has ended.
     pub fn rss_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));

@@ -21,7 +21,7 @@ impl Drop for Prometheus {
 }
 
 impl Prometheus {
-    /// By its configuration, `alerts` beside it as alerts.yaml, and more flags.
+    /// Starts with a configuration, a copy of `alerts` beside it as alerts.yaml, and more flags.
     pub fn start(config: &str, alerts: &Path, flags: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("prometheus.yml");
@@ -46,7 +46,7 @@ impl Prometheus {
         prometheus
     }
 
-    /// The result of a question.
+    /// The `data` of a response of the HTTP API.
     pub fn ask(&self, path: &str, query: &[(&str, &str)]) -> Value {
         let encode = |text: &str| -> String {
             let one = |b: u8| {
@@ -63,7 +63,7 @@ impl Prometheus {
         value["data"].clone()
     }
 
-    /// Whether a query has any number now.
+    /// Whether a query returns any number but NaN now.
     pub fn has(&self, query: &str) -> bool {
         let data = self.ask("/api/v1/query", &[("query", query)]);
         let numbers = data["result"].as_array().into_iter().flatten().map(|series| &series["value"][1]);

@@ -44,14 +44,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{/* YAML of a dict or list. Helm reads whole numbers as floats, and writes 1000000 as 1e+06. */}}
+{{/* toYaml with whole numbers: Helm parses them as floats and would write 1000000 as 1e+06. */}}
 {{- define "kandle.toYaml" -}}
 {{- $holder := dict "value" . | deepCopy }}
 {{- include "kandle.whole" $holder }}
 {{- toYaml $holder.value }}
 {{- end }}
 
-{{/* Makes whole numbers of a dict whole, in place. */}}
+{{/* Converts the whole-numbered floats of a dict to integers, in place. */}}
 {{- define "kandle.whole" -}}
 {{- $dict := . }}
 {{- range $name, $value := $dict }}
@@ -71,28 +71,28 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{/* A number or a percentage. */}}
+{{/* An integer, or a string such as a percentage. */}}
 {{- define "kandle.intOrString" -}}
 {{- if kindIs "string" . }}{{ . }}{{ else }}{{ int64 . }}{{ end }}
 {{- end }}
 
-{{/* The configuration file. What looks like a secret and is none of ${env:…} and ${file:…} is refused. */}}
+{{/* The configuration file. Refuses a property that looks like a secret and is not ${env:…} or ${file:…}. */}}
 {{- define "kandle.config" -}}
 {{- $config := .Values.config }}
 {{- range list "kafka" "input" "output" }}
 {{- $section := . }}
 {{- range $name, $value := (get $config $section | default dict).properties | default dict }}
 {{- if and (regexMatch "(?i)(password|passphrase|secret|token|credential|jaas|key\\.pem|sasl\\.oauthbearer\\.config)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value | replace "$$" ""))) }}
-{{- fail (printf "config.%s.properties.%s would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" $section $name) }}
+{{- fail (printf "config.%s.properties.%s would be stored in a ConfigMap: refer to it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" $section $name) }}
 {{- end }}
 {{- if or (and (kindIs "float64" $value) (ne (floor $value) $value)) (and (kindIs "float64" $value) (ge $value 9e15)) }}
-{{- fail (printf "config.%s.properties.%s: Helm changes the text of such a number: quote it" $section $name) }}
+{{- fail (printf "config.%s.properties.%s: Helm would change the text of this number: quote it" $section $name) }}
 {{- end }}
 {{- end }}
 {{- end }}
 {{- with ($config.model | default dict).token }}
 {{- if not (regexMatch "\\$\\{(env|file):" (. | replace "$$" "")) }}
-{{- fail "config.model.token would stand in a ConfigMap: name it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" }}
+{{- fail "config.model.token would be stored in a ConfigMap: refer to it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" }}
 {{- end }}
 {{- end }}
 {{- include "kandle.toYaml" $config }}
@@ -103,12 +103,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- $listen := (.Values.config.server | default dict).listen | default "0.0.0.0:9464" }}
 {{- $port := regexFind "[0-9]+$" $listen }}
 {{- if eq $port "0" }}
-{{- fail "config.server.listen: probes and scrapes want a port that is known: not 0" }}
+{{- fail "config.server.listen: port 0 is not possible: probes and scrapes need a fixed port" }}
 {{- end }}
 {{- $port }}
 {{- end }}
 
-{{/* The ports of the brokers: config.kafka.brokers', and networkPolicy.kafkaPorts. */}}
+{{/* The ports of the brokers: those of config.kafka.brokers and networkPolicy.kafkaPorts. */}}
 {{- define "kandle.kafkaPorts" -}}
 {{- $ports := list }}
 {{- range .Values.networkPolicy.kafkaPorts }}
@@ -117,7 +117,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- $brokers := .Values.config.kafka.brokers }}
 {{- if regexMatch "\\$\\{(env|file):" ($brokers | replace "$$" "") }}
 {{- if not $ports }}
-{{- fail "config.kafka.brokers is only known when kandle starts: networkPolicy.kafkaPorts has to name the brokers' ports" }}
+{{- fail "config.kafka.brokers is only known when kandle starts: list the brokers' ports in networkPolicy.kafkaPorts" }}
 {{- end }}
 {{- else }}
 {{- range splitList "," $brokers | compact }}
@@ -129,12 +129,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{/* The port of otel.endpoint; nothing without one. */}}
+{{/* The port of otel.endpoint; empty if it is not set. */}}
 {{- define "kandle.otelPort" -}}
 {{- with (.Values.config.otel | default dict).endpoint }}
 {{- if regexMatch "\\$\\{(env|file):" . }}
 {{- if not $.Values.networkPolicy.extraEgress }}
-{{- fail "config.otel.endpoint is only known when kandle starts: networkPolicy.extraEgress has to allow it" }}
+{{- fail "config.otel.endpoint is only known when kandle starts: allow it in networkPolicy.extraEgress" }}
 {{- end }}
 {{- else }}
 {{- $url := urlParse . }}
@@ -143,18 +143,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{/* A field of a KEDA trigger. KEDA can read one that is an environment variable of the pods. */}}
+{{/* A field of a KEDA trigger. KEDA can resolve a value that is one environment variable of the pods. */}}
 {{- define "kandle.kedaField" -}}
 {{- if regexMatch "^\\$\\{env:[^}]+\\}$" .value -}}
 {{ .name }}FromEnv: {{ .value | trimPrefix "${env:" | trimSuffix "}" | quote }}
 {{- else if regexMatch "\\$\\{(env|file):" (.value | replace "$$" "") }}
-{{- fail (printf "keda.trigger kafka cannot read config.%s: %s. It takes a plain value or one ${env:NAME}; keda.trigger prometheus needs neither" .key .value) }}
+{{- fail (printf "keda.trigger kafka cannot read config.%s: %s. Use a plain value or exactly one ${env:NAME}, or keda.trigger prometheus" .key .value) }}
 {{- else -}}
 {{ .name }}: {{ .value | replace "$$" "$" | quote }}
 {{- end }}
 {{- end }}
 
-{{/* Annotations of the workload itself. */}}
+{{/* Annotations of the workload (not of its pods). */}}
 {{- define "kandle.workloadAnnotations" -}}
 {{- with .Values.workloadAnnotations }}
 annotations: {{- include "kandle.toYaml" . | nindent 2 }}
@@ -173,7 +173,7 @@ annotations: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- max $total 1 }}
 {{- end }}
 
-{{/* The longest that what is in flight may take: one forward, and the end of its window. */}}
+{{/* Longest time to finish what is in flight: one forward pass, then its window. */}}
 {{- define "kandle.grace" -}}
 {{- if .Values.terminationGracePeriodSeconds }}
 {{- .Values.terminationGracePeriodSeconds | int }}
@@ -220,7 +220,7 @@ annotations: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 
 {{- define "kandle.env" -}}
-# Models, and what calibration found, are kept where there is room.
+# Models and calibration results go to the cache volume: the root filesystem is read-only.
 - name: HF_HOME
   value: /var/cache/kandle/huggingface
 - name: XDG_CACHE_HOME
@@ -248,7 +248,7 @@ annotations: {{- include "kandle.toYaml" . | nindent 2 }}
   persistentVolumeClaim: { claimName: {{ include "kandle.fullname" . }}-models }
 {{- else if eq .Values.modelCache.type "existingClaim" }}
 - name: cache
-  persistentVolumeClaim: { claimName: {{ required "modelCache.existingClaim names no claim" .Values.modelCache.existingClaim }} }
+  persistentVolumeClaim: { claimName: {{ required "modelCache.existingClaim is empty: set the name of the claim" .Values.modelCache.existingClaim }} }
 {{- else if eq .Values.modelCache.type "emptyDir" }}
 - name: cache
   emptyDir: { sizeLimit: {{ .Values.modelCache.size }} }
@@ -277,7 +277,7 @@ annotations: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* What every container of kandle has. */}}
+{{/* Fields that all containers running kandle share. */}}
 {{- define "kandle.container" -}}
 image: {{ include "kandle.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -304,7 +304,7 @@ checksum/config: {{ include "kandle.config" . | sha256sum }}
 {{- end }}
 {{- end }}
 
-{{/* Not the chart's version: an upgrade that changes nothing for the pods leaves them alone. */}}
+{{/* Without the chart's version, so that an upgrade that changes nothing for the pods does not restart them. */}}
 {{- define "kandle.podLabels" -}}
 {{ include "kandle.selectorLabels" . }}
 app.kubernetes.io/component: {{ .Values.mode }}
@@ -316,7 +316,7 @@ app.kubernetes.io/component: {{ .Values.mode }}
 {{- end }}
 {{- end }}
 
-{{/* How a pod reaches the network and the node, those of hooks too. */}}
+{{/* Network and scheduling fields of all pods, including those of hooks. */}}
 {{- define "kandle.placement" -}}
 {{- with .Values.hostAliases }}
 hostAliases: {{- include "kandle.toYaml" . | nindent 2 }}
@@ -344,10 +344,10 @@ affinity: {{- include "kandle.toYaml" . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* The pod's spec, but for restartPolicy. */}}
+{{/* The pod's spec without restartPolicy. */}}
 {{- define "kandle.pod" -}}
 {{- if and .Values.sidecars (ne .Values.mode "run") }}
-{{- fail "sidecars: a Job would not end before they do; initContainers with restartPolicy: Always do not hold it up" }}
+{{- fail "sidecars would keep a Job from completing: use initContainers with restartPolicy: Always" }}
 {{- end }}
 serviceAccountName: {{ include "kandle.serviceAccountName" . }}
 automountServiceAccountToken: false
@@ -395,7 +395,7 @@ containers:
     {{- with .Values.lifecycle }}
     lifecycle: {{- include "kandle.toYaml" . | nindent 6 }}
     {{- end }}
-    # SIGTERM finishes what is in flight, commits and leaves the group: no preStop hook is needed.
+    # No preStop hook: on SIGTERM kandle finishes what is in flight, commits and leaves the group.
     startupProbe:
       httpGet: { path: /livez, port: metrics }
       {{- include "kandle.toYaml" .Values.probes.startup | nindent 6 }}
@@ -413,7 +413,7 @@ containers:
 volumes: {{- include "kandle.volumes" . | nindent 2 }}
 {{- end }}
 
-{{/* The rule by which a Job gives up at once: a wrong configuration (2), dead letters with strict (3). */}}
+{{/* A Job fails at once, without retries, on a wrong configuration (exit code 2) or dead letters with strict (3). */}}
 {{- define "kandle.podFailurePolicy" -}}
 rules:
   - action: FailJob

@@ -1,4 +1,4 @@
-//! `bench calibrate`: the token budget of a batch for the configured model on its device.
+//! `bench calibrate`: finds the token budget of a batch for the configured model on its device, and stores it.
 
 use std::sync::Arc;
 
@@ -17,13 +17,13 @@ pub fn bench(loaded: Loaded) -> anyhow::Result<()> {
     let calibrated = compute.calibrate().context("task.kind noop has no model to calibrate")?;
     let Calibration { rates, chosen } = calibrated?;
     for (budget, rate) in &rates {
-        outln!("{budget:>6} tokens a batch: {rate:>9.0} tokens/s on one lane");
+        outln!("{budget:>6} tokens per batch: {rate:>9.0} tokens/s on one lane");
     }
     let chosen = chosen.context("no batch fits the device")?;
     let calibrations = Calibrations::here().context("neither XDG_CACHE_HOME nor HOME is set")?;
     calibrations
         .set(about.digest.short(), &about.device, chosen)
         .with_context(|| calibrations.path().display().to_string())?;
-    outln!("{chosen} tokens from now on, for digest {} on {}", about.digest, about.device);
+    outln!("{chosen} tokens per batch stored for digest {} on {}", about.digest, about.device);
     Ok(())
 }

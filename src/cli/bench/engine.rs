@@ -1,5 +1,5 @@
-//! `bench engine`: the stages prepare and infer of the pipeline over a file of texts, as `run` has
-//! them: windows of texts are tokenised on all cores while the window before is on the lanes.
+//! `bench engine`: runs the pipeline's stages prepare and infer over a file of texts. As in `run`, one window of texts
+//! is tokenised on all cores while the previous window is on the lanes.
 
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::PathBuf;
@@ -26,10 +26,10 @@ pub struct Options {
     /// A directory with config.json, tokenizer.json and *.safetensors, a hub id, or `bundled`
     #[arg(long)]
     model: String,
-    /// Texts: one JSON object a line, with `text`
+    /// File of texts: one JSON object per line, with `text`
     #[arg(long)]
     input: PathBuf,
-    /// Cores to use (all that the process may use where unset)
+    /// Cores to use (default: all that the process may use)
     #[arg(long)]
     threads: Option<usize>,
     /// auto, cpu, cuda, cuda:N or metal
@@ -38,19 +38,19 @@ pub struct Options {
     /// auto, f32, bf16, f16 or int8
     #[arg(long, default_value = "auto")]
     dtype: String,
-    /// Texts in a window
+    /// Texts per window
     #[arg(long, default_value_t = 1024)]
     window: usize,
-    /// Times that the file is gone through; the fastest counts
+    /// Number of passes over the file; the fastest counts
     #[arg(long, default_value_t = 1)]
     rounds: usize,
-    /// Where the embeddings go: one JSON object a line, with `embedding`
+    /// Write the embeddings to this file: one JSON object per line, with `embedding`
     #[arg(long)]
     output: Option<PathBuf>,
-    /// One setting more, as for `run`
+    /// One more setting, as for `run`
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
-    /// The result as JSON
+    /// Print the result as JSON
     #[arg(long)]
     json: bool,
 }
@@ -73,9 +73,9 @@ struct Report {
     threads: usize,
     /// Batches that were halved because the device was out of memory.
     oom_splits: u64,
-    /// Of the model's multiplications, a second, as if no two texts were the same.
+    /// Operations of the model's multiplications per second, two per multiply-add, counted as if all texts differed.
     operations_per_second: f64,
-    /// What the device reaches in large multiplications in the model's precision, where it is not a CPU.
+    /// Operations per second of a large multiplication in the model's precision on this device; `None` on a CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_operations_per_second: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -84,7 +84,7 @@ struct Report {
 
 pub fn bench(options: &Options) -> anyhow::Result<()> {
     let mut set = vec![
-        // What a job needs and a measurement does not.
+        // Required settings that the measurement does not use.
         "kafka.brokers=none:1".to_owned(),
         "input.topics=none".to_owned(),
         "input.group=none".to_owned(),
@@ -173,7 +173,7 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Operations a second of a square multiplication, the best of some.
+/// Operations per second of a square matrix multiplication, the best of 20.
 fn peak(placement: &Placement) -> candle_core::Result<f64> {
     const SIZE: usize = 8192;
     let device = &placement.device;
@@ -190,13 +190,13 @@ fn peak(placement: &Placement) -> candle_core::Result<f64> {
     Ok(2.0 * (SIZE as f64).powi(3) / best)
 }
 
-/// What a round has made.
+/// Result of one round.
 #[derive(Default)]
 struct Done {
-    /// By window.
+    /// The answers of each window.
     answers: Vec<Answers<f32>>,
     tokens: u64,
-    /// That the texts are for the model.
+    /// Operations that the model needs for the texts.
     operations: u64,
 }
 
@@ -237,7 +237,7 @@ fn run(model: &Texts, engine: &Engine<Model>, texts: &[String], window: usize) -
         });
         let served = engine.serve(&requests, &to_collect, None);
         drop((requests, to_collect));
-        let joined = |ended: std::thread::Result<anyhow::Result<()>>| ended.expect("it does not panic");
+        let joined = |ended: std::thread::Result<anyhow::Result<()>>| ended.expect("no thread panics");
         joined(prepare.join()).and(joined(collect.join()))?;
         served.map_err(|e| anyhow::anyhow!("{e}"))
     })?;

@@ -1,5 +1,5 @@
-//! `bench latency`: how long a record takes at low load, from its produce call to its prediction in a consumer's hands. A bare
-//! loop of the same client library shows what Kafka itself takes of it.
+//! `bench latency`: latency of a record at low load, from its produce call until a consumer has its prediction. A bare
+//! loop with the same client library shows how much of it is Kafka's.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
@@ -24,35 +24,35 @@ use crate::task;
 
 #[derive(Args)]
 pub struct Options {
-    /// Bootstrap brokers of a Kafka to make topics on (they are deleted again)
+    /// Bootstrap brokers; topics are created there and deleted again
     #[arg(long)]
     brokers: String,
-    /// A file of texts, one {"text": …} a line, sent again and again
+    /// File of texts, one {"text": …} per line, sent repeatedly
     #[arg(long)]
     input: PathBuf,
     /// The model: a directory or a hub id
     #[arg(long)]
     model: String,
-    /// Records a second
+    /// Records per second
     #[arg(long, default_value_t = 20.0)]
     rate: f64,
-    /// Records that are measured
+    /// Number of records to measure
     #[arg(long, default_value_t = 400)]
     records: usize,
     /// One setting of the pipeline, as for `run`
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
-    /// The result as JSON
+    /// Print the result as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Records that are sent before those that are measured.
+/// Records that are sent before the measured ones.
 const WARM_UP: usize = 40;
-/// How long the last prediction may take.
+/// How long to wait for the next prediction before giving up.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Milliseconds.
+/// Percentiles in milliseconds.
 #[derive(Serialize)]
 struct Latency {
     p50: f64,
@@ -64,7 +64,7 @@ struct Latency {
 struct Report {
     rate: f64,
     records: usize,
-    /// A loop that consumes and produces, without waiting for anything.
+    /// Latency of a loop that only consumes and produces, without waiting for anything.
     bare: Latency,
     kandle: Latency,
 }
@@ -147,7 +147,7 @@ fn reader(brokers: &str, topic: &str) -> anyhow::Result<BaseConsumer> {
     Ok(consumer)
 }
 
-/// Sends records at the rate, and reads what comes of them. `goes_on` fails where nothing more can come.
+/// Sends records at the rate of the options and reads their results. `goes_on` fails once no more results can come.
 fn measure(
     options: &Options,
     texts: &[String],
@@ -164,14 +164,14 @@ fn measure(
         let mut read = 0;
         while read < total {
             goes_on()?;
-            anyhow::ensure!(last.elapsed() < SILENCE_TIMEOUT, "{read} of {total} predictions came");
+            anyhow::ensure!(last.elapsed() < SILENCE_TIMEOUT, "only {read} of {total} predictions came");
             let Some(message) = consumer.poll(Duration::from_millis(100)) else { continue };
             let message = message?;
             last = Instant::now();
             read += 1;
             let key = message.key().and_then(|key| std::str::from_utf8(key).ok()?.parse().ok());
             let began = key.and_then(|key: usize| Some((key, *sent.lock().ok()?.get(&key)?)));
-            let (key, began) = began.context("a prediction of another record")?;
+            let (key, began) = began.context("the prediction belongs to no record that was sent")?;
             if key >= WARM_UP {
                 latencies.push((last - began).as_secs_f64() * 1e3);
             }

@@ -12,13 +12,13 @@ use crate::settings::{self, Settings, Sources};
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Find the tokens a batch that suit this device, and keep them for every start
+    /// Find the best number of tokens per batch for this model and device, and store it for later starts
     Calibrate(super::Configuration),
-    /// A model over a file of texts, tokenising included, without Kafka
+    /// Measure a model over a file of texts, including tokenising, without Kafka
     Engine(engine::Options),
-    /// A record's way at low load, from its produce call to its prediction, on a broker
+    /// Measure latency at low load, from a record's produce call to its prediction, on a broker
     Latency(latency::Options),
-    /// The pipeline without a model, against a bare consume, produce, commit loop on the same broker
+    /// Compare the pipeline without a model with a bare consume, produce, commit loop on the same broker
     Pipeline(pipeline::Options),
 }
 

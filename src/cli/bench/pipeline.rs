@@ -1,6 +1,6 @@
-//! `bench pipeline`: kandle with `noop` (no model) under both guarantees, against a bare loop of the
-//! same client library, on the same broker, in turns. The bare loop runs a second time with the
-//! headers that a prediction carries: what they cost the client and the broker is not kandle's.
+//! `bench pipeline`: compares kandle with `noop` (no model) under both guarantees with a bare loop of the same client
+//! library, in turns on the same broker. The bare loop runs a second time with the headers of a prediction, because
+//! their cost in client and broker is not kandle's.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ use crate::task;
 
 #[derive(Args)]
 pub struct Options {
-    /// Bootstrap brokers of a Kafka to make topics on (they are deleted again)
+    /// Bootstrap brokers; topics are created there and deleted again
     #[arg(long)]
     brokers: String,
     /// Records in the backlog
@@ -34,16 +34,16 @@ pub struct Options {
     value_bytes: usize,
     #[arg(long, default_value_t = 4)]
     partitions: i32,
-    /// Turns of each
+    /// How often each variant runs
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// One setting of the pipeline, as for `run`
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
-    /// The result as JSON
+    /// Print the result as JSON
     #[arg(long)]
     json: bool,
-    /// Only the pipeline, once, for a profiler; --set delivery.guarantee=exactly_once for that one
+    /// Run only the pipeline, once, for a profiler; with at_least_once unless --set delivery.guarantee=exactly_once
     #[arg(long)]
     profile: bool,
 }
@@ -56,13 +56,13 @@ struct Report {
     rounds: Vec<Round>,
     /// Medians of the rounds.
     median: Round,
-    /// Medians of the rounds' own ratios.
+    /// Medians of the ratios within each round.
     at_least_once_to_bare: f64,
     at_least_once_to_bare_with_headers: f64,
     exactly_once_to_at_least_once: f64,
 }
 
-/// Records per second of each.
+/// Records per second of each variant.
 #[derive(Serialize)]
 struct Round {
     bare: f64,
@@ -94,7 +94,7 @@ pub fn bench(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `None` where only a profiler looks on.
+/// Returns `None` with `--profile`.
 fn measure(options: &Options, [input, output, dead]: &[String; 3]) -> anyhow::Result<Option<Report>> {
     fill(options, input)?;
     let topics = [input, output, dead];
@@ -171,7 +171,7 @@ fn send(
     }
 }
 
-/// Consume, produce with idempotence, commit once a second: what one would write by hand.
+/// The loop that one would write by hand: consume, produce with idempotence, commit once a second.
 fn bare(
     options: &Options,
     input: &str,
@@ -184,7 +184,7 @@ fn bare(
         .set("enable.auto.commit", "false")
         .set("auto.offset.reset", "earliest")
         .set("partition.assignment.strategy", "cooperative-sticky")
-        // As kandle sets it, so that what is compared is the work.
+        // The same value as in kandle, so that only the work differs.
         .set("fetch.queue.backoff.ms", crate::kafka::consumer::FETCH_BACKOFF_MS)
         .create()?;
     let producer: BaseProducer = client(&options.brokers)
@@ -215,7 +215,7 @@ fn bare(
     Ok(options.records as f64 / started.map_or(f64::NAN, |s| s.elapsed().as_secs_f64()))
 }
 
-/// Those of a prediction, by the shortest way.
+/// The headers of a prediction, with as little work as possible.
 fn headers(message: &BorrowedMessage<'_>) -> OwnedHeaders {
     let source = format!("{}/{}/{}", message.topic(), message.partition(), message.offset());
     OwnedHeaders::new_with_capacity(3)
@@ -247,7 +247,7 @@ fn kandle(
         if started.is_none() && metrics.window_records.get_sample_count() > 0 {
             started = Some(Instant::now());
         }
-        // All is read: the last transaction need not wait for more.
+        // All records are read: stop, so that the last transaction does not wait for more.
         if metrics.window_records.get_sample_sum() as u64 == options.records {
             shared.stop.store(true, Ordering::Relaxed);
         }

@@ -1,4 +1,4 @@
-//! Topics for the length of a measurement.
+//! Temporary topics for a measurement.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ pub fn client(brokers: &str) -> ClientConfig {
     config
 }
 
-/// The settings of a job between such topics.
+/// The settings of a job that reads and writes these topics.
 pub fn job(brokers: &str, [input, output, dead]: [&str; 3], group: &str) -> Vec<String> {
     vec![
         format!("kafka.brokers={brokers}"),
@@ -23,10 +23,10 @@ pub fn job(brokers: &str, [input, output, dead]: [&str; 3], group: &str) -> Vec<
     ]
 }
 
-/// Makes topics for input, predictions and dead letters, runs `measure` on them, and deletes them.
+/// Creates topics for input, predictions and dead letters, runs `measure` on them, and deletes them.
 ///
 /// # Errors
-/// They cannot be made, or `measure` fails.
+/// The topics cannot be created, or `measure` fails.
 pub fn with_topics<T>(
     brokers: &str,
     partitions: i32,

@@ -9,13 +9,13 @@ use loom::thread;
 
 use lease::Lease;
 
-/// The coordinator's side: who owns the partition, by generation, and what was committed by whom.
+/// The group coordinator: its current generation, and the generation of the last commit.
 struct Group {
     generation: u64,
     committed: Option<u64>,
 }
 
-/// As the broker does it: an offset is taken under the present generation alone.
+/// Commits like a broker, which accepts an offset only under the current generation.
 fn commit(group: &Mutex<Group>, under: u64) -> bool {
     let mut group = group.lock().unwrap();
     let taken = group.generation == under;
@@ -26,19 +26,19 @@ fn commit(group: &Mutex<Group>, under: u64) -> bool {
 }
 
 #[test]
-fn what_a_former_owner_read_is_never_committed_under_a_later_generation() {
+fn records_of_a_former_owner_are_never_committed_under_a_later_generation() {
     loom::model(|| {
         let group = Arc::new(Mutex::new(Group { generation: 1, committed: None }));
         let lease = Lease::new(1);
         let sink = {
             let (group, lease) = (Arc::clone(&group), lease.clone());
             thread::spawn(move || {
-                // First the generation, then the lease: the other way round this test fails.
+                // The generation is read before the lease: in the other order this test fails.
                 let generation = group.lock().unwrap().generation;
                 if lease.is_held() { (commit(&group, generation), generation) } else { (false, generation) }
             })
         };
-        // The source answers a revocation: the lease ends before the group moves on.
+        // The source handles a revocation: it ends the lease before the group moves on.
         lease.end();
         group.lock().unwrap().generation = 2;
         let (taken, generation) = sink.join().unwrap();
@@ -49,7 +49,7 @@ fn what_a_former_owner_read_is_never_committed_under_a_later_generation() {
 }
 
 #[test]
-fn a_sink_that_starts_after_the_end_sends_nothing() {
+fn a_sink_that_starts_after_the_end_of_the_lease_sends_nothing() {
     loom::model(|| {
         let lease = Lease::new(1);
         let ended = Arc::new(Mutex::new(false));
@@ -68,7 +68,7 @@ fn a_sink_that_starts_after_the_end_sends_nothing() {
 }
 
 #[test]
-fn the_same_partition_again_is_another_lease() {
+fn a_partition_assigned_again_has_another_lease() {
     loom::model(|| {
         let first = Lease::new(1);
         let again = Lease::new(2);

@@ -1,0 +1,309 @@
+//! Selects a task's input from a value of any format: the text (by pointers or a template), the values at the task's
+//! own pointers, and the fields that `output.include` copies.
+//!
+//! `output.include` copies bytes, so that numbers keep all digits and strings keep their escapes.
+
+use std::borrow::Cow;
+
+use minijinja::{Environment, UndefinedBehavior};
+use serde_json::value::RawValue;
+
+use super::json::Document;
+use super::{FORMATS, FormatEntry, Value};
+use crate::record::{Fault, RecordError};
+use crate::settings::{Fields, Settings, check_pointer};
+use crate::task::Kind;
+
+/// A task's input from one record.
+#[derive(Debug)]
+pub struct Input<'a> {
+    pub text: Cow<'a, str>,
+    /// The values at the task's own pointers, in the order of the pointers; `None` if missing.
+    pub values: Vec<Option<&'a RawValue>>,
+    /// The fields of `output.include` as JSON members, each written as `,"name":value`.
+    pub include: String,
+}
+
+/// The selection that the settings configure.
+pub struct Select {
+    text: TextFrom,
+    /// The task's own pointers.
+    values: Vec<String>,
+    /// Pointers to copy, each with its name in the prediction.
+    include: Vec<(String, String)>,
+}
+
+enum TextFrom {
+    Fields { pointers: Vec<String>, join: String },
+    Template(Box<Template>),
+}
+
+/// A template over the members of a value; a missing member is an error.
+struct Template(Environment<'static>);
+
+impl Template {
+    fn new(source: &str) -> Result<Self, minijinja::Error> {
+        let mut environment = Environment::new();
+        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        environment.add_template_owned("input", source.to_owned())?;
+        Ok(Self(environment))
+    }
+
+    fn render(&self, value: &serde_json::Value) -> Result<String, minijinja::Error> {
+        self.0.get_template("input")?.render(minijinja::value::Serde(value))
+    }
+}
+
+/// The name that a pointer's value has in a prediction: the pointer's last reference token.
+fn last_name(pointer: &str) -> String {
+    pointer.rsplit('/').next().unwrap_or_default().replace("~1", "/").replace("~0", "~")
+}
+
+impl Select {
+    /// # Errors
+    /// `input.template` is not a valid template.
+    pub fn new(settings: &Settings) -> Result<Self, minijinja::Error> {
+        let (input, include) = (&settings.input, &settings.output.include);
+        let text = match &input.template {
+            Some(template) => TextFrom::Template(Box::new(Template::new(template)?)),
+            None => TextFrom::Fields { pointers: input.field.0.clone(), join: input.join.clone() },
+        };
+        let include = include.iter().map(|pointer| (pointer.clone(), last_name(pointer))).collect();
+        let values = Kind::of(settings.task.kind).pointers_of(&settings.task);
+        Ok(Self { text, values, include })
+    }
+
+    /// # Errors
+    /// A selected value is missing or has the wrong type.
+    pub fn select<'a>(&self, value: Value<'a>) -> Result<Input<'a>, RecordError> {
+        let whole = |text| Input { text, values: Vec::new(), include: String::new() };
+        let document = match value {
+            Value::Text(text) => return Ok(whole(Cow::Borrowed(text))),
+            // For tasks that read text, invalid UTF-8 becomes replacement characters, so that no value is refused.
+            Value::Bytes(bytes) => return Ok(whole(String::from_utf8_lossy(bytes))),
+            Value::Tree(document) => document,
+        };
+        let mut include = String::new();
+        for (pointer, name) in &self.include {
+            if let Some(found) = document.at(pointer) {
+                include.push(',');
+                include.push_str(&serde_json::Value::from(name.as_str()).to_string());
+                include.push(':');
+                include.push_str(found.get());
+            }
+        }
+        let text = self.text(&document)?;
+        let values = self.values.iter().map(|pointer| document.at(pointer)).collect();
+        Ok(Input { text, values, include })
+    }
+
+    fn text<'a>(&self, document: &Document<'a>) -> Result<Cow<'a, str>, RecordError> {
+        match &self.text {
+            TextFrom::Template(template) => {
+                let value: serde_json::Value = serde_json::from_str(document.whole().get())
+                    .map_err(|e| RecordError::new(Fault::Decode, format!("the value cannot be read: {e}")))?;
+                let rendered = template.render(&value);
+                Ok(rendered
+                    .map_err(|e| RecordError::new(Fault::Field, format!("input.template: {e}")))?
+                    .into())
+            }
+            TextFrom::Fields { pointers, .. } if pointers.len() == 1 => document.string_at(&pointers[0]),
+            TextFrom::Fields { pointers, join } => {
+                let mut text = String::new();
+                for (i, pointer) in pointers.iter().enumerate() {
+                    if i > 0 {
+                        text.push_str(join);
+                    }
+                    text.push_str(&document.string_at(pointer)?);
+                }
+                Ok(text.into())
+            }
+        }
+    }
+}
+
+/// The problem with a key that selects members if the format has none.
+pub fn needs_members(format: &FormatEntry) -> String {
+    let with: Vec<&str> =
+        FORMATS.iter().filter(|format| format.has_members).map(|format| format.name).collect();
+    format!("needs input.format: {}, not {}", with.join(" or "), format.name)
+}
+
+/// The problems of the settings that select values: keys and messages.
+pub fn problems(settings: &Settings) -> Vec<(&'static str, String)> {
+    let (input, include) = (&settings.input, &settings.output.include);
+    let mut problems = Vec::new();
+    let mut problem = |key, message: String| problems.push((key, message));
+    let format = FormatEntry::of(input.format);
+    if !format.has_members {
+        if !input.field.0.is_empty() {
+            problem("input.field", format!("has no effect with input.format: {}", format.name));
+        }
+        if input.template.is_some() {
+            problem("input.template", format!("has no effect with input.format: {}", format.name));
+        }
+        if !include.is_empty() {
+            problem("output.include", needs_members(format));
+        }
+    } else {
+        match (&input.field, &input.template) {
+            (Fields(fields), None) if fields.is_empty() => {
+                problem(
+                    "input.field",
+                    format!(
+                        "{} needs a field or a template: set the pointer to the text, such as /text",
+                        format.name
+                    ),
+                );
+            }
+            (Fields(fields), Some(_)) if !fields.is_empty() => {
+                problem("input.template", "is used instead of input.field: set only one of them".to_owned());
+            }
+            (Fields(fields), None) => {
+                for message in fields.iter().filter_map(|field| check_pointer(field).err()) {
+                    problem("input.field", message);
+                }
+            }
+            (_, Some(template)) => {
+                if let Err(e) = Template::new(template) {
+                    problem("input.template", format!("is not a valid template: {e}"));
+                }
+            }
+        }
+    }
+    let entry = Kind::of(settings.task.kind);
+    let mut names: Vec<String> = entry.fields.iter().map(|&field| field.to_owned()).collect();
+    for pointer in include {
+        match check_pointer(pointer) {
+            Ok(()) if pointer.is_empty() => {
+                problem("output.include", "\"\" selects the whole input: list single fields".to_owned());
+            }
+            Ok(()) => {
+                let name = last_name(pointer);
+                if names.contains(&name) {
+                    let message = format!("{pointer}: a prediction already has a field {name:?}");
+                    problem("output.include", message);
+                }
+                names.push(name);
+            }
+            Err(message) => problem("output.include", message),
+        }
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::bytes::Bytes;
+    use crate::codec::json::Json;
+    use crate::codec::text::Text;
+    use crate::codec::{Decoder, Reader};
+
+    fn decoder(reader: Box<dyn Reader>, text: TextFrom, include: &[&str]) -> Decoder {
+        let include = include.iter().map(|p| (p.to_string(), last_name(p))).collect();
+        Decoder { reader, select: Select { text, values: Vec::new(), include } }
+    }
+
+    fn whole(reader: Box<dyn Reader>) -> Decoder {
+        decoder(reader, TextFrom::Fields { pointers: Vec::new(), join: String::new() }, &[])
+    }
+
+    fn json(fields: &[&str], template: Option<&str>, include: &[&str]) -> Decoder {
+        let text = match template {
+            Some(t) => TextFrom::Template(Box::new(Template::new(t).unwrap())),
+            None => TextFrom::Fields {
+                pointers: fields.iter().map(|f| f.to_string()).collect(),
+                join: " | ".to_owned(),
+            },
+        };
+        decoder(Box::new(Json), text, include)
+    }
+
+    fn fault(decoder: &Decoder, value: &[u8]) -> (Fault, String) {
+        let error = decoder.decode(value).unwrap_err();
+        (error.fault, error.message)
+    }
+
+    #[test]
+    fn one_field() {
+        let decoder = json(&["/a/b"], None, &[]);
+        assert_eq!(decoder.decode(br#"{"a":{"b":"hi"}}"#).unwrap().text, "hi");
+        assert_eq!(decoder.decode(br#"{"a":{"b":""}}"#).unwrap().text, "");
+        assert_eq!(fault(&decoder, br#"{"a":{}}"#), (Fault::Field, "\"/a/b\" is missing".to_owned()));
+        assert_eq!(fault(&decoder, br#"{"a":{"b":3}}"#).1, "\"/a/b\" is a number, not a string");
+        assert_eq!(fault(&decoder, br#"{"a":{"b":null}}"#).0, Fault::Field);
+        assert_eq!(fault(&decoder, b"{").0, Fault::Decode);
+        assert_eq!(fault(&decoder, b"").0, Fault::Decode);
+        assert_eq!(fault(&decoder, b"\"\xff\"").0, Fault::Decode);
+    }
+
+    #[test]
+    fn the_whole_value() {
+        assert_eq!(json(&[""], None, &[]).decode(br#""hi""#).unwrap().text, "hi");
+    }
+
+    #[test]
+    fn several_fields_and_included_fields() {
+        let decoder = json(&["/title", "/body"], None, &["/id", "/who/na~1me", "/none"]);
+        let input = decoder.decode(br#"{"title":"a","body":"b","id":7,"who":{"na/me":"x\"y"}}"#).unwrap();
+        assert_eq!(input.text, "a | b");
+        assert_eq!(input.include, r#","id":7,"na/me":"x\"y""#);
+        assert_eq!(fault(&decoder, br#"{"title":"a"}"#).0, Fault::Field);
+    }
+
+    #[test]
+    fn included_fields_are_copied_byte_for_byte() {
+        let decoder = json(&["/t"], None, &["/n", "/o", "/s"]);
+        for number in
+            ["18446744073709551616", "123456789.123456789123", "1.10", "1e400", "-0", "1E+2", "0.1e-7"]
+        {
+            let value = format!(r#"{{"t":"x","n":{number},"o":{{ "a" : [1.0,  2] }},"s":"\u00e9\/"}}"#);
+            let include = decoder.decode(value.as_bytes()).unwrap().include;
+            assert_eq!(include, format!(r#","n":{number},"o":{{ "a" : [1.0,  2] }},"s":"\u00e9\/""#));
+        }
+    }
+
+    #[test]
+    fn pointers_through_arrays_escapes_and_repeated_names() {
+        let value = br#"{"a":[{"b":"x"},{"b":"\u00fc"}],"c":"1","c":"2","d\u00e9":"3"}"#;
+        let text =
+            |pointer: &str| json(&[pointer], None, &[]).decode(value).map(|input| input.text.into_owned());
+        assert_eq!(text("/a/1/b").unwrap(), "ü");
+        assert_eq!(text("/c").unwrap(), "2");
+        assert_eq!(text("/dé").unwrap(), "3");
+        for missing in ["/a/2/b", "/a/01/b", "/a/-/b", "/x/y", "/c/0"] {
+            assert_eq!(text(missing).unwrap_err().message, format!("{missing:?} is missing"));
+        }
+        assert_eq!(json(&["/0"], None, &[]).decode(br#"["x"]"#).unwrap().text, "x");
+    }
+
+    #[test]
+    fn byte_order_marks_are_skipped_and_other_encodings_are_named() {
+        let decoder = json(&["/t"], None, &[]);
+        assert_eq!(decoder.decode(b"\xef\xbb\xbf{\"t\":\"x\"}").unwrap().text, "x");
+        let utf16: Vec<u8> = "{\"t\":\"x\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let marked = [&[0xff, 0xfe][..], &utf16].concat();
+        for value in [utf16, marked] {
+            assert!(fault(&decoder, &value).1.contains("UTF-16"), "{:?}", fault(&decoder, &value));
+        }
+        assert!(fault(&decoder, b"\0\0\0\0\x07{\"t\":\"x\"}").1.contains("schema registry"));
+        assert!(fault(&decoder, b"\0\0\0\0\x07\x06abc").1.contains("Avro"));
+    }
+
+    #[test]
+    fn template() {
+        let decoder = json(&[], Some("{{ title }}: {{ tags | join(', ') }}"), &[]);
+        let input = decoder.decode(br#"{"title":"<a>","tags":["x","y"]}"#).unwrap();
+        assert_eq!(input.text, "<a>: x, y");
+        assert_eq!(fault(&decoder, br#"{"tags":[]}"#).0, Fault::Field);
+        assert!(Template::new("{{ open").is_err());
+    }
+
+    #[test]
+    fn text_refuses_invalid_utf_8_and_bytes_does_not() {
+        assert_eq!(whole(Box::new(Text)).decode("größe".as_bytes()).unwrap().text, "größe");
+        assert_eq!(fault(&whole(Box::new(Text)), b"a\xff").0, Fault::Decode);
+        assert_eq!(whole(Box::new(Bytes)).decode(b"a\xff").unwrap().text, "a\u{fffd}");
+    }
+}

@@ -1,0 +1,519 @@
+//! Attention (arXiv:1706.03762) over sequences of any lengths, concatenated without padding: nothing is computed for
+//! positions that no sequence has.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use aligned_vec::AVec;
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::ops::softmax_last_dim;
+use candle_nn::rotary_emb::rope;
+use pulp::{Simd, WithSimd};
+
+use super::matmul::{Products, Start};
+use super::simd::{copy, dispatch, exp};
+use super::tile::{F32, Kernel, Left, PackedA, Right, strip};
+use super::{Fused, Out, Packed, host};
+
+/// Which keys a query attends to, within its sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mask {
+    Full,
+    /// Sliding window: keys at most this many tokens before or after the query.
+    Window(usize),
+    /// The token itself and those before it.
+    Causal,
+}
+
+impl Mask {
+    /// How many tokens before and after itself a query of a sequence of `length` tokens attends to.
+    pub fn bounds(self, length: usize) -> (usize, usize) {
+        match self {
+            Self::Full => (length, length),
+            Self::Window(tokens) => (tokens.min(length), tokens.min(length)),
+            Self::Causal => (length, 0),
+        }
+    }
+
+    /// The average number of keys that a query attends to.
+    pub fn keys_per_query(self, length: usize) -> usize {
+        match self {
+            Self::Full => length,
+            Self::Window(tokens) => length.min(2 * tokens + 1),
+            Self::Causal => length.div_ceil(2),
+        }
+    }
+
+    fn is_full(self, length: usize) -> bool {
+        let (before, after) = self.bounds(length);
+        before + 1 >= length && after + 1 >= length
+    }
+
+    /// `[length, length]`: 0 where the query (row) attends to the key (column), else -inf.
+    fn tensor(self, length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+        let (before, after) = self.bounds(length);
+        let mask: Vec<f32> = (0..length * length)
+            .map(|at| (at / length, at % length))
+            .map(
+                |(query, key)| {
+                    if key + before < query || key > query + after { f32::NEG_INFINITY } else { 0.0 }
+                },
+            )
+            .collect();
+        Tensor::from_vec(mask, (length, length), device)?.to_dtype(dtype)
+    }
+}
+
+/// RoPE (arXiv:2104.09864): at a position, elements i and i + width / 2 of a head are rotated by the angle
+/// position × theta^(-2i/width) / scaling_factor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rope {
+    pub theta: f64,
+    pub scaling_factor: f64,
+}
+
+/// A layer's attention.
+pub struct Attention {
+    pub heads: usize,
+    /// Elements of a head.
+    pub width: usize,
+    pub mask: Mask,
+}
+
+/// RoPE's cosines and sines, `[positions, width / 2]` each.
+pub struct Rotation {
+    pub rope: Rope,
+    pub(super) cos: Tensor,
+    pub(super) sin: Tensor,
+    /// Both as vectors, if they are on the CPU.
+    host: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+impl Rotation {
+    pub fn new(rope: Rope, positions: usize, width: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let frequency =
+            |i| 1.0 / (rope.theta as f32).powf(i as f32 / width as f32) / rope.scaling_factor as f32;
+        let frequencies: Vec<f32> = (0..width).step_by(2).map(frequency).collect();
+        let frequencies = Tensor::from_vec(frequencies, (1, width / 2), device)?;
+        let column = Tensor::arange(0u32, positions as u32, device)?.to_dtype(DType::F32)?;
+        let angles = column.reshape((positions, 1))?.matmul(&frequencies)?;
+        let (cos, sin) = (angles.cos()?.to_dtype(dtype)?, angles.sin()?.to_dtype(dtype)?);
+        let host = if device.is_cpu() { Some((host(&cos)?, host(&sin)?)) } else { None };
+        Ok(Self { rope, cos, sin, host })
+    }
+}
+
+impl Attention {
+    /// `[tokens, 3 × hidden]`, each row a query, a key and a value of all heads, to `[tokens, hidden]`. `bias`,
+    /// `[3 × hidden]`, is the one that [`Linear::product`](super::Linear::product) has not added.
+    pub fn forward(
+        &self,
+        qkv: &Tensor,
+        bias: Option<&Tensor>,
+        rotation: Option<&Rotation>,
+        batch: &Packed,
+        out: Out<'_>,
+    ) -> Result<Tensor> {
+        match out.view(batch.tokens(), self.heads * self.width)? {
+            Some(y) => {
+                let run = |out: &mut [f32], qkv: &[f32]| {
+                    WORKSPACE.with_borrow_mut(|buffers| {
+                        dispatch(Run { attention: self, rotation, batch, qkv, out, buffers });
+                    });
+                };
+                y.inplace_op2(qkv, &Fused("attention", run))?;
+                Ok(y)
+            }
+            None => {
+                #[cfg(feature = "cuda")]
+                if qkv.device().is_cuda()
+                    && let Some(y) = super::cuda::attend(self, qkv, bias, rotation, batch)?
+                {
+                    return Ok(y);
+                }
+                match bias {
+                    Some(bias) => self.tensors(&qkv.broadcast_add(bias)?, rotation, batch),
+                    None => self.tensors(qkv, rotation, batch),
+                }
+            }
+        }
+    }
+
+    /// The unfused form, by Candle's own operations, for one run of equally long sequences at a time.
+    pub(super) fn tensors(
+        &self,
+        qkv: &Tensor,
+        rotation: Option<&Rotation>,
+        batch: &Packed,
+    ) -> Result<Tensor> {
+        let (heads, width) = (self.heads, self.width);
+        let hidden = heads * width;
+        let scale = 1.0 / (width as f64).sqrt();
+        let mut mixed = Vec::new();
+        for run in batch.runs() {
+            let tokens = run.sequences * run.length;
+            let part = |index: usize| {
+                qkv.narrow(0, run.start, tokens)?
+                    .narrow(1, index * hidden, hidden)?
+                    .reshape((run.sequences, run.length, heads, width))?
+                    .transpose(1, 2)?
+                    .contiguous()
+            };
+            let (mut q, mut k, v) = (part(0)?, part(1)?, part(2)?);
+            if let Some(rotation) = rotation {
+                let cos = rotation.cos.narrow(0, 0, run.length)?;
+                let sin = rotation.sin.narrow(0, 0, run.length)?;
+                q = rope(&q, &cos, &sin)?;
+                k = rope(&k, &cos, &sin)?;
+            }
+            let mut scores = (q.matmul(&k.t()?)? * scale)?;
+            if !self.mask.is_full(run.length) {
+                scores =
+                    scores.broadcast_add(&self.mask.tensor(run.length, scores.dtype(), qkv.device())?)?;
+            }
+            let out = softmax_last_dim(&scores)?.matmul(&v)?;
+            mixed.push(out.transpose(1, 2)?.reshape((tokens, hidden))?);
+        }
+        if mixed.len() == 1 { Ok(mixed.remove(0)) } else { Tensor::cat(&mixed, 0) }
+    }
+}
+
+thread_local! {
+    static WORKSPACE: RefCell<Buffers> = RefCell::new(Buffers::new());
+}
+
+/// Buffers for one head of one sequence. Queries are the columns of a panel: as many are processed at a time as two
+/// vectors have elements, or one vector for the last few.
+struct Buffers {
+    /// Four queries or one key, rotated.
+    rows: Vec<f32>,
+    /// Queries, scaled, rotated and transposed: one row per element of the head.
+    queries: AVec<f32>,
+    /// Rotated keys.
+    keys: PackedA<f32>,
+    /// One row per key, padded with zeros to a whole vector.
+    values: AVec<f32>,
+    /// One row per key, one column per query.
+    scores: AVec<f32>,
+    /// For each query, 1 / the sum of its weights.
+    factors: AVec<f32>,
+}
+
+impl Buffers {
+    fn new() -> Self {
+        let numbers = || AVec::new(0);
+        let (queries, values, scores, factors) = (numbers(), numbers(), numbers(), numbers());
+        Self { rows: Vec::new(), queries, keys: PackedA::new(), values, scores, factors }
+    }
+}
+
+struct Run<'a> {
+    attention: &'a Attention,
+    rotation: Option<&'a Rotation>,
+    batch: &'a Packed,
+    qkv: &'a [f32],
+    out: &'a mut [f32],
+    buffers: &'a mut Buffers,
+}
+
+impl WithSimd for Run<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { attention, rotation, batch, qkv, out, buffers } = self;
+        let Attention { heads, width, mask } = *attention;
+        let rotation = rotation.map(|rotation| {
+            let (cos, sin) = rotation.host.as_ref().expect("the rotation tables are on the CPU");
+            (&cos[..], &sin[..])
+        });
+        let hidden = heads * width;
+        let mut start = 0;
+        for length in batch.lengths() {
+            let qkv = &qkv[start * 3 * hidden..][..length * 3 * hidden];
+            let out = &mut out[start * hidden..][..length * hidden];
+            for head in 0..heads {
+                let sequence = Sequence { qkv, hidden, at: head * width, width, length, rotation };
+                sequence.head(simd, mask, &mut out[head * width..], buffers);
+            }
+            start += length;
+        }
+    }
+}
+
+/// One head of a sequence.
+#[derive(Clone, Copy)]
+struct Sequence<'a> {
+    /// `[length, 3 × hidden]`.
+    qkv: &'a [f32],
+    hidden: usize,
+    /// Index of the head's first element within a query, a key or a value.
+    at: usize,
+    width: usize,
+    length: usize,
+    rotation: Option<(&'a [f32], &'a [f32])>,
+}
+
+/// Width of the next panel when `left` columns are left: two vectors, or one.
+fn columns<S: Simd>(left: usize) -> usize {
+    if left > S::F32_LANES { 2 * S::F32_LANES } else { S::F32_LANES }
+}
+
+/// [`strip`] for a panel whose width comes from [`columns`].
+#[inline(always)]
+fn panel<S: Simd, const ROW: usize>(
+    simd: S,
+    columns: usize,
+    left: Left<'_, f32, ROW>,
+    right: Right<'_, f32>,
+    mut target: Products<'_>,
+) {
+    if columns == S::F32_LANES {
+        strip::<_, 1, _>(F32(simd), left, right, &mut target);
+    } else {
+        strip::<_, 2, _>(F32(simd), left, right, &mut target);
+    }
+}
+
+impl Sequence<'_> {
+    /// The query (0), key (1) or value (2) of a token.
+    #[inline(always)]
+    fn part(&self, part: usize, token: usize) -> &[f32] {
+        &self.qkv[token * 3 * self.hidden + part * self.hidden + self.at..][..self.width]
+    }
+
+    /// A token's query or key, rotated by its position. `out` is a buffer for the result.
+    #[inline(always)]
+    fn rotated<'b>(&'b self, part: usize, token: usize, out: &'b mut [f32]) -> &'b [f32] {
+        let x = self.part(part, token);
+        let Some((cos, sin)) = self.rotation else { return x };
+        let half = self.width / 2;
+        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+        let ((x1, x2), (out1, out2)) = (x.split_at(half), out.split_at_mut(half));
+        for i in 0..half {
+            out1[i] = x1[i] * cos[i] - x2[i] * sin[i];
+            out2[i] = x2[i] * cos[i] + x1[i] * sin[i];
+        }
+        out
+    }
+
+    /// Writes this head's result, `[length, width]`, to `out`, with rows `hidden` elements apart.
+    #[inline(always)]
+    fn head<S: Simd>(&self, simd: S, mask: Mask, out: &mut [f32], buffers: &mut Buffers) {
+        let Self { hidden, width, length, .. } = *self;
+        let (before, after) = mask.bounds(length);
+        let Buffers { rows, queries, keys, values, scores, factors } = buffers;
+        rows.resize(4 * width, 0.0);
+        keys.start(width, F32::<S>::HEIGHT);
+        for token in 0..length {
+            keys.push(self.rotated(1, token, &mut rows[..width]));
+        }
+        let stride = width.next_multiple_of(S::F32_LANES);
+        values.resize(values.len().max(length * stride), 0.0);
+        for (token, row) in values.chunks_exact_mut(stride).take(length).enumerate() {
+            copy(simd, self.part(2, token), row);
+        }
+        let mut first = 0;
+        while first < length {
+            let columns = columns::<S>(length - first);
+            let count = columns.min(length - first);
+            self.pack_queries(first..first + count, columns, rows, queries);
+            // The keys that any of these queries attends to, beginning at the first key of a tile.
+            let from = keys.tile(first.saturating_sub(before));
+            let to = (first + count + after).min(length);
+            scores.resize(scores.len().max((to - from) * columns), 0.0);
+            let scores = &mut scores[..(to - from) * columns];
+            panel(
+                simd,
+                columns,
+                keys.some(from..to, 0..width),
+                Right { x: queries, stride: columns, ahead: &[] },
+                Products { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
+            );
+            if !mask.is_full(length) {
+                for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
+                    for (query, score) in (first..).zip(scores) {
+                        if key + before < query || key > query + after {
+                            *score = f32::NEG_INFINITY;
+                        }
+                    }
+                }
+            }
+            factors.resize(2 * S::F32_LANES, 0.0);
+            match columns == S::F32_LANES {
+                true => softmax::<S, 1>(simd, scores, factors),
+                false => softmax::<S, 2>(simd, scores, factors),
+            }
+            let left = Left::columns(F32(simd), scores, columns, count, to - from);
+            for column in (0..width).step_by(2 * S::F32_LANES) {
+                let columns = self::columns::<S>(width - column);
+                let target = Products {
+                    out: &mut out[first * hidden + column..],
+                    stride: hidden,
+                    width: columns.min(width - column),
+                    start: Start::Zero,
+                    factors: Some(factors),
+                };
+                let right = Right { x: &values[from * stride + column..], stride, ahead: &[] };
+                panel(simd, columns, left, right, target);
+            }
+            first += count;
+        }
+    }
+
+    /// Writes queries scaled, rotated and transposed, four at a time where possible; zeros right of the last.
+    #[inline(always)]
+    fn pack_queries(&self, tokens: Range<usize>, columns: usize, rows: &mut [f32], queries: &mut AVec<f32>) {
+        let width = self.width;
+        let scale = 1.0 / (width as f32).sqrt();
+        queries.resize(width * columns, 0.0);
+        let whole = if width.is_multiple_of(4) { tokens.len() / 4 * 4 } else { 0 };
+        for column in (0..whole).step_by(4) {
+            let [a, b, c, d] = {
+                let mut rows = rows.chunks_exact_mut(width);
+                [0, 1, 2, 3].map(|i| {
+                    let row = rows.next().expect("`rows` has room for four");
+                    self.rotated(0, tokens.start + column + i, row).as_chunks::<4>().0
+                })
+            };
+            let fours = a.iter().zip(b).zip(c).zip(d);
+            for (out, (((a, b), c), d)) in queries.chunks_exact_mut(4 * columns).zip(fours) {
+                for i in 0..4 {
+                    let out = &mut out[i * columns + column..][..4];
+                    out.copy_from_slice(&[a[i] * scale, b[i] * scale, c[i] * scale, d[i] * scale]);
+                }
+            }
+        }
+        for column in whole..tokens.len() {
+            let query = self.rotated(0, tokens.start + column, &mut rows[..width]);
+            for (row, x) in queries.chunks_exact_mut(columns).zip(query) {
+                row[column] = x * scale;
+            }
+        }
+        for row in queries.chunks_exact_mut(columns) {
+            row[tokens.len()..].fill(0.0);
+        }
+    }
+}
+
+/// Replaces each column's scores, `W` vectors wide, by e^(score - the column's maximum) and writes 1 / their sum to
+/// `factors`. -inf becomes e^-87, which does not change a sum of at least 1.
+#[inline(always)]
+fn softmax<S: Simd, const W: usize>(simd: S, scores: &mut [f32], factors: &mut [f32]) {
+    let (rows, _) = S::as_mut_simd_f32s(scores).0.as_chunks_mut::<W>();
+    let mut abs_max = [simd.splat_f32s(f32::NEG_INFINITY); W];
+    for row in &*rows {
+        for w in 0..W {
+            abs_max[w] = simd.max_f32s(abs_max[w], row[w]);
+        }
+    }
+    let mut sums = [simd.splat_f32s(0.0); W];
+    for row in rows {
+        for w in 0..W {
+            row[w] = exp(simd, simd.sub_f32s(row[w], abs_max[w]));
+            sums[w] = simd.add_f32s(sums[w], row[w]);
+        }
+    }
+    let (factors, _) = S::as_mut_simd_f32s(factors);
+    for (factor, sum) in factors.iter_mut().zip(sums) {
+        *factor = simd.div_f32s(simd.splat_f32s(1.0), sum);
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::matmul::tests::{by_each_width, random};
+    use super::super::{Embedding, Norm, Pooling, Slot, Workspace};
+    use super::*;
+
+    const CPU: Device = Device::Cpu;
+
+    pub fn batch(lengths: &[usize]) -> Packed {
+        let texts: Vec<(Vec<u32>, Option<Vec<u32>>)> = lengths
+            .iter()
+            .map(|&n| {
+                let types = (n % 2 == 0).then(|| (0..n as u32).map(|i| i % 2).collect());
+                ((0..n as u32).map(|i| i * 7 % 90).collect(), types)
+            })
+            .collect();
+        let texts: Vec<_> = texts.iter().map(|(ids, types)| (&ids[..], types.as_deref())).collect();
+        Packed::new(&texts)
+    }
+
+    struct Alone<'a> {
+        attention: &'a Attention,
+        rotation: Option<&'a Rotation>,
+        batch: &'a Packed,
+        qkv: &'a [f32],
+    }
+
+    impl WithSimd for Alone<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+            let Self { attention, rotation, batch, qkv } = self;
+            let mut out = vec![f32::NAN; qkv.len() / 3];
+            let mut buffers = Buffers::new();
+            Run { attention, rotation, batch, qkv, out: &mut out, buffers: &mut buffers }.with_simd(simd);
+            out
+        }
+    }
+
+    fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
+        Tensor::from_vec(random(rows * width, seed), (rows, width), &CPU).unwrap()
+    }
+
+    fn near(fused: &Tensor, plain: &Tensor) {
+        assert_eq!(fused.dims(), plain.dims());
+        let worst = (fused - plain).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(worst < 1e-5, "{worst}");
+    }
+
+    /// Other devices run Candle's operations: both forms must agree, for every vector width of the CPU.
+    #[test]
+    fn fused_attention_matches_candle() {
+        let packed = batch(&[1, 2, 17, 17, 33, 70, 130]);
+        let workspace = Workspace::default();
+        for (heads, width) in [(1, 8), (3, 16), (2, 20), (2, 64)] {
+            let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
+            for mask in [Mask::Full, Mask::Window(3), Mask::Window(40), Mask::Causal] {
+                let rope = Rope { theta: 10_000.0, scaling_factor: 1.0 };
+                let rotation = Rotation::new(rope, 130, width, DType::F32, &CPU).unwrap();
+                for rotation in [None, Some(&rotation)] {
+                    let attention = Attention { heads, width, mask };
+                    let fused = attention
+                        .forward(&qkv, None, rotation, &packed, workspace.at(Slot::Mixed, &CPU))
+                        .unwrap();
+                    let plain = attention.tensors(&qkv, rotation, &packed).unwrap();
+                    near(&fused, &plain);
+                    let numbers = host(&qkv).unwrap();
+                    let alone = || Alone { attention: &attention, rotation, batch: &packed, qkv: &numbers };
+                    for out in by_each_width(alone) {
+                        near(&Tensor::from_vec(out, plain.dims(), &CPU).unwrap(), &plain);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fused_embedding_and_pooling_match_candle() {
+        let packed = batch(&[1, 2, 17, 17, 33, 70]);
+        let workspace = Workspace::default();
+        let vars = candle_nn::VarMap::new();
+        let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &CPU);
+        let embedding = Embedding {
+            word: tensor(100, 20, 1),
+            positions: Some((tensor(80, 20, 2), 2)),
+            types: Some(tensor(2, 20, 3)),
+            norm: Norm::load(20, true, 1e-5, vb).unwrap(),
+        };
+        let x = embedding.forward(&packed, workspace.at(Slot::Stream, &CPU)).unwrap();
+        near(&x, &embedding.tensors(&packed, &CPU).unwrap());
+        for pooling in [Pooling::Mean, Pooling::First, Pooling::Last] {
+            let fused = pooling.forward(&x, &packed, workspace.at(Slot::Pooled, &CPU)).unwrap();
+            near(&fused, &pooling.tensors(&x, &packed).unwrap());
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Token ids to the first layer's input: the sum of embedding rows, normalised.
+
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Storage, Tensor};
+
+use super::norm::Norm;
+use super::{Out, Packed, floats, floats_mut};
+
+pub struct Embedding {
+    /// `[vocabulary, hidden]`.
+    pub word: Tensor,
+    /// `[positions, hidden]`, and which of its rows is for a sequence's first token.
+    pub positions: Option<(Tensor, usize)>,
+    /// `[types, hidden]`.
+    pub types: Option<Tensor>,
+    pub norm: Norm,
+}
+
+impl Embedding {
+    /// `[tokens, hidden]`. An id outside of its table is an error.
+    pub fn forward(&self, batch: &Packed, out: Out<'_>) -> Result<Tensor> {
+        let (vocabulary, hidden) = self.word.dims2()?;
+        // Checked here: a GPU would read past the table.
+        if let Some(id) = batch.ids().iter().find(|&&id| id as usize >= vocabulary) {
+            candle_core::bail!("token id {id} is outside the model's vocabulary of {vocabulary}");
+        }
+        if let (Some(table), Some(types)) = (&self.types, batch.type_ids()) {
+            let count = table.dim(0)?;
+            if let Some(id) = types.iter().find(|&&id| id as usize >= count) {
+                candle_core::bail!("token type {id} is outside the model's {count} token types");
+            }
+        }
+        match out.view(batch.tokens(), hidden)? {
+            Some(y) => {
+                y.inplace_op1(&Sum { embedding: self, batch })?;
+                Ok(y)
+            }
+            #[cfg(feature = "cuda")]
+            None if self.word.device().is_cuda() => super::cuda::embed(self, batch),
+            None => self.tensors(batch, self.word.device()),
+        }
+    }
+
+    /// The position table, starting with the row for a sequence's first token.
+    pub(super) fn position_table(&self) -> Result<Option<Tensor>> {
+        match &self.positions {
+            Some((table, first)) => table.narrow(0, *first, table.dim(0)? - first).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The unfused form, by Candle's own operations.
+    pub(super) fn tensors(&self, batch: &Packed, device: &Device) -> Result<Tensor> {
+        let indices = batch.on(device)?;
+        let mut x = self.word.index_select(&indices.ids, 0)?;
+        if let Some(table) = self.position_table()? {
+            x = (x + table.index_select(&indices.positions, 0)?)?;
+        }
+        if let Some(table) = &self.types {
+            x = match &indices.types {
+                Some(types) => (x + table.index_select(types, 0)?)?,
+                None => x.broadcast_add(&table.narrow(0, 0, 1)?)?,
+            };
+        }
+        self.norm.tensor(&x)
+    }
+}
+
+struct Sum<'a> {
+    embedding: &'a Embedding,
+    batch: &'a Packed,
+}
+
+impl InplaceOp1 for Sum<'_> {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn cpu_fwd(&self, out: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let Embedding { word, positions, types, norm } = self.embedding;
+        let guards = [Some(word), positions.as_ref().map(|(table, _)| table), types.as_ref()]
+            .map(|table| table.map(Tensor::storage_and_layout));
+        let mut tables = [None; 3];
+        for (table, guard) in tables.iter_mut().zip(&guards) {
+            if let Some((storage, layout)) = guard {
+                let Storage::Cpu(storage) = &**storage else {
+                    candle_core::bail!("an embedding table is not on the CPU")
+                };
+                *table = Some(floats(storage, layout)?);
+            }
+        }
+        let [Some(word), places, types] = tables else { unreachable!("the word table is not optional") };
+        let hidden = norm.weight.elem_count();
+        let row = |table, row: usize| -> &[f32] { &<&[f32]>::clone(&table)[row * hidden..][..hidden] };
+        let out = floats_mut(out, layout)?;
+        let (mut token, first) = (0, positions.as_ref().map_or(0, |(_, first)| *first));
+        for length in self.batch.lengths() {
+            for position in first..first + length {
+                let out = &mut out[token * hidden..][..hidden];
+                out.copy_from_slice(row(word, self.batch.ids()[token] as usize));
+                if let Some(table) = places {
+                    add(out, row(table, position));
+                }
+                if let Some(table) = types {
+                    add(out, row(table, self.batch.type_ids().map_or(0, |ids| ids[token] as usize)));
+                }
+                token += 1;
+            }
+        }
+        norm.rows(out);
+        Ok(())
+    }
+}
+
+fn add(out: &mut [f32], row: &[f32]) {
+    for (x, y) in out.iter_mut().zip(row) {
+        *x += y;
+    }
+}

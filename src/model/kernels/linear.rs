@@ -1,0 +1,134 @@
+//! Linear layers: a matrix multiplication with a fused epilogue.
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::activation::Activation;
+use super::matmul::{self, Panels};
+use super::norm::Norm;
+use super::quant::Precision;
+use super::{Fused, Out, host};
+
+pub struct Linear {
+    weight: Weight,
+    outputs: usize,
+}
+
+enum Weight {
+    /// `[in, out]` and `[out]`, for devices that use Candle's matrix multiplication.
+    Tensor {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
+    Panels(Panels),
+}
+
+/// What is done to the products after the bias is added.
+pub enum Epilogue<'a> {
+    Nothing,
+    Activate(Activation),
+    /// Adds a residual, `[tokens, out]`.
+    Add(&'a Tensor),
+    /// Adds a residual, then normalises each row.
+    AddNorm(&'a Tensor, &'a Norm),
+}
+
+impl Linear {
+    /// Loads layers that read the same input as one, with their outputs side by side. A checkpoint's weights are
+    /// `[out, in]`. On a CPU they are quantized to `precision`; `None` is f32.
+    pub fn load(
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        precision: Option<Precision>,
+        parts: &[VarBuilder<'_>],
+    ) -> Result<Self> {
+        let each = outputs / parts.len();
+        let weights: Vec<Tensor> =
+            parts.iter().map(|vb| vb.get((each, inputs), "weight")).collect::<Result<_>>()?;
+        let biases: Vec<Tensor> = match bias {
+            true => parts.iter().map(|vb| vb.get(each, "bias")).collect::<Result<_>>()?,
+            false => Vec::new(),
+        };
+        let weight = Tensor::cat(&weights, 0)?;
+        let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
+        let weight = match weight.device().is_cpu() {
+            true => {
+                let bias = bias.as_ref().map(host).transpose()?;
+                let weight = host(&weight)?;
+                Weight::Panels(match precision {
+                    None => Panels::new(&weight, bias.as_deref(), inputs, outputs),
+                    Some(precision) => {
+                        Panels::quantized(&weight, bias.as_deref(), inputs, outputs, precision)
+                    }
+                })
+            }
+            false => Weight::Tensor { weight: weight.t()?.contiguous()?, bias },
+        };
+        Ok(Self { weight, outputs })
+    }
+
+    /// `[tokens, in]` to `[tokens, out]`. On a CUDA GPU the bias, `[out]`, is returned instead of added: the next
+    /// operation adds it, which saves a pass over memory.
+    pub fn product(&self, x: &Tensor, out: Out<'_>) -> Result<(Tensor, Option<&Tensor>)> {
+        match &self.weight {
+            Weight::Tensor { weight, bias } if x.device().is_cuda() => Ok((x.matmul(weight)?, bias.as_ref())),
+            _ => Ok((self.forward(x, Epilogue::Nothing, out)?, None)),
+        }
+    }
+
+    /// `[tokens, in]` to `[tokens, out]`.
+    pub fn forward(&self, x: &Tensor, epilogue: Epilogue<'_>, out: Out<'_>) -> Result<Tensor> {
+        let (weight, bias) = match &self.weight {
+            Weight::Tensor { weight, bias } => (weight, bias),
+            Weight::Panels(panels) => {
+                let y = out.here(x.dim(0)?, self.outputs)?;
+                let alone = |epilogue: matmul::Epilogue<'_>| {
+                    y.inplace_op2(
+                        x,
+                        &Fused("linear", |out: &mut [f32], x: &[f32]| panels.multiply(x, out, &epilogue)),
+                    )
+                };
+                match epilogue {
+                    Epilogue::Nothing => alone(matmul::Epilogue::Nothing)?,
+                    Epilogue::Activate(activation) => alone(matmul::Epilogue::Activate(activation))?,
+                    Epilogue::Add(residual) => {
+                        let add = |out: &mut [f32], x: &[f32], residual: &[f32]| {
+                            panels.multiply(x, out, &matmul::Epilogue::Add(residual));
+                        };
+                        y.inplace_op3(x, residual, &Fused("linear", add))?;
+                    }
+                    Epilogue::AddNorm(residual, norm) => {
+                        let add = |out: &mut [f32], x: &[f32], residual: &[f32]| {
+                            panels.multiply(x, out, &matmul::Epilogue::AddNorm(residual, norm));
+                        };
+                        y.inplace_op3(x, residual, &Fused("linear", add))?;
+                    }
+                }
+                return Ok(y);
+            }
+        };
+        let mut y = x.matmul(weight)?;
+        #[cfg(feature = "cuda")]
+        if y.device().is_cuda() {
+            use super::cuda::{add_activate, add_norm};
+            let bias = bias.as_ref();
+            return match epilogue {
+                Epilogue::Nothing if bias.is_none() => Ok(y),
+                Epilogue::Nothing => add_activate(&y, bias, None),
+                Epilogue::Activate(activation) => add_activate(&y, bias, Some(activation)),
+                Epilogue::Add(residual) => add_norm(&y, bias, Some(residual), None),
+                Epilogue::AddNorm(residual, norm) => add_norm(&y, bias, Some(residual), Some(norm)),
+            };
+        }
+        if let Some(bias) = bias {
+            y = y.broadcast_add(bias)?;
+        }
+        match epilogue {
+            Epilogue::Nothing => Ok(y),
+            Epilogue::Activate(activation) => activation.tensor(&y),
+            Epilogue::Add(residual) => y + residual,
+            Epilogue::AddNorm(residual, norm) => norm.tensor(&(y + residual)?),
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Which files belong to a model: weights in safetensors, the tokenizer, and the configuration.
+
+use serde_json::Value;
+
+use super::store::{Files, FilesError};
+use super::text::sentence::{TEXT_SETTINGS, pooling_file};
+
+/// Small files that say how a model is used; not every model has each of them.
+pub const CONFIGURATION: &[&str] = &[
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "modules.json",
+    TEXT_SETTINGS[0],
+    TEXT_SETTINGS[1],
+    TEXT_SETTINGS[2],
+    TEXT_SETTINGS[3],
+    TEXT_SETTINGS[4],
+    TEXT_SETTINGS[5],
+    TEXT_SETTINGS[6],
+    "config_sentence_transformers.json",
+];
+
+/// The one file of weights, or the shards that an index names, sorted; `None` if there is neither.
+///
+/// # Errors
+/// `json` fails on the index.
+pub fn weights<E>(
+    exists: impl Fn(&str) -> bool,
+    json: impl Fn(&str) -> Result<Option<Value>, E>,
+) -> Result<Option<Vec<String>>, E> {
+    const ONE: &str = "model.safetensors";
+    const INDEX: &str = "model.safetensors.index.json";
+    if exists(ONE) {
+        return Ok(Some(vec![ONE.to_owned()]));
+    }
+    if !exists(INDEX) {
+        return Ok(None);
+    }
+    let index = json(INDEX)?.unwrap_or_default();
+    let map = index["weight_map"].as_object().into_iter().flatten();
+    let mut shards: Vec<String> = map.filter_map(|(_, shard)| shard.as_str()).map(str::to_owned).collect();
+    shards.sort();
+    shards.dedup();
+    Ok(Some(shards))
+}
+
+impl Files {
+    /// The names of the files with weights.
+    ///
+    /// # Errors
+    /// There are no weights, or their index cannot be read.
+    pub fn weights(&self) -> Result<Vec<String>, FilesError> {
+        weights(|name| self.exists(name), |name| self.json(name))?
+            .ok_or_else(|| FilesError::NoWeights { found: self.all() })
+    }
+
+    /// The names of all existing files that belong to the model, sorted.
+    ///
+    /// # Errors
+    /// There are no weights, or a file that names others cannot be read.
+    pub fn names(&self) -> Result<Vec<String>, FilesError> {
+        let mut names = self.weights()?;
+        names.extend(CONFIGURATION.iter().filter(|name| self.exists(name)).map(|name| (*name).to_owned()));
+        names.extend(pooling_file(self.json("modules.json")?.as_ref())?);
+        names.sort();
+        Ok(names)
+    }
+}

@@ -1,0 +1,187 @@
+//! Models from a hub with Hugging Face's API. The revision is resolved to a commit once. Missing files are downloaded
+//! into the cache that Hugging Face's own tools share. Without a network, a cached model is used.
+
+use std::path::PathBuf;
+
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+
+use super::{FilesError, Place};
+use crate::model::manifest;
+use crate::model::text::sentence::pooling_file;
+use crate::settings;
+
+/// A commit's files in the cache.
+struct Snapshot {
+    commit: String,
+    directory: PathBuf,
+}
+
+pub fn open(model: &settings::Model, source: &str) -> Result<Option<super::Snapshot>, FilesError> {
+    if !is_id(source) {
+        return Ok(None);
+    }
+    let Snapshot { commit, directory } = snapshot(model, source)?;
+    Ok(Some(super::Snapshot { place: Place::Directory(directory), revision: Some(commit) }))
+}
+
+/// Whether a source has the form of a hub id: `name` or `org/name`.
+fn is_id(source: &str) -> bool {
+    let legal = |part: &str| {
+        !part.is_empty()
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && part != "."
+            && part != ".."
+    };
+    let parts: Vec<&str> = source.split('/').collect();
+    parts.len() <= 2 && parts.iter().all(|part| legal(part))
+}
+
+fn snapshot(model: &settings::Model, id: &str) -> Result<Snapshot, FilesError> {
+    let revision = model.revision.clone().unwrap_or_else(|| "main".to_owned());
+    let cache = model.cache.clone().map_or_else(Cache::from_env, Cache::new);
+    let offline = model.offline
+        || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
+    if offline {
+        return cached(&cache, id, &revision).ok_or_else(|| {
+            FilesError::Hub(format!(
+                "{id}@{revision} is not in the cache {}, and offline mode forbids downloads",
+                cache.path().display()
+            ))
+        });
+    }
+    match download(model, &cache, id, &revision) {
+        Ok(snapshot) => Ok(snapshot),
+        Err(Asked::Unreachable(reason)) => match cached(&cache, id, &revision) {
+            Some(snapshot) => {
+                tracing::warn!(
+                    model = id,
+                    commit = snapshot.commit,
+                    reason,
+                    "the hub cannot be reached; using the cache"
+                );
+                Ok(snapshot)
+            }
+            None => Err(FilesError::Hub(format!(
+                "{id}@{revision}: {reason}; it is not in the cache {} either",
+                cache.path().display()
+            ))),
+        },
+        Err(Asked::Refused(error)) => Err(error),
+    }
+}
+
+enum Asked {
+    /// The hub did not answer; the cache may have the model.
+    Unreachable(String),
+    /// Final: the cache is not tried.
+    Refused(FilesError),
+}
+
+fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) -> Result<Snapshot, Asked> {
+    let refused = |message: String| Asked::Refused(FilesError::Hub(message));
+    let mut builder =
+        ApiBuilder::from_env().with_cache_dir(cache.path().clone()).with_progress(false).with_retries(3);
+    if let Some(token) = model.token.clone().or_else(|| std::env::var("HF_TOKEN").ok()) {
+        builder = builder.with_token(Some(token));
+    }
+    let api = builder.build().map_err(|e| refused(format!("{id}: {e}")))?;
+    let named = api.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
+    let info = named.info().map_err(|e| {
+        let message = e.to_string();
+        match status(&e) {
+            Some(401 | 403) => {
+                refused(format!("{id}@{revision}: access denied; set model.token or HF_TOKEN ({message})"))
+            }
+            Some(404) => refused(format!("{id}@{revision}: no such model or revision ({message})")),
+            _ => Asked::Unreachable(message),
+        }
+    })?;
+    // All files are requested by commit, so that they are of one version.
+    let repo = api.repo(Repo::with_revision(id.to_owned(), RepoType::Model, info.sha.clone()));
+    let there = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
+    let fetch = |repo: &ApiRepo, name: &str| {
+        repo.get(name).map_err(|e| Asked::Unreachable(format!("{id}/{name}: {e}")))
+    };
+    let mut config = None;
+    for name in manifest::CONFIGURATION.iter().filter(|name| there(name)) {
+        let path = fetch(&repo, name)?;
+        if *name == "config.json" {
+            config = Some(path);
+        } else if *name == "modules.json"
+            && let Some(pooling) = pooling_file(read_json(&path)?.as_ref()).map_err(Asked::Refused)?
+        {
+            fetch(&repo, &pooling)?;
+        }
+    }
+    let Some(config) = config else { return Err(refused(format!("{id}@{revision} has no config.json"))) };
+    let weights = manifest::weights(there, |name| read_json(&fetch(&repo, name)?))?;
+    let Some(weights) = weights else {
+        return Err(refused(format!("{id}@{revision} has no *.safetensors weights")));
+    };
+    for name in weights {
+        fetch(&repo, &name)?;
+    }
+    // Records the commit in the cache, so that the branch or tag also resolves offline.
+    let reference = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
+    if let Err(e) = reference.create_ref(&info.sha) {
+        tracing::warn!(
+            model = id,
+            error = %e,
+            "cannot record the revision's commit in the cache: it will not resolve offline"
+        );
+    }
+    let directory = config.parent().map(PathBuf::from).unwrap_or_default();
+    Ok(Snapshot { commit: info.sha, directory })
+}
+
+fn read_json(path: &std::path::Path) -> Result<Option<serde_json::Value>, Asked> {
+    let bytes = std::fs::read(path)
+        .map_err(|error| Asked::Refused(FilesError::Io { file: path.display().to_string(), error }))?;
+    Ok(serde_json::from_slice(&bytes).ok())
+}
+
+fn cached(cache: &Cache, id: &str, revision: &str) -> Option<Snapshot> {
+    let repo = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
+    if let Some(config) = repo.get("config.json") {
+        let directory = config.parent()?.to_owned();
+        let commit = directory.file_name()?.to_str()?.to_owned();
+        return Some(Snapshot { commit, directory });
+    }
+    // The revision may be a commit.
+    let directory = repo.pointer_path(revision);
+    directory.join("config.json").exists().then(|| Snapshot { commit: revision.to_owned(), directory })
+}
+
+/// The HTTP status of an error response.
+fn status(error: &ApiError) -> Option<u16> {
+    match error {
+        ApiError::RequestError(error) => match **error {
+            ureq::Error::StatusCode(status) => Some(status),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids() {
+        assert!(is_id("org/name-1.5"));
+        assert!(is_id("bert"));
+        assert!(!is_id("./model"));
+        assert!(!is_id("/srv/model"));
+        assert!(!is_id("a/b/c"));
+        assert!(!is_id(""));
+    }
+
+    #[test]
+    fn a_number_in_a_message_is_not_a_status() {
+        let refused = |error| status(&ApiError::RequestError(Box::new(error)));
+        assert_eq!(refused(ureq::Error::StatusCode(404)), Some(404));
+        assert_eq!(refused(ureq::Error::BadUri("http://hub/models/resnet-404".to_owned())), None);
+    }
+}

@@ -1,0 +1,261 @@
+//! Where the files of a model come from. To add a store, add a file here and a line in [`STORES`].
+
+mod bundled;
+mod directory;
+mod hub;
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::settings;
+
+/// Opens the model that `model.source` names; `None` if the source is not of this store's form.
+type Open = fn(&settings::Model, &str) -> Result<Option<Snapshot>, FilesError>;
+
+/// The stores, in the order in which they are tried.
+const STORES: &[Open] = &[bundled::open, directory::open, hub::open];
+
+/// The first bytes of a Git LFS pointer, which stands for a file that was never fetched.
+const LFS: [u8; 40] = *b"version https://git-lfs.github.com/spec/";
+
+/// One version of a model. All its files are available locally.
+struct Snapshot {
+    place: Place,
+    /// The commit, if the store has versions.
+    revision: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Place {
+    Directory(PathBuf),
+    /// Name and content of each file.
+    Memory(&'static [(&'static str, &'static [u8])]),
+}
+
+/// Problems with a model's files. Messages name files by their path in the model; callers add the model's name.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    #[error("there is no such directory, and it is not a hub id (org/name)")]
+    NoSuchModel,
+    #[error("{file}: {error}")]
+    Io { file: String, error: std::io::Error },
+    #[error("{file} is missing{}", how_to_make(file))]
+    Missing { file: String },
+    #[error("there are no weights in safetensors{}", instead(found))]
+    NoWeights { found: Vec<String> },
+    #[error(
+        "{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` in the model's directory"
+    )]
+    LfsPointer { file: String },
+    #[error("{file}: {message}")]
+    Content { file: String, message: String },
+    #[error("hub: {0}")]
+    Hub(String),
+}
+
+/// How to create a file that many checkpoints lack.
+fn how_to_make(file: &str) -> &'static str {
+    match file {
+        "tokenizer.json" => {
+            "; create it with Python in the model's directory: \
+             from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')"
+        }
+        _ => "",
+    }
+}
+
+/// The weights found in another format, and how to convert them.
+fn instead(found: &[String]) -> String {
+    let with = |ending: &str| found.iter().find(|name| name.ends_with(ending));
+    if let Some(name) = with(".bin").or_else(|| with(".pt")).or_else(|| with(".h5")) {
+        return format!(
+            ", only {name}; convert it with Python in the model's directory: from transformers import AutoModel, \
+             AutoModelForSequenceClassification as Classifier; (AutoModel for embeddings, Classifier for labels).\
+             from_pretrained('.').save_pretrained('.', safe_serialization=True)"
+        );
+    }
+    match with(".onnx") {
+        Some(name) => {
+            format!(", only {name}, which kandle does not read: use the checkpoint that it was exported from")
+        }
+        None => ": neither model.safetensors nor model.safetensors.index.json exists".to_owned(),
+    }
+}
+
+/// The files of a model. All are available locally.
+#[derive(Debug, Clone)]
+pub struct Files {
+    /// `model.source`.
+    pub source: String,
+    /// The commit on the hub.
+    pub revision: Option<String>,
+    place: Place,
+    /// `model.ignore_config`.
+    ignored_keys: Vec<String>,
+}
+
+impl Files {
+    /// Finds a model's files. From the hub, downloads those that the cache lacks.
+    ///
+    /// # Errors
+    /// `model.source` names no model, or its store fails.
+    pub fn find(model: &settings::Model) -> Result<Self, FilesError> {
+        let source = model.source.clone().unwrap_or_default();
+        for open in STORES {
+            if let Some(Snapshot { place, revision }) = open(model, &source)? {
+                return Ok(Self { source, revision, place, ignored_keys: model.ignore_config.clone() });
+            }
+        }
+        Err(FilesError::NoSuchModel)
+    }
+
+    /// Unknown keys of config.json that do not change predictions, according to the settings.
+    pub(super) fn ignored_keys(&self) -> &[String] {
+        &self.ignored_keys
+    }
+
+    /// `source@revision`: the `kandle-model` header.
+    pub fn name(&self) -> String {
+        match &self.revision {
+            Some(revision) => format!("{}@{revision}", self.source),
+            None => self.source.clone(),
+        }
+    }
+
+    pub(super) fn exists(&self, name: &str) -> bool {
+        match &self.place {
+            Place::Memory(files) => files.iter().any(|(known, _)| *known == name),
+            Place::Directory(directory) => directory.join(name).is_file(),
+        }
+    }
+
+    /// Opens a file to read parts of it.
+    ///
+    /// # Errors
+    /// There is no such file, it is a Git LFS pointer, or it cannot be read.
+    pub fn open(&self, name: &str) -> Result<Source, FilesError> {
+        let missing = || FilesError::Missing { file: name.to_owned() };
+        let source = match &self.place {
+            Place::Memory(files) => {
+                let (_, bytes) = files.iter().find(|(known, _)| *known == name).ok_or_else(missing)?;
+                Source::Memory(bytes)
+            }
+            Place::Directory(directory) => match File::open(directory.join(name)) {
+                Ok(file) => Source::File(file),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
+                Err(error) => return Err(io(name, error)),
+            },
+        };
+        let mut start = [0; LFS.len()];
+        let is_pointer = source.len().map_err(|error| io(name, error))? >= LFS.len() as u64
+            && source.read_at(0, &mut start).map(|()| start == LFS).map_err(|error| io(name, error))?;
+        if is_pointer { Err(FilesError::LfsPointer { file: name.to_owned() }) } else { Ok(source) }
+    }
+
+    /// The file's bytes; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// As [`Files::open`], except for a missing file.
+    pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>, FilesError> {
+        match self.open(name) {
+            Ok(Source::Memory(bytes)) => Ok(Some(Cow::Borrowed(bytes))),
+            Ok(Source::File(mut file)) => {
+                let mut bytes = Vec::new();
+                file.read_to_end(&mut bytes).map_err(|error| io(name, error))?;
+                Ok(Some(Cow::Owned(bytes)))
+            }
+            Err(FilesError::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn require(&self, name: &str) -> Result<Cow<'static, [u8]>, FilesError> {
+        self.read(name)?.ok_or_else(|| FilesError::Missing { file: name.to_owned() })
+    }
+
+    pub fn json(&self, name: &str) -> Result<Option<serde_json::Value>, FilesError> {
+        match self.read(name)? {
+            None => Ok(None),
+            Some(bytes) => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(|e| FilesError::Content { file: name.to_owned(), message: e.to_string() }),
+        }
+    }
+
+    /// SHA-256 of a file, read piece by piece: weights may be larger than memory.
+    ///
+    /// # Errors
+    /// As [`Files::open`].
+    pub fn sha256(&self, name: &str) -> Result<[u8; 32], FilesError> {
+        let mut hash = Sha256::new();
+        match self.open(name)? {
+            Source::Memory(bytes) => hash.update(bytes),
+            Source::File(mut file) => {
+                let mut piece = vec![0; 1 << 20];
+                loop {
+                    match file.read(&mut piece) {
+                        Ok(0) => break,
+                        Ok(count) => hash.update(&piece[..count]),
+                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                        Err(error) => return Err(io(name, error)),
+                    }
+                }
+            }
+        }
+        Ok(hash.finalize().into())
+    }
+
+    /// The names of all files, including those one folder down, for messages.
+    pub(super) fn all(&self) -> Vec<String> {
+        let Place::Directory(directory) = &self.place else { return Vec::new() };
+        let list =
+            |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut names: Vec<String> = list(directory)
+            .flat_map(|path| if path.is_dir() { list(&path).collect() } else { vec![path] })
+            .filter_map(|path| Some(path.strip_prefix(directory).ok()?.display().to_string()))
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+fn io(name: &str, error: std::io::Error) -> FilesError {
+    FilesError::Io { file: name.to_owned(), error }
+}
+
+/// An open file of a model.
+#[derive(Debug)]
+pub enum Source {
+    File(File),
+    Memory(&'static [u8]),
+}
+
+impl Source {
+    pub fn len(&self) -> std::io::Result<u64> {
+        match self {
+            Self::File(file) => Ok(file.metadata()?.len()),
+            Self::Memory(bytes) => Ok(bytes.len() as u64),
+        }
+    }
+
+    /// Fills `out` with the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// The file ends too early, or cannot be read.
+    pub fn read_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        match self {
+            Self::File(file) => file.read_exact_at(out, offset),
+            Self::Memory(bytes) => {
+                let start = usize::try_from(offset).ok();
+                let from = start.and_then(|start| bytes.get(start..start.checked_add(out.len())?));
+                out.copy_from_slice(from.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+        }
+    }
+}

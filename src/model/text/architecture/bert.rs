@@ -1,0 +1,90 @@
+//! BERT (arXiv:1810.04805), with the tensor names of transformers' BertModel.
+
+use super::*;
+
+pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
+    let first = 0;
+    let mut architecture = post_norm(config, &["bert"], first)?;
+    architecture.classifier = classifier();
+    Ok(architecture)
+}
+
+/// BERT's head: the pooler over the first token, then the labels.
+pub(super) fn classifier() -> Classifier {
+    Classifier {
+        mean: false,
+        dense: "pooler.dense",
+        dense_in_encoder: true,
+        dense_bias: true,
+        activation: Activation::Tanh,
+        norm: None,
+        out: "classifier",
+        dense_for_tokens: false,
+    }
+}
+
+/// BERT's encoder, which RoBERTa shares; positions count from `first`.
+pub(super) fn post_norm(
+    config: &Config<'_>,
+    prefixes: &'static [&'static str],
+    first: usize,
+) -> Result<Architecture, ConfigError> {
+    config.absolute_positions()?;
+    let hidden = config.size("hidden_size")?;
+    let count = config.size("max_position_embeddings")?;
+    if count <= first {
+        return Err(ConfigError(format!(
+            "max_position_embeddings {count} is too small: positions start at {first}"
+        )));
+    }
+    let layers = (0..config.size("num_hidden_layers")?)
+        .map(|i| {
+            let name = |tail: &str| format!("encoder.layer.{i}.{tail}");
+            Layer {
+                qkv: Qkv::Separate(
+                    ["query", "key", "value"].map(|part| name(&format!("attention.self.{part}"))),
+                ),
+                attention_out: name("attention.output.dense"),
+                attention_norm: Some(name("attention.output.LayerNorm")),
+                up: vec![name("intermediate.dense")],
+                down: name("output.dense"),
+                mlp_norm: name("output.LayerNorm"),
+                rope: None,
+                mask: Mask::Full,
+            }
+        })
+        .collect();
+    Ok(Architecture {
+        name: config.name(),
+        prefixes,
+        vocabulary: config.size("vocab_size")?,
+        hidden,
+        heads: config.heads("num_attention_heads", hidden)?,
+        intermediate: config.size("intermediate_size")?,
+        norm_eps: config.number_or("layer_norm_eps", 1e-12),
+        embeddings: Embeddings {
+            word: "embeddings.word_embeddings",
+            token_type: Some(("embeddings.token_type_embeddings", config.size_or("type_vocab_size", 2)?)),
+            norm: "embeddings.LayerNorm",
+        },
+        positions: Positions::Learned { name: "embeddings.position_embeddings", count, first },
+        layers,
+        norms: NormPlacement::Post,
+        feed_forward: FeedForward::Plain(config.activation("hidden_act", "gelu")?),
+        attention_bias: true,
+        up_bias: true,
+        down_bias: true,
+        norm_bias: true,
+        final_norm: None,
+        classifier: Classifier {
+            mean: false,
+            dense: "classifier.dense",
+            dense_in_encoder: false,
+            dense_bias: true,
+            activation: Activation::Tanh,
+            norm: None,
+            out: "classifier.out_proj",
+            dense_for_tokens: false,
+        },
+    })
+}

@@ -1,0 +1,61 @@
+//! DistilBERT (arXiv:1910.01108): BERT without token types and pooler, under other names.
+
+use super::*;
+
+pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
+    let hidden = config.size("dim")?;
+    let layers = (0..config.size("n_layers")?)
+        .map(|i| {
+            let name = |tail: &str| format!("transformer.layer.{i}.{tail}");
+            Layer {
+                qkv: Qkv::Separate(
+                    ["q_lin", "k_lin", "v_lin"].map(|part| name(&format!("attention.{part}"))),
+                ),
+                attention_out: name("attention.out_lin"),
+                attention_norm: Some(name("sa_layer_norm")),
+                up: vec![name("ffn.lin1")],
+                down: name("ffn.lin2"),
+                mlp_norm: name("output_layer_norm"),
+                rope: None,
+                mask: Mask::Full,
+            }
+        })
+        .collect();
+    Ok(Architecture {
+        name: config.name(),
+        prefixes: &["distilbert"],
+        vocabulary: config.size("vocab_size")?,
+        hidden,
+        heads: config.heads("n_heads", hidden)?,
+        intermediate: config.size("hidden_dim")?,
+        norm_eps: 1e-12,
+        embeddings: Embeddings {
+            word: "embeddings.word_embeddings",
+            token_type: None,
+            norm: "embeddings.LayerNorm",
+        },
+        positions: Positions::Learned {
+            name: "embeddings.position_embeddings",
+            count: config.size("max_position_embeddings")?,
+            first: 0,
+        },
+        layers,
+        norms: NormPlacement::Post,
+        feed_forward: FeedForward::Plain(config.activation("activation", "gelu")?),
+        attention_bias: true,
+        up_bias: true,
+        down_bias: true,
+        norm_bias: true,
+        final_norm: None,
+        classifier: Classifier {
+            mean: false,
+            dense: "pre_classifier",
+            dense_in_encoder: false,
+            dense_bias: true,
+            activation: Activation::Relu,
+            norm: None,
+            out: "classifier",
+            dense_for_tokens: false,
+        },
+    })
+}

@@ -1,0 +1,380 @@
+//! What differs between architectures, as data: sizes, tensor names, the placement of norms, positions. Each has a
+//! file; [`super::Encoder`] runs them all.
+
+mod bert;
+mod distilbert;
+mod gte;
+mod modernbert;
+mod nomic;
+mod roberta;
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::sentence::is_off;
+pub use crate::model::kernels::{Activation, Gate, Mask, Rope};
+
+/// The architectures, by config.json's `model_type`. To add one, add a file and a line here.
+const KNOWN: &[(&str, Describe)] = &[
+    ("bert", bert::describe),
+    ("distilbert", distilbert::describe),
+    ("gte", gte::describe),
+    ("modernbert", modernbert::describe),
+    ("new", gte::describe),
+    ("nomic_bert", nomic::describe),
+    ("roberta", roberta::describe),
+    ("xlm-roberta", roberta::describe),
+];
+
+type Describe = fn(&Config<'_>) -> Result<Architecture, ConfigError>;
+
+/// Keys that change what a model computes in ways that kandle does not support: refused unless they are off.
+const UNSUPPORTED: &[&str] =
+    &["is_decoder", "is_encoder_decoder", "add_cross_attention", "pruned_heads", "quantization_config"];
+
+/// Keys that change no prediction: of training, loading and text generation, those that are read elsewhere (labels),
+/// and those that transformers itself does not read.
+const HARMLESS: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_flash_attn_2_enabled",
+    "_name_or_path",
+    "_num_labels",
+    "architectures",
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_implementation",
+    "attn_pdrop",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "classifier_dropout",
+    "cls_token_id",
+    "decoder_bias",
+    "deterministic_flash_attn",
+    "directionality",
+    "dropout",
+    "dtype",
+    "embd_pdrop",
+    "embedding_dropout",
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "head_dim",
+    "hidden_dropout_prob",
+    "id2label",
+    "initializer_cutoff_factor",
+    "initializer_range",
+    "label2id",
+    "language",
+    "mask_token_id",
+    "max_length",
+    "mlp_dropout",
+    "model_max_length",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "pad_token_id",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
+    "problem_type",
+    "qa_dropout",
+    "reference_compile",
+    "repad_logits_with_grad",
+    "resid_pdrop",
+    "return_dict",
+    // Of cross-encoders: read for reranking only. A classifier's scores follow transformers.
+    "sbert_ce_default_activation_function",
+    "sentence_transformers",
+    "sep_token_id",
+    "seq_classif_dropout",
+    // Position tables are read from the weights, sinusoidal or learned.
+    "sinusoidal_pos_embds",
+    "sparse_pred_ignore_index",
+    "sparse_prediction",
+    "task_specific_params",
+    "tie_encoder_decoder",
+    "tie_weights_",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "use_cache",
+    "use_flash_attn",
+    "use_memory_efficient_attention",
+    "unpad_inputs",
+];
+
+/// A problem with config.json.
+#[derive(Debug, thiserror::Error)]
+#[error("config.json: {0}")]
+pub struct ConfigError(pub String);
+
+/// All that the encoder needs to know about a model.
+#[derive(Debug, Clone)]
+pub struct Architecture {
+    /// config.json's `model_type`.
+    pub name: String,
+    /// Possible prefixes of the encoder's tensor names in a checkpoint with a head.
+    pub prefixes: &'static [&'static str],
+    pub vocabulary: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub intermediate: usize,
+    pub norm_eps: f64,
+    pub embeddings: Embeddings,
+    pub positions: Positions,
+    pub layers: Vec<Layer>,
+    pub norms: NormPlacement,
+    pub feed_forward: FeedForward,
+    /// Whether linear layers have a bias.
+    pub attention_bias: bool,
+    pub up_bias: bool,
+    pub down_bias: bool,
+    pub norm_bias: bool,
+    /// Tensor name of the norm after the last layer.
+    pub final_norm: Option<&'static str>,
+    pub classifier: Classifier,
+}
+
+#[derive(Debug, Clone)]
+pub struct Embeddings {
+    pub word: &'static str,
+    /// Tensor name and number of types.
+    pub token_type: Option<(&'static str, usize)>,
+    pub norm: &'static str,
+}
+
+#[derive(Debug, Clone)]
+pub enum Positions {
+    /// A table of `count` rows; a sequence's first token has row `first`.
+    Learned { name: &'static str, count: usize, first: usize },
+    /// Rotated queries and keys (RoPE), configured by layer, for `count` positions.
+    Rotary { count: usize },
+}
+
+/// The tensor names of one layer, without the encoder's prefix, and its kind of attention.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    pub qkv: Qkv,
+    pub attention_out: String,
+    /// Before attention in a pre-norm model (`None` for no norm), after it in a post-norm model.
+    pub attention_norm: Option<String>,
+    /// If there are several, their outputs are concatenated.
+    pub up: Vec<String>,
+    pub down: String,
+    pub mlp_norm: String,
+    pub rope: Option<Rope>,
+    pub mask: Mask,
+}
+
+#[derive(Debug, Clone)]
+pub enum Qkv {
+    Separate([String; 3]),
+    Fused(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// After the residual, as in BERT (post-norm).
+    Post,
+    /// Before attention and feed-forward, as in ModernBERT (pre-norm).
+    Pre,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FeedForward {
+    Plain(Activation),
+    /// `up` gives two halves; one of them, activated, is multiplied by the other (GeGLU, arXiv:2002.05202).
+    Gated(Activation, Gate),
+}
+
+/// The classification head: the tensors between a pooled sequence, or a token, and its logits.
+#[derive(Debug, Clone)]
+pub struct Classifier {
+    /// Pools by the mean instead of the first token.
+    pub mean: bool,
+    pub dense: &'static str,
+    /// `dense` is under the encoder's prefix.
+    pub dense_in_encoder: bool,
+    pub dense_bias: bool,
+    pub activation: Activation,
+    pub norm: Option<&'static str>,
+    pub out: &'static str,
+    /// A token classifier has `dense` too, not only the output layer.
+    pub dense_for_tokens: bool,
+}
+
+impl Classifier {
+    /// Tensor name of the output layer, which is the same for all token classifiers.
+    pub fn out(&self, per_token: bool) -> &'static str {
+        if per_token { "classifier" } else { self.out }
+    }
+}
+
+impl Architecture {
+    /// Reads config.json. `ignored` are unknown keys that change nothing (`model.ignore_config`).
+    ///
+    /// # Errors
+    /// The architecture is not known, or a key has a value that kandle does not support.
+    pub fn from_config(json: &Value, ignored: &[String]) -> Result<Self, ConfigError> {
+        let known = || KNOWN.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let Some(name) = json["model_type"].as_str() else {
+            return Err(ConfigError(format!("has no model_type; supported: {}", known())));
+        };
+        match KNOWN.iter().find(|(known, _)| *known == name) {
+            Some((_, describe)) => {
+                let config = Config::new(json);
+                let architecture = describe(&config)?;
+                config.refuse_others(ignored)?;
+                Ok(architecture)
+            }
+            None => Err(ConfigError(format!("model_type {name:?} is not supported; supported: {}", known()))),
+        }
+    }
+
+    /// The longest sequence in tokens, special tokens included.
+    pub fn max_tokens(&self) -> usize {
+        match self.positions {
+            Positions::Learned { count, first, .. } => count - first,
+            Positions::Rotary { count } => count,
+        }
+    }
+
+    /// Width of the feed-forward's `up` projection, which has two halves if gated.
+    pub fn up(&self) -> usize {
+        match self.feed_forward {
+            FeedForward::Plain(_) => self.intermediate,
+            FeedForward::Gated(..) => 2 * self.intermediate,
+        }
+    }
+
+    /// Floating-point operations of the layers' matrix products for a sequence; a multiply-add counts as two.
+    pub fn operations(&self, length: usize) -> u64 {
+        let weights = self.hidden * (4 * self.hidden + self.up() + self.intermediate);
+        let of = |layer: &Layer| 2 * length * (weights + 2 * layer.mask.keys_per_query(length) * self.hidden);
+        self.layers.iter().map(|layer| of(layer) as u64).sum()
+    }
+}
+
+/// A config.json. Its errors name the key. It records which keys were read, so that all others can be refused.
+pub struct Config<'a> {
+    json: &'a Value,
+    read: RefCell<BTreeSet<String>>,
+}
+
+impl<'a> Config<'a> {
+    fn new(json: &'a Value) -> Self {
+        Self { json, read: RefCell::default() }
+    }
+
+    /// The value of a key; null if it is missing.
+    fn get(&self, key: &str) -> &'a Value {
+        self.read.borrow_mut().insert(key.to_owned());
+        &self.json[key]
+    }
+
+    /// Refuses keys that were not read and may change predictions.
+    fn refuse_others(&self, ignored: &[String]) -> Result<(), ConfigError> {
+        for key in UNSUPPORTED {
+            if !is_off(self.get(key)) {
+                return Err(ConfigError(format!("{key}: {} is not supported", self.get(key))));
+            }
+        }
+        let read = self.read.borrow();
+        let known = |key: &str| {
+            read.contains(key) || HARMLESS.contains(&key) || ignored.iter().any(|ignored| ignored == key)
+        };
+        let others = self.json.as_object().into_iter().flatten();
+        let others = others.filter(|(key, value)| !known(key) && !is_off(value));
+        match others.map(|(key, _)| key.as_str()).collect::<Vec<_>>().as_slice() {
+            [] => Ok(()),
+            keys => Err(ConfigError(format!(
+                "kandle does not know {} and cannot tell whether it changes predictions; if it does not, name it in \
+                 model.ignore_config",
+                keys.join(", ")
+            ))),
+        }
+    }
+
+    fn name(&self) -> String {
+        self.get("model_type").as_str().unwrap_or_default().to_owned()
+    }
+
+    fn size(&self, key: &str) -> Result<usize, ConfigError> {
+        match self.get(key).as_u64() {
+            Some(n) if n > 0 => Ok(n as usize),
+            _ => Err(ConfigError(format!("{key} is {}, not a positive integer", self.get(key)))),
+        }
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
+        if self.get(key).is_null() { Ok(default) } else { self.size(key) }
+    }
+
+    fn number_or(&self, key: &str, default: f64) -> f64 {
+        self.get(key).as_f64().unwrap_or(default)
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> bool {
+        self.get(key).as_bool().unwrap_or(default)
+    }
+
+    fn activation(&self, key: &str, default: &str) -> Result<Activation, ConfigError> {
+        Ok(match self.get(key).as_str().unwrap_or(default) {
+            "gelu" | "gelu_python" => Activation::Gelu,
+            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+            "relu" => Activation::Relu,
+            "silu" | "swish" => Activation::Silu,
+            "tanh" => Activation::Tanh,
+            other => {
+                return Err(ConfigError(format!(
+                    "{key} {other:?} is not supported; supported: gelu, gelu_new, relu, silu, tanh"
+                )));
+            }
+        })
+    }
+
+    /// The number of heads; it has to divide the width.
+    fn heads(&self, key: &str, hidden: usize) -> Result<usize, ConfigError> {
+        let heads = self.size(key)?;
+        if !hidden.is_multiple_of(heads) {
+            return Err(ConfigError(format!("{key} {heads} does not divide the width {hidden}")));
+        }
+        Ok(heads)
+    }
+
+    /// Tensor name and number of token types; `None` if there are none.
+    fn types(&self, name: &'static str, default: u64) -> Option<(&'static str, usize)> {
+        let count = self.get("type_vocab_size").as_u64().unwrap_or(default);
+        (count > 0).then_some((name, count as usize))
+    }
+
+    /// The base in `rope_parameters` (transformers 5); `None` if it is not given.
+    fn rope_parameters(&self, parameters: &Value, key: &str) -> Result<Option<f64>, ConfigError> {
+        match parameters["rope_type"].as_str() {
+            None | Some("default") => Ok(parameters["rope_theta"].as_f64()),
+            Some(other) => {
+                Err(ConfigError(format!("{key}.rope_type {other:?} is not supported; supported: default")))
+            }
+        }
+    }
+
+    fn absolute_positions(&self) -> Result<(), ConfigError> {
+        match self.get("position_embedding_type").as_str() {
+            None | Some("absolute") => Ok(()),
+            Some(other) => Err(ConfigError(format!(
+                "position_embedding_type {other:?} is not supported; supported: absolute"
+            ))),
+        }
+    }
+}

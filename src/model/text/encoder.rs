@@ -1,0 +1,78 @@
+//! The text encoder: token ids to the last layer's hidden states. One implementation for the whole family.
+//!
+//! A batch is one axis of tokens, sequence after sequence ([`Packed`]), without padding. Attention stays within a
+//! sequence, so a sequence's result does not depend on its neighbours.
+
+use std::sync::Mutex;
+
+use candle_core::{Device, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::architecture::{Architecture, Positions};
+use super::trunk::Trunk;
+use crate::model::kernels::{Embedding, Norm, Packed, Precision, Slot, Workspace};
+
+pub struct Encoder {
+    architecture: Architecture,
+    device: Device,
+    embedding: Embedding,
+    trunk: Trunk,
+    /// Idle workspaces; there are as many in all as forward passes have run at the same time.
+    workspaces: Mutex<Vec<Workspace>>,
+}
+
+impl Encoder {
+    /// `vb` has the encoder's prefix. `precision` is that of the matrix weights on a CPU, if not f32.
+    pub fn load(
+        architecture: Architecture,
+        vb: &VarBuilder<'_>,
+        precision: Option<Precision>,
+    ) -> Result<Self> {
+        let a = &architecture;
+        let table = |name: &str, count: usize| vb.pp(name).get((count, a.hidden), "weight");
+        let embedding = Embedding {
+            word: table(a.embeddings.word, a.vocabulary)?,
+            types: a.embeddings.token_type.map(|(name, count)| table(name, count)).transpose()?,
+            positions: match a.positions {
+                Positions::Learned { name, count, first } => Some((table(name, count)?, first)),
+                Positions::Rotary { .. } => None,
+            },
+            norm: Norm::load(a.hidden, a.norm_bias, a.norm_eps, vb.pp(a.embeddings.norm))?,
+        };
+        let trunk = Trunk::load(a, vb, precision)?;
+        let (device, workspaces) = (vb.device().clone(), Mutex::default());
+        Ok(Self { architecture, device, embedding, trunk, workspaces })
+    }
+
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Calls `head` with the last layer's output, `[tokens, hidden]`, and the workspace that holds it.
+    ///
+    /// # Errors
+    /// A sequence is longer than the model takes, a token id is outside its table, or the device fails.
+    pub fn forward<T>(
+        &self,
+        batch: &Packed,
+        head: impl FnOnce(&Tensor, &Workspace) -> Result<T>,
+    ) -> Result<T> {
+        let longest = batch.lengths().max().unwrap_or(0);
+        if longest > self.architecture.max_tokens() {
+            candle_core::bail!("{longest} tokens; the model's limit is {}", self.architecture.max_tokens());
+        }
+        let kept = || self.workspaces.lock().unwrap_or_else(|e| e.into_inner());
+        let workspace = kept().pop().unwrap_or_default();
+        let result = self
+            .embedding
+            .forward(batch, workspace.at(Slot::Stream, &self.device))
+            .and_then(|x| self.trunk.forward(x, batch, &workspace))
+            .and_then(|x| head(&x, &workspace));
+        kept().push(workspace);
+        result
+    }
+}

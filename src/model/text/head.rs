@@ -1,0 +1,99 @@
+//! From the encoder's hidden states to rows of output: one per sequence, or one per token.
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::architecture::Architecture;
+use crate::model::kernels::{Activation, Epilogue, Linear, Norm, Packed, Pooling, Slot, Workspace};
+
+/// What follows the encoder.
+pub struct Head {
+    /// `None` if each token has a row.
+    pooling: Option<Pooling>,
+    /// `None` if the pooled vector is the row.
+    classifier: Option<Classifier>,
+}
+
+/// A dense layer with its activation and norm.
+struct Dense {
+    linear: Linear,
+    activation: Option<Activation>,
+    norm: Option<Norm>,
+}
+
+impl Dense {
+    fn new(
+        (input, output): (usize, usize),
+        bias: bool,
+        activation: Option<Activation>,
+        norm_of: Option<(VarBuilder<'_>, bool, f64)>,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let norm = norm_of.map(|(vb, bias, eps)| Norm::load(output, bias, eps, vb)).transpose()?;
+        Ok(Self { linear: Linear::load(input, output, bias, None, &[vb])?, activation, norm })
+    }
+
+    /// Writes to `slot`. If there is a norm, its input is in [`Slot::Stream`], which the head no longer needs.
+    fn forward(&self, x: &Tensor, workspace: &Workspace, slot: Slot) -> Result<Tensor> {
+        let epilogue = self.activation.map_or(Epilogue::Nothing, Epilogue::Activate);
+        let out = |slot| workspace.at(slot, x.device());
+        match &self.norm {
+            Some(norm) => norm.forward(&self.linear.forward(x, epilogue, out(Slot::Stream))?, out(slot)),
+            None => self.linear.forward(x, epilogue, out(slot)),
+        }
+    }
+}
+
+/// A classifier's hidden layer, if it has one, and its output layer.
+struct Classifier {
+    hidden: Option<Dense>,
+    out: Dense,
+}
+
+impl Head {
+    /// The pooled vector of each sequence.
+    pub fn embedding(pooling: Pooling) -> Self {
+        Self { pooling: Some(pooling), classifier: None }
+    }
+
+    /// Logits of each sequence, or of each token, one per label. `root` has no prefix, `encoder` has the encoder's.
+    pub fn classifier(
+        a: &Architecture,
+        labels: usize,
+        per_token: bool,
+        root: &VarBuilder<'_>,
+        encoder: &VarBuilder<'_>,
+    ) -> Result<Self> {
+        let c = &a.classifier;
+        let hidden = (!per_token || c.dense_for_tokens).then(|| {
+            let vb = if c.dense_in_encoder { encoder } else { root };
+            let norm = c.norm.map(|name| (root.pp(name), a.norm_bias, a.norm_eps));
+            Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(c.dense))
+        });
+        let out = Dense::new((a.hidden, labels), true, None, None, root.pp(c.out(per_token)))?;
+        let pooling = if c.mean { Pooling::Mean } else { Pooling::First };
+        let classifier = Some(Classifier { hidden: hidden.transpose()?, out });
+        Ok(Self { pooling: (!per_token).then_some(pooling), classifier })
+    }
+
+    /// Whether each token has a row, instead of each sequence.
+    pub fn is_per_token(&self) -> bool {
+        self.pooling.is_none()
+    }
+
+    /// `[rows, width]` in f32, in the order of the token axis.
+    pub fn forward(&self, x: &Tensor, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
+        let pooled = match self.pooling {
+            Some(pooling) => pooling.forward(x, batch, workspace.at(Slot::Pooled, x.device()))?,
+            None => x.clone(),
+        };
+        let rows = match &self.classifier {
+            None => pooled,
+            Some(Classifier { hidden, out }) => {
+                let hidden = hidden.as_ref().map(|layer| layer.forward(&pooled, workspace, Slot::Hidden));
+                out.forward(hidden.transpose()?.as_ref().unwrap_or(&pooled), workspace, Slot::Logits)?
+            }
+        };
+        rows.to_dtype(DType::F32)
+    }
+}

@@ -1,0 +1,16 @@
+//! Text models: the tokenizer, the packed encoder, and the heads on it.
+
+pub mod architecture;
+mod encoder;
+mod head;
+mod items;
+mod model;
+pub(super) mod sentence;
+mod tokenize;
+mod trunk;
+
+pub use encoder::Encoder;
+pub use head::Head;
+pub use model::{Model, ModelError, Output, Scores};
+pub use sentence::{Embedding, TextSettings};
+pub use tokenize::{NoRoom, Part, Shorten, Span, Spans, TokenizeError, Tokenizer, Tokens};

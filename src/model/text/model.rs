@@ -1,0 +1,282 @@
+//! A model: files, placement, tokenizer, encoder and head together.
+
+use candle_nn::VarBuilder;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use super::architecture::{Architecture, ConfigError};
+use super::encoder::Encoder;
+use super::head::Head;
+use super::sentence::{Embedding, TextSettings, cross_encoder_scores};
+use super::tokenize::{TokenizeError, Tokenizer, Tokens};
+use crate::model::kernels::{Packed, Precision, Transfer};
+use crate::model::message;
+use crate::model::placement::Placement;
+use crate::model::store::{Files, FilesError};
+use crate::model::weights::{Weights, WeightsError};
+use crate::ragged::Ragged;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Tokenize(#[from] TokenizeError),
+    #[error("weights: {0}")]
+    Weights(String),
+    #[error(transparent)]
+    ReadWeights(#[from] WeightsError),
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// The output of a model that a task needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// One logit per label.
+    Logits,
+    /// One logit per label of a pair of texts, as in sentence-transformers' cross-encoders.
+    PairLogits,
+    /// One logit per token and label.
+    TokenLogits,
+    /// One pooled vector per sequence.
+    Embedding,
+}
+
+/// How logits become scores, chosen by config.json's `problem_type` as in transformers' pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scores {
+    Softmax,
+    /// Each label is scored independently.
+    Sigmoid,
+    /// Regression: the logits are the scores.
+    Raw,
+}
+
+impl Scores {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Softmax => "softmax",
+            Self::Sigmoid => "sigmoid",
+            Self::Raw => "raw",
+        }
+    }
+
+    fn of(config: &serde_json::Value, labels: usize) -> Result<Self, ModelError> {
+        match config["problem_type"].as_str() {
+            Some("regression") => Ok(Self::Raw),
+            Some("multi_label_classification") => Ok(Self::Sigmoid),
+            None | Some("single_label_classification") if labels == 1 => Ok(Self::Sigmoid),
+            None | Some("single_label_classification") => Ok(Self::Softmax),
+            Some(other) => Err(ModelError::Unsupported(format!(
+                "config.json: problem_type {other:?} is not supported; supported: regression, \
+                 single_label_classification, multi_label_classification"
+            ))),
+        }
+    }
+}
+
+pub struct Model {
+    pub files: Files,
+    pub placement: Placement,
+    pub tokenizer: Tokenizer,
+    /// Label names by index, for a classifier.
+    pub labels: Vec<String>,
+    /// Index of a classifier's logit by label name: config.json's `label2id`.
+    pub label_ids: BTreeMap<String, usize>,
+    /// How a classifier's logits become scores.
+    pub scores: Scores,
+    pub embedding: Embedding,
+    pub parameters: usize,
+    /// Token ids of a short text, repeated to make the engine's samples.
+    pub(super) plain: Vec<u32>,
+    encoder: Encoder,
+    output: Output,
+    head: Head,
+    width: usize,
+    /// Held while a batch is queued on a GPU, which has one queue: otherwise two batches would interleave and both
+    /// finish late.
+    queueing: Mutex<()>,
+    /// The last field, so that it is dropped after all others.
+    #[cfg(feature = "cuda")]
+    _kept: Option<crate::model::kernels::cuda::MemoryPool>,
+}
+
+impl Model {
+    pub fn load(files: Files, placement: Placement, output: Output) -> Result<Self, ModelError> {
+        let config = files.json("config.json")?;
+        let config = config.ok_or_else(|| FilesError::Missing { file: "config.json".to_owned() })?;
+        let architecture = Architecture::from_config(&config, files.ignored_keys())?;
+        // The settings of sentence-transformers do not apply to a classifier of transformers.
+        let text = match output {
+            Output::Embedding => TextSettings::read(&files, "feature-extraction")?,
+            Output::PairLogits => TextSettings::read(&files, "sequence-classification")?,
+            Output::Logits | Output::TokenLogits => TextSettings::default(),
+        };
+        refuse_another_head(&config, output)?;
+        let types = architecture.embeddings.token_type.map_or(0, |(_, count)| count);
+        let tokenizer = Tokenizer::load(&files, architecture.max_tokens(), types, text)?;
+        let embedding = match output {
+            Output::Embedding => Embedding::read(&files)?,
+            _ => Embedding::default(),
+        };
+        let weights = Weights::open(&files)?;
+        let parameters = weights.parameters();
+        let root = VarBuilder::from_backend(Box::new(weights), placement.dtype, placement.device.clone());
+        let word = format!("{}.weight", architecture.embeddings.word);
+        let inner = architecture.prefixes.iter().map(|prefix| root.pp(prefix));
+        let vb = inner.into_iter().find(|vb| vb.contains_tensor(&word)).unwrap_or_else(|| root.clone());
+        let weights = |e: candle_core::Error| ModelError::Weights(message(&e));
+
+        let labels = labels(&config);
+        let (head, width) = match output {
+            Output::Embedding => (Head::embedding(embedding.pooling), architecture.hidden),
+            Output::Logits | Output::PairLogits | Output::TokenLogits => {
+                let per_token = output == Output::TokenLogits;
+                let out = format!("{}.weight", architecture.classifier.out(per_token));
+                if !root.contains_tensor(&out) {
+                    let what = if per_token { "token" } else { "text" };
+                    return Err(ModelError::Unsupported(format!(
+                        "it is not a {what} classifier: its weights have no {out}"
+                    )));
+                }
+                let head = Head::classifier(&architecture, labels.len(), per_token, &root, &vb);
+                (head.map_err(weights)?, labels.len())
+            }
+        };
+        let encoder = Encoder::load(architecture, &vb, placement.precision).map_err(weights)?;
+        #[cfg(feature = "cuda")]
+        let kept = match encoder.device() {
+            candle_core::Device::Cuda(device) => {
+                crate::model::kernels::cuda::MemoryPool::on(device).map_err(weights)?
+            }
+            _ => None,
+        };
+        let scores = match output {
+            Output::PairLogits => cross_encoder_scores(&files, &config)?,
+            _ => Scores::of(&config, labels.len())?,
+        };
+        let plain = tokenizer.encode("kandle")?.ids;
+        Ok(Self {
+            files,
+            placement,
+            tokenizer,
+            label_ids: label_ids(&config, &labels),
+            labels,
+            scores,
+            embedding,
+            parameters,
+            plain,
+            encoder,
+            output,
+            head,
+            width,
+            queueing: Mutex::default(),
+            #[cfg(feature = "cuda")]
+            _kept: kept,
+        })
+    }
+
+    pub fn architecture(&self) -> &Architecture {
+        self.encoder.architecture()
+    }
+
+    /// Tokenizes a text. For embeddings, the model's prompt is put before it.
+    pub fn tokens(&self, text: &str) -> Result<Tokens, TokenizeError> {
+        match self.output {
+            Output::Embedding if !self.embedding.prompt.is_empty() => {
+                self.tokenizer.encode(&format!("{}{text}", self.embedding.prompt))
+            }
+            _ => self.tokenizer.encode(text),
+        }
+    }
+
+    /// Bytes that the weights take on their device.
+    pub fn weight_bytes(&self) -> u64 {
+        let whole = self.placement.dtype.size_in_bytes();
+        let quantized = match self.placement.precision {
+            Some(Precision::Int8) => 1,
+            Some(Precision::Bf16) => 2,
+            None => whole,
+        };
+        // Only the matrices of the layers are quantized.
+        let a = self.architecture();
+        let of_layer = a.hidden * (4 * a.hidden + a.up() + a.intermediate);
+        let of_layers = (a.layers.len() * of_layer).min(self.parameters);
+        (of_layers * quantized + (self.parameters - of_layers) * whole) as u64
+    }
+
+    /// Number of values per sequence, or per token if the head's output is per token.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Number of values in the answer for a sequence of `tokens` tokens.
+    pub fn values(&self, tokens: usize) -> usize {
+        if self.head.is_per_token() { tokens * self.width } else { self.width }
+    }
+
+    /// One answer per sequence, in the order of the batch: [`Model::width`] values, or that many for each of its
+    /// tokens.
+    pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Ragged<f32>> {
+        let sequences: Vec<_> =
+            batch.iter().map(|tokens| (&tokens.ids[..], tokens.type_ids.as_deref())).collect();
+        let packed = Packed::new(&sequences);
+        let gpu = !self.encoder.device().is_cpu();
+        let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
+        let rows = self.encoder.forward(&packed, |hidden, workspace| {
+            Transfer::start(&self.head.forward(hidden, &packed, workspace)?)
+        })?;
+        drop(turn);
+        let rows = rows.finish()?;
+        let (mut places, mut end) = (vec![0..0; batch.len()], 0);
+        for (&i, length) in packed.order().iter().zip(packed.lengths()) {
+            let start = end;
+            end += self.values(length);
+            places[i] = start..end;
+        }
+        let mut answers = Ragged::with_capacity(batch.len(), rows.len());
+        for place in places {
+            answers.push(&rows[place]);
+        }
+        Ok(answers)
+    }
+}
+
+/// Refuses a checkpoint that says in config.json's `architectures` that it was trained for another task.
+fn refuse_another_head(config: &serde_json::Value, output: Output) -> Result<(), ModelError> {
+    let Some(name) = config["architectures"][0].as_str() else { return Ok(()) };
+    let (tokens, texts) =
+        (name.ends_with("ForTokenClassification"), name.ends_with("ForSequenceClassification"));
+    let instead = match output {
+        Output::Logits | Output::PairLogits if tokens => "task.kind: token-classification",
+        Output::TokenLogits if texts => "task.kind: text-classification",
+        _ => return Ok(()),
+    };
+    Err(ModelError::Unsupported(format!("config.json says {name}: it is a model for {instead}")))
+}
+
+/// config.json's `label2id`, or the reverse of `id2label` if there is none.
+fn label_ids(config: &serde_json::Value, labels: &[String]) -> BTreeMap<String, usize> {
+    let id = |value: &serde_json::Value| Some(value.as_u64()? as usize).filter(|&id| id < labels.len());
+    match config["label2id"].as_object().filter(|map| !map.is_empty()) {
+        Some(map) => map.iter().filter_map(|(label, value)| Some((label.clone(), id(value)?))).collect(),
+        None => labels.iter().cloned().zip(0..).collect(),
+    }
+}
+
+/// config.json's `id2label` in the order of the ids; `LABEL_n` for missing labels, as in transformers.
+fn labels(config: &serde_json::Value) -> Vec<String> {
+    match config["id2label"].as_object() {
+        Some(map) => (0..map.len())
+            .map(|i| {
+                map.get(&i.to_string())
+                    .and_then(|v| v.as_str())
+                    .map_or_else(|| format!("LABEL_{i}"), str::to_owned)
+            })
+            .collect(),
+        None => (0..config["num_labels"].as_u64().unwrap_or(2)).map(|i| format!("LABEL_{i}")).collect(),
+    }
+}

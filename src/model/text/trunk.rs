@@ -1,0 +1,128 @@
+//! The transformer's layers, from `[tokens, hidden]` to `[tokens, hidden]`, without embeddings and head.
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::architecture::{Architecture, FeedForward, Layer, NormPlacement, Qkv};
+use crate::model::kernels::{
+    Attention, Epilogue, Linear, Norm, Packed, Precision, Rotation, Slot, Workspace, gated,
+};
+
+struct Block {
+    qkv: Linear,
+    attention: Attention,
+    attention_out: Linear,
+    attention_norm: Option<Norm>,
+    up: Linear,
+    down: Linear,
+    mlp_norm: Norm,
+    /// Index into [`Trunk::rotations`].
+    rotation: Option<usize>,
+}
+
+/// All layers, and the norm after the last one.
+pub struct Trunk {
+    norms: NormPlacement,
+    feed_forward: FeedForward,
+    blocks: Vec<Block>,
+    rotations: Vec<Rotation>,
+    final_norm: Option<Norm>,
+}
+
+impl Trunk {
+    pub fn load(a: &Architecture, vb: &VarBuilder<'_>, precision: Option<Precision>) -> Result<Self> {
+        let mut rotations: Vec<Rotation> = Vec::new();
+        let mut blocks = Vec::with_capacity(a.layers.len());
+        for layer in &a.layers {
+            let rotation = match layer.rope {
+                Some(rope) => Some(match rotations.iter().position(|r| r.rope == rope) {
+                    Some(at) => at,
+                    None => {
+                        let (width, dtype) = (a.hidden / a.heads, vb.dtype());
+                        rotations.push(Rotation::new(rope, a.max_tokens(), width, dtype, vb.device())?);
+                        rotations.len() - 1
+                    }
+                }),
+                None => None,
+            };
+            blocks.push(Block::load(a, layer, rotation, vb, precision)?);
+        }
+        let final_norm = match a.final_norm {
+            Some(name) => Some(Norm::load(a.hidden, a.norm_bias, a.norm_eps, vb.pp(name))?),
+            None => None,
+        };
+        Ok(Self { norms: a.norms, feed_forward: a.feed_forward, blocks, rotations, final_norm })
+    }
+
+    /// `x` is `[tokens, hidden]` and in [`Slot::Stream`] of the workspace. The result is there or in [`Slot::Mixed`].
+    pub fn forward(&self, mut x: Tensor, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
+        for block in &self.blocks {
+            x = self.block(block, &x, batch, workspace)?;
+        }
+        match &self.final_norm {
+            Some(norm) => norm.forward(&x, workspace.at(Slot::Mixed, x.device())),
+            None => Ok(x),
+        }
+    }
+
+    fn block(&self, block: &Block, x: &Tensor, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
+        let out = |slot| workspace.at(slot, x.device());
+        let rotation = block.rotation.map(|at| &self.rotations[at]);
+        let pre_norm = self.norms == NormPlacement::Pre;
+        let normed = match (pre_norm, &block.attention_norm) {
+            (true, Some(norm)) => &norm.forward(x, out(Slot::Mixed))?,
+            _ => x,
+        };
+        let (qkv, bias) = block.qkv.product(normed, out(Slot::Wide))?;
+        let mixed = block.attention.forward(&qkv, bias, rotation, batch, out(Slot::Mixed))?;
+        let epilogue = match (pre_norm, &block.attention_norm) {
+            (false, Some(norm)) => Epilogue::AddNorm(x, norm),
+            _ => Epilogue::Add(x),
+        };
+        let attended = block.attention_out.forward(&mixed, epilogue, out(Slot::Attended))?;
+        let (normed, epilogue) = match pre_norm {
+            true => (&block.mlp_norm.forward(&attended, out(Slot::Mixed))?, Epilogue::Add(&attended)),
+            false => (&attended, Epilogue::AddNorm(&attended, &block.mlp_norm)),
+        };
+        let inner = match self.feed_forward {
+            FeedForward::Plain(activation) => {
+                block.up.forward(normed, Epilogue::Activate(activation), out(Slot::Wide))?
+            }
+            FeedForward::Gated(activation, gate) => {
+                let up = block.up.forward(normed, Epilogue::Nothing, out(Slot::Wide))?;
+                gated(&up, activation, gate, out(Slot::Gated))?
+            }
+        };
+        block.down.forward(&inner, epilogue, out(Slot::Stream))
+    }
+}
+
+impl Block {
+    fn load(
+        a: &Architecture,
+        layer: &Layer,
+        rotation: Option<usize>,
+        vb: &VarBuilder<'_>,
+        precision: Option<Precision>,
+    ) -> Result<Self> {
+        let h = a.hidden;
+        let qkv = match &layer.qkv {
+            Qkv::Fused(name) => vec![vb.pp(name)],
+            Qkv::Separate(names) => names.iter().map(|name| vb.pp(name)).collect(),
+        };
+        let ups: Vec<_> = layer.up.iter().map(|name| vb.pp(name)).collect();
+        Ok(Self {
+            qkv: Linear::load(h, 3 * h, a.attention_bias, precision, &qkv)?,
+            attention: Attention { heads: a.heads, width: h / a.heads, mask: layer.mask },
+            attention_out: Linear::load(h, h, a.attention_bias, precision, &[vb.pp(&layer.attention_out)])?,
+            attention_norm: match &layer.attention_norm {
+                Some(name) => Some(Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(name))?),
+                None => None,
+            },
+            up: Linear::load(h, a.up(), a.up_bias, precision, &ups)?,
+            down: Linear::load(a.intermediate, h, a.down_bias, precision, &[vb.pp(&layer.down)])?,
+            mlp_norm: Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(&layer.mlp_norm))?,
+            rotation,
+        })
+    }
+}

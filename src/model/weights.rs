@@ -1,0 +1,219 @@
+//! Weights in safetensors files, read one tensor at a time, straight into its final memory: loading a model needs
+//! little more memory than the model itself.
+//!
+//! Tensors are read with positioned reads and not through a memory map: mapped pages count as the process's memory, and
+//! truncating a mapped file kills the process (SIGBUS).
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+
+use super::store::{Files, FilesError, Source};
+
+/// Why weights cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    #[error("{file}: not a safetensors file: {reason}")]
+    Header { file: String, reason: String },
+}
+
+/// The longest header, in bytes, as the safetensors library limits it.
+const MAX_HEADER: u64 = 100_000_000;
+/// Bytes of a file that are converted at once.
+const PIECE: usize = 1 << 20;
+
+/// The tensors of all files by name.
+pub struct Weights {
+    files: Vec<(String, Source)>,
+    tensors: HashMap<String, Entry>,
+}
+
+struct Entry {
+    /// Index into [`Weights::files`].
+    file: usize,
+    /// Offset of the tensor's first byte in the file.
+    offset: u64,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl Weights {
+    /// Reads the headers of all files with weights.
+    ///
+    /// # Errors
+    /// There are no weights, or a file has an invalid header or another length than its header says.
+    pub fn open(files: &Files) -> std::result::Result<Self, WeightsError> {
+        let mut all = Self { files: Vec::new(), tensors: HashMap::new() };
+        for name in files.weights()? {
+            let source = files.open(&name)?;
+            let (metadata, start) =
+                header(&source).map_err(|reason| WeightsError::Header { file: name.clone(), reason })?;
+            for (tensor, TensorInfo { dtype, shape, data_offsets }) in metadata.tensors() {
+                let entry = Entry {
+                    file: all.files.len(),
+                    offset: start + data_offsets.0 as u64,
+                    dtype: *dtype,
+                    shape: shape.clone(),
+                };
+                all.tensors.insert(tensor, entry);
+            }
+            all.files.push((name, source));
+        }
+        Ok(all)
+    }
+
+    /// Number of elements in all floating-point tensors.
+    pub fn parameters(&self) -> usize {
+        let is_float = |entry: &&Entry| {
+            matches!(entry.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3)
+        };
+        self.tensors.values().filter(is_float).map(|entry| entry.shape.iter().product::<usize>()).sum()
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        match self.tensors.get(name) {
+            Some(entry) => Ok(entry),
+            None => candle_core::bail!("cannot find tensor {name}"),
+        }
+    }
+
+    fn read(&self, name: &str, entry: &Entry, dtype: DType, device: &Device) -> Result<Tensor> {
+        let (file, source) = &self.files[entry.file];
+        let failed = |error: std::io::Error| candle_core::Error::Msg(format!("{file}: {name}: {error}"));
+        let count = entry.shape.iter().product::<usize>();
+        if dtype == DType::F32 && device.is_cpu() {
+            let floats = match entry.dtype {
+                Dtype::F32 => convert(source, entry.offset, count, f32::from_le_bytes),
+                Dtype::F16 => convert(source, entry.offset, count, |x| f16::from_le_bytes(x).to_f32()),
+                Dtype::BF16 => convert(source, entry.offset, count, |x| bf16::from_le_bytes(x).to_f32()),
+                Dtype::F64 => convert(source, entry.offset, count, |x| f64::from_le_bytes(x) as f32),
+                other => candle_core::bail!("{file}: {name} is {other:?}, not a floating-point type"),
+            };
+            return Tensor::from_vec(floats.map_err(failed)?, entry.shape.as_slice(), device);
+        }
+        // The device converts, so that the elements are copied to it once and as stored.
+        let stored = DType::try_from(entry.dtype)?;
+        let mut bytes = vec![0; count * stored.size_in_bytes()];
+        source.read_at(entry.offset, &mut bytes).map_err(failed)?;
+        let tensor = Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?;
+        if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) }
+    }
+}
+
+impl SimpleBackend for Weights {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: candle_nn::Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let entry = self.entry(name)?;
+        if shape.dims() != entry.shape {
+            candle_core::bail!(
+                "shape mismatch for {name}: the file has {:?}, config.json asks for {:?}",
+                entry.shape,
+                shape.dims()
+            );
+        }
+        self.read(name, entry, dtype, device)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.read(name, self.entry(name)?, dtype, device)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+}
+
+/// The file's metadata, and the offset of its first tensor. Format: eight bytes of length, that many bytes of JSON
+/// (<https://github.com/huggingface/safetensors>, "Format").
+fn header(source: &Source) -> std::result::Result<(Metadata, u64), String> {
+    let text = |error: std::io::Error| error.to_string();
+    let mut length = [0; 8];
+    source.read_at(0, &mut length).map_err(text)?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER {
+        return Err(format!("its header length of {length} bytes is over the limit"));
+    }
+    let mut json = vec![0; length as usize];
+    source.read_at(8, &mut json).map_err(text)?;
+    let metadata: Metadata = serde_json::from_slice(&json).map_err(|error| error.to_string())?;
+    let (start, has) = (8 + length, source.len().map_err(text)?);
+    let needs = start + metadata.data_len() as u64;
+    if has != needs {
+        return Err(format!("it has {has} bytes, but its header needs {needs}: was its download cut short?"));
+    }
+    Ok((metadata, start))
+}
+
+/// Reads `count` elements of `N` bytes, a piece of the file at a time.
+fn convert<const N: usize>(
+    source: &Source,
+    offset: u64,
+    count: usize,
+    to_f32: impl Fn([u8; N]) -> f32,
+) -> std::io::Result<Vec<f32>> {
+    let mut floats = Vec::with_capacity(count);
+    let mut piece = vec![0; PIECE.min(count * N)];
+    let mut offset = offset;
+    while floats.len() < count {
+        let bytes = &mut piece[..PIECE.min((count - floats.len()) * N)];
+        source.read_at(offset, bytes)?;
+        offset += bytes.len() as u64;
+        let (numbers, _) = bytes.as_chunks::<N>();
+        floats.extend(numbers.iter().map(|&number| to_f32(number)));
+    }
+    Ok(floats)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn float_tensor(dtype: Dtype, bytes: Vec<u8>) -> (Source, Entry) {
+        let count = bytes.len() / (dtype.bitsize() / 8);
+        (Source::Memory(bytes.leak()), Entry { file: 0, offset: 0, dtype, shape: vec![count] })
+    }
+
+    #[test]
+    fn floats_of_every_width_are_read_in_pieces() {
+        // More than a piece, and not a multiple of one.
+        let numbers: Vec<f32> = (0..PIECE / 2 + 7).map(|i| (i % 251) as f32 - 125.0).collect();
+        let of = |dtype: Dtype| -> Vec<u8> {
+            let bytes = |&x: &f32| match dtype {
+                Dtype::F32 => x.to_le_bytes().to_vec(),
+                Dtype::F64 => f64::from(x).to_le_bytes().to_vec(),
+                Dtype::F16 => f16::from_f32(x).to_le_bytes().to_vec(),
+                _ => bf16::from_f32(x).to_le_bytes().to_vec(),
+            };
+            numbers.iter().flat_map(bytes).collect()
+        };
+        for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
+            let (source, entry) = float_tensor(dtype, of(dtype));
+            let weights = Weights { files: vec![("f".to_owned(), source)], tensors: HashMap::new() };
+            let read = weights.read("w", &entry, DType::F32, &Device::Cpu).unwrap();
+            assert_eq!(read.to_vec1::<f32>().unwrap(), numbers, "{dtype:?}");
+        }
+    }
+
+    #[test]
+    fn a_truncated_file_is_refused() {
+        let tensor = safetensors::tensor::TensorView::new(Dtype::F32, vec![2], &[0; 8]).unwrap();
+        let whole = safetensors::serialize([("w", tensor)], None).unwrap();
+        let read = |bytes: &[u8]| header(&Source::Memory(bytes.to_vec().leak())).map(|(_, start)| start);
+        assert_eq!(read(&whole), Ok(whole.len() as u64 - 8));
+        assert!(read(&whole[..whole.len() - 1]).unwrap_err().contains("cut short"));
+        assert!(read(&[0xff; 16]).unwrap_err().contains("header"));
+        assert!(read(b"{}").is_err());
+    }
+}
