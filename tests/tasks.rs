@@ -119,7 +119,15 @@ struct Found {
     entities: Vec<Value>,
 }
 
-const TOKENS: [&str; 4] = ["tokens-bert", "tokens-roberta", "tokens-xlm-roberta", "tokens-modernbert"];
+const TOKENS: [&str; 7] = [
+    "tokens-bert",
+    "tokens-roberta",
+    "tokens-xlm-roberta",
+    "tokens-albert",
+    "tokens-electra",
+    "tokens-mpnet",
+    "tokens-modernbert",
+];
 
 #[test]
 fn entities_equal_those_of_transformers() {

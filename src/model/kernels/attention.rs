@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use aligned_vec::AVec;
 use candle_core::{DType, Device, Result, Tensor};
@@ -11,7 +12,7 @@ use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
 use super::matmul::{Products, Start};
-use super::simd::{copy, dispatch, exp};
+use super::simd::{add, copy, dispatch, exp};
 use super::tile::{F32, Kernel, Left, PackedA, Right, strip};
 use super::{Fused, Out, Packed, host};
 
@@ -78,6 +79,55 @@ pub struct Attention {
     /// Elements of a head.
     pub width: usize,
     pub mask: Mask,
+    /// Added to the scores; shared by layers.
+    pub distances: Option<Arc<DistanceBias>>,
+}
+
+/// A bias on attention scores, by head and by the distance between query and key (T5, arXiv:1910.10683, section 2.1).
+pub struct DistanceBias {
+    /// `[heads, 2 × span - 1]` in f32: the bias at distance `query - key` is at index `query - key + span - 1`.
+    pub(super) table: Tensor,
+    /// Longest sequence.
+    pub(super) span: usize,
+    /// The table's elements, if it is on the CPU.
+    host: Option<Vec<f32>>,
+}
+
+impl DistanceBias {
+    /// `weight`, `[buckets, heads]`, has a bias for each bucket of distances; sequences have at most `span` tokens.
+    pub fn new(weight: &Tensor, max_distance: usize, span: usize) -> Result<Self> {
+        let buckets = weight.dim(0)?;
+        let distances = (0..2 * span - 1).map(|i| i as i64 - (span as i64 - 1));
+        let index: Vec<u32> = distances.map(|distance| bucket(distance, buckets, max_distance)).collect();
+        let index = Tensor::from_vec(index, 2 * span - 1, weight.device())?;
+        let table = weight.index_select(&index, 0)?.t()?.contiguous()?.to_dtype(DType::F32)?;
+        let host = if table.device().is_cpu() { Some(host(&table)?) } else { None };
+        Ok(Self { table, span, host })
+    }
+
+    /// `[heads, length, length]`: the bias of each query (row) and key (column).
+    fn tensor(&self, length: usize, dtype: DType) -> Result<Tensor> {
+        let index = |at: usize| (at / length + self.span - 1 - at % length) as u32;
+        let index: Vec<u32> = (0..length * length).map(index).collect();
+        let index = Tensor::from_vec(index, length * length, self.table.device())?;
+        let heads = self.table.dim(0)?;
+        self.table.index_select(&index, 1)?.reshape((heads, length, length))?.to_dtype(dtype)
+    }
+}
+
+/// The bucket of a distance `query - key`: half of the buckets are for keys after the query. Of each half, the first half
+/// hold one distance each, the others ranges that grow logarithmically up to `max_distance`.
+fn bucket(distance: i64, buckets: usize, max_distance: usize) -> u32 {
+    let half = buckets / 2;
+    let (exact, away) = (half / 2, distance.unsigned_abs() as usize);
+    let within = if away < exact {
+        away
+    } else {
+        // In f32, as transformers computes it.
+        let ratio = (away as f32 / exact as f32).ln() / (max_distance as f32 / exact as f32).ln();
+        (exact + (ratio * (half - exact) as f32) as usize).min(half - 1)
+    };
+    (within + if distance < 0 { half } else { 0 }) as u32
 }
 
 /// RoPE's cosines and sines, `[positions, width / 2]` each.
@@ -167,6 +217,9 @@ impl Attention {
                 k = rope(&k, &cos, &sin)?;
             }
             let mut scores = (q.matmul(&k.t()?)? * scale)?;
+            if let Some(distances) = &self.distances {
+                scores = scores.broadcast_add(&distances.tensor(run.length, scores.dtype())?)?;
+            }
             if !self.mask.is_full(run.length) {
                 scores =
                     scores.broadcast_add(&self.mask.tensor(run.length, scores.dtype(), qkv.device())?)?;
@@ -222,7 +275,10 @@ impl WithSimd for Run<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { attention, rotation, batch, qkv, out, buffers } = self;
-        let Attention { heads, width, mask } = *attention;
+        let Attention { heads, width, mask, ref distances } = *attention;
+        let distances = distances
+            .as_ref()
+            .map(|bias| (bias.span, &bias.host.as_ref().expect("the table is on the CPU")[..]));
         let rotation = rotation.map(|rotation| {
             let (cos, sin) = rotation.host.as_ref().expect("the rotation tables are on the CPU");
             (&cos[..], &sin[..])
@@ -233,7 +289,11 @@ impl WithSimd for Run<'_> {
             let qkv = &qkv[start * 3 * hidden..][..length * 3 * hidden];
             let out = &mut out[start * hidden..][..length * hidden];
             for head in 0..heads {
-                let sequence = Sequence { qkv, hidden, at: head * width, width, length, rotation };
+                let distances = distances.map(|(span, table)| {
+                    let row = 2 * span - 1;
+                    (span, &table[head * row..][..row])
+                });
+                let sequence = Sequence { qkv, hidden, at: head * width, width, length, rotation, distances };
                 sequence.head(simd, mask, &mut out[head * width..], buffers);
             }
             start += length;
@@ -252,6 +312,8 @@ struct Sequence<'a> {
     width: usize,
     length: usize,
     rotation: Option<(&'a [f32], &'a [f32])>,
+    /// The longest sequence's length, and the head's bias for each distance.
+    distances: Option<(usize, &'a [f32])>,
 }
 
 /// Width of the next panel when `left` columns are left: two vectors, or one.
@@ -330,6 +392,11 @@ impl Sequence<'_> {
                 Right { x: queries, stride: columns, ahead: &[] },
                 Products { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
             );
+            if let Some((span, distances)) = self.distances {
+                for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
+                    add(simd, &mut scores[..count], &distances[first + span - 1 - key..][..count]);
+                }
+            }
             if !mask.is_full(length) {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
                     for (query, score) in (first..).zip(scores) {
@@ -481,7 +548,7 @@ pub(super) mod tests {
                 let rope = Rope { theta: 10_000.0, scaling_factor: 1.0 };
                 let rotation = Rotation::new(rope, 130, width, DType::F32, &CPU).unwrap();
                 for rotation in [None, Some(&rotation)] {
-                    let attention = Attention { heads, width, mask };
+                    let attention = Attention { heads, width, mask, distances: None };
                     let fused = attention
                         .forward(&qkv, None, rotation, &packed, workspace.at(Slot::Mixed, &CPU))
                         .unwrap();
@@ -495,6 +562,35 @@ pub(super) mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_bias_by_distance_is_added_to_the_scores() {
+        let packed = batch(&[1, 2, 17, 33, 70, 130]);
+        let workspace = Workspace::default();
+        for (heads, width) in [(1, 8), (3, 16)] {
+            let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
+            let distances = Arc::new(DistanceBias::new(&tensor(32, heads, 9), 128, 140).unwrap());
+            for mask in [Mask::Full, Mask::Window(3), Mask::Causal] {
+                let attention = Attention { heads, width, mask, distances: Some(Arc::clone(&distances)) };
+                let out = workspace.at(Slot::Mixed, &CPU);
+                let fused = attention.forward(&qkv, None, None, &packed, out).unwrap();
+                near(&fused, &attention.tensors(&qkv, None, &packed).unwrap());
+            }
+            let without = Attention { heads, width, mask: Mask::Full, distances: None };
+            let with = Attention { heads, width, mask: Mask::Full, distances: Some(distances) };
+            let difference = (without.tensors(&qkv, None, &packed).unwrap()
+                - with.tensors(&qkv, None, &packed).unwrap())
+            .unwrap();
+            assert!(difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() > 1e-2);
+        }
+    }
+
+    #[test]
+    fn distances_fall_into_the_buckets_of_t5() {
+        let of = |distance| bucket(distance, 32, 128);
+        assert_eq!([0, 1, 7, 8, 11, 12, 16, 127, 128, 500].map(of), [0, 1, 7, 8, 8, 9, 10, 15, 15, 15]);
+        assert_eq!([-1, -7, -8, -500].map(of), [17, 23, 24, 31]);
     }
 
     #[test]

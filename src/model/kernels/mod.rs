@@ -24,7 +24,7 @@ use std::cell::RefCell;
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor};
 
 pub use activation::{Activation, Gate, gated};
-pub use attention::{Attention, Mask, Rope, Rotation};
+pub use attention::{Attention, DistanceBias, Mask, Rope, Rotation};
 pub use embed::Embedding;
 pub use linear::{Epilogue, Linear};
 pub use norm::Norm;

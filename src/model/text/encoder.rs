@@ -10,12 +10,14 @@ use candle_nn::VarBuilder;
 
 use super::architecture::{Architecture, Positions};
 use super::trunk::Trunk;
-use crate::model::kernels::{Embedding, Norm, Packed, Precision, Slot, Workspace};
+use crate::model::kernels::{Embedding, Epilogue, Linear, Norm, Packed, Precision, Slot, Workspace};
 
 pub struct Encoder {
     architecture: Architecture,
     device: Device,
     embedding: Embedding,
+    /// From the embedding's width to the trunk's, where they differ.
+    projection: Option<Linear>,
     trunk: Trunk,
     /// Idle workspaces; there are as many in all as forward passes have run at the same time.
     workspaces: Mutex<Vec<Workspace>>,
@@ -29,7 +31,8 @@ impl Encoder {
         precision: Option<Precision>,
     ) -> Result<Self> {
         let a = &architecture;
-        let table = |name: &str, count: usize| vb.pp(name).get((count, a.hidden), "weight");
+        let width = a.embeddings.width;
+        let table = |name: &str, count: usize| vb.pp(name).get((count, width), "weight");
         let embedding = Embedding {
             word: table(a.embeddings.word, a.vocabulary)?,
             types: a.embeddings.token_type.map(|(name, count)| table(name, count)).transpose()?,
@@ -37,11 +40,15 @@ impl Encoder {
                 Positions::Learned { name, count, first } => Some((table(name, count)?, first)),
                 Positions::Rotary { .. } => None,
             },
-            norm: Norm::load(a.hidden, a.norm_bias, a.norm_eps, vb.pp(a.embeddings.norm))?,
+            norm: Norm::load(width, a.norm_bias, a.norm_eps, vb.pp(a.embeddings.norm))?,
+        };
+        let projection = match a.embeddings.projection {
+            Some(name) => Some(Linear::load(width, a.hidden, true, precision, &[vb.pp(name)])?),
+            None => None,
         };
         let trunk = Trunk::load(a, vb, precision)?;
         let (device, workspaces) = (vb.device().clone(), Mutex::default());
-        Ok(Self { architecture, device, embedding, trunk, workspaces })
+        Ok(Self { architecture, device, embedding, projection, trunk, workspaces })
     }
 
     pub fn architecture(&self) -> &Architecture {
@@ -68,11 +75,21 @@ impl Encoder {
         let kept = || self.workspaces.lock().unwrap_or_else(|e| e.into_inner());
         let workspace = kept().pop().unwrap_or_default();
         let result = self
-            .embedding
-            .forward(batch, workspace.at(Slot::Stream, &self.device))
+            .embed(batch, &workspace)
             .and_then(|x| self.trunk.forward(x, batch, &workspace))
             .and_then(|x| head(&x, &workspace));
         kept().push(workspace);
         result
+    }
+
+    fn embed(&self, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
+        let out = |slot| workspace.at(slot, &self.device);
+        match &self.projection {
+            None => self.embedding.forward(batch, out(Slot::Stream)),
+            Some(projection) => {
+                let narrow = self.embedding.forward(batch, out(Slot::Mixed))?;
+                projection.forward(&narrow, Epilogue::Nothing, out(Slot::Stream))
+            }
+        }
     }
 }

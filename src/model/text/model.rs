@@ -204,7 +204,7 @@ impl Model {
         // Only the matrices of the layers are quantized.
         let a = self.architecture();
         let of_layer = a.hidden * (4 * a.hidden + a.up() + a.intermediate);
-        let of_layers = (a.layers.len() * of_layer).min(self.parameters);
+        let of_layers = (a.distinct_layers().count() * of_layer).min(self.parameters);
         (of_layers * quantized + (self.parameters - of_layers) * whole) as u64
     }
 

@@ -1,11 +1,13 @@
 //! The transformer's layers, from `[tokens, hidden]` to `[tokens, hidden]`, without embeddings and head.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::architecture::{Architecture, FeedForward, Layer, NormPlacement, Qkv};
+use super::architecture::{Architecture, FeedForward, Layer, NormPlacement, Qkv, RelativeBias};
 use crate::model::kernels::{
-    Attention, Epilogue, Linear, Norm, Packed, Precision, Rotation, Slot, Workspace, gated,
+    Attention, DistanceBias, Epilogue, Linear, Norm, Packed, Precision, Rotation, Slot, Workspace, gated,
 };
 
 struct Block {
@@ -25,6 +27,8 @@ pub struct Trunk {
     norms: NormPlacement,
     feed_forward: FeedForward,
     blocks: Vec<Block>,
+    /// Index into `blocks` of each layer: layers may share their weights.
+    layers: Vec<usize>,
     rotations: Vec<Rotation>,
     final_norm: Option<Norm>,
 }
@@ -32,8 +36,19 @@ pub struct Trunk {
 impl Trunk {
     pub fn load(a: &Architecture, vb: &VarBuilder<'_>, precision: Option<Precision>) -> Result<Self> {
         let mut rotations: Vec<Rotation> = Vec::new();
-        let mut blocks = Vec::with_capacity(a.layers.len());
-        for layer in &a.layers {
+        let distances = match &a.relative_bias {
+            Some(RelativeBias { name, buckets, max_distance }) => {
+                let weight = vb.pp(name).get((*buckets, a.heads), "weight")?;
+                Some(Arc::new(DistanceBias::new(&weight, *max_distance, a.max_tokens())?))
+            }
+            None => None,
+        };
+        let (mut blocks, mut layers) = (Vec::new(), Vec::with_capacity(a.layers.len()));
+        for (i, layer) in a.layers.iter().enumerate() {
+            if let Some(same) = a.layers[..i].iter().position(|earlier| earlier == layer) {
+                layers.push(layers[same]);
+                continue;
+            }
             let rotation = match layer.rope {
                 Some(rope) => Some(match rotations.iter().position(|r| r.rope == rope) {
                     Some(at) => at,
@@ -45,19 +60,20 @@ impl Trunk {
                 }),
                 None => None,
             };
-            blocks.push(Block::load(a, layer, rotation, vb, precision)?);
+            layers.push(blocks.len());
+            blocks.push(Block::load(a, layer, rotation, distances.clone(), vb, precision)?);
         }
         let final_norm = match a.final_norm {
             Some(name) => Some(Norm::load(a.hidden, a.norm_bias, a.norm_eps, vb.pp(name))?),
             None => None,
         };
-        Ok(Self { norms: a.norms, feed_forward: a.feed_forward, blocks, rotations, final_norm })
+        Ok(Self { norms: a.norms, feed_forward: a.feed_forward, blocks, layers, rotations, final_norm })
     }
 
     /// `x` is `[tokens, hidden]` and in [`Slot::Stream`] of the workspace. The result is there or in [`Slot::Mixed`].
     pub fn forward(&self, mut x: Tensor, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
-        for block in &self.blocks {
-            x = self.block(block, &x, batch, workspace)?;
+        for &layer in &self.layers {
+            x = self.block(&self.blocks[layer], &x, batch, workspace)?;
         }
         match &self.final_norm {
             Some(norm) => norm.forward(&x, workspace.at(Slot::Mixed, x.device())),
@@ -102,6 +118,7 @@ impl Block {
         a: &Architecture,
         layer: &Layer,
         rotation: Option<usize>,
+        distances: Option<Arc<DistanceBias>>,
         vb: &VarBuilder<'_>,
         precision: Option<Precision>,
     ) -> Result<Self> {
@@ -113,7 +130,7 @@ impl Block {
         let ups: Vec<_> = layer.up.iter().map(|name| vb.pp(name)).collect();
         Ok(Self {
             qkv: Linear::load(h, 3 * h, a.attention_bias, precision, &qkv)?,
-            attention: Attention { heads: a.heads, width: h / a.heads, mask: layer.mask },
+            attention: Attention { heads: a.heads, width: h / a.heads, mask: layer.mask, distances },
             attention_out: Linear::load(h, h, a.attention_bias, precision, &[vb.pp(&layer.attention_out)])?,
             attention_norm: match &layer.attention_norm {
                 Some(name) => Some(Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(name))?),

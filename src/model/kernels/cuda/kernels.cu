@@ -246,7 +246,8 @@ __device__ void rotate(T *qkv, const T *bias, const unsigned *positions, const T
 // tokens before and `after` tokens after itself. A block computes one head of one sequence for a fixed number of
 // queries; each sequence has `most` blocks, as many as the longest needs. Sequences are sorted by length, and the
 // longest start first, so that the last blocks to finish are short. Biases of queries and values may be null. A bias of
-// keys changes nothing: it adds the same to all scores of a query.
+// keys changes nothing: it adds the same to all scores of a query. `distances`, `[heads, 2 * span - 1]`, may be null: a
+// bias of scores by the distance between query and key.
 
 // The sequence that this block computes.
 __device__ unsigned sequence_of_block(int most) { return gridDim.x / most - 1 - blockIdx.x / most; }
@@ -254,7 +255,8 @@ __device__ unsigned sequence_of_block(int most) { return gridDim.x / most - 1 - 
 // One thread per query; keys and values are read 32 at a time.
 template <int WIDTH, typename T>
 __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, const T *value_bias,
-                                  const unsigned *starts, int most, int heads, int before, int after) {
+                                  const unsigned *starts, const float *distances, int most, int heads, int before,
+                                  int after, int span) {
   constexpr int TILE = 32;
   __shared__ float keys[TILE][WIDTH], values[TILE][WIDTH];
   unsigned place = sequence_of_block(most);
@@ -291,6 +293,7 @@ __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, con
       float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       for (int i = 0; i < WIDTH; i++) part[i % 4] += q[i] * keys[key][i];
       float score = (part[0] + part[1]) + (part[2] + part[3]);
+      if (distances) score += distances[blockIdx.y * (2 * span - 1) + query - (tile + key) + span - 1];
       float above = fmaxf(greatest, score);
       float old = expf(greatest - above), now = expf(score - above);
       total = total * old + now;
@@ -309,7 +312,7 @@ __device__ void attend_by_threads(T *out, const T *qkv, const T *query_bias, con
 // values are read TILE at a time into shared memory, the next tile while the current one is processed.
 template <int WIDTH, int TILE, typename T>
 __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
-                                int most, int heads, int before, int after) {
+                                const float *distances, int most, int heads, int before, int after, int span) {
   constexpr int PIECES = WIDTH / PIECE<T>;
   // Rows are padded by 16 bytes, so that the same piece of eight rows lies in different banks of shared memory.
   constexpr int STRIDE = WIDTH + PIECE<T>;
@@ -365,6 +368,14 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
         multiply<T>(score[n], q[k], key[0], key[1]);
         multiply<T>(score[n], q[k + 1], key[2], key[3]);
       }
+    // Scores are scaled below, the bias is not.
+    if (distances)
+      for (int n = 0; n < TILE / 8; n++)
+        for (int i = 0; i < 4; i++) {
+          int key = tile + n * 8 + column + i % 2, query = row + i / 2 * 8;
+          if (key < to && query < length)
+            score[n][i] += distances[blockIdx.y * (2 * span - 1) + query - key + span - 1] * sqrtf(float(WIDTH));
+        }
     // Masks scores, unless every query of the warp attends to every key of the tile.
     if (tile + TILE > to || tile + TILE - 1 - own > after || own + 15 - tile > before)
       for (int n = 0; n < TILE / 8; n++)
@@ -424,11 +435,12 @@ __device__ void attend_by_warps(T *out, const T *qkv, const T *query_bias, const
 
 template <int WIDTH, int TILE, typename T>
 __device__ void attend(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,
-                       int most, int heads, int before, int after) {
+                       const float *distances, int most, int heads, int before, int after, int span) {
   if constexpr (TENSOR_CORES<T>)
-    attend_by_warps<WIDTH, TILE>(out, qkv, query_bias, value_bias, starts, most, heads, before, after);
+    attend_by_warps<WIDTH, TILE>(out, qkv, query_bias, value_bias, starts, distances, most, heads, before, after,
+                                 span);
   else
-    attend_by_threads<WIDTH>(out, qkv, query_bias, value_bias, starts, most, heads, before, after);
+    attend_by_threads<WIDTH>(out, qkv, query_bias, value_bias, starts, distances, most, heads, before, after, span);
 }
 
 // Runs an operation on rows, in pieces of 16 bytes if rows are a multiple of that.
@@ -444,9 +456,9 @@ constexpr int ATTENTION_THREADS = 128, SHORT_ATTENTION_THREADS = 64;
 // Defines the kernel NAME for blocks of at most THREADS threads, of which BLOCKS must fit on a multiprocessor.
 #define ATTEND(T, NAME, WIDTH, TILE, THREADS, BLOCKS)                                                                \
   extern "C" __global__ void __launch_bounds__(THREADS, TENSOR_CORES<T> ? BLOCKS : 1)                                \
-      NAME(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts, int most,         \
-           int heads, int before, int after) {                                                                                   \
-    attend<WIDTH, TILE>(out, qkv, query_bias, value_bias, starts, most, heads, before, after);                               \
+      NAME(T *out, const T *qkv, const T *query_bias, const T *value_bias, const unsigned *starts,                   \
+           const float *distances, int most, int heads, int before, int after, int span) {                           \
+    attend<WIDTH, TILE>(out, qkv, query_bias, value_bias, starts, distances, most, heads, before, after, span);      \
   }
 
 #define EACH(T, NAME)                                                                                                \

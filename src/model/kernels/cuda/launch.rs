@@ -108,7 +108,7 @@ pub fn attend(
     rotation: Option<&Rotation>,
     batch: &Packed,
 ) -> Result<Option<Tensor>> {
-    let Attention { heads, width, mask } = *attention;
+    let Attention { heads, width, mask, ref distances } = *attention;
     let longest = batch.lengths().max().unwrap_or(0);
     let (before, after) = mask.bounds(longest);
     let launch = AttentionLaunch::new(longest, qkv.dtype() != DType::F32);
@@ -138,8 +138,15 @@ pub fn attend(
         name,
         grid: (batch.order().len() * launch.blocks, heads, 1),
         block: launch.threads,
-        tensors: &[Some(qkv), of_queries.as_ref(), of_values.as_ref(), Some(&indices.starts)],
-        numbers: &[launch.blocks, heads, before, after].map(|n| Scalar::Int(n as i32)),
+        tensors: &[
+            Some(qkv),
+            of_queries.as_ref(),
+            of_values.as_ref(),
+            Some(&indices.starts),
+            distances.as_ref().map(|bias| &bias.table),
+        ],
+        numbers: &[launch.blocks, heads, before, after, distances.as_ref().map_or(0, |bias| bias.span)]
+            .map(|n| Scalar::Int(n as i32)),
     })?;
     Ok(Some(out))
 }

@@ -33,6 +33,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             word: "embeddings.word_embeddings",
             token_type: None,
             norm: "embeddings.LayerNorm",
+            width: hidden,
+            projection: None,
         },
         positions: Positions::Learned {
             name: "embeddings.position_embeddings",
@@ -40,6 +42,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             first: 0,
         },
         layers,
+        relative_bias: None,
         norms: NormPlacement::Post,
         feed_forward: FeedForward::Plain(config.activation("activation", "gelu")?),
         attention_bias: true,

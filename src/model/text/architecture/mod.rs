@@ -1,10 +1,13 @@
 //! What differs between architectures, as data: sizes, tensor names, the placement of norms, positions. Each has a
 //! file; [`super::Encoder`] runs them all.
 
+mod albert;
 mod bert;
 mod distilbert;
+mod electra;
 mod gte;
 mod modernbert;
+mod mpnet;
 mod nomic;
 mod roberta;
 
@@ -18,10 +21,14 @@ pub use crate::model::kernels::{Activation, Gate, Mask, Rope};
 
 /// The architectures, by config.json's `model_type`. To add one, add a file and a line here.
 const KNOWN: &[(&str, Describe)] = &[
+    ("albert", albert::describe),
     ("bert", bert::describe),
+    ("camembert", roberta::describe),
     ("distilbert", distilbert::describe),
+    ("electra", electra::describe),
     ("gte", gte::describe),
     ("modernbert", modernbert::describe),
+    ("mpnet", mpnet::describe),
     ("new", gte::describe),
     ("nomic_bert", nomic::describe),
     ("roberta", roberta::describe),
@@ -52,16 +59,20 @@ const HARMLESS: &[&str] = &[
     "bos_token_id",
     "chunk_size_feed_forward",
     "classifier_dropout",
+    "classifier_dropout_prob",
     "cls_token_id",
     "decoder_bias",
     "deterministic_flash_attn",
     "directionality",
+    // ALBERT: never read by transformers.
+    "down_scale_factor",
     "dropout",
     "dtype",
     "embd_pdrop",
     "embedding_dropout",
     "eos_token_id",
     "finetuning_task",
+    "gap_size",
     "gradient_checkpointing",
     "head_dim",
     "hidden_dropout_prob",
@@ -75,7 +86,9 @@ const HARMLESS: &[&str] = &[
     "mlp_dropout",
     "model_max_length",
     "model_type",
+    "net_structure_type",
     "num_labels",
+    "num_memory_blocks",
     "output_attentions",
     "output_hidden_states",
     "output_past",
@@ -101,6 +114,11 @@ const HARMLESS: &[&str] = &[
     "sparse_pred_ignore_index",
     "sparse_prediction",
     "task_specific_params",
+    // ELECTRA: of a head for other tasks.
+    "summary_activation",
+    "summary_last_dropout",
+    "summary_type",
+    "summary_use_proj",
     "tie_encoder_decoder",
     "tie_weights_",
     "tie_word_embeddings",
@@ -133,7 +151,9 @@ pub struct Architecture {
     pub norm_eps: f64,
     pub embeddings: Embeddings,
     pub positions: Positions,
+    /// Equal layers share their weights.
     pub layers: Vec<Layer>,
+    pub relative_bias: Option<RelativeBias>,
     pub norms: NormPlacement,
     pub feed_forward: FeedForward,
     /// Whether linear layers have a bias.
@@ -152,6 +172,19 @@ pub struct Embeddings {
     /// Tensor name and number of types.
     pub token_type: Option<(&'static str, usize)>,
     pub norm: &'static str,
+    /// Elements of a row of the tables.
+    pub width: usize,
+    /// Tensor name of the layer from `width` to the hidden size, where they differ.
+    pub projection: Option<&'static str>,
+}
+
+/// A bias on attention scores by the distance between query and key: one table for all layers.
+#[derive(Debug, Clone)]
+pub struct RelativeBias {
+    pub name: &'static str,
+    pub buckets: usize,
+    /// All distances from here on share a bucket.
+    pub max_distance: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -163,7 +196,7 @@ pub enum Positions {
 }
 
 /// The tensor names of one layer, without the encoder's prefix, and its kind of attention.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Layer {
     pub qkv: Qkv,
     pub attention_out: String,
@@ -177,7 +210,7 @@ pub struct Layer {
     pub mask: Mask,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Qkv {
     Separate([String; 3]),
     Fused(String),
@@ -240,6 +273,12 @@ impl Architecture {
             }
             None => Err(ConfigError(format!("model_type {name:?} is not supported; supported: {}", known()))),
         }
+    }
+
+    /// The layers that have weights of their own.
+    pub fn distinct_layers(&self) -> impl Iterator<Item = &Layer> {
+        let layers = self.layers.iter().enumerate();
+        layers.filter(|(i, layer)| !self.layers[..*i].contains(layer)).map(|(_, layer)| layer)
     }
 
     /// The longest sequence in tokens, special tokens included.

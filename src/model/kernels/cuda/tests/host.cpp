@@ -40,20 +40,20 @@ unsigned host_attention_threads(bool is_short) { return is_short ? SHORT_ATTENTI
 
 // `most` blocks of `block` threads for each sequence.
 void host_attend(unsigned most, unsigned block, unsigned sequences, float *out, const float *qkv, const float *query_bias,
-                 const float *value_bias, const unsigned *starts, int heads, int width, int before, int after) {
+                 const float *value_bias, const unsigned *starts, const float *distances, int heads, int width, int before, int after, int span) {
   host::run({sequences * most, unsigned(heads), 1}, block, [=] {
     auto kernel = width == 32 ? attend_32_f32 : attend_64_f32;
-    kernel(out, qkv, query_bias, value_bias, starts, most, heads, before, after);
+    kernel(out, qkv, query_bias, value_bias, starts, distances, most, heads, before, after, span);
   });
 }
 
 void host_attend_bf16(unsigned most, unsigned block, bool is_short, unsigned sequences, __nv_bfloat16 *out,
                       const __nv_bfloat16 *qkv, const __nv_bfloat16 *query_bias, const __nv_bfloat16 *value_bias,
-                      const unsigned *starts, int heads, int width, int before, int after) {
+                      const unsigned *starts, const float *distances, int heads, int width, int before, int after, int span) {
   host::run({sequences * most, unsigned(heads), 1}, block, [=] {
     auto kernel = width == 32 ? (is_short ? attend_short_32_bf16 : attend_32_bf16)
                               : (is_short ? attend_short_64_bf16 : attend_64_bf16);
-    kernel(out, qkv, query_bias, value_bias, starts, most, heads, before, after);
+    kernel(out, qkv, query_bias, value_bias, starts, distances, most, heads, before, after, span);
   });
 }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
@@ -11,7 +11,7 @@ use half::bf16;
 use super::super::activation::gated;
 use super::super::attention::tests::batch;
 use super::super::matmul::tests::random;
-use super::super::{Attention, Embedding, Mask, Norm, Out, Packed, Rope, Rotation, host};
+use super::super::{Attention, DistanceBias, Embedding, Mask, Norm, Out, Packed, Rope, Rotation, host};
 use super::*;
 
 const CPU: Device = Device::Cpu;
@@ -281,25 +281,39 @@ fn attention() {
                 );
             }
             let query_bias = if rotation.is_some() { null() } else { bias.as_ptr() };
-            for mask in [Mask::Full, Mask::Window(3), Mask::Window(70), Mask::Causal] {
+            let plain =
+                [Mask::Full, Mask::Window(3), Mask::Window(70), Mask::Causal].map(|mask| (mask, None));
+            let biased = [Mask::Full, Mask::Window(3)].map(|mask| (mask, Some(distance_bias(heads))));
+            for (mask, distances) in plain.into_iter().chain(biased) {
                 let (before, after) = mask.bounds(150);
+                let table = distances.as_ref().map(|bias| host(&bias.table).unwrap());
                 let mut out = vec![f32::NAN; packed.tokens() * hidden];
                 let launch = AttentionLaunch::new(150, false);
                 call!(c"host_attend",
                     launch.blocks as u32 => u32, launch.threads => u32, LENGTHS.len() as u32 => u32, out.as_mut_ptr() => *mut f32,
                     turned.as_ptr() => *const f32, query_bias => *const f32,
                     bias[2 * hidden..].as_ptr() => *const f32, starts.as_ptr() => *const u32,
-                    heads as i32 => i32, width as i32 => i32, before as i32 => i32, after as i32 => i32
+                    table.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
+                    heads as i32 => i32, width as i32 => i32, before as i32 => i32, after as i32 => i32, SPAN as i32 => i32
                 );
-                let attention = Attention { heads, width, mask };
+                let attention = Attention { heads, width, mask, distances: distances.clone() };
                 near(&out, &attention.tensors(&with_bias, rotation, &packed).unwrap());
             }
         }
     }
 }
 
+/// The longest sequence of [`distance_bias`].
+const SPAN: usize = 150;
+
+fn distance_bias(heads: usize) -> Arc<DistanceBias> {
+    Arc::new(DistanceBias::new(&tensor(32, heads, 9), 128, SPAN).unwrap())
+}
+
 fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch: &Packed) -> Vec<bf16> {
-    let Attention { heads, width, mask } = *attention;
+    let Attention { heads, width, mask, ref distances } = *attention;
+    let table = distances.as_ref().map(|bias| host(&bias.table).unwrap());
+    let span = distances.as_ref().map_or(0, |bias| bias.span);
     let (hidden, (starts, _)) = (heads * width, places(batch));
     let longest = batch.lengths().max().unwrap();
     let (before, after) = mask.bounds(longest);
@@ -309,8 +323,8 @@ fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch
     call!(c"host_attend_bf16",
         launch.blocks as u32 => u32, launch.threads => u32, launch.short => bool, batch.order().len() as u32 => u32, out.as_mut_ptr() => *mut bf16,
         qkv.as_ptr() => *const bf16, at(0) => *const bf16, at(2 * hidden) => *const bf16,
-        starts.as_ptr() => *const u32, heads as i32 => i32, width as i32 => i32,
-        before as i32 => i32, after as i32 => i32
+        starts.as_ptr() => *const u32, table.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
+        heads as i32 => i32, width as i32 => i32, before as i32 => i32, after as i32 => i32, span as i32 => i32
     );
     out
 }
@@ -332,11 +346,15 @@ fn attention_by_warps() {
                     true => widened(&qkv, 3 * hidden).broadcast_add(&widened(&bias, 3 * hidden)).unwrap(),
                     false => widened(&qkv, 3 * hidden),
                 };
-                for mask in [Mask::Full, Mask::Window(0), Mask::Window(3), Mask::Window(70), Mask::Causal] {
-                    let attention = Attention { heads, width, mask };
+                let masks = [Mask::Full, Mask::Window(0), Mask::Window(3), Mask::Window(70), Mask::Causal];
+                let biased = [Mask::Full, Mask::Window(3)].map(|mask| (mask, Some(distance_bias(heads))));
+                for (mask, distances) in masks.map(|mask| (mask, None)).into_iter().chain(biased) {
+                    // Queries with their bias, weights and results are rounded to bf16; a bias by distance makes
+                    // few keys heavy, so that their rounding errors average out less.
+                    let steps = if distances.is_some() { 8.0 } else { 6.0 };
+                    let attention = Attention { heads, width, mask, distances };
                     let out = attend_bf16(&attention, &qkv, with_bias.then_some(&bias[..]), &packed);
-                    // Queries with their bias, weights and results are rounded to bf16.
-                    near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), 6.0);
+                    near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), steps);
                 }
             }
         }
@@ -364,7 +382,7 @@ fn attention_ignores_other_sequences() {
     let packed = batch(&[5, 70]);
     let width = 64;
     let mut qkv = rounded(&tensor(packed.tokens(), 3 * width, 7));
-    let attention = Attention { heads: 1, width, mask: Mask::Full };
+    let attention = Attention { heads: 1, width, mask: Mask::Full, distances: None };
     let before = attend_bf16(&attention, &qkv, None, &packed);
     qkv[5 * 3 * width..].fill(bf16::NAN);
     let after = attend_bf16(&attention, &qkv, None, &packed);

@@ -1,0 +1,14 @@
+//! ELECTRA (arXiv:2003.10555): BERT's encoder behind embeddings that may be narrower, with a head of its own.
+
+use super::*;
+
+pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
+    let mut architecture = bert::post_norm(config, &["electra"], 0)?;
+    let width = config.size_or("embedding_size", 128)?;
+    if width != architecture.hidden {
+        architecture.embeddings.width = width;
+        architecture.embeddings.projection = Some("embeddings_project");
+    }
+    architecture.classifier.activation = Activation::Gelu;
+    Ok(architecture)
+}
