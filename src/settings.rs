@@ -320,8 +320,8 @@ pub enum Aggregation {
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
-    /// A hub id (`org/name`), a directory with config.json, tokenizer.json and *.safetensors, or
-    /// `bundled`: the ticket classifier that is part of kandle.
+    /// A hub id (`org/name`), a directory with config.json, weights (*.safetensors or pytorch_model.bin) and
+    /// tokenizer.json or a vocabulary, or `bundled`: the ticket classifier that is part of kandle.
     pub source: Option<String>,
     /// Hub: branch, tag or commit (default: main). It is resolved to a commit once, at the start.
     pub revision: Option<String>,

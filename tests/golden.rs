@@ -177,10 +177,11 @@ fn embeddings_for_every_pooling() {
     };
     let new = |mode: &str| serde_json::json!({ "embedding_dimension": 32, "pooling_mode": mode }).to_string();
     for name in ARCHITECTURES {
-        for (pooling, configs) in [
-            (Pooling::Mean, [old("mean_tokens"), new("mean")]),
-            (Pooling::First, [old("cls_token"), new("cls")]),
-            (Pooling::Last, [old("lasttoken"), new("lasttoken")]),
+        let mean: fn(&Golden) -> &Vec<f32> = |golden| &golden.mean;
+        for (pooling, want, configs) in [
+            (Pooling::Mean, mean, [old("mean_tokens"), new("mean")]),
+            (Pooling::First, |golden| &golden.first, [old("cls_token"), new("cls")]),
+            (Pooling::Last, |golden| &golden.last, [old("lasttoken"), new("lasttoken")]),
         ] {
             for (i, config) in configs.into_iter().enumerate() {
                 let normalize = i == 1;
@@ -196,14 +197,28 @@ fn embeddings_for_every_pooling() {
                 let tokens = tokens(&model, &golden);
                 let rows = model.forward(&tokens.iter().collect::<Vec<_>>()).expect("rows");
                 for (row, golden) in rows.iter().zip(&golden) {
-                    let want = match pooling {
-                        Pooling::Mean => &golden.mean,
-                        Pooling::First => &golden.first,
-                        Pooling::Last => &golden.last,
-                    };
-                    close(row, want, 1e-4, &format!("{name} {pooling:?}: {:?}", golden.text));
+                    close(row, want(golden), 1e-4, &format!("{name} {pooling:?}: {:?}", golden.text));
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn other_poolings_equal_those_of_sentence_transformers() {
+    let text = std::fs::read_to_string(fixture("bert").join("poolings.json")).expect("poolings.json");
+    let golden: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
+    for mode in ["max", "mean_sqrt_len_tokens", "weightedmean"] {
+        let modules = r#"[{"type": "sentence_transformers.models.Transformer", "path": ""},
+            {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]"#;
+        let config = serde_json::json!({ "embedding_dimension": 32, "pooling_mode": mode }).to_string();
+        let folder = with("bert", &[("modules.json", modules.to_owned()), ("1_Pooling/config.json", config)]);
+        let model = load(folder.path(), Output::Embedding);
+        for golden in &golden {
+            let tokens = model.tokens(golden["text"].as_str().expect("a text")).expect("tokens");
+            let rows = model.forward(&[&tokens]).expect("a row");
+            let want: Vec<f32> = serde_json::from_value(golden[mode].clone()).expect("floats");
+            close(rows.row(0), &want, 1e-4, mode);
         }
     }
 }
@@ -288,6 +303,98 @@ fn a_record_is_predicted_the_same_in_any_batch() {
     }
 }
 
+/// A fixture without some of its files.
+fn without(name: &str, files: &[&str]) -> tempfile::TempDir {
+    let folder = with(name, &[]);
+    for file in files {
+        std::fs::remove_file(folder.path().join(file)).expect("removed");
+    }
+    folder
+}
+
+/// `bert` with weights in PyTorch's form, a file of the fixture `pickles`.
+fn with_pickle(file: &str) -> tempfile::TempDir {
+    let folder = without("bert", &["model.safetensors"]);
+    std::fs::copy(fixture("pickles").join(file), folder.path().join("pytorch_model.bin")).expect("copied");
+    folder
+}
+
+#[test]
+fn weights_of_pytorch_give_the_same_results() {
+    let golden = golden("bert");
+    for (file, within) in [("early.bin", 1e-4), ("bf16.bin", 0.1)] {
+        let folder = with_pickle(file);
+        let model = load(folder.path(), Output::Logits);
+        assert_eq!(model.files.names().expect("names")[1..3], ["pytorch_model.bin", "tokenizer.json"]);
+        let tokens = tokens(&model, &golden);
+        let rows = model.forward(&tokens.iter().collect::<Vec<_>>()).expect("rows");
+        for (row, golden) in rows.iter().zip(&golden) {
+            close(row, &golden.logits, within, file);
+        }
+    }
+}
+
+#[test]
+fn a_pickle_runs_no_code() {
+    let marker = Path::new("/tmp/kandle-unpickled");
+    let _ = std::fs::remove_file(marker);
+    let folder = with_pickle("evil.bin");
+    load(folder.path(), Output::Logits);
+    assert!(!marker.exists(), "the pickle ran its command");
+}
+
+/// The vocabulary in a fixture's tokenizer.json, by id.
+fn vocabulary(name: &str) -> (serde_json::Value, Vec<String>) {
+    let text = std::fs::read_to_string(fixture(name).join("tokenizer.json")).expect("tokenizer.json");
+    let tokenizer: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let ids = tokenizer["model"]["vocab"].as_object().expect("a vocabulary");
+    let mut tokens: Vec<(u64, String)> =
+        ids.iter().map(|(token, id)| (id.as_u64().expect("an id"), token.clone())).collect();
+    tokens.sort();
+    (tokenizer, tokens.into_iter().map(|(_, token)| token).collect())
+}
+
+#[test]
+fn a_vocabulary_without_tokenizer_json_gives_the_same_tokens() {
+    let pieces = |name: &str| vocabulary(name).1.join("\n") + "\n";
+    let bpe = vocabulary("roberta").0;
+    let merges: Vec<String> = bpe["model"]["merges"].as_array().expect("merges").iter().map(merge).collect();
+    let merges = format!("#version: 0.2\n{}\n", merges.join("\n"));
+    for (name, files) in [
+        ("bert", vec![("vocab.txt", pieces("bert"))]),
+        ("distilbert", vec![("vocab.txt", pieces("distilbert"))]),
+        ("electra", vec![("vocab.txt", pieces("electra"))]),
+        ("roberta", vec![("vocab.json", bpe["model"]["vocab"].to_string()), ("merges.txt", merges)]),
+    ] {
+        // The class in the fixture is none that a vocabulary belongs to: the model's type counts then.
+        let folder = without(name, &["tokenizer.json", "tokenizer_config.json"]);
+        for (file, content) in files {
+            std::fs::write(folder.path().join(file), content).expect("written");
+        }
+        std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"model_max_length": 48}"#)
+            .expect("written");
+        let model = load(folder.path(), Output::Logits);
+        for golden in golden(name) {
+            let tokens = model.tokenizer.encode(&golden.text).expect("tokens");
+            assert_eq!(
+                (tokens.ids, tokens.truncated),
+                (golden.ids, golden.truncated),
+                "{name}: {:?}",
+                golden.text
+            );
+        }
+        assert!(model.files.names().expect("names").iter().any(|file| file.starts_with("vocab.")));
+    }
+}
+
+/// A merge of a BPE: a pair, or its two parts with a space between.
+fn merge(pair: &serde_json::Value) -> String {
+    match pair.as_array() {
+        Some(parts) => parts.iter().filter_map(|part| part.as_str()).collect::<Vec<_>>().join(" "),
+        None => pair.as_str().expect("a merge").to_owned(),
+    }
+}
+
 #[test]
 fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     let error = |directory: &Path, output| {
@@ -338,13 +445,12 @@ fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     // The error about a missing file says how to make it.
     let file =
         |path: &Path, name: &str, content: &str| std::fs::write(path.join(name), content).expect("written");
-    file(bare.path(), "pytorch_model.bin", "PK");
+    file(bare.path(), "tf_model.h5", "x");
     let message = error(bare.path(), Output::Logits);
-    assert!(
-        message.contains("only pytorch_model.bin") && message.contains("safe_serialization=True"),
-        "{message}"
-    );
-    std::fs::remove_file(bare.path().join("pytorch_model.bin")).expect("removed");
+    assert!(message.contains("only tf_model.h5") && message.contains("safe_serialization=True"), "{message}");
+    std::fs::remove_file(bare.path().join("tf_model.h5")).expect("removed");
+    let legacy = error(with_pickle("legacy.bin").path(), Output::Logits);
+    assert!(legacy.contains("pytorch_model.bin") && legacy.contains("weights_only=True"), "{legacy}");
     std::fs::create_dir(bare.path().join("onnx")).expect("made");
     file(&bare.path().join("onnx"), "model.onnx", "");
     let message = error(bare.path(), Output::Logits);

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::store::{Files, FilesError};
 use super::text::sentence::{TEXT_SETTINGS, pooling_file};
+use super::text::vocabulary;
 
 /// Small files that say how a model is used; not every model has each of them.
 pub const CONFIGURATION: &[&str] = &[
@@ -29,20 +30,26 @@ pub fn weights<E>(
     exists: impl Fn(&str) -> bool,
     json: impl Fn(&str) -> Result<Option<Value>, E>,
 ) -> Result<Option<Vec<String>>, E> {
-    const ONE: &str = "model.safetensors";
-    const INDEX: &str = "model.safetensors.index.json";
-    if exists(ONE) {
-        return Ok(Some(vec![ONE.to_owned()]));
+    // Safetensors come first: they are read without interpreting anything.
+    for (one, index) in [
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ] {
+        if exists(one) {
+            return Ok(Some(vec![one.to_owned()]));
+        }
+        if !exists(index) {
+            continue;
+        }
+        let index = json(index)?.unwrap_or_default();
+        let map = index["weight_map"].as_object().into_iter().flatten();
+        let mut shards: Vec<String> =
+            map.filter_map(|(_, shard)| shard.as_str()).map(str::to_owned).collect();
+        shards.sort();
+        shards.dedup();
+        return Ok(Some(shards));
     }
-    if !exists(INDEX) {
-        return Ok(None);
-    }
-    let index = json(INDEX)?.unwrap_or_default();
-    let map = index["weight_map"].as_object().into_iter().flatten();
-    let mut shards: Vec<String> = map.filter_map(|(_, shard)| shard.as_str()).map(str::to_owned).collect();
-    shards.sort();
-    shards.dedup();
-    Ok(Some(shards))
+    Ok(None)
 }
 
 impl Files {
@@ -61,7 +68,10 @@ impl Files {
     /// There are no weights, or a file that names others cannot be read.
     pub fn names(&self) -> Result<Vec<String>, FilesError> {
         let mut names = self.weights()?;
-        names.extend(CONFIGURATION.iter().filter(|name| self.exists(name)).map(|name| (*name).to_owned()));
+        // The vocabulary counts only if the tokenizer is made of it.
+        let vocabulary = if self.exists("tokenizer.json") { &[] } else { vocabulary::FILES };
+        let all = CONFIGURATION.iter().chain(vocabulary);
+        names.extend(all.filter(|name| self.exists(name)).map(|name| (*name).to_owned()));
         names.extend(pooling_file(self.json("modules.json")?.as_ref())?);
         names.sort();
         Ok(names)

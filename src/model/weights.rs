@@ -1,11 +1,15 @@
-//! Weights in safetensors files, read one tensor at a time, straight into its final memory: loading a model needs
-//! little more memory than the model itself.
+//! Weights in safetensors files or PyTorch's own, read one tensor at a time, straight into its final memory: loading a
+//! model needs little more memory than the model itself.
+//!
+//! PyTorch's files hold a pickle, which Candle's reader interprets: it builds tensors, and never runs code that the pickle
+//! names.
 //!
 //! Tensors are read with positioned reads and not through a memory map: mapped pages count as the process's memory, and
 //! truncating a mapped file kills the process (SIGBUS).
 
 use std::collections::HashMap;
 
+use candle_core::pickle::PthTensors;
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use half::{bf16, f16};
@@ -21,6 +25,12 @@ pub enum WeightsError {
     Files(#[from] FilesError),
     #[error("{file}: not a safetensors file: {reason}")]
     Header { file: String, reason: String },
+    #[error(
+        "{file}: not a file of weights that kandle reads ({reason}); convert it with Python in the model's directory: \
+         import torch, safetensors.torch as s; \
+         s.save_file(torch.load('{file}', weights_only=True, map_location='cpu'), 'model.safetensors')"
+    )]
+    Pickle { file: String, reason: String },
 }
 
 /// The longest header, in bytes, as the safetensors library limits it.
@@ -30,17 +40,54 @@ const PIECE: usize = 1 << 20;
 
 /// The tensors of all files by name.
 pub struct Weights {
-    files: Vec<(String, Source)>,
+    files: Vec<(String, Stored)>,
     tensors: HashMap<String, Entry>,
+}
+
+/// An open file.
+enum Stored {
+    Safetensors(Source),
+    Pickle(Box<PthTensors>),
 }
 
 struct Entry {
     /// Index into [`Weights::files`].
     file: usize,
-    /// Offset of the tensor's first byte in the file.
-    offset: u64,
-    dtype: Dtype,
+    place: Place,
     shape: Vec<usize>,
+}
+
+/// Where a tensor is in its file.
+enum Place {
+    /// `offset`: of the tensor's first byte.
+    Bytes {
+        offset: u64,
+        dtype: Dtype,
+    },
+    Pickled {
+        name: String,
+        dtype: DType,
+    },
+}
+
+impl Entry {
+    fn is_float(&self) -> bool {
+        match &self.place {
+            Place::Bytes { dtype, .. } => {
+                matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3)
+            }
+            Place::Pickled { dtype, .. } => dtype.is_float(),
+        }
+    }
+}
+
+/// The name that today's checkpoints have for a tensor: early ones of BERT call a norm's tensors gamma and beta.
+fn modern(name: &str) -> String {
+    match (name.strip_suffix("LayerNorm.gamma"), name.strip_suffix("LayerNorm.beta")) {
+        (Some(start), _) => format!("{start}LayerNorm.weight"),
+        (_, Some(start)) => format!("{start}LayerNorm.bias"),
+        (None, None) => name.to_owned(),
+    }
 }
 
 impl Weights {
@@ -52,28 +99,48 @@ impl Weights {
         let mut all = Self { files: Vec::new(), tensors: HashMap::new() };
         for name in files.weights()? {
             let source = files.open(&name)?;
-            let (metadata, start) =
-                header(&source).map_err(|reason| WeightsError::Header { file: name.clone(), reason })?;
-            for (tensor, TensorInfo { dtype, shape, data_offsets }) in metadata.tensors() {
-                let entry = Entry {
-                    file: all.files.len(),
-                    offset: start + data_offsets.0 as u64,
-                    dtype: *dtype,
-                    shape: shape.clone(),
-                };
-                all.tensors.insert(tensor, entry);
-            }
-            all.files.push((name, source));
+            let stored = match name.ends_with(".safetensors") {
+                true => all.add_safetensors(&name, source)?,
+                false => all.add_pickle(&name, files)?,
+            };
+            all.files.push((name, stored));
         }
         Ok(all)
     }
 
+    fn add_safetensors(&mut self, file: &str, source: Source) -> std::result::Result<Stored, WeightsError> {
+        let (metadata, start) =
+            header(&source).map_err(|reason| WeightsError::Header { file: file.to_owned(), reason })?;
+        for (name, TensorInfo { dtype, shape, data_offsets }) in metadata.tensors() {
+            let place = Place::Bytes { offset: start + data_offsets.0 as u64, dtype: *dtype };
+            let entry = Entry { file: self.files.len(), place, shape: shape.clone() };
+            self.tensors.insert(modern(&name), entry);
+        }
+        Ok(Stored::Safetensors(source))
+    }
+
+    fn add_pickle(&mut self, file: &str, files: &Files) -> std::result::Result<Stored, WeightsError> {
+        let failed = |reason: String| WeightsError::Pickle { file: file.to_owned(), reason };
+        let path = files.path(file).ok_or_else(|| failed("it is not on a disk".to_owned()))?;
+        let pickle = PthTensors::new(path, None).map_err(|error| failed(super::message(&error)))?;
+        if pickle.tensor_infos().is_empty() {
+            return Err(failed("it holds no tensors by name".to_owned()));
+        }
+        for (name, info) in pickle.tensor_infos() {
+            if info.layout.start_offset() > 0 {
+                return Err(failed(format!("{name} is a part of another tensor")));
+            }
+            let place = Place::Pickled { name: name.clone(), dtype: info.dtype };
+            let entry = Entry { file: self.files.len(), place, shape: info.layout.dims().to_vec() };
+            self.tensors.insert(modern(name), entry);
+        }
+        Ok(Stored::Pickle(Box::new(pickle)))
+    }
+
     /// Number of elements in all floating-point tensors.
     pub fn parameters(&self) -> usize {
-        let is_float = |entry: &&Entry| {
-            matches!(entry.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3)
-        };
-        self.tensors.values().filter(is_float).map(|entry| entry.shape.iter().product::<usize>()).sum()
+        let floats = self.tensors.values().filter(|entry| entry.is_float());
+        floats.map(|entry| entry.shape.iter().product::<usize>()).sum()
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
@@ -84,23 +151,33 @@ impl Weights {
     }
 
     fn read(&self, name: &str, entry: &Entry, dtype: DType, device: &Device) -> Result<Tensor> {
-        let (file, source) = &self.files[entry.file];
+        let (file, stored) = &self.files[entry.file];
+        let (source, offset, stored_dtype) = match (stored, &entry.place) {
+            (Stored::Safetensors(source), Place::Bytes { offset, dtype }) => (source, *offset, *dtype),
+            (Stored::Pickle(pickle), Place::Pickled { name, .. }) => {
+                let tensor = pickle.get(name)?;
+                let Some(tensor) = tensor else { candle_core::bail!("{file}: cannot find tensor {name}") };
+                let tensor = tensor.to_device(device)?;
+                return if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) };
+            }
+            _ => candle_core::bail!("{file}: {name} is in another file"),
+        };
         let failed = |error: std::io::Error| candle_core::Error::Msg(format!("{file}: {name}: {error}"));
         let count = entry.shape.iter().product::<usize>();
         if dtype == DType::F32 && device.is_cpu() {
-            let floats = match entry.dtype {
-                Dtype::F32 => convert(source, entry.offset, count, f32::from_le_bytes),
-                Dtype::F16 => convert(source, entry.offset, count, |x| f16::from_le_bytes(x).to_f32()),
-                Dtype::BF16 => convert(source, entry.offset, count, |x| bf16::from_le_bytes(x).to_f32()),
-                Dtype::F64 => convert(source, entry.offset, count, |x| f64::from_le_bytes(x) as f32),
+            let floats = match stored_dtype {
+                Dtype::F32 => convert(source, offset, count, f32::from_le_bytes),
+                Dtype::F16 => convert(source, offset, count, |x| f16::from_le_bytes(x).to_f32()),
+                Dtype::BF16 => convert(source, offset, count, |x| bf16::from_le_bytes(x).to_f32()),
+                Dtype::F64 => convert(source, offset, count, |x| f64::from_le_bytes(x) as f32),
                 other => candle_core::bail!("{file}: {name} is {other:?}, not a floating-point type"),
             };
             return Tensor::from_vec(floats.map_err(failed)?, entry.shape.as_slice(), device);
         }
         // The device converts, so that the elements are copied to it once and as stored.
-        let stored = DType::try_from(entry.dtype)?;
+        let stored = DType::try_from(stored_dtype)?;
         let mut bytes = vec![0; count * stored.size_in_bytes()];
-        source.read_at(entry.offset, &mut bytes).map_err(failed)?;
+        source.read_at(offset, &mut bytes).map_err(failed)?;
         let tensor = Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?;
         if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) }
     }
@@ -182,7 +259,8 @@ mod tests {
 
     fn float_tensor(dtype: Dtype, bytes: Vec<u8>) -> (Source, Entry) {
         let count = bytes.len() / (dtype.bitsize() / 8);
-        (Source::Memory(bytes.leak()), Entry { file: 0, offset: 0, dtype, shape: vec![count] })
+        let place = Place::Bytes { offset: 0, dtype };
+        (Source::Memory(bytes.leak()), Entry { file: 0, place, shape: vec![count] })
     }
 
     #[test]
@@ -200,7 +278,10 @@ mod tests {
         };
         for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
             let (source, entry) = float_tensor(dtype, of(dtype));
-            let weights = Weights { files: vec![("f".to_owned(), source)], tensors: HashMap::new() };
+            let weights = Weights {
+                files: vec![("f".to_owned(), Stored::Safetensors(source))],
+                tensors: HashMap::new(),
+            };
             let read = weights.read("w", &entry, DType::F32, &Device::Cpu).unwrap();
             assert_eq!(read.to_vec1::<f32>().unwrap(), numbers, "{dtype:?}");
         }

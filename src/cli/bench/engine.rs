@@ -23,7 +23,7 @@ use crate::telemetry::Metrics;
 
 #[derive(Args)]
 pub struct Options {
-    /// A directory with config.json, tokenizer.json and *.safetensors, a hub id, or `bundled`
+    /// As `model.source`: a directory, a hub id, or `bundled`
     #[arg(long)]
     model: String,
     /// File of texts: one JSON object per line, with `text`

@@ -607,7 +607,7 @@ pub(super) mod tests {
         };
         let x = embedding.forward(&packed, workspace.at(Slot::Stream, &CPU)).unwrap();
         near(&x, &embedding.tensors(&packed, &CPU).unwrap());
-        for pooling in [Pooling::Mean, Pooling::First, Pooling::Last] {
+        for pooling in Pooling::ALL {
             let fused = pooling.forward(&x, &packed, workspace.at(Slot::Pooled, &CPU)).unwrap();
             near(&fused, &pooling.tensors(&x, &packed).unwrap());
         }

@@ -10,9 +10,19 @@ pub enum Pooling {
     Mean,
     First,
     Last,
+    /// The largest value of each element.
+    Max,
+    /// The sum over the square root of the number of tokens.
+    MeanSqrtLen,
+    /// A mean in which a token's weight is its position, from 1.
+    WeightedMean,
 }
 
 impl Pooling {
+    #[cfg(test)]
+    pub const ALL: [Self; 6] =
+        [Self::Mean, Self::First, Self::Last, Self::Max, Self::MeanSqrtLen, Self::WeightedMean];
+
     /// `[tokens, hidden]` to `[sequences, hidden]`.
     pub fn forward(self, x: &Tensor, batch: &Packed, out: Out<'_>) -> Result<Tensor> {
         let hidden = x.dim(1)?;
@@ -30,16 +40,27 @@ impl Pooling {
 
     /// The unfused form, by Candle's own operations.
     pub(super) fn tensors(self, x: &Tensor, batch: &Packed) -> Result<Tensor> {
-        if self == Pooling::Mean {
+        if !matches!(self, Pooling::First | Pooling::Last) {
             let hidden = x.dim(1)?;
-            let means = batch.runs().map(|run| {
-                x.narrow(0, run.start, run.sequences * run.length)?
+            let pooled = batch.runs().map(|run| {
+                let tokens = x
+                    .narrow(0, run.start, run.sequences * run.length)?
                     .reshape((run.sequences, run.length, hidden))?
-                    .to_dtype(DType::F32)?
-                    .mean(1)?
-                    .to_dtype(x.dtype())
+                    .to_dtype(DType::F32)?;
+                let pooled = match self {
+                    Pooling::Max => tokens.max(1)?,
+                    Pooling::MeanSqrtLen => (tokens.sum(1)? / (run.length as f64).sqrt())?,
+                    Pooling::WeightedMean => {
+                        let weights = Tensor::arange(1u32, run.length as u32 + 1, x.device())?
+                            .to_dtype(DType::F32)?
+                            .reshape((1, run.length, 1))?;
+                        (tokens.broadcast_mul(&weights)?.sum(1)? / sum_of_positions(run.length))?
+                    }
+                    Pooling::Mean | Pooling::First | Pooling::Last => tokens.mean(1)?,
+                };
+                pooled.to_dtype(x.dtype())
             });
-            return Tensor::cat(&means.collect::<Result<Vec<_>>>()?, 0);
+            return Tensor::cat(&pooled.collect::<Result<Vec<_>>>()?, 0);
         }
         let mut start = 0;
         let mut rows = Vec::with_capacity(batch.order().len());
@@ -58,18 +79,40 @@ impl Pooling {
             match self {
                 Pooling::First => out.copy_from_slice(&tokens[..hidden]),
                 Pooling::Last => out.copy_from_slice(&tokens[(length - 1) * hidden..]),
-                Pooling::Mean => {
-                    out.fill(0.0);
-                    for token in tokens.chunks(hidden) {
-                        for (sum, x) in out.iter_mut().zip(token) {
-                            *sum += x;
+                Pooling::Mean => sum(out, tokens, |_| 1.0, length as f32),
+                Pooling::MeanSqrtLen => sum(out, tokens, |_| 1.0, (length as f32).sqrt()),
+                Pooling::WeightedMean => {
+                    sum(out, tokens, |at| (at + 1) as f32, sum_of_positions(length) as f32);
+                }
+                Pooling::Max => {
+                    out.copy_from_slice(&tokens[..hidden]);
+                    for token in tokens.chunks(hidden).skip(1) {
+                        for (max, &x) in out.iter_mut().zip(token) {
+                            // NaN stays: a broken row must not look sound.
+                            *max = if x > *max || x.is_nan() { x } else { *max };
                         }
-                    }
-                    for sum in out {
-                        *sum /= length as f32;
                     }
                 }
             }
         }
+    }
+}
+
+/// 1 + 2 + … + length.
+fn sum_of_positions(length: usize) -> f64 {
+    (length * (length + 1) / 2) as f64
+}
+
+/// The weighted sum of tokens by their places, over `divisor`.
+fn sum(out: &mut [f32], tokens: &[f32], weight: impl Fn(usize) -> f32, divisor: f32) {
+    out.fill(0.0);
+    for (at, token) in tokens.chunks(out.len()).enumerate() {
+        let weight = weight(at);
+        for (sum, x) in out.iter_mut().zip(token) {
+            *sum += weight * x;
+        }
+    }
+    for sum in out {
+        *sum /= divisor;
     }
 }

@@ -9,6 +9,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use super::{FilesError, Place};
 use crate::model::manifest;
 use crate::model::text::sentence::pooling_file;
+use crate::model::text::vocabulary;
 use crate::settings;
 
 /// A commit's files in the cache.
@@ -104,7 +105,8 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
         repo.get(name).map_err(|e| Asked::Unreachable(format!("{id}/{name}: {e}")))
     };
     let mut config = None;
-    for name in manifest::CONFIGURATION.iter().filter(|name| there(name)) {
+    let vocabulary = if there("tokenizer.json") { &[] } else { vocabulary::FILES };
+    for name in manifest::CONFIGURATION.iter().chain(vocabulary).filter(|name| there(name)) {
         let path = fetch(&repo, name)?;
         if *name == "config.json" {
             config = Some(path);
@@ -117,7 +119,9 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
     let Some(config) = config else { return Err(refused(format!("{id}@{revision} has no config.json"))) };
     let weights = manifest::weights(there, |name| read_json(&fetch(&repo, name)?))?;
     let Some(weights) = weights else {
-        return Err(refused(format!("{id}@{revision} has no *.safetensors weights")));
+        return Err(refused(format!(
+            "{id}@{revision} has no weights that kandle reads: neither safetensors nor pytorch_model.bin"
+        )));
     };
     for name in weights {
         fetch(&repo, &name)?;

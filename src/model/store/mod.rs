@@ -46,7 +46,7 @@ pub enum FilesError {
     Io { file: String, error: std::io::Error },
     #[error("{file} is missing{}", how_to_make(file))]
     Missing { file: String },
-    #[error("there are no weights in safetensors{}", instead(found))]
+    #[error("there are no weights that kandle reads{}", instead(found))]
     NoWeights { found: Vec<String> },
     #[error(
         "{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` in the model's directory"
@@ -72,7 +72,7 @@ fn how_to_make(file: &str) -> &'static str {
 /// The weights found in another format, and how to convert them.
 fn instead(found: &[String]) -> String {
     let with = |ending: &str| found.iter().find(|name| name.ends_with(ending));
-    if let Some(name) = with(".bin").or_else(|| with(".pt")).or_else(|| with(".h5")) {
+    if let Some(name) = with(".pt").or_else(|| with(".h5")).or_else(|| with(".msgpack")) {
         return format!(
             ", only {name}; convert it with Python in the model's directory: from transformers import AutoModel, \
              AutoModelForSequenceClassification as Classifier; (AutoModel for embeddings, Classifier for labels).\
@@ -83,7 +83,7 @@ fn instead(found: &[String]) -> String {
         Some(name) => {
             format!(", only {name}, which kandle does not read: use the checkpoint that it was exported from")
         }
-        None => ": neither model.safetensors nor model.safetensors.index.json exists".to_owned(),
+        None => ": neither model.safetensors nor pytorch_model.bin exists, nor an index of either".to_owned(),
     }
 }
 
@@ -131,6 +131,14 @@ impl Files {
         match &self.place {
             Place::Memory(files) => files.iter().any(|(known, _)| *known == name),
             Place::Directory(directory) => directory.join(name).is_file(),
+        }
+    }
+
+    /// Where a file is on a disk; `None` if the model is in memory.
+    pub(super) fn path(&self, name: &str) -> Option<PathBuf> {
+        match &self.place {
+            Place::Directory(directory) => Some(directory.join(name)),
+            Place::Memory(_) => None,
         }
     }
 

@@ -13,4 +13,5 @@ pub use encoder::Encoder;
 pub use head::Head;
 pub use model::{Model, ModelError, Output, Scores};
 pub use sentence::{Embedding, TextSettings};
+pub(super) use tokenize::vocabulary;
 pub use tokenize::{NoRoom, Part, Shorten, Span, Spans, TokenizeError, Tokenizer, Tokens};

@@ -147,12 +147,15 @@ pub fn pooling_file(modules: Option<&Value>) -> Result<Option<String>, FilesErro
 
 /// Reads `pooling_mode: "mean"`, or the older form with one flag per mode.
 fn pooling(file: &str, config: &Value) -> Result<Pooling, ModelError> {
-    const MODES: [(&str, &str, Pooling); 3] = [
+    const MODES: [(&str, &str, Pooling); 6] = [
         ("mean", "pooling_mode_mean_tokens", Pooling::Mean),
         ("cls", "pooling_mode_cls_token", Pooling::First),
         ("lasttoken", "pooling_mode_lasttoken", Pooling::Last),
+        ("max", "pooling_mode_max_tokens", Pooling::Max),
+        ("mean_sqrt_len_tokens", "pooling_mode_mean_sqrt_len_tokens", Pooling::MeanSqrtLen),
+        ("weightedmean", "pooling_mode_weightedmean_tokens", Pooling::WeightedMean),
     ];
-    const SUPPORTED: &str = "mean, cls, lasttoken";
+    const SUPPORTED: &str = "mean, cls, lasttoken, max, mean_sqrt_len_tokens, weightedmean";
     let known = ["word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"];
     let others = config.as_object().into_iter().flatten();
     let others = others.map(|(key, _)| key.as_str()).filter(|key| key.starts_with("pooling_mode_"));
@@ -248,12 +251,13 @@ mod tests {
     fn poolings_are_read_in_both_forms() {
         let of = |config: Value| pooling("p", &config).map_err(|e| e.to_string());
         assert_eq!(of(json!({ "pooling_mode": "cls" })), Ok(Pooling::First));
+        assert_eq!(of(json!({ "pooling_mode_max_tokens": true })), Ok(Pooling::Max));
         let old = json!({ "word_embedding_dimension": 4, "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true });
         assert_eq!(of(old), Ok(Pooling::Mean));
         assert_eq!(of(json!({})), Ok(Pooling::Mean));
         for wrong in [
-            json!({ "pooling_mode": "max" }),
-            json!({ "pooling_mode_max_tokens": true }),
+            json!({ "pooling_mode": "median" }),
+            json!({ "pooling_mode_median_tokens": true }),
             json!({ "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true }),
             json!({ "pooling_mode": "cls", "include_prompt": false }),
             json!({ "pooling_mode": "cls", "temperature": 2 }),

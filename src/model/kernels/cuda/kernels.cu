@@ -205,19 +205,34 @@ __device__ void gated(T *out, const T *x, const T *added, int activation, int ga
   }
 }
 
-// One block per sequence, whose tokens are starts[i] to starts[i + 1]: their mean (pooling 0), the first (1) or the
-// last (2).
+// One block per sequence, whose tokens are starts[i] to starts[i + 1]: their mean (pooling 0), the first (1), the last (2),
+// the maximum of each element (3), the sum over the square root of their number (4), or the mean weighted by position (5).
 template <int N, typename T>
 __device__ void pool(T *out, const T *x, const unsigned *starts, int pooling, int width) {
   size_t first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
   for (int i = threadIdx.x * N; i < width; i += blockDim.x * N) {
     float row[N];
     load(row, x + (pooling == 2 ? end - 1 : first) * width + i);
-    if (pooling == 0) {
+    if (pooling == 0 || pooling == 4) {
       // Unrolled, so that several loads are in flight.
 #pragma unroll 8
       for (size_t token = first + 1; token < end; token++) add(row, x + token * width + i);
-      for (int j = 0; j < N; j++) row[j] /= float(end - first);
+      float divisor = pooling == 0 ? float(end - first) : sqrtf(float(end - first));
+      for (int j = 0; j < N; j++) row[j] /= divisor;
+    } else if (pooling == 3 || pooling == 5) {
+      for (size_t token = first + 1; token < end; token++) {
+        float other[N], weight = float(token - first + 1);
+        load(other, x + token * width + i);
+        for (int j = 0; j < N; j++) {
+          if (pooling == 5)
+            row[j] += weight * other[j];
+          else if (other[j] > row[j] || other[j] != other[j])
+            row[j] = other[j];
+        }
+      }
+      float length = float(end - first);
+      if (pooling == 5)
+        for (int j = 0; j < N; j++) row[j] /= length * (length + 1.0f) / 2.0f;
     }
     store(out + size_t(blockIdx.x) * width + i, row);
   }

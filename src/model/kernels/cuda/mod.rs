@@ -39,6 +39,9 @@ fn pooling_code(pooling: Pooling) -> i32 {
         Pooling::Mean => 0,
         Pooling::First => 1,
         Pooling::Last => 2,
+        Pooling::Max => 3,
+        Pooling::MeanSqrtLen => 4,
+        Pooling::WeightedMean => 5,
     }
 }
 

@@ -3,6 +3,7 @@
 mod cuts;
 mod pair;
 mod spans;
+pub mod vocabulary;
 mod words;
 
 use serde_json::Value;
@@ -75,7 +76,13 @@ impl Tokenizer {
         text: TextSettings,
     ) -> Result<Self, FilesError> {
         let content = |message: String| FilesError::Content { file: "tokenizer.json".to_owned(), message };
-        let bytes = files.require("tokenizer.json")?;
+        let bytes = match files.read("tokenizer.json")? {
+            Some(bytes) => bytes,
+            None => match vocabulary::tokenizer_json(files)? {
+                Some(bytes) => bytes.into(),
+                None => files.require("tokenizer.json")?,
+            },
+        };
         let bytes = match text.lower_case {
             true => lower_case_first(&bytes).map_err(|e| content(e.to_string()))?.into(),
             false => bytes,

@@ -1,0 +1,205 @@
+//! A tokenizer.json for checkpoints that have only their vocabulary: `vocab.txt` (WordPiece), or `vocab.json` with
+//! `merges.txt` (byte-level BPE). The result is what transformers' fast tokenizers make of the same files.
+
+use serde_json::{Map, Value, json};
+
+use crate::model::store::{Files, FilesError};
+
+/// The files that a tokenizer is made of if there is no tokenizer.json.
+pub const FILES: &[&str] = &["vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json"];
+
+/// A kind of tokenizer, by what its classes in transformers have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Bert,
+    /// WordPiece, with RoBERTa's special tokens.
+    MpNet,
+    Roberta,
+}
+
+impl Kind {
+    /// By the tokenizer's class in tokenizer_config.json, else by the model's type in config.json.
+    fn of(tokenizer: &Value, model: &Value) -> Option<Self> {
+        let class = tokenizer["tokenizer_class"].as_str().map(|class| class.trim_end_matches("Fast"));
+        match (class, model["model_type"].as_str()) {
+            (Some("BertTokenizer" | "DistilBertTokenizer" | "ElectraTokenizer"), _) => Some(Self::Bert),
+            (Some("MPNetTokenizer"), _) => Some(Self::MpNet),
+            (Some("RobertaTokenizer"), _) => Some(Self::Roberta),
+            (Some(_), _) => None,
+            (None, Some("bert" | "distilbert" | "electra" | "nomic_bert")) => Some(Self::Bert),
+            (None, Some("mpnet")) => Some(Self::MpNet),
+            (None, Some("roberta")) => Some(Self::Roberta),
+            (None, _) => None,
+        }
+    }
+
+    /// The special tokens that the class has by default.
+    fn defaults(self) -> [(&'static str, &'static str); 5] {
+        match self {
+            Self::Bert => [
+                ("cls_token", "[CLS]"),
+                ("sep_token", "[SEP]"),
+                ("unk_token", "[UNK]"),
+                ("pad_token", "[PAD]"),
+                ("mask_token", "[MASK]"),
+            ],
+            Self::MpNet => [
+                ("cls_token", "<s>"),
+                ("sep_token", "</s>"),
+                ("unk_token", "[UNK]"),
+                ("pad_token", "<pad>"),
+                ("mask_token", "<mask>"),
+            ],
+            Self::Roberta => [
+                ("cls_token", "<s>"),
+                ("sep_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("pad_token", "<pad>"),
+                ("mask_token", "<mask>"),
+            ],
+        }
+    }
+}
+
+/// The tokenizer.json that the vocabulary makes; `None` if the checkpoint has no vocabulary that kandle reads.
+///
+/// # Errors
+/// A file of the vocabulary cannot be read, or lacks a special token.
+pub fn tokenizer_json(files: &Files) -> Result<Option<Vec<u8>>, FilesError> {
+    let config = files.json("tokenizer_config.json")?.unwrap_or_default();
+    let model = files.json("config.json")?.unwrap_or_default();
+    let Some(kind) = Kind::of(&config, &model) else { return Ok(None) };
+    let (file, vocabulary, merges) = match kind {
+        Kind::Bert | Kind::MpNet => match files.read("vocab.txt")? {
+            Some(bytes) => ("vocab.txt", word_pieces(&text("vocab.txt", &bytes)?), Vec::new()),
+            None => return Ok(None),
+        },
+        Kind::Roberta => match (files.json("vocab.json")?, files.read("merges.txt")?) {
+            (Some(Value::Object(vocabulary)), Some(merges)) => {
+                ("vocab.json", vocabulary, merges_of(&text("merges.txt", &merges)?))
+            }
+            _ => return Ok(None),
+        },
+    };
+    let map = files.json("special_tokens_map.json")?.unwrap_or_default();
+    let mut special = Map::new();
+    let mut added = Vec::new();
+    for (key, default) in kind.defaults() {
+        let content = content(&config[key]).or(content(&map[key])).unwrap_or(default);
+        let Some(id) = vocabulary.get(content).and_then(Value::as_u64) else {
+            let message = format!("{key} {content:?} is not in the vocabulary");
+            return Err(FilesError::Content { file: file.to_owned(), message });
+        };
+        let lstrip = key == "mask_token" && kind != Kind::Bert;
+        added.push(json!({
+            "id": id, "content": content, "single_word": false, "lstrip": lstrip, "rstrip": false,
+            "normalized": false, "special": true,
+        }));
+        special.insert(key.to_owned(), json!([content, id]));
+    }
+    added.sort_by_key(|token| token["id"].as_u64());
+    added.dedup_by_key(|token| token["id"].as_u64());
+    let flag = |key: &str, default: bool| config[key].as_bool().unwrap_or(default);
+    let (cls, sep) = (&special["cls_token"], &special["sep_token"]);
+    let word_piece = || {
+        json!({
+            "type": "WordPiece", "unk_token": special["unk_token"][0], "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100, "vocab": vocabulary,
+        })
+    };
+    let normalizer = || {
+        json!({
+            "type": "BertNormalizer", "clean_text": true, "lowercase": flag("do_lower_case", true),
+            "handle_chinese_chars": flag("tokenize_chinese_chars", true), "strip_accents": config["strip_accents"],
+        })
+    };
+    let (model, normalizer, pre_tokenizer, post_processor) = match kind {
+        Kind::Bert => {
+            (word_piece(), normalizer(), json!({ "type": "BertPreTokenizer" }), bert_template(cls, sep))
+        }
+        Kind::MpNet => {
+            (word_piece(), normalizer(), json!({ "type": "BertPreTokenizer" }), roberta(cls, sep, false))
+        }
+        Kind::Roberta => {
+            let prefix = flag("add_prefix_space", false);
+            let model = json!({
+                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
+                "end_of_word_suffix": "", "fuse_unk": false, "vocab": vocabulary, "merges": merges,
+            });
+            let bytes = json!({ "type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": true });
+            (model, Value::Null, bytes, roberta(cls, sep, prefix))
+        }
+    };
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer, "post_processor": post_processor, "decoder": null, "model": model,
+    });
+    Ok(Some(tokenizer.to_string().into_bytes()))
+}
+
+fn text<'a>(file: &str, bytes: &'a [u8]) -> Result<&'a str, FilesError> {
+    std::str::from_utf8(bytes)
+        .map_err(|error| FilesError::Content { file: file.to_owned(), message: error.to_string() })
+}
+
+/// A special token: its text, or an object with `content`.
+fn content(value: &Value) -> Option<&str> {
+    value.as_str().or(value["content"].as_str())
+}
+
+/// A token a line, its id the line's number. Of a token that is there twice the last line counts.
+fn word_pieces(text: &str) -> Map<String, Value> {
+    text.lines().zip(0u64..).map(|(token, id)| (token.to_owned(), id.into())).collect()
+}
+
+/// Two parts a line, after a line that names the version.
+fn merges_of(text: &str) -> Vec<String> {
+    let lines = text.lines().filter(|line| !line.starts_with("#version") && !line.trim().is_empty());
+    lines.map(str::to_owned).collect()
+}
+
+/// `[CLS] A [SEP]`, and `[CLS] A [SEP] B [SEP]` with token type 1 from B on.
+fn bert_template(cls: &Value, sep: &Value) -> Value {
+    let token = |token: &Value, kind: u32| json!({ "SpecialToken": { "id": token[0], "type_id": kind } });
+    let part = |name: &str, kind: u32| json!({ "Sequence": { "id": name, "type_id": kind } });
+    let special = |token: &Value| json!({ "id": token[0], "ids": [token[1]], "tokens": [token[0]] });
+    let name = |token: &Value| token[0].as_str().unwrap_or_default().to_owned();
+    json!({
+        "type": "TemplateProcessing",
+        "single": [token(cls, 0), part("A", 0), token(sep, 0)],
+        "pair": [token(cls, 0), part("A", 0), token(sep, 0), part("B", 1), token(sep, 1)],
+        "special_tokens": { name(cls): special(cls), name(sep): special(sep) },
+    })
+}
+
+/// `<s> A </s>`, and `<s> A </s></s> B </s>`, all of token type 0.
+fn roberta(cls: &Value, sep: &Value, add_prefix_space: bool) -> Value {
+    json!({
+        "type": "RobertaProcessing", "cls": cls, "sep": sep, "trim_offsets": true,
+        "add_prefix_space": add_prefix_space,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_class_counts_before_the_models_type() {
+        let kind = |class: Value, model: &str| {
+            Kind::of(&json!({ "tokenizer_class": class }), &json!({ "model_type": model }))
+        };
+        assert_eq!(kind("BertTokenizerFast".into(), "roberta"), Some(Kind::Bert));
+        assert_eq!(kind("XLMRobertaTokenizer".into(), "bert"), None);
+        assert_eq!(kind(Value::Null, "mpnet"), Some(Kind::MpNet));
+        assert_eq!(kind(Value::Null, "gte"), None);
+    }
+
+    #[test]
+    fn lines_end_as_python_reads_them() {
+        let vocabulary = word_pieces("[PAD]\r\na\nb\na\n");
+        assert_eq!(vocabulary.get("a"), Some(&3.into()));
+        assert_eq!((vocabulary.len(), vocabulary.get("[PAD]")), (3, Some(&0.into())));
+        assert_eq!(merges_of("#version: 0.2\na b\n# c\n\n"), ["a b", "# c"]);
+    }
+}
