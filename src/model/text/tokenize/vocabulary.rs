@@ -71,12 +71,12 @@ pub fn tokenizer_json(files: &Files) -> Result<Option<Vec<u8>>, FilesError> {
     let Some(kind) = Kind::of(&config, &model) else { return Ok(None) };
     let (file, vocabulary, merges) = match kind {
         Kind::Bert | Kind::MpNet => match files.read("vocab.txt")? {
-            Some(bytes) => ("vocab.txt", word_pieces(&text("vocab.txt", &bytes)?), Vec::new()),
+            Some(bytes) => ("vocab.txt", word_pieces(text("vocab.txt", &bytes)?), Vec::new()),
             None => return Ok(None),
         },
         Kind::Roberta => match (files.json("vocab.json")?, files.read("merges.txt")?) {
             (Some(Value::Object(vocabulary)), Some(merges)) => {
-                ("vocab.json", vocabulary, merges_of(&text("merges.txt", &merges)?))
+                ("vocab.json", vocabulary, merges_of(text("merges.txt", &merges)?))
             }
             _ => return Ok(None),
         },
