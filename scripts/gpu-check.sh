@@ -116,5 +116,5 @@ case "${1:-}" in
   build) build ;;
   run) run "${2:-}" ;;
   profile) profile "${2:?a folder of benches/peers/make.py}" ;;
-  *) sed -n '2,13p' "$0"; exit 2 ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
 esac

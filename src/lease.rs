@@ -1,4 +1,4 @@
-//! A lease: the right to publish what was read from a partition, from its assignment until it is revoked or lost.
+//! A lease: the right to publish what was read from a partition, from its assignment until it is unassigned or lost.
 //!
 //! Every record carries the lease it was read under. When a partition is revoked, the source ends its lease before it
 //! answers the group. The sink checks the lease before each message, and again between reading the group's generation

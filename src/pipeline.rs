@@ -7,7 +7,7 @@
 //!  │  └── reports ◀──────────────────┘         │      │
 //!  │  └── reports: published, dropped ◀────────────────┤
 //!  └───── group: generation, before a transaction ◀───┤
-//!         commit_soon: partitions or memory wait ─────▶
+//!         commit_soon: revocation or memory waits ─────▶
 //! ```
 //!
 //! Not shown: `stop` (a graceful shutdown is requested), `failed` (a stage has failed: the source leaves the group),

@@ -112,7 +112,7 @@ impl Schedule {
         }
     }
 
-    /// False if consumption has no end.
+    /// Whether `schedule.periods` is set.
     pub fn has_periods(&self) -> bool {
         !self.periods.is_empty()
     }

@@ -323,7 +323,7 @@ pub struct Model {
     /// A hub id (`org/name`), a directory with config.json, weights (*.safetensors or pytorch_model.bin) and
     /// tokenizer.json or a vocabulary, or `bundled`: the ticket classifier that is part of kandle.
     pub source: Option<String>,
-    /// Hub: branch, tag or commit (default: main). It is resolved to a commit once, at the start.
+    /// Hub: branch, tag or commit (default: main). It is resolved to a commit each time the model is loaded.
     pub revision: Option<String>,
     /// Hub: the cache directory (default: $HF_HOME/hub or ~/.cache/huggingface/hub).
     pub cache: Option<PathBuf>,

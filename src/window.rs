@@ -86,7 +86,7 @@ pub struct Span {
     pub metadata: Arc<str>,
 }
 
-/// The unit of progress: published in input order, committed as one.
+/// The unit of progress: published in input order, and committed as one under `at_least_once`.
 #[derive(Debug)]
 pub struct Window {
     pub id: u64,

@@ -79,7 +79,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     for topic in &settings.input.topics {
         let what = format!("input topic {topic}");
         if topic.starts_with('^') {
-            lines.skip(&what, "a pattern: matched when `run` starts");
+            lines.skip(&what, "a pattern: matched repeatedly while `run` consumes");
             continue;
         }
         let found =
@@ -109,7 +109,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
 /// retention goes by those.
 fn retention(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     let what = "retention";
-    let Ok(topics) = cluster.topics() else { return lines.skip(what, "not all topics exist") };
+    let Ok(topics) = cluster.topics() else { return lines.skip(what, "the topics cannot be checked") };
     match drain::retention_warnings(settings, &topics, None) {
         Err(error) => lines.skip(what, &error.to_string()),
         Ok(warnings) if warnings.is_empty() => {
@@ -212,10 +212,10 @@ fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
             return lines.skip("largest message", &format!("the topics' limits cannot be read: {reason}"));
         }
     };
-    // Not a failure: the dead letter of a larger record has only headers, and says so.
+    // Not a failure: the dead letter of a larger record says where the record is.
     let mut note = format!("input records up to {read} bytes, dead letters up to {dead} bytes");
     if dead < read + 1024 {
-        note.push_str("; dead letters of larger records keep only the headers");
+        note.push_str("; dead letters of larger records have only kandle's headers, no key or value");
     }
     lines.say("largest message", Ok(note));
 }

@@ -140,7 +140,11 @@ fn refuse_other_members(settings: &Settings, force: bool) -> anyhow::Result<()> 
     }
     let names = names.join(", ");
     if force {
-        tracing::warn!(group, members = names, "going on beside group members that are not drains");
+        tracing::warn!(
+            group,
+            members = names,
+            "--force: starting although the group has members that are not drains"
+        );
         return Ok(());
     }
     bail!(

@@ -146,7 +146,7 @@ pub fn main() -> ExitCode {
                 return ExitCode::from(WRONG);
             }
             if error.downcast_ref::<AlreadyReported>().is_none() {
-                output::errorln(format_args!("kandle: {error:#}"));
+                output::errorln(format_args!("kandle: {}", with_causes(&error)));
             }
             ExitCode::from(
                 if error.is::<drain::DeadLetters>()
@@ -154,7 +154,7 @@ pub fn main() -> ExitCode {
                     || error.is::<predict::FailedLines>()
                 {
                     FOUND
-                } else if error.is::<RangeError>() {
+                } else if error.downcast_ref().is_some_and(|error| !matches!(error, RangeError::Kafka(_))) {
                     WRONG
                 } else {
                     FAILED
@@ -168,6 +168,20 @@ pub fn main() -> ExitCode {
 #[derive(Debug, thiserror::Error)]
 #[error("the configuration is wrong")]
 struct Misconfigured;
+
+/// The error with its causes, without those that it quotes already.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
+}
 
 /// The command failed, and has printed why.
 #[derive(Debug, thiserror::Error)]
@@ -236,5 +250,18 @@ fn yaml(value: &serde_json::Value, key: &str, depth: usize, lines: &mut Vec<(Str
                 lines.push((format!("{indent}{name}: {}", settings::escape(&leaf.to_string())), Some(key)))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kafka::range::RangeError;
+
+    #[test]
+    fn a_cause_that_the_error_quotes_is_printed_once() {
+        let kafka = rdkafka::error::KafkaError::Canceled;
+        let error = anyhow::Error::from(RangeError::from(kafka.clone())).context("the drain");
+        assert_eq!(with_causes(&error), format!("the drain: a request to the cluster failed: {kafka}"));
     }
 }

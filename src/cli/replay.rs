@@ -83,7 +83,11 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     if options.dry_run {
         match Cluster::connect(&settings)?.topics() {
             Ok(topics) => drain::warn_of_retention(&settings, &topics, Some(&ranges)),
-            Err(troubles) => troubles.iter().for_each(|trouble| tracing::warn!(%trouble, "topic unusable")),
+            Err(problems) => {
+                problems
+                    .iter()
+                    .for_each(|problem| tracing::warn!(error = %problem, "cannot check the topics"));
+            }
         }
         return dry_run(&settings, &consumer, &ranges, reprocess.as_ref());
     }

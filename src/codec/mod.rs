@@ -71,11 +71,13 @@ pub struct Decoder {
 }
 
 impl Decoder {
+    /// `pointers`: the task's own, as JSON Pointers.
+    ///
     /// # Errors
     /// `input.template` is not a valid template.
-    pub fn new(settings: &Settings) -> Result<Self, minijinja::Error> {
+    pub fn new(settings: &Settings, pointers: Vec<String>) -> Result<Self, minijinja::Error> {
         let reader = (FormatEntry::of(settings.input.format).reader)(settings);
-        Ok(Self { reader, select: Select::new(settings)? })
+        Ok(Self { reader, select: Select::new(settings, pointers)? })
     }
 
     /// Never called with a tombstone.

@@ -12,7 +12,6 @@ use super::json::Document;
 use super::{FORMATS, FormatEntry, Value};
 use crate::record::{Fault, RecordError};
 use crate::settings::{Fields, Settings, check_pointer};
-use crate::task::Kind;
 
 /// A task's input from one record.
 #[derive(Debug)]
@@ -60,17 +59,18 @@ fn last_name(pointer: &str) -> String {
 }
 
 impl Select {
+    /// `pointers`: the task's own.
+    ///
     /// # Errors
     /// `input.template` is not a valid template.
-    pub fn new(settings: &Settings) -> Result<Self, minijinja::Error> {
+    pub fn new(settings: &Settings, pointers: Vec<String>) -> Result<Self, minijinja::Error> {
         let (input, include) = (&settings.input, &settings.output.include);
         let text = match &input.template {
             Some(template) => TextFrom::Template(Box::new(Template::new(template)?)),
             None => TextFrom::Fields { pointers: input.field.0.clone(), join: input.join.clone() },
         };
         let include = include.iter().map(|pointer| (pointer.clone(), last_name(pointer))).collect();
-        let values = Kind::of(settings.task.kind).pointers_of(&settings.task);
-        Ok(Self { text, values, include })
+        Ok(Self { text, values: pointers, include })
     }
 
     /// # Errors
@@ -129,8 +129,8 @@ pub fn needs_members(format: &FormatEntry) -> String {
     format!("needs input.format: {}, not {}", with.join(" or "), format.name)
 }
 
-/// The problems of the settings that select values: keys and messages.
-pub fn problems(settings: &Settings) -> Vec<(&'static str, String)> {
+/// The problems of the settings that select values: keys and messages. `fields`: members of the task's prediction.
+pub fn problems(settings: &Settings, fields: &[&str]) -> Vec<(&'static str, String)> {
     let (input, include) = (&settings.input, &settings.output.include);
     let mut problems = Vec::new();
     let mut problem = |key, message: String| problems.push((key, message));
@@ -171,8 +171,7 @@ pub fn problems(settings: &Settings) -> Vec<(&'static str, String)> {
             }
         }
     }
-    let entry = Kind::of(settings.task.kind);
-    let mut names: Vec<String> = entry.fields.iter().map(|&field| field.to_owned()).collect();
+    let mut names: Vec<String> = fields.iter().map(|&field| field.to_owned()).collect();
     for pointer in include {
         match check_pointer(pointer) {
             Ok(()) if pointer.is_empty() => {

@@ -254,7 +254,7 @@ impl<'a> Cluster<'a> {
                 tracing::info!(
                     topic,
                     %reason,
-                    "the topic's configuration cannot be read: it is unknown which records it refuses"
+                    "the topic's configuration cannot be read: refused records are found only when the broker refuses them"
                 );
                 TopicRules::default()
             });

@@ -70,7 +70,7 @@ pub struct Range {
 /// Why a range cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum RangeError {
-    #[error("cannot read the offsets of the topics: {0}")]
+    #[error("a request to the cluster failed: {0}")]
     Kafka(#[from] KafkaError),
     #[error("not a valid topic pattern: {0}")]
     Pattern(#[from] regex::Error),
@@ -383,7 +383,7 @@ pub fn retry<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError
     loop {
         match ask() {
             Err(error) if tries < TRIES => {
-                tracing::warn!(%error, tries, "cannot read the offsets of the topics: trying again")
+                tracing::warn!(%error, tries, "a request to the cluster failed: trying again")
             }
             answer => return answer,
         }

@@ -25,7 +25,7 @@ pub enum Timestamps {
     Any,
     /// Any; the broker replaces it by its own (`message.timestamp.type: LogAppendTime`).
     Replaced,
-    /// At most so many milliseconds before and after the broker's clock.
+    /// Timestamps at most so many milliseconds before and after the broker's clock.
     Near { before: i64, after: i64 },
 }
 

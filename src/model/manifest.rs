@@ -1,4 +1,4 @@
-//! Which files belong to a model: weights in safetensors, the tokenizer, and the configuration.
+//! Which files belong to a model: weights (safetensors or PyTorch's), the tokenizer, and the configuration.
 
 use serde_json::Value;
 
@@ -43,8 +43,10 @@ pub fn weights<E>(
         }
         let index = json(index)?.unwrap_or_default();
         let map = index["weight_map"].as_object().into_iter().flatten();
+        // A shard is a file beside the index.
+        let is_name = |shard: &&str| !shard.contains(['/', '\\']) && *shard != "..";
         let mut shards: Vec<String> =
-            map.filter_map(|(_, shard)| shard.as_str()).map(str::to_owned).collect();
+            map.filter_map(|(_, shard)| shard.as_str()).filter(is_name).map(str::to_owned).collect();
         shards.sort();
         shards.dedup();
         return Ok(Some(shards));

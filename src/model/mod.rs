@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! store       model.source to files                 (manifest: which files belong to a model; digest: their hash)
-//! weights     safetensors to tensors, one at a time
+//! weights     files to tensors, one at a time
 //! placement   device and precision
 //! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
 //! kernels     the operations of the layers, on CPUs and GPUs

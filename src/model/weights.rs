@@ -27,8 +27,8 @@ pub enum WeightsError {
     Header { file: String, reason: String },
     #[error(
         "{file}: not a file of weights that kandle reads ({reason}); convert it with Python in the model's directory: \
-         import torch, safetensors.torch as s; \
-         s.save_file(torch.load('{file}', weights_only=True, map_location='cpu'), 'model.safetensors')"
+         import torch, safetensors.torch as s; w = torch.load('{file}', weights_only=True, map_location='cpu'); \
+         s.save_file({{k: v.clone().contiguous() for k, v in w.items()}}, 'model.safetensors')"
     )]
     Pickle { file: String, reason: String },
 }
@@ -74,7 +74,7 @@ impl Entry {
     fn is_float(&self) -> bool {
         match &self.place {
             Place::Bytes { dtype, .. } => {
-                matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3)
+                matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16)
             }
             Place::Pickled { dtype, .. } => dtype.is_float(),
         }
@@ -108,13 +108,21 @@ impl Weights {
         Ok(all)
     }
 
+    /// A tensor under today's name never replaces one that has it in the file.
+    fn insert(&mut self, name: &str, entry: Entry) {
+        let modern = modern(name);
+        if modern == name || !self.tensors.contains_key(&modern) {
+            self.tensors.insert(modern, entry);
+        }
+    }
+
     fn add_safetensors(&mut self, file: &str, source: Source) -> std::result::Result<Stored, WeightsError> {
         let (metadata, start) =
             header(&source).map_err(|reason| WeightsError::Header { file: file.to_owned(), reason })?;
         for (name, TensorInfo { dtype, shape, data_offsets }) in metadata.tensors() {
             let place = Place::Bytes { offset: start + data_offsets.0 as u64, dtype: *dtype };
             let entry = Entry { file: self.files.len(), place, shape: shape.clone() };
-            self.tensors.insert(modern(&name), entry);
+            self.insert(&name, entry);
         }
         Ok(Stored::Safetensors(source))
     }
@@ -122,17 +130,17 @@ impl Weights {
     fn add_pickle(&mut self, file: &str, files: &Files) -> std::result::Result<Stored, WeightsError> {
         let failed = |reason: String| WeightsError::Pickle { file: file.to_owned(), reason };
         let path = files.path(file).ok_or_else(|| failed("it is not on a disk".to_owned()))?;
-        let pickle = PthTensors::new(path, None).map_err(|error| failed(super::message(&error)))?;
+        // Candle's reader panics on some malformed pickles.
+        let read = std::panic::catch_unwind(|| PthTensors::new(path, None));
+        let read = read.map_err(|_| failed("it is malformed".to_owned()))?;
+        let pickle = read.map_err(|error| failed(super::message(&error)))?;
         if pickle.tensor_infos().is_empty() {
             return Err(failed("it holds no tensors by name".to_owned()));
         }
         for (name, info) in pickle.tensor_infos() {
-            if info.layout.start_offset() > 0 {
-                return Err(failed(format!("{name} is a part of another tensor")));
-            }
             let place = Place::Pickled { name: name.clone(), dtype: info.dtype };
             let entry = Entry { file: self.files.len(), place, shape: info.layout.dims().to_vec() };
-            self.tensors.insert(modern(name), entry);
+            self.insert(name, entry);
         }
         Ok(Stored::Pickle(Box::new(pickle)))
     }
@@ -155,9 +163,13 @@ impl Weights {
         let (source, offset, stored_dtype) = match (stored, &entry.place) {
             (Stored::Safetensors(source), Place::Bytes { offset, dtype }) => (source, *offset, *dtype),
             (Stored::Pickle(pickle), Place::Pickled { name, .. }) => {
+                let part = pickle.tensor_infos().get(name).is_some_and(|info| info.layout.start_offset() > 0);
+                if part {
+                    candle_core::bail!("{file}: {name} is a part of another tensor, which is not supported");
+                }
                 let tensor = pickle.get(name)?;
                 let Some(tensor) = tensor else { candle_core::bail!("{file}: cannot find tensor {name}") };
-                let tensor = tensor.to_device(device)?;
+                let tensor = tensor.contiguous()?.to_device(device)?;
                 return if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) };
             }
             _ => candle_core::bail!("{file}: {name} is in another file"),
@@ -170,7 +182,7 @@ impl Weights {
                 Dtype::F16 => convert(source, offset, count, |x| f16::from_le_bytes(x).to_f32()),
                 Dtype::BF16 => convert(source, offset, count, |x| bf16::from_le_bytes(x).to_f32()),
                 Dtype::F64 => convert(source, offset, count, |x| f64::from_le_bytes(x) as f32),
-                other => candle_core::bail!("{file}: {name} is {other:?}, not a floating-point type"),
+                other => candle_core::bail!("{file}: {name} is {other:?}; supported: F64, F32, F16, BF16"),
             };
             return Tensor::from_vec(floats.map_err(failed)?, entry.shape.as_slice(), device);
         }
@@ -226,7 +238,7 @@ fn header(source: &Source) -> std::result::Result<(Metadata, u64), String> {
     source.read_at(8, &mut json).map_err(text)?;
     let metadata: Metadata = serde_json::from_slice(&json).map_err(|error| error.to_string())?;
     let (start, has) = (8 + length, source.len().map_err(text)?);
-    let needs = start + metadata.data_len() as u64;
+    let needs = start.saturating_add(metadata.data_len() as u64);
     if has != needs {
         return Err(format!("it has {has} bytes, but its header needs {needs}: was its download cut short?"));
     }

@@ -107,10 +107,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     if input.group.is_empty() {
         problem("input.group", "is empty".to_owned());
     }
-    for (key, message) in select::problems(settings) {
+    let entry = Kind::of(settings.task.kind);
+    for (key, message) in select::problems(settings, entry.fields) {
         problem(key, message);
     }
-    let entry = Kind::of(settings.task.kind);
     if entry.output.is_none() {
         let name = entry.kind.name();
         if !settings.output.include.is_empty() {

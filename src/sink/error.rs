@@ -15,10 +15,9 @@ pub enum PublishError {
     Topic { topic: String, error: KafkaError },
     /// The broker refuses every record: a permission or a topic is missing.
     #[error(
-        "{position}: the broker refused its message: {code}; check that the topic exists and that this user \
-         may write to it"
+        "{position}: topic {topic}: the broker refused its message: {code}; check the topic and this user's permissions"
     )]
-    Refused { position: Position, code: RDKafkaErrorCode },
+    Refused { position: Position, topic: String, code: RDKafkaErrorCode },
     #[error("{position}: topic {topic} refused its dead letter, even reduced to kandle's headers: {reason}")]
     DeadLetterRefused { position: Position, topic: String, reason: String },
     #[error("fatal producer error: {code}: {reason}")]

@@ -462,7 +462,7 @@ impl Publisher {
         } else {
             return Err(PublishError::DeadLetterRefused { position, topic: topic.clone(), reason: code });
         }
-        tracing::warn!(source = %position, topic, code, form = ?*form, "the topic refused the dead letter: publishing it in another form");
+        tracing::warn!(source = %position, topic, code, keyed = form.keyed, now = form.now, bare = form.bare, "the topic refused the dead letter: publishing it in another form");
         Ok(())
     }
 
@@ -510,7 +510,13 @@ impl Publisher {
             match Meaning::of(failure.code) {
                 Meaning::Unpublishable => {
                     let position = self.windows[at].position(failure.ticket.place());
-                    return Err(PublishError::Refused { position, code: failure.code });
+                    let dead =
+                        matches!(self.windows[at].content.outcomes[failure.ticket.place()], Outcome::Dead(_));
+                    let topic = match dead {
+                        true => self.settings.dead_letters.topic.clone(),
+                        false => self.settings.output.topic.clone(),
+                    };
+                    return Err(PublishError::Refused { position, topic, code: failure.code });
                 }
                 Meaning::Refused | Meaning::Neighbour => self.refused.push(failure),
                 Meaning::Transient => {

@@ -11,6 +11,7 @@ use rdkafka::consumer::ConsumerGroupMetadata;
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
+use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::Reports;
 
@@ -116,6 +117,15 @@ fn make(producer: &BaseProducer<Reports>, call: &Call, timeout: Duration) -> Kaf
                 if error.is_retriable() && Instant::now() + RETRY_DELAY < deadline =>
             {
                 std::thread::park_timeout(RETRY_DELAY);
+            }
+            // No transaction is open: the abort, or one before it, has succeeded although its call returned an error.
+            Err(KafkaError::Transaction(error))
+                if matches!(call, Call::Abort)
+                    && error.code() == RDKafkaErrorCode::State
+                    && error.to_string().contains("in state Ready") =>
+            {
+                tracing::debug!(%error, "nothing to abort");
+                return Ok(());
             }
             result => return result,
         }

@@ -51,7 +51,7 @@ pub(super) struct Doubt {
     stage: Stage,
     /// Id of the last seek.
     seeks: u64,
-    /// When [`Doubt::turns`] was last called.
+    /// When [`Doubt::was_suspended`] was last called.
     turned: Instant,
     /// When topics were last asked for.
     asked: Instant,

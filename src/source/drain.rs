@@ -41,7 +41,8 @@ pub enum DrainTopicLost {
 /// Bounds and progress of one partition in a drain.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Bound {
-    /// The group's offset at the start of the drain; the log's first offset if the group had none.
+    /// The group's offset at the start of the drain, within the range. Without one: the range's start, or its end with
+    /// `input.start: latest`.
     pub from: i64,
     /// End offset (exclusive), frozen at the start: the high watermark, or the last stable offset if
     /// `isolation.level` is read_committed.

@@ -26,7 +26,7 @@ const STUCK: Duration = Duration::from_secs(60);
 /// A partition that is fetched but whose position does not move.
 #[derive(Debug)]
 struct Quiet {
-    /// The offset that the client fetches next.
+    /// The offset to read next.
     position: i64,
     since: Instant,
     /// Since when the log is known to hold records at or after the position.
@@ -54,12 +54,16 @@ impl Fetching {
         }
     }
 
-    /// Called once a second. `fetched`: positions of the partitions that are fetched and have no prefetched messages.
-    /// Returns the partitions whose end offsets to ask for.
-    fn look(&mut self, fetched: HashMap<Partition, i64>, now: Instant) -> Vec<Partition> {
+    /// Called once a second. `fetched`: positions of the partitions that are fetched and have no prefetched messages;
+    /// `None` while the client seeks, which does not count as progress. Returns the partitions whose end offsets to ask
+    /// for.
+    fn look(&mut self, fetched: HashMap<Partition, Option<i64>>, now: Instant) -> Vec<Partition> {
         self.paused = None;
-        self.quiet.retain(|partition, quiet| fetched.get(partition) == Some(&quiet.position));
+        self.quiet.retain(|partition, quiet| {
+            fetched.get(partition).is_some_and(|position| position.is_none_or(|at| at == quiet.position))
+        });
         for (partition, position) in fetched {
+            let Some(position) = position else { continue };
             self.quiet.entry(partition).or_insert(Quiet { position, since: now, behind: None });
         }
         if now.saturating_duration_since(self.asked) < QUIET {
@@ -110,7 +114,9 @@ impl Source {
             let done = self.bounds.is_done(&owned.partition);
             let fetched = owned.hold.is_none() && !done && owned.is_idle();
             let waits = known.fetch_state == "active" && known.fetchq_cnt == 0;
-            (fetched && waits).then(|| (owned.partition.clone(), known.next_offset))
+            // The ledger's position: the client's is unknown during a seek, and seeks are frequent on a busy machine.
+            let position = owned.next().or(Some(known.next_offset).filter(|&offset| offset >= 0));
+            (fetched && waits).then(|| (owned.partition.clone(), position))
         };
         let fetched = self.ledger.iter().filter_map(position).collect();
         let quiet = self.fetching.look(fetched, Instant::now());
@@ -139,27 +145,29 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut fetching = Fetching::new(start);
         let p = Partition::new("t", 0);
+        let read = |offset| HashMap::from([(p.clone(), Some(offset))]);
         let position = |offset| HashMap::from([(p.clone(), offset)]);
-        assert!(fetching.look(position(5), at(1)).is_empty());
-        assert!(fetching.look(position(5), at(10)).is_empty(), "not for long enough");
-        assert_eq!(fetching.look(position(5), at(11)), std::slice::from_ref(&p));
-        assert!(fetching.look(position(5), at(12)).is_empty(), "asked already");
+        assert!(fetching.look(read(5), at(1)).is_empty());
+        assert!(fetching.look(HashMap::from([(p.clone(), None)]), at(5)).is_empty(), "the client seeks");
+        assert!(fetching.look(read(5), at(10)).is_empty(), "not for long enough");
+        assert_eq!(fetching.look(read(5), at(11)), std::slice::from_ref(&p));
+        assert!(fetching.look(read(5), at(12)).is_empty(), "asked already");
         assert_eq!(fetching.ends(&position(9), at(12)), None, "the first time that it is behind");
         assert_eq!(fetching.ends(&position(9), at(71)), None);
         assert_eq!(fetching.ends(&position(9), at(72)), Some((p.clone(), 5, 9)));
         assert_eq!(fetching.ends(&position(5), at(73)), None, "at its end");
         assert_eq!(fetching.ends(&position(9), at(140)), None, "counted anew");
-        fetching.look(position(6), at(200));
+        fetching.look(read(6), at(200));
         assert_eq!(fetching.ends(&position(9), at(300)), None, "it has moved");
         for seconds in [301, 305] {
             fetching.pause(at(seconds));
-            fetching.look(position(6), at(seconds + 1));
+            fetching.look(read(6), at(seconds + 1));
         }
         assert!(fetching.ends(&position(9), at(360)).is_some(), "short pauses do not count");
         for seconds in 361..372 {
             fetching.pause(at(seconds));
         }
-        fetching.look(position(6), at(372));
+        fetching.look(read(6), at(372));
         assert_eq!(fetching.ends(&position(9), at(373)), None, "counted anew after a long one");
         fetching.look(HashMap::new(), at(374));
         assert_eq!(fetching.ends(&position(9), at(400)), None, "not fetched now");

@@ -469,7 +469,7 @@ impl Thread {
             Ok(first)
         });
         first.unwrap_or_else(|error| {
-            self.warn_once("content of a partition", &error);
+            self.warn_once(&format!("content of {partition}"), &error);
             First::TimedOut
         })
     }
@@ -522,7 +522,7 @@ impl Thread {
                 DamageReport { partition, at, from, damage }
             }
             Err(error) => {
-                self.warn_once("start and end offset of a log", &error);
+                self.warn_once(&format!("start and end offset of {partition}"), &error);
                 DamageReport { partition, at, from: at.unwrap_or(0), damage: Damage::Unknown }
             }
         }

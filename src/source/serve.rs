@@ -42,14 +42,14 @@ use crate::window::{ClosedBy, Gatherer, Limits, Load, Window};
 
 /// Longest wait for a message; rebalances and reports are handled within that time.
 pub(super) const POLL: Duration = Duration::from_millis(50);
-/// Timeout at shutdown: of the last commit, and of leaving the group.
+/// Timeout at shutdown for the last commit, and again for leaving the group.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 /// A repeated client error is logged at most this often.
 const REPEAT: Duration = Duration::from_secs(10);
 /// Interval of queries for the end offsets of paused partitions.
 const ENDS: Duration = Duration::from_secs(2);
 
-/// Windows in flight that are always allowed, whatever their work: one on the lanes, the next queued there.
+/// Windows that may always be in flight, even if they exceed the work limit: one on the lanes, the next queued there.
 const UNDER_WAY: usize = 2;
 
 /// Errors that end the source, and with it the process.

@@ -43,7 +43,7 @@ pub(super) const KIND: Kind = Kind {
         };
         Ok(Arc::new(Batched {
             about,
-            decoder: Decoder::new(settings)?,
+            decoder: Decoder::new(settings, Kind::of(settings.task.kind).pointers_of(&settings.task))?,
             task: Dummy { most: settings.task.top_k.unwrap_or(usize::MAX) },
             engine: Engine::new(Arc::new(Letters), place, limits, Arc::clone(metrics)),
             pace: Pace::new(1e-6),

@@ -32,6 +32,6 @@ fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>,
         dtype: "none".to_owned(),
         host_memory: 0,
     };
-    let decoder = Decoder::new(settings)?;
+    let decoder = Decoder::new(settings, Kind::of(settings.task.kind).pointers_of(&settings.task))?;
     Ok(Arc::new(Noop { about, decoder, metrics: Arc::clone(metrics) }))
 }

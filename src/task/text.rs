@@ -79,7 +79,7 @@ impl TextModel {
         task: impl FnOnce(Texts, &Engine<Model>) -> Result<T, TaskError>,
     ) -> Result<Batched<T, Model>, TaskError> {
         let Self { about, texts, engine, pace, metrics } = self;
-        let decoder = Decoder::new(settings)?;
+        let decoder = Decoder::new(settings, Kind::of(settings.task.kind).pointers_of(&settings.task))?;
         Ok(Batched { about, decoder, task: task(texts, &engine)?, engine, pace, metrics })
     }
 }

@@ -66,7 +66,8 @@ impl Health {
         (0..STAGES.len()).find(|&i| stuck(self.busy_since[i].load(Ordering::Relaxed))).map(|i| STAGES[i])
     }
 
-    /// The process has joined the group, with or without partitions. Stays ready while Kafka is unreachable.
+    /// The process is in the group, with or without partitions, or waits for a period or a topic. It stays ready while
+    /// Kafka is unreachable.
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Relaxed);
     }

@@ -51,7 +51,7 @@ pub const TABLE: &[Row] = &[
     ("kandle_deadline_seconds", G, &[], "Time left until schedule.finish_by, negative once a drain is past it; +Inf if it is not set, or outside schedule.periods."),
     ("kandle_schedule_open", G, &[], "1 while the schedule allows consuming, 0 outside schedule.periods."),
     ("kandle_input_wait_seconds_total", C, &[], "Time with no records in flight, spent waiting for records from Kafka."),
-    ("kandle_memory_bytes", G, &["kind"], "Bytes held: fetched by the consumer but not read yet (prefetched), in windows in flight (windows), predictions waiting for acknowledgement (predictions), task.cache (cache)."),
+    ("kandle_memory_bytes", G, &["kind"], "Bytes held: fetched by the consumer but not read yet (prefetched), in windows that are not published yet, the open one included (windows), predictions waiting for acknowledgement (predictions), task.cache (cache)."),
     ("kandle_memory_limit_bytes", G, &[], "The setting memory.limit."),
     ("kandle_retries_total", C, &["cause"], "Operations retried: commit, produce, refused (a batch that the broker refused), topics (looking them up), transaction."),
     ("kandle_rebalances_total", C, &["cause"], "Changes of the assignment: assigned, revoked, lost."),
@@ -191,7 +191,7 @@ impl Metrics {
         for cause in ["assigned", "revoked", "lost"] {
             self.rebalances.with_label_values(&[cause]);
         }
-        for cause in ["commit", "produce", "topics", "transaction"] {
+        for cause in ["commit", "produce", "refused", "topics", "transaction"] {
             self.retries.with_label_values(&[cause]);
         }
         self.deadline.set(f64::INFINITY);

@@ -88,7 +88,7 @@ impl Pooling {
                     out.copy_from_slice(&tokens[..hidden]);
                     for token in tokens.chunks(hidden).skip(1) {
                         for (max, &x) in out.iter_mut().zip(token) {
-                            // NaN stays: a broken row must not look sound.
+                            // Keeps NaN, so that an invalid row is detected.
                             *max = if x > *max || x.is_nan() { x } else { *max };
                         }
                     }

@@ -59,7 +59,7 @@ pub enum FilesError {
 }
 
 /// How to create a file that many checkpoints lack.
-fn how_to_make(file: &str) -> &'static str {
+pub(super) fn how_to_make(file: &str) -> &'static str {
     match file {
         "tokenizer.json" => {
             "; create it with Python in the model's directory: \

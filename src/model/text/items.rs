@@ -48,7 +48,7 @@ impl engine::Model for Model {
     }
 }
 
-/// Candle has one error type; the driver's error names in the message tell the kinds apart.
+/// Candle has one error type; the kind is recognised by the driver's error name in the message.
 fn classify(message: &str) -> RunError {
     let first = message.lines().next().unwrap_or_default().to_owned();
     let lower = message.to_lowercase();

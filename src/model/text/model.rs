@@ -201,10 +201,11 @@ impl Model {
             Some(Precision::Bf16) => 2,
             None => whole,
         };
-        // Only the matrices of the layers are quantized.
+        // Only the matrices of the layers, and before them, are quantized.
         let a = self.architecture();
         let of_layer = a.hidden * (4 * a.hidden + a.up() + a.intermediate);
-        let of_layers = (a.distinct_layers().count() * of_layer).min(self.parameters);
+        let projection = a.embeddings.projection.map_or(0, |_| a.embeddings.width * a.hidden);
+        let of_layers = (a.distinct_layers().count() * of_layer + projection).min(self.parameters);
         (of_layers * quantized + (self.parameters - of_layers) * whole) as u64
     }
 

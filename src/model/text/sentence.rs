@@ -52,7 +52,7 @@ impl TextSettings {
             let known = [
                 "max_seq_length",
                 "do_lower_case",
-                // Of sentence-transformers 6: how its class is constructed, not what it computes.
+                // Written by sentence-transformers 6: constructor arguments that do not change results.
                 "transformer_task",
                 "modality_config",
                 "module_output_name",
@@ -163,7 +163,14 @@ fn pooling(file: &str, config: &Value) -> Result<Pooling, ModelError> {
     if config["include_prompt"].as_bool() == Some(false) {
         return Err(unsupported(file, "include_prompt: false", "true"));
     }
-    if let Some(mode) = config["pooling_mode"].as_str() {
+    let mode = match config["pooling_mode"].as_array().map(Vec::as_slice) {
+        Some([one]) => one,
+        _ => &config["pooling_mode"],
+    };
+    if !mode.is_null() && !mode.is_string() {
+        return Err(unsupported(file, &format!("pooling_mode {mode}"), "one pooling mode"));
+    }
+    if let Some(mode) = mode.as_str() {
         return match MODES.iter().find(|(name, ..)| *name == mode) {
             Some((.., pooling)) => Ok(*pooling),
             None => Err(unsupported(file, &format!("pooling_mode {mode:?}"), SUPPORTED)),
@@ -252,11 +259,13 @@ mod tests {
         let of = |config: Value| pooling("p", &config).map_err(|e| e.to_string());
         assert_eq!(of(json!({ "pooling_mode": "cls" })), Ok(Pooling::First));
         assert_eq!(of(json!({ "pooling_mode_max_tokens": true })), Ok(Pooling::Max));
+        assert_eq!(of(json!({ "pooling_mode": ["cls"] })), Ok(Pooling::First));
         let old = json!({ "word_embedding_dimension": 4, "pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true });
         assert_eq!(of(old), Ok(Pooling::Mean));
         assert_eq!(of(json!({})), Ok(Pooling::Mean));
         for wrong in [
             json!({ "pooling_mode": "median" }),
+            json!({ "pooling_mode": ["mean", "max"] }),
             json!({ "pooling_mode_median_tokens": true }),
             json!({ "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true }),
             json!({ "pooling_mode": "cls", "include_prompt": false }),

@@ -343,7 +343,7 @@ fn bf16(x: f32) -> u16 {
     (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// The abs_max absolute value; NaN if an element is NaN or infinite.
+/// The largest absolute value; NaN if an element is NaN or infinite.
 #[inline(always)]
 fn abs_max<S: Simd>(simd: S, row: &[f32]) -> f32 {
     let (vectors, rest) = S::as_simd_f32s(row);

@@ -4,8 +4,14 @@
 use super::*;
 
 pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
-    let padding = config.get("pad_token_id").as_u64().unwrap_or(1) as usize;
-    let mut architecture = bert::post_norm(config, &["mpnet"], padding + 1)?;
+    let buckets = config.size_or("relative_attention_num_buckets", 32)?;
+    // transformers uses 32 buckets and starts positions at 2, whatever the file says.
+    if buckets != 32 {
+        return Err(ConfigError(format!(
+            "relative_attention_num_buckets {buckets} is not supported; supported: 32"
+        )));
+    }
+    let mut architecture = bert::post_norm(config, &["mpnet"], 2)?;
     architecture.embeddings.token_type = None;
     for (i, layer) in architecture.layers.iter_mut().enumerate() {
         let name = |tail: &str| format!("encoder.layer.{i}.attention.{tail}");
@@ -13,10 +19,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         layer.attention_out = name("attn.o");
         layer.attention_norm = Some(name("LayerNorm"));
     }
-    architecture.relative_bias = Some(RelativeBias {
-        name: "encoder.relative_attention_bias",
-        buckets: config.size_or("relative_attention_num_buckets", 32)?,
-        max_distance: 128,
-    });
+    architecture.relative_bias =
+        Some(RelativeBias { name: "encoder.relative_attention_bias", buckets, max_distance: 128 });
     Ok(architecture)
 }

@@ -67,7 +67,7 @@ struct Special {
 }
 
 impl Tokenizer {
-    /// `positions` and `types` are how many the model has. The limit in `text`, or else the tokenizer's own, applies if
+    /// `positions`, `types`: how many positions and token types the model has. The limit in `text`, or else the tokenizer's own, applies if
     /// it is lower than `positions`.
     pub fn load(
         files: &Files,

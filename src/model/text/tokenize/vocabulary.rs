@@ -1,14 +1,16 @@
 //! A tokenizer.json for checkpoints that have only their vocabulary: `vocab.txt` (WordPiece), or `vocab.json` with
-//! `merges.txt` (byte-level BPE). The result is what transformers' fast tokenizers make of the same files.
+//! `merges.txt` (byte-level BPE). Texts get the token ids that transformers' fast tokenizers give them. A checkpoint that
+//! adds tokens to its vocabulary is refused.
 
 use serde_json::{Map, Value, json};
 
-use crate::model::store::{Files, FilesError};
+use crate::model::store::{Files, FilesError, how_to_make};
 
 /// The files that a tokenizer is made of if there is no tokenizer.json.
-pub const FILES: &[&str] = &["vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json"];
+pub const FILES: &[&str] =
+    &["vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"];
 
-/// A kind of tokenizer, by what its classes in transformers have in common.
+/// A family of transformers' tokenizer classes that are built alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Bert,
@@ -18,9 +20,10 @@ enum Kind {
 }
 
 impl Kind {
-    /// By the tokenizer's class in tokenizer_config.json, else by the model's type in config.json.
+    /// By the tokenizer's class in tokenizer_config.json or config.json, else by the model's type.
     fn of(tokenizer: &Value, model: &Value) -> Option<Self> {
-        let class = tokenizer["tokenizer_class"].as_str().map(|class| class.trim_end_matches("Fast"));
+        let class = tokenizer["tokenizer_class"].as_str().or(model["tokenizer_class"].as_str());
+        let class = class.map(|class| class.trim_end_matches("Fast"));
         match (class, model["model_type"].as_str()) {
             (Some("BertTokenizer" | "DistilBertTokenizer" | "ElectraTokenizer"), _) => Some(Self::Bert),
             (Some("MPNetTokenizer"), _) => Some(Self::MpNet),
@@ -61,7 +64,7 @@ impl Kind {
     }
 }
 
-/// The tokenizer.json that the vocabulary makes; `None` if the checkpoint has no vocabulary that kandle reads.
+/// Builds a tokenizer.json from the vocabulary files; `None` if the checkpoint has no vocabulary that kandle reads.
 ///
 /// # Errors
 /// A file of the vocabulary cannot be read, or lacks a special token.
@@ -82,11 +85,15 @@ pub fn tokenizer_json(files: &Files) -> Result<Option<Vec<u8>>, FilesError> {
         },
     };
     let map = files.json("special_tokens_map.json")?.unwrap_or_default();
+    refuse_added(kind, &config, &map, &files.json("added_tokens.json")?.unwrap_or_default())?;
     let mut special = Map::new();
     let mut added = Vec::new();
     for (key, default) in kind.defaults() {
-        let content = content(&config[key]).or(content(&map[key])).unwrap_or(default);
+        let content = content(&map[key]).or(content(&config[key])).unwrap_or(default);
         let Some(id) = vocabulary.get(content).and_then(Value::as_u64) else {
+            if matches!(key, "mask_token" | "pad_token") {
+                continue;
+            }
             let message = format!("{key} {content:?} is not in the vocabulary");
             return Err(FilesError::Content { file: file.to_owned(), message });
         };
@@ -142,17 +149,42 @@ fn text<'a>(file: &str, bytes: &'a [u8]) -> Result<&'a str, FilesError> {
         .map_err(|error| FilesError::Content { file: file.to_owned(), message: error.to_string() })
 }
 
+/// # Errors
+/// The checkpoint adds tokens of its own to the vocabulary.
+fn refuse_added(kind: Kind, config: &Value, map: &Value, added: &Value) -> Result<(), FilesError> {
+    let names = kind
+        .defaults()
+        .map(|(key, default)| content(&map[key]).or(content(&config[key])).unwrap_or(default).to_owned());
+    let lists = ["additional_special_tokens", "extra_special_tokens"];
+    let listed = [config, map].into_iter().flat_map(|file| lists.map(|key| &file[key]));
+    let listed = listed.flat_map(|list| list.as_array().into_iter().flatten()).filter_map(content);
+    let decoder = config["added_tokens_decoder"].as_object().into_iter().flatten();
+    let decoder = decoder.filter_map(|(_, token)| content(token));
+    let added = added.as_object().into_iter().flatten().map(|(token, _)| token.as_str());
+    match listed.chain(decoder).chain(added).find(|token| !names.iter().any(|name| name == token)) {
+        None => Ok(()),
+        Some(token) => Err(FilesError::Content {
+            file: "tokenizer_config.json".to_owned(),
+            message: format!(
+                "the checkpoint adds the token {token:?} to its vocabulary, which kandle reads from tokenizer.json \
+                 alone{}",
+                how_to_make("tokenizer.json")
+            ),
+        }),
+    }
+}
+
 /// A special token: its text, or an object with `content`.
 fn content(value: &Value) -> Option<&str> {
     value.as_str().or(value["content"].as_str())
 }
 
-/// A token a line, its id the line's number. Of a token that is there twice the last line counts.
+/// One token per line; its id is the line number. For a repeated token the last line counts.
 fn word_pieces(text: &str) -> Map<String, Value> {
     text.lines().zip(0u64..).map(|(token, id)| (token.to_owned(), id.into())).collect()
 }
 
-/// Two parts a line, after a line that names the version.
+/// One merge of two parts per line; the first line is the version.
 fn merges_of(text: &str) -> Vec<String> {
     let lines = text.lines().filter(|line| !line.starts_with("#version") && !line.trim().is_empty());
     lines.map(str::to_owned).collect()
@@ -193,6 +225,25 @@ mod tests {
         assert_eq!(kind("XLMRobertaTokenizer".into(), "bert"), None);
         assert_eq!(kind(Value::Null, "mpnet"), Some(Kind::MpNet));
         assert_eq!(kind(Value::Null, "gte"), None);
+        let of_model = json!({ "model_type": "bert", "tokenizer_class": "BertJapaneseTokenizer" });
+        assert_eq!(Kind::of(&Value::Null, &of_model), None);
+    }
+
+    #[test]
+    fn tokens_beyond_the_vocabulary_are_refused() {
+        let refused = |config: Value, map: Value, added: Value| {
+            refuse_added(Kind::Bert, &config, &map, &added).map_err(|error| error.to_string())
+        };
+        let own = json!({ "0": { "content": "[PAD]" } });
+        assert_eq!(refused(json!({ "added_tokens_decoder": own }), Value::Null, Value::Null), Ok(()));
+        for (config, map, added) in [
+            (json!({ "added_tokens_decoder": { "9": { "content": "[NEW]" } } }), Value::Null, Value::Null),
+            (Value::Null, json!({ "additional_special_tokens": ["[NEW]"] }), Value::Null),
+            (Value::Null, Value::Null, json!({ "[NEW]": 9 })),
+        ] {
+            let message = refused(config, map, added).unwrap_err();
+            assert!(message.contains("[NEW]") && message.contains("save_pretrained"), "{message}");
+        }
     }
 
     #[test]
