@@ -123,6 +123,9 @@ impl Source {
             self.ledger.assign(partition.clone(), offset);
             if let Some(owned) = self.ledger.get_mut(&partition) {
                 owned.topic_id = start.topic_id.clone();
+                if let Some(id) = &start.topic_id {
+                    self.fetching.topic_is(&partition.topic, id);
+                }
                 owned.suspects = start.suspects();
                 if let Some(first) = owned.suspects.first() {
                     tracing::warn!(

@@ -153,6 +153,8 @@ impl Source {
         let mut topics = topics_of(self.ledger.iter().map(|owned| &owned.partition));
         // A drain also checks topics whose partitions all belong to other members.
         topics.extend(self.bounds.drain.iter().flat_map(|drain| drain.open_topics()));
+        // The client also knows the topics whose partitions other members have; it may get them later.
+        topics.extend(self.subscription.topics().iter().cloned());
         topics.sort();
         topics.dedup();
         self.lookup.ask(Question::Topics(topics));
@@ -172,6 +174,11 @@ impl Source {
         }
         if let Some(matching) = topics.matching {
             self.subscribe_to(matching)?;
+        }
+        for (topic, identity) in &topics.identities {
+            if let Identity::Id(id) = identity {
+                self.fetching.topic_is(topic, id);
+            }
         }
         let (mut again, mut back) = (Vec::new(), false);
         for owned in self.ledger.iter_mut() {

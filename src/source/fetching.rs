@@ -5,7 +5,7 @@
 //! (UNKNOWN_LEADER_EPOCH), and librdkafka ignores the new metadata as outdated. Only a new client helps, so the process
 //! exits.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use rdkafka::Statistics;
@@ -15,6 +15,7 @@ use super::ledger::PartitionState;
 use super::lookup::{Offsets, Question};
 use super::serve::{Source, SourceError};
 use crate::failpoint;
+use crate::kafka::native::TopicId;
 use crate::record::Partition;
 
 /// A partition whose position has not moved for this long is checked, and again at this interval.
@@ -22,6 +23,9 @@ const QUIET: Duration = Duration::from_secs(10);
 /// The client counts as stuck once a partition has been behind its end for this long. Broker quotas alone can delay a
 /// fetch by half a minute.
 const STUCK: Duration = Duration::from_secs(60);
+/// The same for a topic that was recreated while this client lived: that is when clients get stuck, and the next owner
+/// of the partition may be stuck too.
+const STUCK_AFTER_RECREATION: Duration = Duration::from_secs(15);
 
 /// A partition that is fetched but whose position does not move.
 #[derive(Debug)]
@@ -40,6 +44,10 @@ pub(super) struct Fetching {
     /// Since when partitions are paused.
     paused: Option<Instant>,
     stuck_after: Duration,
+    /// The id of each topic when this client last had partitions of it.
+    topic_ids: HashMap<String, TopicId>,
+    /// Topics that were recreated since this client first saw them.
+    recreated: HashSet<String>,
 }
 
 impl Fetching {
@@ -51,6 +59,15 @@ impl Fetching {
             asked: now,
             paused: None,
             stuck_after: stuck_after.map_or(STUCK, Duration::from_secs),
+            topic_ids: HashMap::new(),
+            recreated: HashSet::new(),
+        }
+    }
+
+    /// Called when the id of a topic is known.
+    pub fn topic_is(&mut self, topic: &str, id: &TopicId) {
+        if self.topic_ids.insert(topic.to_owned(), id.clone()).is_some_and(|before| before != *id) {
+            self.recreated.insert(topic.to_owned());
         }
     }
 
@@ -96,7 +113,11 @@ impl Fetching {
                 continue;
             }
             let behind = *quiet.behind.get_or_insert(now);
-            if now.saturating_duration_since(behind) >= self.stuck_after {
+            let limit = match self.recreated.contains(&*partition.topic) {
+                true => self.stuck_after.min(STUCK_AFTER_RECREATION),
+                false => self.stuck_after,
+            };
+            if now.saturating_duration_since(behind) >= limit {
                 return Some((partition.clone(), quiet.position, end));
             }
         }
@@ -169,7 +190,13 @@ mod tests {
         }
         fetching.look(read(6), at(372));
         assert_eq!(fetching.ends(&position(9), at(373)), None, "counted anew after a long one");
-        fetching.look(HashMap::new(), at(374));
+        let id = TopicId::new;
+        fetching.topic_is(&p.topic, &id("a"));
+        fetching.topic_is(&p.topic, &id("a"));
+        assert_eq!(fetching.ends(&position(9), at(388)), None, "the same topic");
+        fetching.topic_is(&p.topic, &id("b"));
+        assert!(fetching.ends(&position(9), at(388)).is_some(), "recreated: for a shorter time");
+        fetching.look(HashMap::new(), at(389));
         assert_eq!(fetching.ends(&position(9), at(400)), None, "not fetched now");
     }
 }

@@ -26,6 +26,11 @@ impl Subscription {
         Self { topics, pattern: false, said_empty: false }
     }
 
+    /// The topics that are subscribed to.
+    pub fn topics(&self) -> &[String] {
+        &self.topics
+    }
+
     /// No topic is known to match the pattern.
     pub fn is_empty(&self) -> bool {
         self.pattern && self.topics.is_empty()
