@@ -367,7 +367,7 @@ fn a_vocabulary_without_tokenizer_json_gives_the_same_tokens() {
         ("roberta", vec![("vocab.json", bpe["model"]["vocab"].to_string()), ("merges.txt", merges)]),
     ] {
         // The class in the fixture is none that a vocabulary belongs to: the model's type counts then.
-        let folder = without(name, &["tokenizer.json", "tokenizer_config.json"]);
+        let folder = without(name, &["tokenizer.json"]);
         for (file, content) in files {
             std::fs::write(folder.path().join(file), content).expect("written");
         }

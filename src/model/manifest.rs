@@ -7,7 +7,7 @@ use super::text::sentence::{TEXT_SETTINGS, pooling_file};
 use super::text::vocabulary;
 
 /// Small files that say how a model is used; not every model has each of them.
-pub const CONFIGURATION: &[&str] = &[
+const CONFIGURATION: &[&str] = &[
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,6 +21,12 @@ pub const CONFIGURATION: &[&str] = &[
     TEXT_SETTINGS[6],
     "config_sentence_transformers.json",
 ];
+
+/// The small files that exist. A vocabulary counts only if the tokenizer is made of it.
+pub fn configuration(exists: impl Fn(&str) -> bool) -> impl Iterator<Item = &'static str> {
+    let vocabulary = if exists("tokenizer.json") { &[] } else { vocabulary::FILES };
+    CONFIGURATION.iter().chain(vocabulary).copied().filter(move |name| exists(name))
+}
 
 /// The one file of weights, or the shards that an index names, sorted; `None` if there is neither.
 ///
@@ -70,10 +76,7 @@ impl Files {
     /// There are no weights, or a file that names others cannot be read.
     pub fn names(&self) -> Result<Vec<String>, FilesError> {
         let mut names = self.weights()?;
-        // The vocabulary counts only if the tokenizer is made of it.
-        let vocabulary = if self.exists("tokenizer.json") { &[] } else { vocabulary::FILES };
-        let all = CONFIGURATION.iter().chain(vocabulary);
-        names.extend(all.filter(|name| self.exists(name)).map(|name| (*name).to_owned()));
+        names.extend(configuration(|name| self.exists(name)).map(str::to_owned));
         names.extend(pooling_file(self.json("modules.json")?.as_ref())?);
         names.sort();
         Ok(names)

@@ -38,33 +38,28 @@ const MAX_HEADER: u64 = 100_000_000;
 /// Bytes of a file that are converted at once.
 const PIECE: usize = 1 << 20;
 
-/// The tensors of all files by name.
+/// The tensors of all files by name. Files are either all safetensors or all pickles.
 pub struct Weights {
-    files: Vec<(String, Stored)>,
+    files: Vec<(String, Source)>,
+    pickles: Vec<(String, PthTensors)>,
     tensors: HashMap<String, Entry>,
 }
 
-/// An open file.
-enum Stored {
-    Safetensors(Source),
-    Pickle(Box<PthTensors>),
-}
-
 struct Entry {
-    /// Index into [`Weights::files`].
-    file: usize,
     place: Place,
     shape: Vec<usize>,
 }
 
-/// Where a tensor is in its file.
+/// Where a tensor is. `file`: index into [`Weights::files`] or [`Weights::pickles`].
 enum Place {
     /// `offset`: of the tensor's first byte.
     Bytes {
+        file: usize,
         offset: u64,
         dtype: Dtype,
     },
     Pickled {
+        file: usize,
         name: String,
         dtype: DType,
     },
@@ -96,14 +91,13 @@ impl Weights {
     /// # Errors
     /// There are no weights, or a file has an invalid header or another length than its header says.
     pub fn open(files: &Files) -> std::result::Result<Self, WeightsError> {
-        let mut all = Self { files: Vec::new(), tensors: HashMap::new() };
+        let mut all = Self { files: Vec::new(), pickles: Vec::new(), tensors: HashMap::new() };
         for name in files.weights()? {
             let source = files.open(&name)?;
-            let stored = match name.ends_with(".safetensors") {
-                true => all.add_safetensors(&name, source)?,
-                false => all.add_pickle(&name, files)?,
-            };
-            all.files.push((name, stored));
+            match name.ends_with(".safetensors") {
+                true => all.add_safetensors(name, source)?,
+                false => all.add_pickle(name, files)?,
+            }
         }
         Ok(all)
     }
@@ -116,20 +110,21 @@ impl Weights {
         }
     }
 
-    fn add_safetensors(&mut self, file: &str, source: Source) -> std::result::Result<Stored, WeightsError> {
+    fn add_safetensors(&mut self, file: String, source: Source) -> std::result::Result<(), WeightsError> {
         let (metadata, start) =
-            header(&source).map_err(|reason| WeightsError::Header { file: file.to_owned(), reason })?;
+            header(&source).map_err(|reason| WeightsError::Header { file: file.clone(), reason })?;
         for (name, TensorInfo { dtype, shape, data_offsets }) in metadata.tensors() {
-            let place = Place::Bytes { offset: start + data_offsets.0 as u64, dtype: *dtype };
-            let entry = Entry { file: self.files.len(), place, shape: shape.clone() };
-            self.insert(&name, entry);
+            let offset = start + data_offsets.0 as u64;
+            let place = Place::Bytes { file: self.files.len(), offset, dtype: *dtype };
+            self.insert(&name, Entry { place, shape: shape.clone() });
         }
-        Ok(Stored::Safetensors(source))
+        self.files.push((file, source));
+        Ok(())
     }
 
-    fn add_pickle(&mut self, file: &str, files: &Files) -> std::result::Result<Stored, WeightsError> {
-        let failed = |reason: String| WeightsError::Pickle { file: file.to_owned(), reason };
-        let path = files.path(file).ok_or_else(|| failed("it is not on a disk".to_owned()))?;
+    fn add_pickle(&mut self, file: String, files: &Files) -> std::result::Result<(), WeightsError> {
+        let failed = |reason: String| WeightsError::Pickle { file: file.clone(), reason };
+        let path = files.path(&file).ok_or_else(|| failed("it is not on a disk".to_owned()))?;
         // Candle's reader panics on some malformed pickles.
         let read = std::panic::catch_unwind(|| PthTensors::new(path, None));
         let read = read.map_err(|_| failed("it is malformed".to_owned()))?;
@@ -138,11 +133,11 @@ impl Weights {
             return Err(failed("it holds no tensors by name".to_owned()));
         }
         for (name, info) in pickle.tensor_infos() {
-            let place = Place::Pickled { name: name.clone(), dtype: info.dtype };
-            let entry = Entry { file: self.files.len(), place, shape: info.layout.dims().to_vec() };
-            self.insert(name, entry);
+            let place = Place::Pickled { file: self.pickles.len(), name: name.clone(), dtype: info.dtype };
+            self.insert(name, Entry { place, shape: info.layout.dims().to_vec() });
         }
-        Ok(Stored::Pickle(Box::new(pickle)))
+        self.pickles.push((file, pickle));
+        Ok(())
     }
 
     /// Number of elements in all floating-point tensors.
@@ -159,20 +154,21 @@ impl Weights {
     }
 
     fn read(&self, name: &str, entry: &Entry, dtype: DType, device: &Device) -> Result<Tensor> {
-        let (file, stored) = &self.files[entry.file];
-        let (source, offset, stored_dtype) = match (stored, &entry.place) {
-            (Stored::Safetensors(source), Place::Bytes { offset, dtype }) => (source, *offset, *dtype),
-            (Stored::Pickle(pickle), Place::Pickled { name, .. }) => {
+        let (file, source, offset, stored_dtype) = match &entry.place {
+            Place::Bytes { file, offset, dtype } => {
+                let (file, source) = &self.files[*file];
+                (file, source, *offset, *dtype)
+            }
+            Place::Pickled { file, name, .. } => {
+                let (file, pickle) = &self.pickles[*file];
                 let part = pickle.tensor_infos().get(name).is_some_and(|info| info.layout.start_offset() > 0);
                 if part {
                     candle_core::bail!("{file}: {name} is a part of another tensor, which is not supported");
                 }
                 let tensor = pickle.get(name)?;
                 let Some(tensor) = tensor else { candle_core::bail!("{file}: cannot find tensor {name}") };
-                let tensor = tensor.contiguous()?.to_device(device)?;
-                return if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) };
+                return floats_as(dtype, &tensor.contiguous()?.to_device(device)?);
             }
-            _ => candle_core::bail!("{file}: {name} is in another file"),
         };
         let failed = |error: std::io::Error| candle_core::Error::Msg(format!("{file}: {name}: {error}"));
         let count = entry.shape.iter().product::<usize>();
@@ -190,9 +186,13 @@ impl Weights {
         let stored = DType::try_from(stored_dtype)?;
         let mut bytes = vec![0; count * stored.size_in_bytes()];
         source.read_at(offset, &mut bytes).map_err(failed)?;
-        let tensor = Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?;
-        if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) }
+        floats_as(dtype, &Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?)
     }
+}
+
+/// A tensor of floats as `dtype`; any other tensor as it is.
+fn floats_as(dtype: DType, tensor: &Tensor) -> Result<Tensor> {
+    if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor.clone()) }
 }
 
 impl SimpleBackend for Weights {
@@ -271,8 +271,8 @@ mod tests {
 
     fn float_tensor(dtype: Dtype, bytes: Vec<u8>) -> (Source, Entry) {
         let count = bytes.len() / (dtype.bitsize() / 8);
-        let place = Place::Bytes { offset: 0, dtype };
-        (Source::Memory(bytes.leak()), Entry { file: 0, place, shape: vec![count] })
+        let place = Place::Bytes { file: 0, offset: 0, dtype };
+        (Source::Memory(bytes.leak()), Entry { place, shape: vec![count] })
     }
 
     #[test]
@@ -291,7 +291,8 @@ mod tests {
         for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
             let (source, entry) = float_tensor(dtype, of(dtype));
             let weights = Weights {
-                files: vec![("f".to_owned(), Stored::Safetensors(source))],
+                files: vec![("f".to_owned(), source)],
+                pickles: Vec::new(),
                 tensors: HashMap::new(),
             };
             let read = weights.read("w", &entry, DType::F32, &Device::Cpu).unwrap();

@@ -27,6 +27,20 @@ pub(super) enum Target {
     DeadLetters,
 }
 
+impl Target {
+    /// Where a record with this outcome goes.
+    pub fn of(outcome: &Outcome) -> Self {
+        if matches!(outcome, Outcome::Dead(_)) { Self::DeadLetters } else { Self::Output }
+    }
+
+    pub fn topic(self, settings: &Settings) -> &str {
+        match self {
+            Self::Output => &settings.output.topic,
+            Self::DeadLetters => &settings.dead_letters.topic,
+        }
+    }
+}
+
 /// A message, ready to be sent.
 pub(super) struct Composed<'a> {
     pub target: Target,

@@ -309,10 +309,7 @@ impl Publisher {
                 self.check_against_rules(index, place);
                 continue;
             }
-            let topic = match target {
-                Target::Output => &self.settings.output.topic,
-                Target::DeadLetters => &self.settings.dead_letters.topic,
-            };
+            let topic = target.topic(&self.settings);
             let partition = partition(by, message.key, message.source_partition, *partitions);
             let ticket = self.windows[index].ticket(place);
             return match self.producer.send(topic, partition, message, bytes, ticket) {
@@ -334,7 +331,7 @@ impl Publisher {
                 }
                 // `process_reports` finds the cause: a refused batch or a fatal error.
                 Err(NotTaken::ProducerFailed) => Ok(false),
-                Err(NotTaken::Other(error)) => Err(PublishError::Topic { topic: topic.clone(), error }),
+                Err(NotTaken::Other(error)) => Err(PublishError::Topic { topic: topic.to_owned(), error }),
             };
         }
     }
@@ -345,11 +342,9 @@ impl Publisher {
         for _ in 0..4 {
             let window = &self.windows[index];
             let record = &window.content.window.records[place];
-            let (dead, form) = (
-                matches!(window.content.outcomes[place], Outcome::Dead(_)),
-                window.forms.get(&place).copied().unwrap_or_default(),
-            );
-            let target = if dead { Target::DeadLetters } else { Target::Output };
+            let target = Target::of(&window.content.outcomes[place]);
+            let dead = target == Target::DeadLetters;
+            let form = window.forms.get(&place).copied().unwrap_or_default();
             let (has_key, timestamp) = match dead {
                 true => (
                     form.keyed || (record.key.is_some() && !form.bare),
@@ -510,12 +505,8 @@ impl Publisher {
             match Meaning::of(failure.code) {
                 Meaning::Unpublishable => {
                     let position = self.windows[at].position(failure.ticket.place());
-                    let dead =
-                        matches!(self.windows[at].content.outcomes[failure.ticket.place()], Outcome::Dead(_));
-                    let topic = match dead {
-                        true => self.settings.dead_letters.topic.clone(),
-                        false => self.settings.output.topic.clone(),
-                    };
+                    let outcome = &self.windows[at].content.outcomes[failure.ticket.place()];
+                    let topic = Target::of(outcome).topic(&self.settings).to_owned();
                     return Err(PublishError::Refused { position, topic, code: failure.code });
                 }
                 Meaning::Refused | Meaning::Neighbour => self.refused.push(failure),

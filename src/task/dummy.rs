@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Task;
 use super::kinds::Kind;
-use crate::codec::{Decoder, Input};
+use crate::codec::Input;
 use crate::compute::{About, Batched, Pace};
 use crate::engine::{self, Engine, Item, Limits, Place, Rows, RunError};
 use crate::model::Digest;
@@ -43,7 +43,7 @@ pub(super) const KIND: Kind = Kind {
         };
         Ok(Arc::new(Batched {
             about,
-            decoder: Decoder::new(settings, Kind::of(settings.task.kind).pointers_of(&settings.task))?,
+            decoder: Kind::decoder(settings)?,
             task: Dummy { most: settings.task.top_k.unwrap_or(usize::MAX) },
             engine: Engine::new(Arc::new(Letters), place, limits, Arc::clone(metrics)),
             pace: Pace::new(1e-6),

@@ -8,6 +8,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{KINDS, TaskError};
+use crate::codec::Decoder;
 use crate::compute::Compute;
 use crate::model::Output;
 use crate::settings::{Overflow, Settings, Task, TaskKind};
@@ -54,9 +55,17 @@ impl Kind {
         task.overflow.or(self.overflow.first().copied()).unwrap_or(Overflow::Truncate)
     }
 
+    /// The decoder of the settings' format, which selects what the task reads.
+    ///
+    /// # Errors
+    /// `input.template` is not a valid template.
+    pub fn decoder(settings: &Settings) -> Result<Decoder, minijinja::Error> {
+        Decoder::new(settings, Self::of(settings.task.kind).pointers_of(&settings.task))
+    }
+
     /// The JSON Pointers that are set, in the order of [`Kind::pointers`]. [`crate::codec::Input::values`] has their
     /// values.
-    pub fn pointers_of(&self, task: &Task) -> Vec<String> {
+    fn pointers_of(&self, task: &Task) -> Vec<String> {
         let set = task.set_keys();
         let pointer = |key: &&str| set.get(*key).and_then(|value| value.as_str()).map(str::to_owned);
         self.pointers.iter().filter_map(pointer).collect()

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::TaskError;
 use super::kinds::{Kind, NO_RULES};
-use crate::codec::Decoder;
 use crate::compute::{About, Compute, Noop};
 use crate::model::Digest;
 use crate::settings::{Settings, TaskKind};
@@ -32,6 +31,6 @@ fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>,
         dtype: "none".to_owned(),
         host_memory: 0,
     };
-    let decoder = Decoder::new(settings, Kind::of(settings.task.kind).pointers_of(&settings.task))?;
+    let decoder = Kind::decoder(settings)?;
     Ok(Arc::new(Noop { about, decoder, metrics: Arc::clone(metrics) }))
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Kind, TaskError};
-use crate::codec::{Decoder, Input};
+use crate::codec::Input;
 use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response, Rows};
 use crate::model::{Digest, Files, Model, Output, Placement, TokenizeError, Tokens};
@@ -79,7 +79,7 @@ impl TextModel {
         task: impl FnOnce(Texts, &Engine<Model>) -> Result<T, TaskError>,
     ) -> Result<Batched<T, Model>, TaskError> {
         let Self { about, texts, engine, pace, metrics } = self;
-        let decoder = Decoder::new(settings, Kind::of(settings.task.kind).pointers_of(&settings.task))?;
+        let decoder = Kind::decoder(settings)?;
         Ok(Batched { about, decoder, task: task(texts, &engine)?, engine, pace, metrics })
     }
 }

@@ -9,7 +9,6 @@ use hf_hub::{Cache, Repo, RepoType};
 use super::{FilesError, Place};
 use crate::model::manifest;
 use crate::model::text::sentence::pooling_file;
-use crate::model::text::vocabulary;
 use crate::settings;
 
 /// A commit's files in the cache.
@@ -105,12 +104,11 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
         repo.get(name).map_err(|e| Asked::Unreachable(format!("{id}/{name}: {e}")))
     };
     let mut config = None;
-    let vocabulary = if there("tokenizer.json") { &[] } else { vocabulary::FILES };
-    for name in manifest::CONFIGURATION.iter().chain(vocabulary).filter(|name| there(name)) {
+    for name in manifest::configuration(there) {
         let path = fetch(&repo, name)?;
-        if *name == "config.json" {
+        if name == "config.json" {
             config = Some(path);
-        } else if *name == "modules.json"
+        } else if name == "modules.json"
             && let Some(pooling) = pooling_file(read_json(&path)?.as_ref()).map_err(Asked::Refused)?
         {
             fetch(&repo, &pooling)?;

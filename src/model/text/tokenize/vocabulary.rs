@@ -64,6 +64,14 @@ impl Kind {
     }
 }
 
+impl Kind {
+    /// Key and text of the checkpoint's special tokens: special_tokens_map.json comes before tokenizer_config.json.
+    fn special_tokens<'a>(self, config: &'a Value, map: &'a Value) -> [(&'static str, &'a str); 5] {
+        self.defaults()
+            .map(|(key, default)| (key, content(&map[key]).or(content(&config[key])).unwrap_or(default)))
+    }
+}
+
 /// Builds a tokenizer.json from the vocabulary files; `None` if the checkpoint has no vocabulary that kandle reads.
 ///
 /// # Errors
@@ -85,11 +93,11 @@ pub fn tokenizer_json(files: &Files) -> Result<Option<Vec<u8>>, FilesError> {
         },
     };
     let map = files.json("special_tokens_map.json")?.unwrap_or_default();
-    refuse_added(kind, &config, &map, &files.json("added_tokens.json")?.unwrap_or_default())?;
+    let specials = kind.special_tokens(&config, &map);
+    refuse_added(&specials, &config, &map, &files.json("added_tokens.json")?.unwrap_or_default())?;
     let mut special = Map::new();
     let mut added = Vec::new();
-    for (key, default) in kind.defaults() {
-        let content = content(&map[key]).or(content(&config[key])).unwrap_or(default);
+    for (key, content) in specials {
         let Some(id) = vocabulary.get(content).and_then(Value::as_u64) else {
             if matches!(key, "mask_token" | "pad_token") {
                 continue;
@@ -151,17 +159,23 @@ fn text<'a>(file: &str, bytes: &'a [u8]) -> Result<&'a str, FilesError> {
 
 /// # Errors
 /// The checkpoint adds tokens of its own to the vocabulary.
-fn refuse_added(kind: Kind, config: &Value, map: &Value, added: &Value) -> Result<(), FilesError> {
-    let names = kind
-        .defaults()
-        .map(|(key, default)| content(&map[key]).or(content(&config[key])).unwrap_or(default).to_owned());
+fn refuse_added(
+    specials: &[(&str, &str)],
+    config: &Value,
+    map: &Value,
+    added: &Value,
+) -> Result<(), FilesError> {
     let lists = ["additional_special_tokens", "extra_special_tokens"];
     let listed = [config, map].into_iter().flat_map(|file| lists.map(|key| &file[key]));
     let listed = listed.flat_map(|list| list.as_array().into_iter().flatten()).filter_map(content);
     let decoder = config["added_tokens_decoder"].as_object().into_iter().flatten();
     let decoder = decoder.filter_map(|(_, token)| content(token));
     let added = added.as_object().into_iter().flatten().map(|(token, _)| token.as_str());
-    match listed.chain(decoder).chain(added).find(|token| !names.iter().any(|name| name == token)) {
+    match listed
+        .chain(decoder)
+        .chain(added)
+        .find(|token| !specials.iter().any(|(_, special)| special == token))
+    {
         None => Ok(()),
         Some(token) => Err(FilesError::Content {
             file: "tokenizer_config.json".to_owned(),
@@ -232,7 +246,8 @@ mod tests {
     #[test]
     fn tokens_beyond_the_vocabulary_are_refused() {
         let refused = |config: Value, map: Value, added: Value| {
-            refuse_added(Kind::Bert, &config, &map, &added).map_err(|error| error.to_string())
+            refuse_added(&Kind::Bert.special_tokens(&config, &map), &config, &map, &added)
+                .map_err(|error| error.to_string())
         };
         let own = json!({ "0": { "content": "[PAD]" } });
         assert_eq!(refused(json!({ "added_tokens_decoder": own }), Value::Null, Value::Null), Ok(()));
