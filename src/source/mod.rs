@@ -16,6 +16,7 @@
 //!   idle           offsets without records at the end of a partition
 //!   lookup         the thread that queries the cluster
 //!   lag, joining   lag metrics; warnings while the group rebalances
+//!   heartbeat      rejoins the group after a lost heartbeat response
 //! ```
 
 mod assignment;
@@ -27,6 +28,7 @@ mod dead_letters;
 mod doubt;
 mod drain;
 mod fetching;
+mod heartbeat;
 mod idle;
 mod intake;
 mod joining;

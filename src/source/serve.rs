@@ -21,6 +21,7 @@ use super::dead_letters::OriginalTopics;
 use super::doubt::{Cause, Doubt};
 use super::drain::{Drain, DrainTopicLost};
 use super::fetching::Fetching;
+use super::heartbeat::Heartbeats;
 use super::idle::Idle;
 use super::intake::Intake;
 use super::joining::Joining;
@@ -116,6 +117,7 @@ pub struct Source {
     pub(super) idle: Idle,
     pub(super) lag: Lag,
     pub(super) fetching: Fetching,
+    pub(super) heartbeats: Heartbeats,
     joining: Joining,
     /// End offsets of paused partitions: librdkafka learns a high watermark only from fetch responses.
     ends: LogEnds,
@@ -193,6 +195,7 @@ impl Source {
             idle: Idle::default(),
             lag: Lag::new(),
             fetching: Fetching::new(Instant::now()),
+            heartbeats: Heartbeats::new(settings),
             joining: Joining::new(settings),
             ends: LogEnds::new(),
             ends_asked: None,
@@ -377,7 +380,7 @@ impl Source {
                 Event::Assigned(list) => self.on_assigned(list),
                 Event::Revoked(list) => self.on_revoked(list),
                 Event::Committed(result, offsets) => self.on_committed(result, &offsets),
-                Event::Statistics(statistics) => self.on_statistics(&statistics),
+                Event::Statistics(statistics) => self.on_statistics(&statistics)?,
                 Event::Answer(answer) => self.on_answer(answer)?,
                 Event::Error(error, reason) => self.on_error(error, &reason)?,
             }
@@ -402,7 +405,7 @@ impl Source {
     }
 
     /// Called once a second.
-    fn on_statistics(&mut self, statistics: &Statistics) {
+    fn on_statistics(&mut self, statistics: &Statistics) -> Result<(), SourceError> {
         self.look_at_ends(statistics);
         self.look_at_idle(statistics);
         self.look_at_fetching(statistics);
@@ -419,6 +422,7 @@ impl Source {
             self.context.health.set_ready();
         }
         self.joining.look(state, &self.context);
+        self.look_at_heartbeats(statistics)
     }
 
     /// Follows the end offsets of the logs, and asks for those of paused partitions. One that moves back hints at a

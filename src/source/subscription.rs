@@ -57,7 +57,7 @@ impl Source {
         Ok(self)
     }
 
-    fn subscribe_now(&self) -> Result<(), SourceError> {
+    pub(super) fn subscribe_now(&self) -> Result<(), SourceError> {
         let topics: Vec<&str> = self.subscription.topics.iter().map(String::as_str).collect();
         self.consumer.subscribe(&topics).map_err(SourceError::Client)
     }
