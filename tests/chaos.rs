@@ -238,6 +238,7 @@ struct Chaos {
 impl Chaos {
     fn member(&self, slow: bool) -> Daemon {
         Daemon::start_with(&self.config, |command| {
+            command.env("RUST_LOG", "info,kandle::source=debug");
             if slow {
                 command.env("FAILPOINTS", "device=1*off->20%sleep(1500)");
             }

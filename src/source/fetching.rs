@@ -71,9 +71,9 @@ impl Fetching {
         }
     }
 
-    /// Called once a second. `fetched`: positions of the partitions that are fetched and have no prefetched messages;
-    /// `None` while the client seeks, which does not count as progress. Returns the partitions whose end offsets to ask
-    /// for.
+    /// Called once a second. `fetched`: positions of the partitions that should be fetched and of which nothing is
+    /// prefetched or in flight; `None` while a position is unknown, which does not count as progress. Returns the
+    /// partitions whose end offsets to ask for.
     fn look(&mut self, fetched: HashMap<Partition, Option<i64>>, now: Instant) -> Vec<Partition> {
         self.paused = None;
         self.quiet.retain(|partition, quiet| {
@@ -133,15 +133,17 @@ impl Source {
         let position = |owned: &PartitionState| {
             let known = of_partition(statistics, &owned.partition)?;
             let done = self.bounds.is_done(&owned.partition);
-            let fetched = owned.hold.is_none() && !done && owned.is_idle();
-            let waits = known.fetch_state == "active" && known.fetchq_cnt == 0;
-            // The ledger's position: the client's is unknown during a seek, and seeks are frequent on a busy machine.
+            let fetched = owned.hold.is_none() && !done;
+            let waits = owned.is_idle() && known.fetchq_cnt == 0;
+            // Not the client's state: a stuck one goes from "active" to "validate-epoch-wait" and back. The ledger's
+            // position: the client's is unknown during a seek, and seeks are frequent on a busy machine.
             let position = owned.next().or(Some(known.next_offset).filter(|&offset| offset >= 0));
             (fetched && waits).then(|| (owned.partition.clone(), position))
         };
         let fetched = self.ledger.iter().filter_map(position).collect();
         let quiet = self.fetching.look(fetched, Instant::now());
         if !quiet.is_empty() {
+            tracing::debug!(partitions = ?quiet, "no progress: asking for the ends of the logs");
             self.lookup.ask(Question::Quiet(quiet));
         }
     }
