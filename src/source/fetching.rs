@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use rdkafka::Statistics;
+use rdkafka::{ClientConfig, Statistics};
 
 use super::lag::of_partition;
 use super::ledger::PartitionState;
@@ -44,6 +44,8 @@ pub(super) struct Fetching {
     /// Since when partitions are paused.
     paused: Option<Instant>,
     stuck_after: Duration,
+    /// The client fetches nothing while it holds so many prefetched messages, or bytes of them.
+    full: (i64, i64),
     /// The id of each topic when this client last had partitions of it.
     topic_ids: HashMap<String, TopicId>,
     /// Topics that were recreated since this client first saw them.
@@ -51,7 +53,10 @@ pub(super) struct Fetching {
 }
 
 impl Fetching {
-    pub fn new(now: Instant) -> Self {
+    /// `config`: the client's.
+    pub fn new(config: &ClientConfig, now: Instant) -> Self {
+        let number = |name| config.get(name).and_then(|text| text.parse().ok()).unwrap_or(i64::MAX);
+        let full = (number("queued.min.messages"), number("queued.max.messages.kbytes").saturating_mul(1024));
         // Tests shorten the wait.
         let stuck_after = failpoint::argument("stuck_after").and_then(|seconds| seconds.parse().ok());
         Self {
@@ -59,6 +64,7 @@ impl Fetching {
             asked: now,
             paused: None,
             stuck_after: stuck_after.map_or(STUCK, Duration::from_secs),
+            full,
             topic_ids: HashMap::new(),
             recreated: HashSet::new(),
         }
@@ -71,16 +77,12 @@ impl Fetching {
         }
     }
 
-    /// Called once a second. `fetched`: positions of the partitions that should be fetched and of which nothing is
-    /// prefetched or in flight; `None` while a position is unknown, which does not count as progress. Returns the
-    /// partitions whose end offsets to ask for.
-    fn look(&mut self, fetched: HashMap<Partition, Option<i64>>, now: Instant) -> Vec<Partition> {
+    /// Called once a second. `waiting`: offsets to read next of the partitions that should be fetched and of which nothing
+    /// is prefetched or in flight. Returns the partitions whose end offsets to ask for.
+    fn look(&mut self, waiting: HashMap<Partition, i64>, now: Instant) -> Vec<Partition> {
         self.paused = None;
-        self.quiet.retain(|partition, quiet| {
-            fetched.get(partition).is_some_and(|position| position.is_none_or(|at| at == quiet.position))
-        });
-        for (partition, position) in fetched {
-            let Some(position) = position else { continue };
+        self.quiet.retain(|partition, quiet| waiting.get(partition) == Some(&quiet.position));
+        for (partition, position) in waiting {
             self.quiet.entry(partition).or_insert(Quiet { position, since: now, behind: None });
         }
         if now.saturating_duration_since(self.asked) < QUIET {
@@ -130,18 +132,21 @@ impl Source {
         if self.intake.paused || self.doubt.is_open() {
             return self.fetching.pause(Instant::now());
         }
-        let position = |owned: &PartitionState| {
+        let waiting = |owned: &PartitionState| {
             let known = of_partition(statistics, &owned.partition)?;
-            let done = self.bounds.is_done(&owned.partition);
-            let fetched = owned.hold.is_none() && !done;
-            let waits = owned.is_idle() && known.fetchq_cnt == 0;
-            // Not the client's state: a stuck one goes from "active" to "validate-epoch-wait" and back. The ledger's
-            // position: the client's is unknown during a seek, and seeks are frequent on a busy machine.
-            let position = owned.next().or(Some(known.next_offset).filter(|&offset| offset >= 0));
-            (fetched && waits).then(|| (owned.partition.clone(), position))
+            let fetched = owned.hold.is_none() && !self.bounds.is_done(&owned.partition);
+            let position = owned.next().unwrap_or_else(|| known.lo_offset.max(0));
+            // `fetchq_cnt` and `fetchq_size` are those of all partitions together. Half full counts as full: the queue is
+            // full in between.
+            let (messages, bytes) = self.fetching.full;
+            let full = known.fetchq_cnt >= messages / 2 || known.fetchq_size as i64 >= bytes / 2;
+            let prefetched = known.next_offset > position;
+            let waits = fetched && owned.is_idle() && !prefetched && !full;
+            // The fetch state says nothing: a stuck client goes from "active" to "validate-epoch-wait" and back.
+            waits.then(|| (owned.partition.clone(), position))
         };
-        let fetched = self.ledger.iter().filter_map(position).collect();
-        let quiet = self.fetching.look(fetched, Instant::now());
+        let waiting = self.ledger.iter().filter_map(waiting).collect();
+        let quiet = self.fetching.look(waiting, Instant::now());
         if !quiet.is_empty() {
             tracing::debug!(partitions = ?quiet, "no progress: asking for the ends of the logs");
             self.lookup.ask(Question::Quiet(quiet));
@@ -166,12 +171,11 @@ mod tests {
     fn a_partition_that_holds_records_and_does_not_move_is_stuck() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut fetching = Fetching::new(start);
+        let mut fetching = Fetching::new(&ClientConfig::new(), start);
         let p = Partition::new("t", 0);
-        let read = |offset| HashMap::from([(p.clone(), Some(offset))]);
+        let read = |offset| HashMap::from([(p.clone(), offset)]);
         let position = |offset| HashMap::from([(p.clone(), offset)]);
         assert!(fetching.look(read(5), at(1)).is_empty());
-        assert!(fetching.look(HashMap::from([(p.clone(), None)]), at(5)).is_empty(), "the client seeks");
         assert!(fetching.look(read(5), at(10)).is_empty(), "not for long enough");
         assert_eq!(fetching.look(read(5), at(11)), std::slice::from_ref(&p));
         assert!(fetching.look(read(5), at(12)).is_empty(), "asked already");

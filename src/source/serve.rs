@@ -151,6 +151,7 @@ impl Source {
             }
             None => Subscription::new(&settings.input.topics),
         };
+        let fetching = Fetching::new(&config, Instant::now());
         let setup = Setup {
             config,
             topics: settings.input.topics.clone(),
@@ -194,7 +195,7 @@ impl Source {
             },
             idle: Idle::default(),
             lag: Lag::new(),
-            fetching: Fetching::new(Instant::now()),
+            fetching,
             heartbeats: Heartbeats::new(settings),
             joining: Joining::new(settings),
             ends: LogEnds::new(),
