@@ -325,6 +325,25 @@ fn document_scores_equal_those_of_language_models() {
     }
 }
 
+/// Without `lm_head` and a word about it, the output layer is the table of embeddings.
+#[test]
+fn a_language_model_without_an_output_layer_uses_its_embeddings() {
+    let documents = ["task.documents=/d".to_owned()];
+    let records = [json!({ "text": "late parcel", "d": ["where is the parcel", "refund"] })];
+    let directory = copy_of_all("rerank-qwen3");
+    let path = directory.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+    config.as_object_mut().expect("an object").remove("tie_word_embeddings");
+    std::fs::write(&path, config.to_string()).expect("written");
+    let untold = load("reranking", directory.path(), &documents).expect("a task");
+    let told = load("reranking", &fixture("rerank-qwen3"), &documents).expect("a task");
+    assert_eq!(predictions(&*untold, &records), predictions(&*told, &records));
+    config["tie_word_embeddings"] = false.into();
+    std::fs::write(&path, config.to_string()).expect("written");
+    let error = load("reranking", directory.path(), &documents).err().expect("an error");
+    assert!(error.contains("cannot find tensor lm_head.weight"), "{error}");
+}
+
 #[test]
 fn a_language_model_that_cannot_be_asked_is_refused() {
     let set = ["task.documents=/d".to_owned()];
@@ -350,8 +369,8 @@ fn a_language_model_that_cannot_be_asked_is_refused() {
     refused(score, "modules.json", modules, &set, "a.Normalize is not supported");
     let config = r#"{"true_token_id": 4, "false_token_id": 5, "temperature": 2}"#;
     refused(score, "1_LogitScore/config.json", config, &set, "kandle does not know temperature");
-    let path = fixture("rerank-qwen3").join("tokenizer.json");
-    let tokenizer = std::fs::read_to_string(path).expect("tokenizer.json").replace("\"yes\"", "\"yet\"");
+    let other = fixture("qwen3").join("tokenizer.json");
+    let tokenizer = std::fs::read_to_string(other).expect("tokenizer.json");
     refused("rerank-qwen3", "tokenizer.json", &tokenizer, &set, "no token \"yes\"");
     let with_instruction = [set[0].clone(), "task.instruction=Find".to_owned()];
     let error = load("reranking", &fixture("pairs-bert"), &with_instruction).err().expect("an error");

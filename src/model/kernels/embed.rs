@@ -36,13 +36,15 @@ impl Embedding {
                 y.inplace_op1(&Sum { embedding: self, batch })?;
                 Ok(y)
             }
-            #[cfg(feature = "cuda")]
-            None if self.word.device().is_cuda()
-                && let (Some(norm), None) = (&self.norm, self.scale) =>
-            {
-                super::cuda::embed(self, norm, batch)
+            None => {
+                #[cfg(feature = "cuda")]
+                if self.word.device().is_cuda()
+                    && let (Some(norm), None) = (&self.norm, self.scale)
+                {
+                    return super::cuda::embed(self, norm, batch);
+                }
+                self.tensors(batch, self.word.device())
             }
-            None => self.tensors(batch, self.word.device()),
         }
     }
 

@@ -161,9 +161,11 @@ impl Model {
         let (head, width) = match (output, &question) {
             (Output::Embedding, _) => (Head::embedding(embedding.pooling), a.hidden),
             (_, Some(Question { yes, no, .. })) => {
-                let head = match config["tie_word_embeddings"].as_bool() {
-                    Some(true) => Head::answer(encoder.word_table(), *yes, *no),
-                    _ => root
+                // Where the file does not say, the default depends on the model's type.
+                let own = root.contains_tensor("lm_head.weight");
+                let head = match config["tie_word_embeddings"].as_bool().unwrap_or(!own) {
+                    true => Head::answer(encoder.word_table(), *yes, *no),
+                    false => root
                         .pp("lm_head")
                         .get((a.vocabulary, a.hidden), "weight")
                         .and_then(|table| Head::answer(&table, *yes, *no)),

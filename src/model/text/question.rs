@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use super::architecture::Architecture;
 use super::model::ModelError;
-use super::sentence::{LogitScore, content};
+use super::sentence::LogitScore;
+use super::tokenize::vocabulary::content;
 use super::tokenize::{PairPrompt, Tokenizer};
 use crate::model::store::Files;
 

@@ -8,7 +8,6 @@ use serde_json::Value;
 use super::model::{ModelError, Scores};
 use crate::model::kernels::Pooling;
 use crate::model::store::{Files, FilesError};
-pub(super) use crate::model::text::vocabulary::content;
 
 /// The names that sentence-transformers looks for, in this order; the first existing file is used.
 pub const TEXT_SETTINGS: [&str; 7] = [
