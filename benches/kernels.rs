@@ -6,7 +6,9 @@ use candle_nn::{VarBuilder, VarMap};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use kandle::model::Packed;
 use kandle::model::kernels::matmul::{Epilogue, Panels};
-use kandle::model::kernels::{Activation, Attention, Mask, Norm, Pooling, Precision, Slot, Workspace};
+use kandle::model::kernels::{
+    Activation, Attention, Mask, Norm, NormKind, Pooling, Precision, Slot, Workspace,
+};
 
 const TOKENS: usize = 512;
 const HIDDEN: usize = 384;
@@ -84,7 +86,7 @@ fn layers(c: &mut Criterion) {
         let (packed, workspace) = (batch(length), Workspace::default());
         let qkv =
             Tensor::from_vec(numbers(TOKENS * 3 * HIDDEN), (TOKENS, 3 * HIDDEN), &device).expect("a result");
-        let attention = Attention { heads: 12, width: HIDDEN / 12, mask: Mask::Full, distances: None };
+        let attention = Attention::new(12, HIDDEN / 12, Mask::Full);
         group.bench_function(format!("attention, texts of {length}"), |b| {
             b.iter(|| {
                 attention
@@ -95,8 +97,13 @@ fn layers(c: &mut Criterion) {
     }
     let (packed, workspace, vars) = (batch(32), Workspace::default(), VarMap::new());
     let x = Tensor::from_vec(numbers(TOKENS * HIDDEN), (TOKENS, HIDDEN), &device).expect("a result");
-    let norm = Norm::load(HIDDEN, true, 1e-12, VarBuilder::from_varmap(&vars, DType::F32, &device))
-        .expect("a result");
+    let norm = Norm::load(
+        HIDDEN,
+        NormKind::Layer { bias: true },
+        1e-12,
+        VarBuilder::from_varmap(&vars, DType::F32, &device),
+    )
+    .expect("a result");
     group.bench_function("norm", |b| {
         b.iter(|| norm.forward(&x, workspace.at(Slot::Mixed, &device)).expect("a result"));
     });

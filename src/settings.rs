@@ -231,6 +231,10 @@ pub struct Task {
     /// query is `input.field`.
     #[serde(default)]
     pub documents: Option<String>,
+    /// reranking: what a language model such as Qwen3-Reranker is told to judge documents by (default: the checkpoint's
+    /// own instruction, or "Given a web search query, retrieve relevant passages that answer the query").
+    #[serde(default)]
+    pub instruction: Option<String>,
     /// zero-shot-classification: the labels, the same for every record.
     #[serde(default)]
     pub labels: Vec<String>,
@@ -263,6 +267,7 @@ impl Task {
             aggregation: Aggregation::default(),
             stride: None,
             documents: None,
+            instruction: None,
             labels: Vec::new(),
             labels_field: None,
             hypothesis: default_hypothesis(),

@@ -7,7 +7,7 @@ use kandle::model::{Files, Model, Output, Placement, Pooling, Tokens};
 use kandle::settings::{self, DeviceChoice, Dtype};
 use serde::Deserialize;
 
-const ARCHITECTURES: [&str; 11] = [
+const ARCHITECTURES: [&str; 13] = [
     "bert",
     "roberta",
     "xlm-roberta",
@@ -19,6 +19,8 @@ const ARCHITECTURES: [&str; 11] = [
     "modernbert",
     "nomic_bert",
     "gte",
+    "qwen3",
+    "gemma3_text",
 ];
 
 #[derive(Deserialize)]
@@ -435,10 +437,38 @@ fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     assert!(
         message.contains("\"llama\"")
             && message.contains(
-                "albert, bert, camembert, distilbert, electra, gte, modernbert, mpnet, new, nomic_bert"
+                "albert, bert, camembert, distilbert, electra, gemma3_text, gte, modernbert, mpnet, new, nomic_bert"
             ),
         "{message}"
     );
+    // A generator's error names a checkpoint that does the job.
+    for (name, instead) in [
+        ("llama", "Qwen3-Embedding"),
+        ("gpt2", "Qwen3-Reranker"),
+        ("bart", "xlm-roberta-large-xnli"),
+        ("t5", "multilingual-e5-large"),
+    ] {
+        let named = config.replace("\"model_type\": \"bert\"", &format!("\"model_type\": \"{name}\""));
+        let message = error(with("bert", &[("config.json", named)]).path(), Output::Embedding);
+        assert!(message.contains(instead), "{message}");
+    }
+    let qwen3 = std::fs::read_to_string(fixture("qwen3").join("config.json")).expect("config");
+    for (from, to, says) in [
+        (
+            "\"use_sliding_window\": false",
+            "\"use_sliding_window\": true",
+            "use_sliding_window true is not supported",
+        ),
+        ("full_attention", "sliding_attention", "layer_types: sliding_attention is not supported"),
+        ("\"rope_type\": \"default\"", "\"rope_type\": \"yarn\"", "rope_parameters.rope_type \"yarn\""),
+        ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "does not divide num_attention_heads 4"),
+        ("\"head_dim\": 12", "\"head_dim\": 13", "head_dim 13 is odd"),
+    ] {
+        assert!(qwen3.contains(from), "{from}");
+        let message =
+            error(with("qwen3", &[("config.json", qwen3.replace(from, to))]).path(), Output::Logits);
+        assert!(message.contains(says), "{message}");
+    }
 
     assert!(error(Path::new("/no/such/model"), Output::Logits).contains("no such directory"));
 
@@ -520,5 +550,50 @@ fn sentence_transformers_settings_are_found_under_every_file_name() {
         assert_eq!(got.ids[..8], tokens(&plain, &text.to_lowercase()).ids[..8], "{kind}");
         // A classifier ignores the settings of sentence-transformers.
         assert_eq!(tokens(&load(model.path(), Output::Logits), text), tokens(&plain, text), "{kind}");
+    }
+}
+
+/// Without `use_bidirectional_attention`, Gemma 3 is a decoder, and so are its sliding windows.
+#[test]
+fn a_causal_gemma_gives_the_logits_of_transformers() {
+    let model = load(&fixture("gemma3_text-causal"), Output::Logits);
+    for golden in golden("gemma3_text-causal") {
+        let tokens = model.tokenizer.encode(&golden.text).expect("tokens");
+        assert_eq!(tokens.ids, golden.ids, "{:?}", golden.text);
+        close(model.forward(&[&tokens]).expect("logits").row(0), &golden.logits, 1e-4, &golden.text);
+    }
+}
+
+#[derive(Deserialize)]
+struct Vectors {
+    text: String,
+    vector: Vec<f32>,
+    query: Vec<f32>,
+}
+
+/// Checkpoints as sentence-transformers saves them, with an end-of-text token that truncation keeps.
+#[test]
+fn vectors_of_decoders_equal_those_of_sentence_transformers() {
+    for (name, pooling) in [("embed-qwen3", Pooling::Last), ("embed-gemma3", Pooling::Mean)] {
+        let model = load(&fixture(name), Output::Embedding);
+        assert_eq!((model.embedding.pooling, model.embedding.normalize), (pooling, true), "{name}");
+        let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
+        let golden: Vec<Vectors> = serde_json::from_str(&text).expect("golden.json");
+        let end = *model.tokens("a").expect("tokens").ids.last().expect("a token");
+        let mut truncated = 0;
+        for golden in &golden {
+            let query = format!("Instruct: find the parcel\nQuery:{}", golden.text);
+            for (text, want) in [(&golden.text, &golden.vector), (&query, &golden.query)] {
+                let tokens = model.tokens(text).expect("tokens");
+                assert_eq!(tokens.ids.last(), Some(&end), "{name}: {text:?}");
+                truncated += usize::from(tokens.truncated);
+                let rows = model.forward(&[&tokens]).expect("a row");
+                let row = rows.row(0);
+                let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                let row: Vec<f32> = row.iter().map(|x| x / length).collect();
+                close(&row, want, 1e-4, &format!("{name}: {text:?}"));
+            }
+        }
+        assert!(truncated > 1, "{name}");
     }
 }

@@ -31,6 +31,23 @@ fn copy_of(name: &str) -> tempfile::TempDir {
     directory
 }
 
+/// Like [`copy_of`], with the folders of a fixture.
+fn copy_of_all(name: &str) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("a directory");
+    for file in walk(&fixture(name)) {
+        let to = directory.path().join(file.strip_prefix(fixture(name)).expect("inside"));
+        std::fs::create_dir_all(to.parent().expect("a folder")).expect("a folder");
+        std::fs::copy(&file, to).expect("copied");
+    }
+    directory
+}
+
+/// All files below a directory.
+fn walk(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).expect("files").map(|entry| entry.expect("a file").path());
+    entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
+}
+
 fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> Vec<T> {
     let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
     serde_json::from_str(&text).expect("golden.json")
@@ -206,7 +223,7 @@ fn by_index(prediction: &Value) -> Vec<f64> {
 #[test]
 fn document_scores_equal_those_of_cross_encoders() {
     let documents = ["task.documents=/documents".to_owned()];
-    for name in ["pairs-bert", "pairs-roberta"] {
+    for name in ["pairs-bert", "pairs-roberta", "pairs-qwen3"] {
         let golden: Vec<Pairs> = golden(name);
         let records: Vec<Value> =
             golden.iter().map(|pairs| json!({ "text": pairs.query, "documents": pairs.documents })).collect();
@@ -218,7 +235,7 @@ fn document_scores_equal_those_of_cross_encoders() {
             }
         };
         check(&fixture(name), &|pairs| &pairs.scores, "as saved");
-        if name == "pairs-roberta" {
+        if name != "pairs-bert" {
             continue;
         }
         // Checkpoints that ask for the raw logit, and older ones that name the activation elsewhere.
@@ -245,6 +262,119 @@ fn document_scores_equal_those_of_cross_encoders() {
         let error = load("reranking", strange.path(), &documents).err().expect("an error");
         assert!(error.contains("Tanh is not supported; supported: Sigmoid, Identity"), "{error}");
     }
+}
+
+#[derive(Deserialize)]
+struct Answers {
+    instruction: Option<String>,
+    query: String,
+    documents: Vec<String>,
+    /// Whether each document is truncated.
+    truncated: Vec<bool>,
+    #[serde(default)]
+    logits: Vec<f64>,
+    scores: Vec<f64>,
+}
+
+/// Language models that answer yes or no: with the prompt of Qwen3-Reranker's model card, and with the chat template of
+/// sentence-transformers. Long documents are truncated, the end of the prompt is not.
+#[test]
+fn document_scores_equal_those_of_language_models() {
+    for name in ["rerank-qwen3", "rerank-qwen3-logit-score"] {
+        let golden: Vec<Answers> = golden(name);
+        for part in golden.chunk_by(|a, b| a.instruction == b.instruction) {
+            let mut set = vec!["task.documents=/documents".to_owned()];
+            set.extend(part[0].instruction.iter().map(|text| format!("task.instruction={text}")));
+            let records: Vec<Value> =
+                part.iter().map(|of| json!({ "text": of.query, "documents": of.documents })).collect();
+            let check = |model: &Path, set: &[String], want: &dyn Fn(&Answers) -> &Vec<f64>| {
+                let compute = load("reranking", model, set).expect("a task");
+                for (of, got) in part.iter().zip(predictions(&*compute, &records)) {
+                    near(
+                        &json!(by_index(&got)),
+                        &json!(want(of)),
+                        1e-4,
+                        &format!("{name}, {set:?}: {}", of.query),
+                    );
+                }
+            };
+            check(&fixture(name), &set, &|of| &of.scores);
+            if name == "rerank-qwen3" {
+                let strict = [&set[..], &["task.overflow=dead_letter".to_owned()]].concat();
+                let compute = load("reranking", &fixture(name), &strict).expect("a task");
+                for of in part {
+                    for (document, truncated) in of.documents.iter().zip(&of.truncated) {
+                        let record = json!({ "text": of.query, "documents": [document] });
+                        let got = predict(&*compute, &[record]).remove(0);
+                        assert_eq!(got.is_err(), *truncated, "{document:?}");
+                    }
+                }
+                continue;
+            }
+            // The checkpoint's own instruction and activation.
+            let own = copy_of_all(name);
+            let path = own.path().join("config_sentence_transformers.json");
+            let content = std::fs::read_to_string(&path).expect("content");
+            let content = content.replace("activation.Sigmoid", "linear.Identity");
+            let default = if part[0].instruction.is_some() { "\"parcel\"" } else { "null" };
+            let content = content
+                .replace("\"default_prompt_name\": null", &format!("\"default_prompt_name\": {default}"));
+            std::fs::write(&path, content).expect("written");
+            check(own.path(), &set[..1], &|of| &of.logits);
+        }
+    }
+}
+
+/// Without `lm_head` and a word about it, the output layer is the table of embeddings.
+#[test]
+fn a_language_model_without_an_output_layer_uses_its_embeddings() {
+    let documents = ["task.documents=/d".to_owned()];
+    let records = [json!({ "text": "late parcel", "d": ["where is the parcel", "refund"] })];
+    let directory = copy_of_all("rerank-qwen3");
+    let path = directory.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+    config.as_object_mut().expect("an object").remove("tie_word_embeddings");
+    std::fs::write(&path, config.to_string()).expect("written");
+    let untold = load("reranking", directory.path(), &documents).expect("a task");
+    let told = load("reranking", &fixture("rerank-qwen3"), &documents).expect("a task");
+    assert_eq!(predictions(&*untold, &records), predictions(&*told, &records));
+    config["tie_word_embeddings"] = false.into();
+    std::fs::write(&path, config.to_string()).expect("written");
+    let error = load("reranking", directory.path(), &documents).err().expect("an error");
+    assert!(error.contains("cannot find tensor lm_head.weight"), "{error}");
+}
+
+#[test]
+fn a_language_model_that_cannot_be_asked_is_refused() {
+    let set = ["task.documents=/d".to_owned()];
+    let refused = |name: &str, file: &str, content: &str, set: &[String], says: &str| {
+        let directory = copy_of_all(name);
+        std::fs::write(directory.path().join(file), content).expect("written");
+        let error = load("reranking", directory.path(), set).err().expect("an error");
+        assert!(error.contains(says), "{error}");
+    };
+    let score = "rerank-qwen3-logit-score";
+    let template = "chat_template.jinja";
+    let one = "{{ messages[0].content }}<|im_end|>";
+    refused(score, template, one, &set, "the texts of the roles query and document");
+    let plain = "{{ messages[0].content }} {{ messages[1].content }}.";
+    refused(score, template, plain, &set, "does not begin with a token that tokenizer.json adds");
+    let fails = "{{ messages[0].content.nothing.more }}";
+    refused(score, template, fails, &set, "the chat template cannot be rendered");
+    let long =
+        format!("{{{{ messages[0].content }}}} {{{{ messages[1].content }}}}{}", "<|im_end|>".repeat(200));
+    refused(score, template, &long, &set, "leaves no room");
+    let modules =
+        r#"[{"type": "a.Transformer", "path": ""}, {"type": "a.Normalize", "path": "1_Normalize"}]"#;
+    refused(score, "modules.json", modules, &set, "a.Normalize is not supported");
+    let config = r#"{"true_token_id": 4, "false_token_id": 5, "temperature": 2}"#;
+    refused(score, "1_LogitScore/config.json", config, &set, "kandle does not know temperature");
+    let other = fixture("qwen3").join("tokenizer.json");
+    let tokenizer = std::fs::read_to_string(other).expect("tokenizer.json");
+    refused("rerank-qwen3", "tokenizer.json", &tokenizer, &set, "no token \"yes\"");
+    let with_instruction = [set[0].clone(), "task.instruction=Find".to_owned()];
+    let error = load("reranking", &fixture("pairs-bert"), &with_instruction).err().expect("an error");
+    assert!(error.contains("task.instruction: the model is a classifier of pairs"), "{error}");
 }
 
 #[test]

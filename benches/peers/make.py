@@ -5,8 +5,8 @@
 
 Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): the cost of
 a forward does not depend on the weights. `modernbert` has six layers of ModernBERT-base, for scripts/gpu-check.sh: RoPE,
-and in some layers a sliding window of 64 tokens to each side. `pairs` is a cross-encoder in the shape of
-ms-marco-MiniLM-L6-v2. Without MODEL, all but `large`.
+and in some layers a sliding window of 64 tokens to each side. `qwen3` has four layers of Qwen3-Embedding-0.6B. `pairs` is a cross-encoder in the shape of
+ms-marco-MiniLM-L6-v2. Without MODEL, all but `large` and `qwen3`.
 The vocabulary (WordPiece) has 30,522 made-up words and word parts. Texts use the words with the frequencies of a language
 (Zipf's law); one word in twenty has several pieces. Lengths in tokens, special ones included:
 
@@ -26,7 +26,8 @@ import sys
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
-    BertConfig, BertForSequenceClassification, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast)
+    BertConfig, BertForSequenceClassification, BertModel, ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast,
+    Qwen3Config, Qwen3Model)
 
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -100,9 +101,12 @@ def main(folder, wanted):
     models["modernbert"] = (ModernBertModel, ModernBertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_hidden_layers=6, pad_token_id=0, bos_token_id=2,
         cls_token_id=2, eos_token_id=3, sep_token_id=3))
+    models["qwen3"] = (Qwen3Model, Qwen3Config(
+        vocab_size=VOCABULARY, max_position_embeddings=LIMIT, hidden_size=1024, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, intermediate_size=3072, pad_token_id=0, bos_token_id=2, eos_token_id=3))
     models["pairs"] = (BertForSequenceClassification, BertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_labels=1, **SHAPES["minilm"]))
-    for name in wanted or [name for name in models if name != "large"]:
+    for name in wanted or [name for name in models if name not in ("large", "qwen3")]:
         kind, config = models[name]
         torch.manual_seed(7)
         model = kind(config).eval()
@@ -118,7 +122,8 @@ def main(folder, wanted):
         (out / "1_Pooling").mkdir(exist_ok=True)
         (out / "2_Normalize").mkdir(exist_ok=True)
         (out / "1_Pooling" / "config.json").write_text(json.dumps(
-            {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}))
+            {"word_embedding_dimension": config.hidden_size,
+             "pooling_mode_lasttoken" if name == "qwen3" else "pooling_mode_mean_tokens": True}))
         (out / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT, "do_lower_case": False}))
         print(name, sum(p.numel() for p in model.parameters()), "parameters")
 

@@ -36,11 +36,15 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;
     let model = Model::load(files, placement, output).with_context(|| format!("model {name}"))?;
     let a = model.architecture();
+    let heads = match (a.heads.queries, a.heads.keys) {
+        (queries, keys) if queries == keys => format!("{queries} heads"),
+        (queries, keys) => format!("{queries} heads of queries, {keys} of keys"),
+    };
     let mut rows = vec![
         ("model", name),
         ("digest", digest.full().to_owned()),
         ("architecture", a.name.clone()),
-        ("layers", format!("{}, {} wide, {} heads", a.layers.len(), a.hidden, a.heads)),
+        ("layers", format!("{}, {} wide, {heads}", a.layers.len(), a.hidden)),
         ("parameters", model.parameters.to_string()),
         ("dtype", model.placement.dtype_name().to_owned()),
         ("device", model.placement.name.clone()),

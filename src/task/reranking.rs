@@ -1,6 +1,7 @@
 //! reranking: how well each of a record's documents answers its query, best first:
 //! `{"results":[{"index":…,"score":…},…]}`, with the `id` of each document that has one. The query is the record's
-//! text. The model is a cross-encoder: one sequence per document, built as sentence-transformers' `CrossEncoder` does.
+//! text. The model is a cross-encoder, or a language model that is asked about each document: one sequence per document,
+//! built as sentence-transformers' `CrossEncoder` does.
 
 use std::borrow::Cow;
 
@@ -13,7 +14,7 @@ use super::text::{self, SEQUENCE, Texts, not_tokens};
 use super::{NUMBER, Task, TaskError, to_json};
 use crate::codec::{Input, json};
 use crate::engine::Rows;
-use crate::model::{Output, Scores, Shorten, Tokens};
+use crate::model::{Output, PairPrompt, Scores, Shorten, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, TaskKind};
 
@@ -21,7 +22,7 @@ pub(super) const KIND: Kind = Kind {
     kind: TaskKind("reranking"),
     prediction: "`{\"results\":[{\"index\":…,\"score\":…},…]}`: a record's documents, ranked by how well they answer its query",
     fields: &["results"],
-    keys: &["documents", "top_k", "overflow", "cache"],
+    keys: &["documents", "instruction", "top_k", "overflow", "cache"],
     pointers: &["documents"],
     overflow: BEGINNING,
     check: |task| match task.documents {
@@ -44,6 +45,8 @@ pub struct Reranking {
     pointer: String,
     top_k: usize,
     scores: Scores,
+    /// The prompt around query and document, if the model is a language model.
+    prompt: Option<PairPrompt>,
 }
 
 /// One document to rank.
@@ -71,10 +74,22 @@ struct Ranked<'a> {
 impl Reranking {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let model = &texts.model;
-        model
-            .tokenizer
-            .takes_pairs()
-            .map_err(|e| TaskError::Unsuitable(format!("it cannot take pairs of texts: {e}")))?;
+        let instruction = task.instruction.as_deref();
+        let prompt = match &model.question {
+            Some(question) => question.prompt(instruction, &model.tokenizer).map(Some),
+            None => Ok(None),
+        };
+        let prompt = prompt.map_err(|e| TaskError::Unsuitable(e.to_string()))?;
+        if prompt.is_none() {
+            if instruction.is_some() {
+                let message = "the model is a classifier of pairs, which takes no instruction".to_owned();
+                return Err(TaskError::Setting { key: "task.instruction", message });
+            }
+            model
+                .tokenizer
+                .takes_pairs()
+                .map_err(|e| TaskError::Unsuitable(format!("it cannot take pairs of texts: {e}")))?;
+        }
         let labels = model.labels.len();
         if labels > 2 {
             let message = format!("it has {labels} labels: a reranker has one (the score) or two (no, yes)");
@@ -84,6 +99,7 @@ impl Reranking {
             pointer: task.documents.clone().unwrap_or_default(),
             top_k: task.top_k.unwrap_or(usize::MAX),
             scores: model.scores,
+            prompt,
             texts,
         })
     }
@@ -122,16 +138,23 @@ impl Task for Reranking {
     fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Ids, RecordError> {
         let documents = self.documents(input.values.first().copied().flatten())?;
         let tokenizer = &self.texts.model.tokenizer;
-        let query = tokenizer.part(&*input.text).map_err(not_tokens)?;
-        let mut truncated = false;
-        for document in &documents {
-            let document = tokenizer.part(&*document.text).map_err(not_tokens)?;
-            let pair = tokenizer
-                .pair(&query, &document, Shorten::Longer)
-                .map_err(|e| RecordError::new(Fault::TooLong, e.to_string()))?;
-            truncated |= pair.truncated;
-            items.push(pair);
+        let first = items.len();
+        match &self.prompt {
+            Some(prompt) => {
+                for document in &documents {
+                    items.push(tokenizer.in_prompt(prompt, &input.text, &document.text).map_err(not_tokens)?);
+                }
+            }
+            None => {
+                let query = tokenizer.part(&*input.text).map_err(not_tokens)?;
+                for document in &documents {
+                    let document = tokenizer.part(&*document.text).map_err(not_tokens)?;
+                    let pair = tokenizer.pair(&query, &document, Shorten::Longer);
+                    items.push(pair.map_err(|e| RecordError::new(Fault::TooLong, e.to_string()))?);
+                }
+            }
         }
+        let truncated = items[first..].iter().any(|item| item.truncated);
         if truncated {
             self.texts.too_long()?;
         }
@@ -156,7 +179,8 @@ impl Task for Reranking {
         // Any string may be a document, and the query is repeated beside each document.
         let strings = json::Strings::of(value);
         let tokens = self.texts.model.tokenizer.max_tokens();
-        let both = value.len() + strings.count * strings.longest.min(tokens);
+        let prompt = self.prompt.as_ref().map_or(0, PairPrompt::most_tokens);
+        let both = value.len() + strings.count * (strings.longest.min(tokens) + prompt);
         let answers = strings.count * (SEQUENCE + self.texts.bytes(0) + NUMBER + 32);
         both.min(strings.count * tokens) * size_of::<u32>() + answers
     }

@@ -12,6 +12,7 @@ use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
 use super::matmul::{Products, Start};
+use super::norm::Norm;
 use super::simd::{add, copy, dispatch, exp};
 use super::tile::{F32, Kernel, Left, PackedA, Right, strip};
 use super::{Fused, Out, Packed, host};
@@ -24,6 +25,8 @@ pub enum Mask {
     Window(usize),
     /// The token itself and those before it.
     Causal,
+    /// The token itself and at most this many before it.
+    CausalWindow(usize),
 }
 
 impl Mask {
@@ -33,6 +36,7 @@ impl Mask {
             Self::Full => (length, length),
             Self::Window(tokens) => (tokens.min(length), tokens.min(length)),
             Self::Causal => (length, 0),
+            Self::CausalWindow(tokens) => (tokens.min(length), 0),
         }
     }
 
@@ -42,7 +46,13 @@ impl Mask {
             Self::Full => length,
             Self::Window(tokens) => length.min(2 * tokens + 1),
             Self::Causal => length.div_ceil(2),
+            Self::CausalWindow(tokens) => length.div_ceil(2).min(tokens + 1),
         }
+    }
+
+    /// Whether no query attends to a token after it.
+    pub fn is_causal(self) -> bool {
+        self.bounds(1).1 == 0
     }
 
     fn is_full(self, length: usize) -> bool {
@@ -75,10 +85,18 @@ pub struct Rope {
 
 /// A layer's attention.
 pub struct Attention {
+    /// Heads of queries.
     pub heads: usize,
+    /// Heads of keys and values, a divisor of `heads`: query head h attends to head h / (heads / keys)
+    /// (grouped-query attention, arXiv:2305.13245).
+    pub keys: usize,
     /// Elements of a head.
     pub width: usize,
+    /// Factor of the scores.
+    pub scale: f32,
     pub mask: Mask,
+    /// RMSNorm of each head's query and of its key, before they are rotated.
+    pub norms: Option<[Norm; 2]>,
     /// Added to the scores; shared by layers.
     pub distances: Option<Arc<DistanceBias>>,
 }
@@ -154,8 +172,27 @@ impl Rotation {
 }
 
 impl Attention {
-    /// `[tokens, 3 × hidden]`, each row a query, a key and a value of all heads, to `[tokens, hidden]`. `bias`,
-    /// `[3 × hidden]`, is the one that [`Linear::product`](super::Linear::product) has not added.
+    /// One head of keys per head of queries, with scores scaled by 1 / √width (arXiv:1706.03762).
+    pub fn new(heads: usize, width: usize, mask: Mask) -> Self {
+        let scale = 1.0 / (width as f32).sqrt();
+        Self { heads, keys: heads, width, scale, mask, norms: None, distances: None }
+    }
+
+    /// Elements of a row of the input: queries, keys and values of all heads.
+    fn row(&self) -> usize {
+        (self.heads + 2 * self.keys) * self.width
+    }
+
+    /// Whether this is attention as in [`Attention::new`], maybe with a bias by distance.
+    #[cfg(feature = "cuda")]
+    pub(super) fn is_plain(&self) -> bool {
+        let Self { heads, keys, width, scale, .. } = *self;
+        self.norms.is_none() && (keys, scale) == (heads, 1.0 / (width as f32).sqrt())
+    }
+
+    /// `[tokens, (heads + 2 × keys) × width]`, each row the queries, the keys and the values of all heads, to
+    /// `[tokens, heads × width]`. `bias`, one row, is the one that
+    /// [`Linear::product`](super::Linear::product) has not added.
     pub fn forward(
         &self,
         qkv: &Tensor,
@@ -196,27 +233,35 @@ impl Attention {
         rotation: Option<&Rotation>,
         batch: &Packed,
     ) -> Result<Tensor> {
-        let (heads, width) = (self.heads, self.width);
-        let hidden = heads * width;
-        let scale = 1.0 / (width as f64).sqrt();
+        let Self { heads, keys, width, scale, .. } = *self;
         let mut mixed = Vec::new();
         for run in batch.runs() {
             let tokens = run.sequences * run.length;
-            let part = |index: usize| {
+            let part = |first: usize, heads: usize| {
                 qkv.narrow(0, run.start, tokens)?
-                    .narrow(1, index * hidden, hidden)?
+                    .narrow(1, first * width, heads * width)?
                     .reshape((run.sequences, run.length, heads, width))?
                     .transpose(1, 2)?
                     .contiguous()
             };
-            let (mut q, mut k, v) = (part(0)?, part(1)?, part(2)?);
+            let (mut q, mut k, mut v) = (part(0, heads)?, part(heads, keys)?, part(heads + keys, keys)?);
+            if let Some([of_queries, of_keys]) = &self.norms {
+                (q, k) = (of_queries.tensor(&q)?, of_keys.tensor(&k)?);
+            }
             if let Some(rotation) = rotation {
                 let cos = rotation.cos.narrow(0, 0, run.length)?;
                 let sin = rotation.sin.narrow(0, 0, run.length)?;
                 q = rope(&q, &cos, &sin)?;
                 k = rope(&k, &cos, &sin)?;
             }
-            let mut scores = (q.matmul(&k.t()?)? * scale)?;
+            if keys < heads {
+                let shape = (run.sequences, keys, heads / keys, run.length, width);
+                let repeat = |x: Tensor| {
+                    x.unsqueeze(2)?.broadcast_as(shape)?.reshape((run.sequences, heads, run.length, width))
+                };
+                (k, v) = (repeat(k)?, repeat(v)?);
+            }
+            let mut scores = (q.matmul(&k.t()?)? * f64::from(scale))?;
             if let Some(distances) = &self.distances {
                 scores = scores.broadcast_add(&distances.tensor(run.length, scores.dtype())?)?;
             }
@@ -225,7 +270,7 @@ impl Attention {
                     scores.broadcast_add(&self.mask.tensor(run.length, scores.dtype(), qkv.device())?)?;
             }
             let out = softmax_last_dim(&scores)?.matmul(&v)?;
-            mixed.push(out.transpose(1, 2)?.reshape((tokens, hidden))?);
+            mixed.push(out.transpose(1, 2)?.reshape((tokens, heads * width))?);
         }
         if mixed.len() == 1 { Ok(mixed.remove(0)) } else { Tensor::cat(&mixed, 0) }
     }
@@ -275,7 +320,7 @@ impl WithSimd for Run<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { attention, rotation, batch, qkv, out, buffers } = self;
-        let Attention { heads, width, mask, ref distances } = *attention;
+        let Attention { heads, keys, width, mask, ref distances, .. } = *attention;
         let distances = distances
             .as_ref()
             .map(|bias| (bias.span, &bias.host.as_ref().expect("the table is on the CPU")[..]));
@@ -283,37 +328,38 @@ impl WithSimd for Run<'_> {
             let (cos, sin) = rotation.host.as_ref().expect("the rotation tables are on the CPU");
             (&cos[..], &sin[..])
         });
-        let hidden = heads * width;
-        let mut start = 0;
+        let (row, hidden) = (attention.row(), heads * width);
+        let (each, mut start) = (heads / keys, 0);
         for length in batch.lengths() {
-            let qkv = &qkv[start * 3 * hidden..][..length * 3 * hidden];
+            let qkv = &qkv[start * row..][..length * row];
             let out = &mut out[start * hidden..][..length * hidden];
-            for head in 0..heads {
-                let distances = distances.map(|(span, table)| {
-                    let row = 2 * span - 1;
-                    (span, &table[head * row..][..row])
-                });
-                let sequence = Sequence { qkv, hidden, at: head * width, width, length, rotation, distances };
-                sequence.head(simd, mask, &mut out[head * width..], buffers);
+            let sequence = Sequence { qkv, attention, row, hidden, length, rotation };
+            for key in 0..keys {
+                sequence.pack_keys(simd, key, buffers);
+                for head in key * each..(key + 1) * each {
+                    let distances = distances.map(|(span, table)| {
+                        let row = 2 * span - 1;
+                        (span, &table[head * row..][..row])
+                    });
+                    sequence.head(simd, mask, head, distances, &mut out[head * width..], buffers);
+                }
             }
             start += length;
         }
     }
 }
 
-/// One head of a sequence.
+/// One sequence.
 #[derive(Clone, Copy)]
 struct Sequence<'a> {
-    /// `[length, 3 × hidden]`.
+    /// `[length, row]`.
     qkv: &'a [f32],
+    attention: &'a Attention,
+    row: usize,
+    /// Elements of a row of the result.
     hidden: usize,
-    /// Index of the head's first element within a query, a key or a value.
-    at: usize,
-    width: usize,
     length: usize,
     rotation: Option<(&'a [f32], &'a [f32])>,
-    /// The longest sequence's length, and the head's bias for each distance.
-    distances: Option<(usize, &'a [f32])>,
 }
 
 /// Width of the next panel when `left` columns are left: two vectors, or one.
@@ -338,48 +384,86 @@ fn panel<S: Simd, const ROW: usize>(
 }
 
 impl Sequence<'_> {
-    /// The query (0), key (1) or value (2) of a token.
+    /// Head `head` of a token's row, which has the heads of queries, then those of keys, then those of values.
     #[inline(always)]
-    fn part(&self, part: usize, token: usize) -> &[f32] {
-        &self.qkv[token * 3 * self.hidden + part * self.hidden + self.at..][..self.width]
+    fn part(&self, head: usize, token: usize) -> &[f32] {
+        let width = self.attention.width;
+        &self.qkv[token * self.row + head * width..][..width]
     }
 
-    /// A token's query or key, rotated by its position. `out` is a buffer for the result.
+    /// A token's query or key, normalised if the layer does so, and rotated by its position. `out` is a buffer for
+    /// the result.
     #[inline(always)]
-    fn rotated<'b>(&'b self, part: usize, token: usize, out: &'b mut [f32]) -> &'b [f32] {
-        let x = self.part(part, token);
-        let Some((cos, sin)) = self.rotation else { return x };
-        let half = self.width / 2;
-        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
-        let ((x1, x2), (out1, out2)) = (x.split_at(half), out.split_at_mut(half));
-        for i in 0..half {
-            out1[i] = x1[i] * cos[i] - x2[i] * sin[i];
-            out2[i] = x2[i] * cos[i] + x1[i] * sin[i];
+    fn rotated<'b, S: Simd>(
+        &'b self,
+        simd: S,
+        head: usize,
+        norm: Option<&Norm>,
+        token: usize,
+        out: &'b mut [f32],
+    ) -> &'b [f32] {
+        let x = self.part(head, token);
+        let half = x.len() / 2;
+        let angles =
+            self.rotation.map(|(cos, sin)| (&cos[token * half..][..half], &sin[token * half..][..half]));
+        match (norm, angles) {
+            (None, None) => return x,
+            (None, Some(angles)) => rotate(x, angles, out),
+            (Some(norm), angles) => {
+                let (weight, scale) = norm.rms(simd, x);
+                for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                    *out = x * scale * weight;
+                }
+                if let Some((cos, sin)) = angles {
+                    let (x1, x2) = out.split_at_mut(half);
+                    for i in 0..half {
+                        (x1[i], x2[i]) = (x1[i] * cos[i] - x2[i] * sin[i], x2[i] * cos[i] + x1[i] * sin[i]);
+                    }
+                }
+            }
         }
         out
     }
 
-    /// Writes this head's result, `[length, width]`, to `out`, with rows `hidden` elements apart.
+    /// Packs the keys and values of head `key`.
     #[inline(always)]
-    fn head<S: Simd>(&self, simd: S, mask: Mask, out: &mut [f32], buffers: &mut Buffers) {
-        let Self { hidden, width, length, .. } = *self;
-        let (before, after) = mask.bounds(length);
-        let Buffers { rows, queries, keys, values, scores, factors } = buffers;
+    fn pack_keys<S: Simd>(&self, simd: S, key: usize, buffers: &mut Buffers) {
+        let Attention { heads, keys: all, width, ref norms, .. } = *self.attention;
+        let Buffers { rows, keys, values, .. } = buffers;
         rows.resize(4 * width, 0.0);
         keys.start(width, F32::<S>::HEIGHT);
-        for token in 0..length {
-            keys.push(self.rotated(1, token, &mut rows[..width]));
+        let norm = norms.as_ref().map(|[_, of_keys]| of_keys);
+        for token in 0..self.length {
+            keys.push(self.rotated(simd, heads + key, norm, token, &mut rows[..width]));
         }
         let stride = width.next_multiple_of(S::F32_LANES);
-        values.resize(values.len().max(length * stride), 0.0);
-        for (token, row) in values.chunks_exact_mut(stride).take(length).enumerate() {
-            copy(simd, self.part(2, token), row);
+        values.resize(values.len().max(self.length * stride), 0.0);
+        for (token, row) in values.chunks_exact_mut(stride).take(self.length).enumerate() {
+            copy(simd, self.part(heads + all + key, token), row);
         }
+    }
+
+    /// Writes the result of head `head`, `[length, width]`, to `out`, with rows `hidden` elements apart. Its keys and
+    /// values are packed. `distances` has the longest sequence's length, and the head's bias for each distance.
+    #[inline(always)]
+    fn head<S: Simd>(
+        &self,
+        simd: S,
+        mask: Mask,
+        head: usize,
+        distances: Option<(usize, &[f32])>,
+        out: &mut [f32],
+        buffers: &mut Buffers,
+    ) {
+        let Self { hidden, length, attention: &Attention { width, .. }, .. } = *self;
+        let (before, after) = mask.bounds(length);
+        let Buffers { rows, queries, keys, values, scores, factors } = buffers;
+        let stride = width.next_multiple_of(S::F32_LANES);
         let mut first = 0;
         while first < length {
             let columns = columns::<S>(length - first);
             let count = columns.min(length - first);
-            self.pack_queries(first..first + count, columns, rows, queries);
+            self.pack_queries(simd, head, first..first + count, columns, rows, queries);
             // The keys that any of these queries attends to, beginning at the first key of a tile.
             let from = keys.tile(first.saturating_sub(before));
             let to = (first + count + after).min(length);
@@ -392,7 +476,7 @@ impl Sequence<'_> {
                 Right { x: queries, stride: columns, ahead: &[] },
                 Products { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
             );
-            if let Some((span, distances)) = self.distances {
+            if let Some((span, distances)) = distances {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
                     add(simd, &mut scores[..count], &distances[first + span - 1 - key..][..count]);
                 }
@@ -430,9 +514,17 @@ impl Sequence<'_> {
 
     /// Writes queries scaled, rotated and transposed, four at a time where possible; zeros right of the last.
     #[inline(always)]
-    fn pack_queries(&self, tokens: Range<usize>, columns: usize, rows: &mut [f32], queries: &mut AVec<f32>) {
-        let width = self.width;
-        let scale = 1.0 / (width as f32).sqrt();
+    fn pack_queries<S: Simd>(
+        &self,
+        simd: S,
+        head: usize,
+        tokens: Range<usize>,
+        columns: usize,
+        rows: &mut [f32],
+        queries: &mut AVec<f32>,
+    ) {
+        let Attention { width, scale, ref norms, .. } = *self.attention;
+        let norm = norms.as_ref().map(|[of_queries, _]| of_queries);
         queries.resize(width * columns, 0.0);
         let whole = if width.is_multiple_of(4) { tokens.len() / 4 * 4 } else { 0 };
         for column in (0..whole).step_by(4) {
@@ -440,7 +532,7 @@ impl Sequence<'_> {
                 let mut rows = rows.chunks_exact_mut(width);
                 [0, 1, 2, 3].map(|i| {
                     let row = rows.next().expect("`rows` has room for four");
-                    self.rotated(0, tokens.start + column + i, row).as_chunks::<4>().0
+                    self.rotated(simd, head, norm, tokens.start + column + i, row).as_chunks::<4>().0
                 })
             };
             let fours = a.iter().zip(b).zip(c).zip(d);
@@ -452,7 +544,7 @@ impl Sequence<'_> {
             }
         }
         for column in whole..tokens.len() {
-            let query = self.rotated(0, tokens.start + column, &mut rows[..width]);
+            let query = self.rotated(simd, head, norm, tokens.start + column, &mut rows[..width]);
             for (row, x) in queries.chunks_exact_mut(columns).zip(query) {
                 row[column] = x * scale;
             }
@@ -460,6 +552,17 @@ impl Sequence<'_> {
         for row in queries.chunks_exact_mut(columns) {
             row[tokens.len()..].fill(0.0);
         }
+    }
+}
+
+/// Writes x to `out`, rotated by the angles with these cosines and sines.
+#[inline(always)]
+fn rotate(x: &[f32], (cos, sin): (&[f32], &[f32]), out: &mut [f32]) {
+    let half = x.len() / 2;
+    let ((x1, x2), (out1, out2)) = (x.split_at(half), out.split_at_mut(half));
+    for i in 0..half {
+        out1[i] = x1[i] * cos[i] - x2[i] * sin[i];
+        out2[i] = x2[i] * cos[i] + x1[i] * sin[i];
     }
 }
 
@@ -490,7 +593,7 @@ fn softmax<S: Simd, const W: usize>(simd: S, scores: &mut [f32], factors: &mut [
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::matmul::tests::{by_each_width, random};
-    use super::super::{Embedding, Norm, Pooling, Slot, Workspace};
+    use super::super::{Embedding, NormKind, Pooling, Slot, Workspace};
     use super::*;
 
     const CPU: Device = Device::Cpu;
@@ -520,7 +623,7 @@ pub(super) mod tests {
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
             let Self { attention, rotation, batch, qkv } = self;
-            let mut out = vec![f32::NAN; qkv.len() / 3];
+            let mut out = vec![f32::NAN; batch.tokens() * attention.heads * attention.width];
             let mut buffers = Buffers::new();
             Run { attention, rotation, batch, qkv, out: &mut out, buffers: &mut buffers }.with_simd(simd);
             out
@@ -548,20 +651,70 @@ pub(super) mod tests {
                 let rope = Rope { theta: 10_000.0, scaling_factor: 1.0 };
                 let rotation = Rotation::new(rope, 130, width, DType::F32, &CPU).unwrap();
                 for rotation in [None, Some(&rotation)] {
-                    let attention = Attention { heads, width, mask, distances: None };
-                    let fused = attention
-                        .forward(&qkv, None, rotation, &packed, workspace.at(Slot::Mixed, &CPU))
-                        .unwrap();
-                    let plain = attention.tensors(&qkv, rotation, &packed).unwrap();
-                    near(&fused, &plain);
-                    let numbers = host(&qkv).unwrap();
-                    let alone = || Alone { attention: &attention, rotation, batch: &packed, qkv: &numbers };
-                    for out in by_each_width(alone) {
-                        near(&Tensor::from_vec(out, plain.dims(), &CPU).unwrap(), &plain);
-                    }
+                    let attention = Attention::new(heads, width, mask);
+                    both_forms_agree(&attention, &qkv, rotation, &packed, &workspace);
                 }
             }
         }
+    }
+
+    fn both_forms_agree(
+        attention: &Attention,
+        qkv: &Tensor,
+        rotation: Option<&Rotation>,
+        packed: &Packed,
+        workspace: &Workspace,
+    ) {
+        let fused = attention.forward(qkv, None, rotation, packed, workspace.at(Slot::Mixed, &CPU)).unwrap();
+        let plain = attention.tensors(qkv, rotation, packed).unwrap();
+        near(&fused, &plain);
+        let numbers = host(qkv).unwrap();
+        let alone = || Alone { attention, rotation, batch: packed, qkv: &numbers };
+        for out in by_each_width(alone) {
+            near(&Tensor::from_vec(out, plain.dims(), &CPU).unwrap(), &plain);
+        }
+    }
+
+    fn rms_norm(width: usize, seed: u32) -> Norm {
+        let weight = Tensor::from_vec(random(width, seed), width, &CPU).unwrap();
+        let tensors = [("weight".to_owned(), weight)].into_iter().collect();
+        let vb = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+        Norm::load(width, NormKind::RmsPlusOne, 1e-6, vb).unwrap()
+    }
+
+    /// Groups of queries with normalised queries and keys, as in decoders.
+    #[test]
+    fn fused_attention_in_groups_matches_candle() {
+        let packed = batch(&[1, 2, 17, 17, 33, 70]);
+        let workspace = Workspace::default();
+        for (heads, keys, width) in [(4, 2, 8), (3, 1, 20), (2, 2, 16), (6, 2, 64)] {
+            let qkv = tensor(packed.tokens(), (heads + 2 * keys) * width, 5);
+            for mask in [Mask::Full, Mask::Window(3), Mask::Causal, Mask::CausalWindow(7)] {
+                let rope = Rope { theta: 1_000_000.0, scaling_factor: 8.0 };
+                let rotation = Rotation::new(rope, 70, width, DType::F32, &CPU).unwrap();
+                for rotation in [None, Some(&rotation)] {
+                    let norms = Some([rms_norm(width, 8), rms_norm(width, 9)]);
+                    let attention =
+                        Attention { keys, scale: 0.3, norms, ..Attention::new(heads, width, mask) };
+                    both_forms_agree(&attention, &qkv, rotation, &packed, &workspace);
+                }
+            }
+        }
+    }
+
+    /// Query head h attends to key head h / (heads / keys): repeating the keys changes nothing.
+    #[test]
+    fn a_group_of_queries_shares_its_keys() {
+        let packed = batch(&[3, 9]);
+        let (heads, keys, width) = (4, 2, 8);
+        let qkv = tensor(packed.tokens(), (heads + 2 * keys) * width, 5);
+        let head = |index: usize| qkv.narrow(1, index * width, width).unwrap();
+        let order = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7].map(head);
+        let repeated = Tensor::cat(&order, 1).unwrap();
+        let plain = Attention::new(heads, width, Mask::Causal);
+        let want = plain.tensors(&repeated, None, &packed).unwrap();
+        let grouped = Attention { keys, ..Attention::new(heads, width, Mask::Causal) };
+        near(&grouped.tensors(&qkv, None, &packed).unwrap(), &want);
     }
 
     #[test]
@@ -572,13 +725,14 @@ pub(super) mod tests {
             let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
             let distances = Arc::new(DistanceBias::new(&tensor(32, heads, 9), 128, 140).unwrap());
             for mask in [Mask::Full, Mask::Window(3), Mask::Causal] {
-                let attention = Attention { heads, width, mask, distances: Some(Arc::clone(&distances)) };
+                let distances = Some(Arc::clone(&distances));
+                let attention = Attention { distances, ..Attention::new(heads, width, mask) };
                 let out = workspace.at(Slot::Mixed, &CPU);
                 let fused = attention.forward(&qkv, None, None, &packed, out).unwrap();
                 near(&fused, &attention.tensors(&qkv, None, &packed).unwrap());
             }
-            let without = Attention { heads, width, mask: Mask::Full, distances: None };
-            let with = Attention { heads, width, mask: Mask::Full, distances: Some(distances) };
+            let without = Attention::new(heads, width, Mask::Full);
+            let with = Attention { distances: Some(distances), ..Attention::new(heads, width, Mask::Full) };
             let difference = (without.tensors(&qkv, None, &packed).unwrap()
                 - with.tensors(&qkv, None, &packed).unwrap())
             .unwrap();
@@ -599,14 +753,21 @@ pub(super) mod tests {
         let workspace = Workspace::default();
         let vars = candle_nn::VarMap::new();
         let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &CPU);
-        let embedding = Embedding {
+        let mut embedding = Embedding {
             word: tensor(100, 20, 1),
             positions: Some((tensor(80, 20, 2), 2)),
             types: Some(tensor(2, 20, 3)),
-            norm: Norm::load(20, true, 1e-5, vb).unwrap(),
+            scale: None,
+            norm: Some(Norm::load(20, NormKind::Layer { bias: true }, 1e-5, vb).unwrap()),
         };
-        let x = embedding.forward(&packed, workspace.at(Slot::Stream, &CPU)).unwrap();
-        near(&x, &embedding.tensors(&packed, &CPU).unwrap());
+        let fused = |embedding: &Embedding| {
+            let x = embedding.forward(&packed, workspace.at(Slot::Stream, &CPU)).unwrap();
+            near(&x, &embedding.tensors(&packed, &CPU).unwrap());
+            x
+        };
+        fused(&embedding);
+        (embedding.scale, embedding.norm) = (Some(4.5), None);
+        let x = fused(&embedding);
         for pooling in Pooling::ALL {
             let fused = pooling.forward(&x, &packed, workspace.at(Slot::Pooled, &CPU)).unwrap();
             near(&fused, &pooling.tensors(&x, &packed).unwrap());

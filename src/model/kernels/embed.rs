@@ -1,4 +1,4 @@
-//! Token ids to the first layer's input: the sum of embedding rows, normalised.
+//! Token ids to the first layer's input: the sum of embedding rows, scaled and normalised.
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Storage, Tensor};
 
@@ -12,7 +12,9 @@ pub struct Embedding {
     pub positions: Option<(Tensor, usize)>,
     /// `[types, hidden]`.
     pub types: Option<Tensor>,
-    pub norm: Norm,
+    /// Factor of the word's row.
+    pub scale: Option<f64>,
+    pub norm: Option<Norm>,
 }
 
 impl Embedding {
@@ -34,9 +36,15 @@ impl Embedding {
                 y.inplace_op1(&Sum { embedding: self, batch })?;
                 Ok(y)
             }
-            #[cfg(feature = "cuda")]
-            None if self.word.device().is_cuda() => super::cuda::embed(self, batch),
-            None => self.tensors(batch, self.word.device()),
+            None => {
+                #[cfg(feature = "cuda")]
+                if self.word.device().is_cuda()
+                    && let (Some(norm), None) = (&self.norm, self.scale)
+                {
+                    return super::cuda::embed(self, norm, batch);
+                }
+                self.tensors(batch, self.word.device())
+            }
         }
     }
 
@@ -52,6 +60,10 @@ impl Embedding {
     pub(super) fn tensors(&self, batch: &Packed, device: &Device) -> Result<Tensor> {
         let indices = batch.on(device)?;
         let mut x = self.word.index_select(&indices.ids, 0)?;
+        if let Some(scale) = self.scale {
+            // In the table's type, the factor is rounded to that type first, as in transformers.
+            x = (x * scale)?;
+        }
         if let Some(table) = self.position_table()? {
             x = (x + table.index_select(&indices.positions, 0)?)?;
         }
@@ -61,7 +73,10 @@ impl Embedding {
                 None => x.broadcast_add(&table.narrow(0, 0, 1)?)?,
             };
         }
-        self.norm.tensor(&x)
+        match &self.norm {
+            Some(norm) => norm.tensor(&x),
+            None => Ok(x),
+        }
     }
 }
 
@@ -76,7 +91,7 @@ impl InplaceOp1 for Sum<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let Embedding { word, positions, types, norm } = self.embedding;
+        let Embedding { word, positions, types, scale, norm } = self.embedding;
         let guards = [Some(word), positions.as_ref().map(|(table, _)| table), types.as_ref()]
             .map(|table| table.map(Tensor::storage_and_layout));
         let mut tables = [None; 3];
@@ -89,7 +104,7 @@ impl InplaceOp1 for Sum<'_> {
             }
         }
         let [Some(word), places, types] = tables else { unreachable!("the word table is not optional") };
-        let hidden = norm.weight.elem_count();
+        let hidden = self.embedding.word.dim(1)?;
         let row = |table, row: usize| -> &[f32] { &<&[f32]>::clone(&table)[row * hidden..][..hidden] };
         let out = floats_mut(out, layout)?;
         let (mut token, first) = (0, positions.as_ref().map_or(0, |(_, first)| *first));
@@ -97,6 +112,9 @@ impl InplaceOp1 for Sum<'_> {
             for position in first..first + length {
                 let out = &mut out[token * hidden..][..hidden];
                 out.copy_from_slice(row(word, self.batch.ids()[token] as usize));
+                if let Some(scale) = *scale {
+                    out.iter_mut().for_each(|x| *x *= scale as f32);
+                }
                 if let Some(table) = places {
                     add(out, row(table, position));
                 }
@@ -106,7 +124,9 @@ impl InplaceOp1 for Sum<'_> {
                 token += 1;
             }
         }
-        norm.rows(out);
+        if let Some(norm) = norm {
+            norm.rows(out);
+        }
         Ok(())
     }
 }

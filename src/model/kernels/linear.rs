@@ -31,6 +31,8 @@ pub enum Epilogue<'a> {
     Add(&'a Tensor),
     /// Adds a residual, then normalises each row.
     AddNorm(&'a Tensor, &'a Norm),
+    /// Normalises each row, then adds a residual.
+    NormAdd(&'a Norm, &'a Tensor),
 }
 
 impl Linear {
@@ -44,18 +46,36 @@ impl Linear {
         parts: &[VarBuilder<'_>],
     ) -> Result<Self> {
         let each = outputs / parts.len();
-        let weights: Vec<Tensor> =
-            parts.iter().map(|vb| vb.get((each, inputs), "weight")).collect::<Result<_>>()?;
-        let biases: Vec<Tensor> = match bias {
-            true => parts.iter().map(|vb| vb.get(each, "bias")).collect::<Result<_>>()?,
-            false => Vec::new(),
+        let parts: Vec<_> = parts.iter().map(|vb| (vb.clone(), each)).collect();
+        Self::load_parts(inputs, bias, precision, &parts)
+    }
+
+    /// Like [`Linear::load`], for layers that have different numbers of outputs.
+    pub fn load_parts(
+        inputs: usize,
+        bias: bool,
+        precision: Option<Precision>,
+        parts: &[(VarBuilder<'_>, usize)],
+    ) -> Result<Self> {
+        let weights = parts.iter().map(|(vb, outputs)| vb.get((*outputs, inputs), "weight"));
+        let weight = Tensor::cat(&weights.collect::<Result<Vec<_>>>()?, 0)?;
+        let bias = match bias {
+            true => {
+                let biases = parts.iter().map(|(vb, outputs)| vb.get(*outputs, "bias"));
+                Some(Tensor::cat(&biases.collect::<Result<Vec<_>>>()?, 0)?)
+            }
+            false => None,
         };
-        let weight = Tensor::cat(&weights, 0)?;
-        let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
+        Self::new(&weight, bias, precision)
+    }
+
+    /// `weight` is `[out, in]`, `bias` is `[out]`.
+    pub fn new(weight: &Tensor, bias: Option<Tensor>, precision: Option<Precision>) -> Result<Self> {
+        let (outputs, inputs) = weight.dims2()?;
         let weight = match weight.device().is_cpu() {
             true => {
                 let bias = bias.as_ref().map(host).transpose()?;
-                let weight = host(&weight)?;
+                let weight = host(weight)?;
                 Weight::Panels(match precision {
                     None => Panels::new(&weight, bias.as_deref(), inputs, outputs),
                     Some(precision) => {
@@ -104,6 +124,12 @@ impl Linear {
                         };
                         y.inplace_op3(x, residual, &Fused("linear", add))?;
                     }
+                    Epilogue::NormAdd(norm, residual) => {
+                        let add = |out: &mut [f32], x: &[f32], residual: &[f32]| {
+                            panels.multiply(x, out, &matmul::Epilogue::NormAdd(norm, residual));
+                        };
+                        y.inplace_op3(x, residual, &Fused("linear", add))?;
+                    }
                 }
                 return Ok(y);
             }
@@ -118,7 +144,14 @@ impl Linear {
                 Epilogue::Nothing => add_activate(&y, bias, None),
                 Epilogue::Activate(activation) => add_activate(&y, bias, Some(activation)),
                 Epilogue::Add(residual) => add_norm(&y, bias, Some(residual), None),
-                Epilogue::AddNorm(residual, norm) => add_norm(&y, bias, Some(residual), Some(norm)),
+                Epilogue::AddNorm(residual, norm) if norm.is_layer() => {
+                    add_norm(&y, bias, Some(residual), Some(norm))
+                }
+                Epilogue::AddNorm(residual, norm) => norm.tensor(&add_norm(&y, bias, Some(residual), None)?),
+                Epilogue::NormAdd(norm, residual) => {
+                    let y = if bias.is_some() { add_activate(&y, bias, None)? } else { y };
+                    norm.tensor(&y)? + residual
+                }
             };
         }
         if let Some(bias) = bias {
@@ -129,6 +162,7 @@ impl Linear {
             Epilogue::Activate(activation) => activation.tensor(&y),
             Epilogue::Add(residual) => y + residual,
             Epilogue::AddNorm(residual, norm) => norm.tensor(&(y + residual)?),
+            Epilogue::NormAdd(norm, residual) => norm.tensor(&y)? + residual,
         }
     }
 }

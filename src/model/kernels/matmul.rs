@@ -54,6 +54,8 @@ pub enum Epilogue<'a> {
     Add(&'a [f32]),
     /// Adds a residual, then normalises each row.
     AddNorm(&'a [f32], &'a Norm),
+    /// Normalises each row, then adds a residual.
+    NormAdd(&'a Norm, &'a [f32]),
 }
 
 impl Panels {
@@ -130,7 +132,7 @@ impl WithSimd for Multiply<'_> {
                 Weights::Quantized(quantized) => {
                     let activation = match epilogue {
                         Epilogue::Activate(activation) => Some(*activation),
-                        Epilogue::Nothing | Epilogue::Add(_) | Epilogue::AddNorm(..) => None,
+                        _ => None,
                     };
                     quantized.multiply(x, &panels.bias, out, activation);
                 }
@@ -143,6 +145,13 @@ impl WithSimd for Multiply<'_> {
                     let residual = residual[at..].chunks(outputs);
                     for (row, residual) in out.chunks_mut(outputs).zip(residual) {
                         add_norm(simd, row, Some(residual), norm);
+                    }
+                }
+                Epilogue::NormAdd(norm, residual) => {
+                    let residual = residual[at..].chunks(outputs);
+                    for (row, residual) in out.chunks_mut(outputs).zip(residual) {
+                        add_norm(simd, row, None, norm);
+                        add(simd, row, residual);
                     }
                 }
             }

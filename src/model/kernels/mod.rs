@@ -27,7 +27,7 @@ pub use activation::{Activation, Gate, gated};
 pub use attention::{Attention, DistanceBias, Mask, Rope, Rotation};
 pub use embed::Embedding;
 pub use linear::{Epilogue, Linear};
-pub use norm::Norm;
+pub use norm::{Norm, NormKind};
 pub use packed::{Indices, Packed, Run};
 pub use pool::Pooling;
 pub use quant::Precision;

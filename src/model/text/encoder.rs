@@ -40,7 +40,11 @@ impl Encoder {
                 Positions::Learned { name, count, first } => Some((table(name, count)?, first)),
                 Positions::Rotary { .. } => None,
             },
-            norm: Norm::load(width, a.norm_bias, a.norm_eps, vb.pp(a.embeddings.norm))?,
+            scale: a.embeddings.scale,
+            norm: match a.embeddings.norm {
+                Some(name) => Some(Norm::load(width, a.norm, a.norm_eps, vb.pp(name))?),
+                None => None,
+            },
         };
         let projection = match a.embeddings.projection {
             Some(name) => Some(Linear::load(width, a.hidden, true, precision, &[vb.pp(name)])?),
@@ -53,6 +57,11 @@ impl Encoder {
 
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
+    }
+
+    /// The embeddings of all tokens, `[vocabulary, width]`.
+    pub fn word_table(&self) -> &Tensor {
+        &self.embedding.word
     }
 
     pub fn device(&self) -> &Device {

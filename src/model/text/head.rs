@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::architecture::Architecture;
-use crate::model::kernels::{Activation, Epilogue, Linear, Norm, Packed, Pooling, Slot, Workspace};
+use crate::model::kernels::{Activation, Epilogue, Linear, Norm, NormKind, Packed, Pooling, Slot, Workspace};
 
 /// What follows the encoder.
 pub struct Head {
@@ -26,10 +26,10 @@ impl Dense {
         (input, output): (usize, usize),
         bias: bool,
         activation: Option<Activation>,
-        norm_of: Option<(VarBuilder<'_>, bool, f64)>,
+        norm_of: Option<(VarBuilder<'_>, NormKind, f64)>,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        let norm = norm_of.map(|(vb, bias, eps)| Norm::load(output, bias, eps, vb)).transpose()?;
+        let norm = norm_of.map(|(vb, kind, eps)| Norm::load(output, kind, eps, vb)).transpose()?;
         Ok(Self { linear: Linear::load(input, output, bias, None, &[vb])?, activation, norm })
     }
 
@@ -56,6 +56,25 @@ impl Head {
         Self { pooling: Some(pooling), classifier: None }
     }
 
+    /// How much higher a language model's logit of token `yes` is than that of `no`, after each sequence; without `no`,
+    /// the logit of `yes`. `table`, `[vocabulary, hidden]`, is the layer that gives the logits.
+    pub fn answer(table: &Tensor, yes: u32, no: Option<u32>) -> Result<Self> {
+        let count = table.dim(0)?;
+        let row = |id: u32| {
+            if id as usize >= count {
+                candle_core::bail!("token id {id} is outside the model's vocabulary of {count}");
+            }
+            table.narrow(0, id as usize, 1)?.to_dtype(DType::F32)
+        };
+        let weight = match no {
+            Some(no) => (row(yes)? - row(no)?)?,
+            None => row(yes)?,
+        };
+        let linear = Linear::new(&weight.to_dtype(table.dtype())?, None, None)?;
+        let classifier = Classifier { hidden: None, out: Dense { linear, activation: None, norm: None } };
+        Ok(Self { pooling: Some(Pooling::Last), classifier: Some(classifier) })
+    }
+
     /// Logits of each sequence, or of each token, one per label. `root` has no prefix, `encoder` has the encoder's.
     pub fn classifier(
         a: &Architecture,
@@ -65,15 +84,16 @@ impl Head {
         encoder: &VarBuilder<'_>,
     ) -> Result<Self> {
         let c = &a.classifier;
-        let hidden = (!per_token || c.dense_for_tokens).then(|| {
+        let dense = c.dense.filter(|_| !per_token || c.dense_for_tokens);
+        let hidden = dense.map(|name| {
             let vb = if c.dense_in_encoder { encoder } else { root };
-            let norm = c.norm.map(|name| (root.pp(name), a.norm_bias, a.norm_eps));
-            Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(c.dense))
+            let norm = c.norm.map(|name| (root.pp(name), a.norm, a.norm_eps));
+            Dense::new((a.hidden, a.hidden), c.dense_bias, Some(c.activation), norm, vb.pp(name))
         });
-        let out = Dense::new((a.hidden, labels), true, None, None, root.pp(c.out(per_token)))?;
-        let pooling = if c.mean { Pooling::Mean } else { Pooling::First };
+        let bias = per_token || c.out_bias;
+        let out = Dense::new((a.hidden, labels), bias, None, None, root.pp(c.out(per_token)))?;
         let classifier = Some(Classifier { hidden: hidden.transpose()?, out });
-        Ok(Self { pooling: (!per_token).then_some(pooling), classifier })
+        Ok(Self { pooling: (!per_token).then_some(c.pooling), classifier })
     }
 
     /// Whether each token has a row, instead of each sequence.

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use super::architecture::{Architecture, ConfigError};
 use super::encoder::Encoder;
 use super::head::Head;
+use super::question::{Question, is_language_model};
 use super::sentence::{Embedding, TextSettings, cross_encoder_scores};
 use super::tokenize::{TokenizeError, Tokenizer, Tokens};
 use crate::model::kernels::{Packed, Precision, Transfer};
@@ -89,6 +90,8 @@ pub struct Model {
     /// How a classifier's logits become scores.
     pub scores: Scores,
     pub embedding: Embedding,
+    /// What a reranker that is a language model is asked.
+    pub question: Option<Question>,
     pub parameters: usize,
     /// Token ids of a short text, repeated to make the engine's samples.
     pub(super) plain: Vec<u32>,
@@ -96,6 +99,8 @@ pub struct Model {
     output: Output,
     head: Head,
     width: usize,
+    /// Tokens with this id at the end of a sequence have no effect.
+    padding: Option<u32>,
     /// Held while a batch is queued on a GPU, which has one queue: otherwise two batches would interleave and both
     /// finish late.
     queueing: Mutex<()>,
@@ -112,6 +117,9 @@ impl Model {
         // The settings of sentence-transformers do not apply to a classifier of transformers.
         let text = match output {
             Output::Embedding => TextSettings::read(&files, "feature-extraction")?,
+            Output::PairLogits if is_language_model(&config) => {
+                TextSettings::read(&files, "text-generation")?
+            }
             Output::PairLogits => TextSettings::read(&files, "sequence-classification")?,
             Output::Logits | Output::TokenLogits => TextSettings::default(),
         };
@@ -122,6 +130,10 @@ impl Model {
             Output::Embedding => Embedding::read(&files)?,
             _ => Embedding::default(),
         };
+        let question = match output == Output::PairLogits && is_language_model(&config) {
+            true => Some(Question::read(&files, &architecture, &tokenizer)?),
+            false => None,
+        };
         let weights = Weights::open(&files)?;
         let parameters = weights.parameters();
         let root = VarBuilder::from_backend(Box::new(weights), placement.dtype, placement.device.clone());
@@ -130,23 +142,45 @@ impl Model {
         let vb = inner.into_iter().find(|vb| vb.contains_tensor(&word)).unwrap_or_else(|| root.clone());
         let weights = |e: candle_core::Error| ModelError::Weights(message(&e));
 
-        let labels = labels(&config);
-        let (head, width) = match output {
-            Output::Embedding => (Head::embedding(embedding.pooling), architecture.hidden),
-            Output::Logits | Output::PairLogits | Output::TokenLogits => {
-                let per_token = output == Output::TokenLogits;
-                let out = format!("{}.weight", architecture.classifier.out(per_token));
-                if !root.contains_tensor(&out) {
-                    let what = if per_token { "token" } else { "text" };
-                    return Err(ModelError::Unsupported(format!(
-                        "it is not a {what} classifier: its weights have no {out}"
-                    )));
-                }
-                let head = Head::classifier(&architecture, labels.len(), per_token, &root, &vb);
+        let labels = match &question {
+            Some(_) => vec!["yes".to_owned()],
+            None => labels(&config),
+        };
+        let per_token = output == Output::TokenLogits;
+        if output != Output::Embedding && question.is_none() {
+            let out = format!("{}.weight", architecture.classifier.out(per_token));
+            if !root.contains_tensor(&out) {
+                let what = if per_token { "token" } else { "text" };
+                return Err(ModelError::Unsupported(format!(
+                    "it is not a {what} classifier: its weights have no {out}"
+                )));
+            }
+        }
+        let encoder = Encoder::load(architecture, &vb, placement.precision).map_err(weights)?;
+        let a = encoder.architecture();
+        let (head, width) = match (output, &question) {
+            (Output::Embedding, _) => (Head::embedding(embedding.pooling), a.hidden),
+            (_, Some(Question { yes, no, .. })) => {
+                // Where the file does not say, the default depends on the model's type.
+                let own = root.contains_tensor("lm_head.weight");
+                let head = match config["tie_word_embeddings"].as_bool().unwrap_or(!own) {
+                    true => Head::answer(encoder.word_table(), *yes, *no),
+                    false => root
+                        .pp("lm_head")
+                        .get((a.vocabulary, a.hidden), "weight")
+                        .and_then(|table| Head::answer(&table, *yes, *no)),
+                };
+                (head.map_err(weights)?, 1)
+            }
+            (_, None) => {
+                let head = Head::classifier(a, labels.len(), per_token, &root, &vb);
                 (head.map_err(weights)?, labels.len())
             }
         };
-        let encoder = Encoder::load(architecture, &vb, placement.precision).map_err(weights)?;
+        let padding = match (output, &question) {
+            (Output::Logits | Output::PairLogits, None) => a.classifier.padding,
+            _ => None,
+        };
         #[cfg(feature = "cuda")]
         let kept = match encoder.device() {
             candle_core::Device::Cuda(device) => {
@@ -155,7 +189,7 @@ impl Model {
             _ => None,
         };
         let scores = match output {
-            Output::PairLogits => cross_encoder_scores(&files, &config)?,
+            Output::PairLogits => cross_encoder_scores(&files, &config, question.is_some())?,
             _ => Scores::of(&config, labels.len())?,
         };
         let plain = tokenizer.encode("kandle")?.ids;
@@ -167,12 +201,14 @@ impl Model {
             labels,
             scores,
             embedding,
+            question,
             parameters,
             plain,
             encoder,
             output,
             head,
             width,
+            padding,
             queueing: Mutex::default(),
             #[cfg(feature = "cuda")]
             _kept: kept,
@@ -203,7 +239,7 @@ impl Model {
         };
         // Only the matrices of the layers, and before them, are quantized.
         let a = self.architecture();
-        let of_layer = a.hidden * (4 * a.hidden + a.up() + a.intermediate);
+        let of_layer = a.layer_weights();
         let projection = a.embeddings.projection.map_or(0, |_| a.embeddings.width * a.hidden);
         let of_layers = (a.distinct_layers().count() * of_layer + projection).min(self.parameters);
         (of_layers * quantized + (self.parameters - of_layers) * whole) as u64
@@ -219,11 +255,18 @@ impl Model {
         if self.head.is_per_token() { tokens * self.width } else { self.width }
     }
 
+    /// A sequence without the padding at its end, which a causal classifier does not pool, as in transformers. (Of a
+    /// sequence of padding, the first token is pooled.)
+    fn pooled<'t>(&self, ids: &'t [u32]) -> &'t [u32] {
+        let Some(padding) = self.padding else { return ids };
+        &ids[..ids.iter().rposition(|&id| id != padding).unwrap_or(0) + 1]
+    }
+
     /// One answer per sequence, in the order of the batch: [`Model::width`] values, or that many for each of its
     /// tokens.
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Ragged<f32>> {
         let sequences: Vec<_> =
-            batch.iter().map(|tokens| (&tokens.ids[..], tokens.type_ids.as_deref())).collect();
+            batch.iter().map(|tokens| (self.pooled(&tokens.ids), tokens.type_ids.as_deref())).collect();
         let packed = Packed::new(&sequences);
         let gpu = !self.encoder.device().is_cpu();
         let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));

@@ -123,15 +123,85 @@ impl Embedding {
     }
 }
 
+/// How a language model's logits become a score, and how it is prompted: LogitScore of sentence-transformers.
+pub(super) struct LogitScore {
+    /// Token ids.
+    pub yes: u32,
+    pub no: Option<u32>,
+    /// Messages of the chat template have lists of parts as content.
+    pub structured: bool,
+    /// The default prompt.
+    pub instruction: Option<String>,
+}
+
+impl LogitScore {
+    /// `None` without modules.json.
+    ///
+    /// # Errors
+    /// modules.json has no LogitScore, or a file has a setting that kandle does not know.
+    pub fn read(files: &Files) -> Result<Option<Self>, ModelError> {
+        let Some(modules) = files.json("modules.json")? else { return Ok(None) };
+        for module in modules.as_array().into_iter().flatten() {
+            let kind = module["type"].as_str().unwrap_or_default();
+            if !matches!(kind.rsplit('.').next(), Some("Transformer" | "LogitScore")) {
+                let supported = "for reranking with a language model, Transformer and LogitScore";
+                return Err(unsupported("modules.json", kind, supported));
+            }
+        }
+        let Some(file) = logit_score_file(Some(&modules))? else {
+            return Err(unsupported("modules.json", "a language model without LogitScore", "one with it"));
+        };
+        let config = files.json(&file)?.unwrap_or_default();
+        refuse_others(&file, &config, &["true_token_id", "false_token_id", "module_input_name"])?;
+        let id = |key: &str| config[key].as_u64().and_then(|id| u32::try_from(id).ok());
+        let Some(yes) = id("true_token_id") else {
+            let what = format!("true_token_id {}", config["true_token_id"]);
+            return Err(unsupported(&file, &what, "a token id"));
+        };
+        let mut format = Value::Null;
+        for name in TEXT_SETTINGS {
+            if let Some(settings) = files.json(name)? {
+                format = settings["modality_config"]["message"]["format"].clone();
+                break;
+            }
+        }
+        let prompts = files.json("config_sentence_transformers.json")?.unwrap_or_default();
+        let default = prompts["default_prompt_name"].as_str();
+        let instruction = default.and_then(|name| prompts["prompts"][name].as_str()).map(str::to_owned);
+        Ok(Some(Self { yes, no: id("false_token_id"), structured: format == "structured", instruction }))
+    }
+}
+
 /// The path of the pooling's config.json, according to modules.json; `None` if it lists no pooling.
 ///
 /// # Errors
 /// The path is outside of the checkpoint's folder, or is the folder itself.
-pub fn pooling_file(modules: Option<&Value>) -> Result<Option<String>, FilesError> {
+fn pooling_file(modules: Option<&Value>) -> Result<Option<String>, FilesError> {
+    module_file(modules, "Pooling")
+}
+
+/// The path of LogitScore's config.json, like [`pooling_file`].
+fn logit_score_file(modules: Option<&Value>) -> Result<Option<String>, FilesError> {
+    module_file(modules, "LogitScore")
+}
+
+/// The paths of all modules' config.json that kandle reads.
+///
+/// # Errors
+/// As [`pooling_file`].
+pub fn module_files(modules: Option<&Value>) -> Result<impl Iterator<Item = String>, FilesError> {
+    Ok(pooling_file(modules)?.into_iter().chain(logit_score_file(modules)?))
+}
+
+fn module_file(modules: Option<&Value>, name: &str) -> Result<Option<String>, FilesError> {
     let modules = modules.and_then(Value::as_array).into_iter().flatten();
-    let is_pooling = |module: &&Value| module["type"].as_str().is_some_and(|kind| kind.ends_with(".Pooling"));
+    let is_it = |module: &&Value| {
+        module["type"]
+            .as_str()
+            .is_some_and(|kind| kind.contains('.') && kind.rsplit('.').next() == Some(name))
+    };
     let Some(path) =
-        modules.into_iter().find(is_pooling).map(|module| module["path"].as_str().unwrap_or_default())
+        modules.into_iter().find(is_it).map(|module| module["path"].as_str().unwrap_or_default())
     else {
         return Ok(None);
     };
@@ -140,7 +210,7 @@ pub fn pooling_file(modules: Option<&Value>) -> Result<Option<String>, FilesErro
         true => Ok(Some(format!("{path}/config.json"))),
         false => Err(FilesError::Content {
             file: "modules.json".to_owned(),
-            message: format!("the path {path:?} of Pooling is not a folder inside of the checkpoint"),
+            message: format!("the path {path:?} of {name} is not a folder inside of the checkpoint"),
         }),
     }
 }
@@ -197,11 +267,15 @@ fn pooling(file: &str, config: &Value) -> Result<Pooling, ModelError> {
 /// config_sentence_transformers.json, else that of config.json's newer or older key, else a sigmoid.
 ///
 /// # Errors
-/// The activation is neither a sigmoid nor the identity, or the file sets a prompt.
-pub(super) fn cross_encoder_scores(files: &Files, config: &Value) -> Result<Scores, ModelError> {
+/// The activation is neither a sigmoid nor the identity, or the file sets a prompt for a model that is not `prompted`.
+pub(super) fn cross_encoder_scores(
+    files: &Files,
+    config: &Value,
+    prompted: bool,
+) -> Result<Scores, ModelError> {
     let file = "config_sentence_transformers.json";
     let own = files.json(file)?.unwrap_or_default();
-    if let Some(prompt) = own["default_prompt_name"].as_str() {
+    if let Some(prompt) = own["default_prompt_name"].as_str().filter(|_| !prompted) {
         return Err(unsupported(file, &format!("default_prompt_name {prompt:?}"), "no prompt for pairs"));
     }
     let places = [

@@ -18,6 +18,8 @@ struct Block {
     up: Linear,
     down: Linear,
     mlp_norm: Norm,
+    /// Of the results of attention and feed-forward, before the residual is added.
+    branch_norms: Option<[Norm; 2]>,
     /// Index into [`Trunk::rotations`].
     rotation: Option<usize>,
 }
@@ -38,7 +40,7 @@ impl Trunk {
         let mut rotations: Vec<Rotation> = Vec::new();
         let distances = match &a.relative_bias {
             Some(RelativeBias { name, buckets, max_distance }) => {
-                let weight = vb.pp(name).get((*buckets, a.heads), "weight")?;
+                let weight = vb.pp(name).get((*buckets, a.heads.queries), "weight")?;
                 Some(Arc::new(DistanceBias::new(&weight, *max_distance, a.max_tokens())?))
             }
             None => None,
@@ -53,7 +55,7 @@ impl Trunk {
                 Some(rope) => Some(match rotations.iter().position(|r| r.rope == rope) {
                     Some(at) => at,
                     None => {
-                        let (width, dtype) = (a.hidden / a.heads, vb.dtype());
+                        let (width, dtype) = (a.heads.width, vb.dtype());
                         rotations.push(Rotation::new(rope, a.max_tokens(), width, dtype, vb.device())?);
                         rotations.len() - 1
                     }
@@ -64,7 +66,7 @@ impl Trunk {
             blocks.push(Block::load(a, layer, rotation, distances.clone(), vb, precision)?);
         }
         let final_norm = match a.final_norm {
-            Some(name) => Some(Norm::load(a.hidden, a.norm_bias, a.norm_eps, vb.pp(name))?),
+            Some(name) => Some(Norm::load(a.hidden, a.norm, a.norm_eps, vb.pp(name))?),
             None => None,
         };
         Ok(Self { norms: a.norms, feed_forward: a.feed_forward, blocks, layers, rotations, final_norm })
@@ -91,13 +93,21 @@ impl Trunk {
         };
         let (qkv, bias) = block.qkv.product(normed, out(Slot::Wide))?;
         let mixed = block.attention.forward(&qkv, bias, rotation, batch, out(Slot::Mixed))?;
-        let epilogue = match (pre_norm, &block.attention_norm) {
-            (false, Some(norm)) => Epilogue::AddNorm(x, norm),
+        let of_branch = block.branch_norms.as_ref();
+        let epilogue = match (pre_norm, &block.attention_norm, of_branch) {
+            (false, Some(norm), _) => Epilogue::AddNorm(x, norm),
+            (_, _, Some([norm, _])) => Epilogue::NormAdd(norm, x),
             _ => Epilogue::Add(x),
         };
         let attended = block.attention_out.forward(&mixed, epilogue, out(Slot::Attended))?;
         let (normed, epilogue) = match pre_norm {
-            true => (&block.mlp_norm.forward(&attended, out(Slot::Mixed))?, Epilogue::Add(&attended)),
+            true => {
+                let epilogue = match of_branch {
+                    Some([_, norm]) => Epilogue::NormAdd(norm, &attended),
+                    None => Epilogue::Add(&attended),
+                };
+                (&block.mlp_norm.forward(&attended, out(Slot::Mixed))?, epilogue)
+            }
             false => (&attended, Epilogue::AddNorm(&attended, &block.mlp_norm)),
         };
         let inner = match self.feed_forward {
@@ -122,23 +132,41 @@ impl Block {
         vb: &VarBuilder<'_>,
         precision: Option<Precision>,
     ) -> Result<Self> {
-        let h = a.hidden;
+        let (h, heads) = (a.hidden, a.heads);
+        let sizes = [heads.all_queries(), heads.all_keys(), heads.all_keys()];
         let qkv = match &layer.qkv {
-            Qkv::Fused(name) => vec![vb.pp(name)],
-            Qkv::Separate(names) => names.iter().map(|name| vb.pp(name)).collect(),
+            Qkv::Fused(name) => vec![(vb.pp(name), sizes.iter().sum())],
+            Qkv::Separate(names) => names.iter().map(|name| vb.pp(name)).zip(sizes).collect(),
         };
         let ups: Vec<_> = layer.up.iter().map(|name| vb.pp(name)).collect();
+        let norm = |name: &String, size: usize| Norm::load(size, a.norm, a.norm_eps, vb.pp(name));
+        let pair = |names: &Option<[String; 2]>, size: usize| match names {
+            Some([first, second]) => {
+                Ok::<_, candle_core::Error>(Some([norm(first, size)?, norm(second, size)?]))
+            }
+            None => Ok(None),
+        };
         Ok(Self {
-            qkv: Linear::load(h, 3 * h, a.attention_bias, precision, &qkv)?,
-            attention: Attention { heads: a.heads, width: h / a.heads, mask: layer.mask, distances },
-            attention_out: Linear::load(h, h, a.attention_bias, precision, &[vb.pp(&layer.attention_out)])?,
-            attention_norm: match &layer.attention_norm {
-                Some(name) => Some(Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(name))?),
-                None => None,
+            qkv: Linear::load_parts(h, a.attention_bias, precision, &qkv)?,
+            attention: Attention {
+                keys: heads.keys,
+                scale: heads.scale as f32,
+                norms: pair(&layer.qk_norms, heads.width)?,
+                distances,
+                ..Attention::new(heads.queries, heads.width, layer.mask)
             },
+            attention_out: Linear::load(
+                heads.all_queries(),
+                h,
+                a.attention_bias,
+                precision,
+                &[vb.pp(&layer.attention_out)],
+            )?,
+            attention_norm: layer.attention_norm.as_ref().map(|name| norm(name, h)).transpose()?,
             up: Linear::load(h, a.up(), a.up_bias, precision, &ups)?,
             down: Linear::load(a.intermediate, h, a.down_bias, precision, &[vb.pp(&layer.down)])?,
-            mlp_norm: Norm::load(h, a.norm_bias, a.norm_eps, vb.pp(&layer.mlp_norm))?,
+            mlp_norm: norm(&layer.mlp_norm, h)?,
+            branch_norms: pair(&layer.branch_norms, h)?,
             rotation,
         })
     }

@@ -22,11 +22,13 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 up: vec![name("ffn")],
                 down: name("ffn_output"),
                 mlp_norm: name("full_layer_layer_norm"),
+                branch_norms: None,
+                qk_norms: None,
                 rope: None,
                 mask: Mask::Full,
             }
         })
         .collect();
-    architecture.classifier = Classifier { dense: "pooler", ..bert::classifier() };
+    architecture.classifier = Classifier { dense: Some("pooler"), ..bert::classifier() };
     Ok(architecture)
 }

@@ -12,13 +12,15 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
 /// BERT's head: the pooler over the first token, then the labels.
 pub(super) fn classifier() -> Classifier {
     Classifier {
-        mean: false,
-        dense: "pooler.dense",
+        pooling: Pooling::First,
+        padding: None,
+        dense: Some("pooler.dense"),
         dense_in_encoder: true,
         dense_bias: true,
         activation: Activation::Tanh,
         norm: None,
         out: "classifier",
+        out_bias: true,
         dense_for_tokens: false,
     }
 }
@@ -49,6 +51,8 @@ pub(super) fn post_norm(
                 up: vec![name("intermediate.dense")],
                 down: name("output.dense"),
                 mlp_norm: name("output.LayerNorm"),
+                branch_norms: None,
+                qk_norms: None,
                 rope: None,
                 mask: Mask::Full,
             }
@@ -65,7 +69,8 @@ pub(super) fn post_norm(
         embeddings: Embeddings {
             word: "embeddings.word_embeddings",
             token_type: Some(("embeddings.token_type_embeddings", config.size_or("type_vocab_size", 2)?)),
-            norm: "embeddings.LayerNorm",
+            scale: None,
+            norm: Some("embeddings.LayerNorm"),
             width: hidden,
             projection: None,
         },
@@ -77,16 +82,18 @@ pub(super) fn post_norm(
         attention_bias: true,
         up_bias: true,
         down_bias: true,
-        norm_bias: true,
+        norm: NormKind::Layer { bias: true },
         final_norm: None,
         classifier: Classifier {
-            mean: false,
-            dense: "classifier.dense",
+            pooling: Pooling::First,
+            padding: None,
+            dense: Some("classifier.dense"),
             dense_in_encoder: false,
             dense_bias: true,
             activation: Activation::Tanh,
             norm: None,
             out: "classifier.out_proj",
+            out_bias: true,
             dense_for_tokens: false,
         },
     })

@@ -18,7 +18,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
     }
     let hidden = config.size("hidden_size")?;
     let heads = config.heads("num_attention_heads", hidden)?;
-    let rope = rope(config, hidden / heads)?;
+    let rope = rope(config, heads.width)?;
     let layers = (0..config.size("num_hidden_layers")?)
         .map(|i| {
             let name = |tail: &str| format!("encoder.layer.{i}.{tail}");
@@ -29,6 +29,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 up: vec![name("mlp.up_gate_proj")],
                 down: name("mlp.down_proj"),
                 mlp_norm: name("mlp_ln"),
+                branch_norms: None,
+                qk_norms: None,
                 rope: Some(rope),
                 mask: Mask::Full,
             }
@@ -45,7 +47,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         embeddings: Embeddings {
             word: "embeddings.word_embeddings",
             token_type: config.types("embeddings.token_type_embeddings", 1),
-            norm: "embeddings.LayerNorm",
+            scale: None,
+            norm: Some("embeddings.LayerNorm"),
             width: hidden,
             projection: None,
         },
@@ -57,7 +60,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         attention_bias: true,
         up_bias: false,
         down_bias: true,
-        norm_bias: true,
+        norm: NormKind::Layer { bias: true },
         final_norm: None,
         classifier: bert::classifier(),
     })

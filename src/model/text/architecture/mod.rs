@@ -3,12 +3,15 @@
 
 mod albert;
 mod bert;
+mod decoder;
 mod distilbert;
 mod electra;
+mod gemma3;
 mod gte;
 mod modernbert;
 mod mpnet;
 mod nomic;
+mod qwen3;
 mod roberta;
 
 use std::cell::RefCell;
@@ -17,7 +20,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::sentence::is_off;
-pub use crate::model::kernels::{Activation, Gate, Mask, Rope};
+pub use crate::model::kernels::{Activation, Gate, Mask, NormKind, Pooling, Rope};
 
 /// The architectures, by config.json's `model_type`. To add one, add a file and a line here.
 const KNOWN: &[(&str, Describe)] = &[
@@ -26,11 +29,13 @@ const KNOWN: &[(&str, Describe)] = &[
     ("camembert", roberta::describe),
     ("distilbert", distilbert::describe),
     ("electra", electra::describe),
+    ("gemma3_text", gemma3::describe),
     ("gte", gte::describe),
     ("modernbert", modernbert::describe),
     ("mpnet", mpnet::describe),
     ("new", gte::describe),
     ("nomic_bert", nomic::describe),
+    ("qwen3", qwen3::describe),
     ("roberta", roberta::describe),
     ("xlm-roberta", roberta::describe),
 ];
@@ -163,7 +168,7 @@ pub struct Architecture {
     pub prefixes: &'static [&'static str],
     pub vocabulary: usize,
     pub hidden: usize,
-    pub heads: usize,
+    pub heads: Heads,
     pub intermediate: usize,
     pub norm_eps: f64,
     pub embeddings: Embeddings,
@@ -177,10 +182,34 @@ pub struct Architecture {
     pub attention_bias: bool,
     pub up_bias: bool,
     pub down_bias: bool,
-    pub norm_bias: bool,
+    pub norm: NormKind,
     /// Tensor name of the norm after the last layer.
     pub final_norm: Option<&'static str>,
     pub classifier: Classifier,
+}
+
+/// The heads of a layer's attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Heads {
+    pub queries: usize,
+    /// Heads of keys and values; each serves `queries / keys` heads of queries.
+    pub keys: usize,
+    /// Elements of a head.
+    pub width: usize,
+    /// Factor of the attention scores.
+    pub scale: f64,
+}
+
+impl Heads {
+    /// Elements of all queries of a token, which is also the width of the attention's result.
+    pub fn all_queries(&self) -> usize {
+        self.queries * self.width
+    }
+
+    /// Elements of all keys of a token, and of all its values.
+    pub fn all_keys(&self) -> usize {
+        self.keys * self.width
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -188,7 +217,9 @@ pub struct Embeddings {
     pub word: &'static str,
     /// Tensor name and number of types.
     pub token_type: Option<(&'static str, usize)>,
-    pub norm: &'static str,
+    /// Factor of the word's row.
+    pub scale: Option<f64>,
+    pub norm: Option<&'static str>,
     /// Elements of a row of the tables.
     pub width: usize,
     /// Tensor name of the layer from `width` to the hidden size, where they differ.
@@ -223,6 +254,10 @@ pub struct Layer {
     pub up: Vec<String>,
     pub down: String,
     pub mlp_norm: String,
+    /// Norms of the results of attention and feed-forward, before the residual is added (pre-norm only).
+    pub branch_norms: Option<[String; 2]>,
+    /// RMSNorms of each head's query and key.
+    pub qk_norms: Option<[String; 2]>,
     pub rope: Option<Rope>,
     pub mask: Mask,
 }
@@ -251,15 +286,18 @@ pub enum FeedForward {
 /// The classification head: the tensors between a pooled sequence, or a token, and its logits.
 #[derive(Debug, Clone)]
 pub struct Classifier {
-    /// Pools by the mean instead of the first token.
-    pub mean: bool,
-    pub dense: &'static str,
+    pub pooling: Pooling,
+    /// Tokens with this id at the end of a sequence are not pooled; only causal models have it.
+    pub padding: Option<u32>,
+    /// The layer before the output layer, if there is one. The following fields are about it.
+    pub dense: Option<&'static str>,
     /// `dense` is under the encoder's prefix.
     pub dense_in_encoder: bool,
     pub dense_bias: bool,
     pub activation: Activation,
     pub norm: Option<&'static str>,
     pub out: &'static str,
+    pub out_bias: bool,
     /// A token classifier has `dense` too, not only the output layer.
     pub dense_for_tokens: bool,
 }
@@ -288,7 +326,11 @@ impl Architecture {
                 config.refuse_others(ignored)?;
                 Ok(architecture)
             }
-            None => Err(ConfigError(format!("model_type {name:?} is not supported; supported: {}", known()))),
+            None => Err(ConfigError(format!(
+                "model_type {name:?} is not supported; supported: {}{}",
+                known(),
+                instead_of(name).unwrap_or_default()
+            ))),
         }
     }
 
@@ -314,11 +356,23 @@ impl Architecture {
         }
     }
 
+    /// Elements of a layer's matrices.
+    pub fn layer_weights(&self) -> usize {
+        let attention = 2 * self.heads.all_queries() + 2 * self.heads.all_keys();
+        self.hidden * (attention + self.up() + self.intermediate)
+    }
+
     /// Floating-point operations of the layers' matrix products for a sequence; a multiply-add counts as two.
     pub fn operations(&self, length: usize) -> u64 {
-        let weights = self.hidden * (4 * self.hidden + self.up() + self.intermediate);
-        let of = |layer: &Layer| 2 * length * (weights + 2 * layer.mask.keys_per_query(length) * self.hidden);
+        let weights = self.layer_weights();
+        let per_key = 2 * self.heads.all_queries();
+        let of = |layer: &Layer| 2 * length * (weights + layer.mask.keys_per_query(length) * per_key);
         self.layers.iter().map(|layer| of(layer) as u64).sum()
+    }
+
+    /// Whether no token attends to a later one.
+    pub fn is_causal(&self) -> bool {
+        self.layers.iter().all(|layer| layer.mask.is_causal())
     }
 }
 
@@ -400,19 +454,50 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// The number of heads; it has to divide the width.
-    fn heads(&self, key: &str, hidden: usize) -> Result<usize, ConfigError> {
+    /// The heads, whose number has to divide the width.
+    fn heads(&self, key: &str, hidden: usize) -> Result<Heads, ConfigError> {
         let heads = self.size(key)?;
         if !hidden.is_multiple_of(heads) {
             return Err(ConfigError(format!("{key} {heads} does not divide the width {hidden}")));
         }
-        Ok(heads)
+        let width = hidden / heads;
+        Ok(Heads { queries: heads, keys: heads, width, scale: (width as f64).powf(-0.5) })
+    }
+
+    /// The heads of a decoder: those of keys may be fewer than those of queries, and their width is a key of its own.
+    fn grouped_heads(&self, default_keys: usize, default_width: usize) -> Result<Heads, ConfigError> {
+        let queries = self.size("num_attention_heads")?;
+        let keys = self.size_or("num_key_value_heads", default_keys)?;
+        let width = self.size_or("head_dim", default_width)?;
+        if !queries.is_multiple_of(keys) {
+            return Err(ConfigError(format!(
+                "num_key_value_heads {keys} does not divide num_attention_heads {queries}"
+            )));
+        }
+        if !width.is_multiple_of(2) {
+            return Err(ConfigError(format!("head_dim {width} is odd; RoPE rotates pairs of elements")));
+        }
+        Ok(Heads { queries, keys, width, scale: (width as f64).powf(-0.5) })
     }
 
     /// Tensor name and number of token types; `None` if there are none.
     fn types(&self, name: &'static str, default: u64) -> Option<(&'static str, usize)> {
         let count = self.get("type_vocab_size").as_u64().unwrap_or(default);
         (count > 0).then_some((name, count as usize))
+    }
+
+    /// For each of `count` layers, whether `layer_types` says that it has a sliding window; `None` without that key.
+    fn sliding_layers(&self, count: usize) -> Result<Option<Vec<bool>>, ConfigError> {
+        let Some(types) = self.get("layer_types").as_array() else { return Ok(None) };
+        if types.len() != count {
+            return Err(ConfigError(format!("layer_types has {} entries for {count} layers", types.len())));
+        }
+        let sliding = types.iter().map(|kind| match kind.as_str() {
+            Some("full_attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
+            _ => Err(ConfigError(format!("layer_types: {kind} is not full_attention or sliding_attention"))),
+        });
+        sliding.collect::<Result<_, _>>().map(Some)
     }
 
     /// The base in `rope_parameters` (transformers 5); `None` if it is not given.
@@ -434,3 +519,47 @@ impl<'a> Config<'a> {
         }
     }
 }
+
+/// What to use instead of a checkpoint of a type that kandle does not run; it follows the list of supported types.
+fn instead_of(model_type: &str) -> Option<&'static str> {
+    INSTEAD.iter().find(|(types, _)| types.contains(&model_type)).map(|(_, instead)| *instead)
+}
+
+/// Model types that users ask for most, and a kind of checkpoint that does the same job.
+const INSTEAD: &[(&[&str], &str)] = &[
+    (
+        &["bart", "mbart"],
+        ". It is an encoder-decoder; for zero-shot-classification, use an encoder trained for natural language \
+         inference, such as roberta-large-mnli or xlm-roberta-large-xnli",
+    ),
+    (
+        &["t5", "mt5", "umt5", "longt5", "pegasus", "marian", "m2m_100", "t5gemma"],
+        ". It is an encoder-decoder that generates text; for text-embedding, use an encoder such as \
+         multilingual-e5-large or gte-multilingual-base, for classification one fine-tuned for it",
+    ),
+    (
+        &[
+            "deepseek_v3",
+            "falcon",
+            "gemma",
+            "gemma2",
+            "gpt2",
+            "gpt_neo",
+            "gpt_neox",
+            "gpt_oss",
+            "gptj",
+            "llama",
+            "mistral",
+            "mixtral",
+            "olmo2",
+            "opt",
+            "phi",
+            "phi3",
+            "qwen2",
+            "qwen3_moe",
+            "bloom",
+        ],
+        ". It generates text; for text-embedding, use Qwen3-Embedding or an encoder such as multilingual-e5-large, \
+         for reranking Qwen3-Reranker or a cross-encoder such as bge-reranker-v2-m3",
+    ),
+];

@@ -23,6 +23,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 up: vec![name("mlp.Wi")],
                 down: name("mlp.Wo"),
                 mlp_norm: name("mlp_norm"),
+                branch_norms: None,
+                qk_norms: None,
                 rope: Some(Rope { theta: theta(config, sliding)?, scaling_factor: 1.0 }),
                 mask: if sliding { Mask::Window(window) } else { Mask::Full },
             })
@@ -39,7 +41,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         embeddings: Embeddings {
             word: "embeddings.tok_embeddings",
             token_type: None,
-            norm: "embeddings.norm",
+            scale: None,
+            norm: Some("embeddings.norm"),
             width: hidden,
             projection: None,
         },
@@ -51,24 +54,26 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         attention_bias: config.flag_or("attention_bias", false),
         up_bias: config.flag_or("mlp_bias", false),
         down_bias: config.flag_or("mlp_bias", false),
-        norm_bias: config.flag_or("norm_bias", false),
+        norm: NormKind::Layer { bias: config.flag_or("norm_bias", false) },
         final_norm: Some("final_norm"),
         classifier: Classifier {
-            mean: match config.get("classifier_pooling").as_str() {
-                None | Some("cls") => false,
-                Some("mean") => true,
+            pooling: match config.get("classifier_pooling").as_str() {
+                None | Some("cls") => Pooling::First,
+                Some("mean") => Pooling::Mean,
                 Some(other) => {
                     return Err(ConfigError(format!(
                         "classifier_pooling {other:?} is not supported; supported: cls, mean"
                     )));
                 }
             },
-            dense: "head.dense",
+            padding: None,
+            dense: Some("head.dense"),
             dense_in_encoder: false,
             dense_bias: config.flag_or("classifier_bias", false),
             activation: config.activation("classifier_activation", "gelu")?,
             norm: Some("head.norm"),
             out: "classifier",
+            out_bias: true,
             dense_for_tokens: true,
         },
     })
@@ -76,21 +81,13 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
 
 /// For each layer, whether it has a sliding window.
 fn kinds(config: &Config<'_>, count: usize) -> Result<Vec<bool>, ConfigError> {
-    let Some(types) = config.get("layer_types").as_array() else {
-        let every = config.size_or("global_attn_every_n_layers", 3)?;
-        return Ok((0..count).map(|i| i % every != 0).collect());
-    };
-    if types.len() != count {
-        return Err(ConfigError(format!("layer_types has {} entries for {count} layers", types.len())));
+    match config.sliding_layers(count)? {
+        Some(sliding) => Ok(sliding),
+        None => {
+            let every = config.size_or("global_attn_every_n_layers", 3)?;
+            Ok((0..count).map(|i| i % every != 0).collect())
+        }
     }
-    types
-        .iter()
-        .map(|kind| match kind.as_str() {
-            Some("full_attention") => Ok(false),
-            Some("sliding_attention") => Ok(true),
-            _ => Err(ConfigError(format!("layer_types: {kind} is not full_attention or sliding_attention"))),
-        })
-        .collect()
 }
 
 fn theta(config: &Config<'_>, sliding: bool) -> Result<f64, ConfigError> {

@@ -48,6 +48,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 up: vec![name("mlp.fc11"), name("mlp.fc12")],
                 down: name("mlp.fc2"),
                 mlp_norm: name("norm2"),
+                branch_norms: None,
+                qk_norms: None,
                 rope: Some(Rope { theta, scaling_factor: 1.0 }),
                 mask: Mask::Full,
             }
@@ -74,7 +76,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         embeddings: Embeddings {
             word: "embeddings.word_embeddings",
             token_type: config.types("embeddings.token_type_embeddings", 2),
-            norm: "emb_ln",
+            scale: None,
+            norm: Some("emb_ln"),
             width: hidden,
             projection: None,
         },
@@ -86,7 +89,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         attention_bias: false,
         up_bias: false,
         down_bias: false,
-        norm_bias: true,
+        norm: NormKind::Layer { bias: true },
         final_norm: None,
         classifier: bert::classifier(),
     })

@@ -4,7 +4,7 @@
 //! | tokenizer | cut |
 //! |---|---|
 //! | WordPiece behind BERT's normalizer and pre-tokenizer | at white space, around ASCII punctuation and Chinese characters |
-//! | byte-level BPE with GPT-2's pattern | before a single space between characters that neither combine nor are white space |
+//! | byte-level BPE with GPT-2's pattern or Qwen's | before a single space between characters that neither combine nor are white space |
 //! | Metaspace behind a Unicode normalizer (SentencePiece) | at the same spaces |
 //!
 //! A tokenizer needs hundreds of bytes of memory for each byte of a text. In parts, a text of any length needs little.
@@ -97,6 +97,11 @@ impl Cuts {
             {
                 Self::Spaces { keep: true }
             }
+            ("BPE", ["Split", "ByteLevel"])
+                if normalizer.iter().all(unicode) && splits_like_qwen(&splitters) =>
+            {
+                Self::Spaces { keep: true }
+            }
             ("Unigram" | "BPE", ["Metaspace"] | ["WhitespaceSplit", "Metaspace"])
                 if splitters.last().is_some_and(metaspace)
                     && normalizers.iter().all(|n| unicode(&kind(n)) || is_space_collapse(n)) =>
@@ -170,6 +175,18 @@ impl Cuts {
         };
         found.unwrap_or(from)
     }
+}
+
+/// Whether these pre-tokenizers are those of Qwen2 and Qwen3. A space between characters that are not white space is at
+/// the start of a word, or a word of its own.
+fn splits_like_qwen(splitters: &[Value]) -> bool {
+    const PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let [split, bytes] = splitters else { return false };
+    split["pattern"]["Regex"].as_str() == Some(PATTERN)
+        && split["behavior"] == "Isolated"
+        && split["invert"] == Value::Bool(false)
+        && bytes["use_regex"] == Value::Bool(false)
+        && bytes["add_prefix_space"] == Value::Bool(false)
 }
 
 /// Whether Metaspace puts a "▁" before each part, so that all parts are treated alike.
@@ -315,6 +332,8 @@ mod tests {
         let of_json = |json: &Value| Cuts::of(&serde_json::from_value(json.clone()).unwrap());
         assert_eq!(of("demo/model"), Cuts::Words { longest_word: 100, chinese: true });
         assert_eq!(of("tests/fixtures/roberta"), Cuts::Spaces { keep: true });
+        assert_eq!(of("tests/fixtures/qwen3"), Cuts::Spaces { keep: true });
+        assert_eq!(of("tests/fixtures/gemma3_text"), Cuts::Never);
         assert_eq!(of("tests/fixtures/xlm-roberta"), Cuts::Spaces { keep: false });
         let mut unknown =
             serde_json::json!({ "model": { "type": "WordPiece" }, "pre_tokenizer": { "type": "Digits" } });

@@ -2,6 +2,7 @@
 
 mod cuts;
 mod pair;
+mod prompt;
 mod spans;
 pub mod vocabulary;
 mod words;
@@ -11,6 +12,7 @@ use tokenizers::TruncationDirection;
 
 use self::cuts::{Cuts, Outline};
 pub use self::pair::{NoRoom, Part, Shorten};
+pub use self::prompt::PairPrompt;
 use self::spans::Spelling;
 pub use self::spans::{Span, Spans};
 use super::sentence::TextSettings;
@@ -301,8 +303,13 @@ mod tests {
         Tokenizer::load(&Files::find(&model).unwrap(), 1_000_000, 2, text).unwrap()
     }
 
-    pub(super) const KINDS: [&str; 4] =
-        ["demo/model", "tests/fixtures/roberta", "tests/fixtures/modernbert", "tests/fixtures/xlm-roberta"];
+    pub(super) const KINDS: [&str; 5] = [
+        "demo/model",
+        "tests/fixtures/roberta",
+        "tests/fixtures/modernbert",
+        "tests/fixtures/qwen3",
+        "tests/fixtures/xlm-roberta",
+    ];
 
     /// Compares with the library, which tokenizes the whole text at once.
     #[track_caller]

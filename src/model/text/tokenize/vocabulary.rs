@@ -189,7 +189,7 @@ fn refuse_added(
 }
 
 /// A special token: its text, or an object with `content`.
-fn content(value: &Value) -> Option<&str> {
+pub fn content(value: &Value) -> Option<&str> {
     value.as_str().or(value["content"].as_str())
 }
 

@@ -11,7 +11,9 @@ use half::bf16;
 use super::super::activation::gated;
 use super::super::attention::tests::batch;
 use super::super::matmul::tests::random;
-use super::super::{Attention, DistanceBias, Embedding, Mask, Norm, Out, Packed, Rope, Rotation, host};
+use super::super::{
+    Attention, DistanceBias, Embedding, Mask, Norm, NormKind, Out, Packed, Rope, Rotation, host,
+};
 use super::*;
 
 const CPU: Device = Device::Cpu;
@@ -65,7 +67,7 @@ fn norm(width: usize) -> Norm {
     let vb = VarBuilder::from_varmap(&variables, DType::F32, &CPU);
     vb.get_with_hints(width, "weight", candle_nn::Init::Uniform { lo: 0.5, up: 1.5 }).unwrap();
     vb.get_with_hints(width, "bias", candle_nn::Init::Uniform { lo: -0.5, up: 0.5 }).unwrap();
-    Norm::load(width, true, 1e-5, vb).unwrap()
+    Norm::load(width, NormKind::Layer { bias: true }, 1e-5, vb).unwrap()
 }
 
 #[track_caller]
@@ -94,8 +96,14 @@ fn embeddings() {
         let (weight, bias, eps) = (host(&norm.weight).unwrap(), host(&norm.bias).unwrap(), norm.eps);
         let word = tensor(90, width, 1);
         let (position, types) = (tensor(35, width, 2), tensor(2, width, 3));
-        let mut embedding =
-            Embedding { word: word.clone(), positions: Some((position, 2)), types: Some(types), norm };
+        let (positions_table, norm) = (Some((position, 2)), Some(norm));
+        let mut embedding = Embedding {
+            word: word.clone(),
+            positions: positions_table,
+            types: Some(types),
+            scale: None,
+            norm,
+        };
         for tables in [true, false] {
             if !tables {
                 (embedding.positions, embedding.types) = (None, None);
@@ -296,7 +304,8 @@ fn attention() {
                     table.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
                     heads as i32 => i32, width as i32 => i32, before as i32 => i32, after as i32 => i32, SPAN as i32 => i32
                 );
-                let attention = Attention { heads, width, mask, distances: distances.clone() };
+                let attention =
+                    Attention { distances: distances.clone(), ..Attention::new(heads, width, mask) };
                 near(&out, &attention.tensors(&with_bias, rotation, &packed).unwrap());
             }
         }
@@ -311,7 +320,7 @@ fn distance_bias(heads: usize) -> Arc<DistanceBias> {
 }
 
 fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch: &Packed) -> Vec<bf16> {
-    let Attention { heads, width, mask, ref distances } = *attention;
+    let Attention { heads, width, mask, ref distances, .. } = *attention;
     let table = distances.as_ref().map(|bias| host(&bias.table).unwrap());
     let span = distances.as_ref().map_or(0, |bias| bias.span);
     let (hidden, (starts, _)) = (heads * width, places(batch));
@@ -352,7 +361,7 @@ fn attention_by_warps() {
                     // Queries with their bias, weights and results are rounded to bf16; a bias by distance makes
                     // few keys heavy, so that their rounding errors average out less.
                     let steps = if distances.is_some() { 8.0 } else { 6.0 };
-                    let attention = Attention { heads, width, mask, distances };
+                    let attention = Attention { distances, ..Attention::new(heads, width, mask) };
                     let out = attend_bf16(&attention, &qkv, with_bias.then_some(&bias[..]), &packed);
                     near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), steps);
                 }
@@ -382,7 +391,7 @@ fn attention_ignores_other_sequences() {
     let packed = batch(&[5, 70]);
     let width = 64;
     let mut qkv = rounded(&tensor(packed.tokens(), 3 * width, 7));
-    let attention = Attention { heads: 1, width, mask: Mask::Full, distances: None };
+    let attention = Attention::new(1, width, Mask::Full);
     let before = attend_bf16(&attention, &qkv, None, &packed);
     qkv[5 * 3 * width..].fill(bf16::NAN);
     let after = attend_bf16(&attention, &qkv, None, &packed);
