@@ -84,7 +84,13 @@ fn layers(c: &mut Criterion) {
         let (packed, workspace) = (batch(length), Workspace::default());
         let qkv =
             Tensor::from_vec(numbers(TOKENS * 3 * HIDDEN), (TOKENS, 3 * HIDDEN), &device).expect("a result");
-        let attention = Attention { heads: 12, width: HIDDEN / 12, mask: Mask::Full, distances: None };
+        let attention = Attention {
+            heads: 12,
+            width: HIDDEN / 12,
+            mask: Mask::Full,
+            distances: None,
+            disentangled: None,
+        };
         group.bench_function(format!("attention, texts of {length}"), |b| {
             b.iter(|| {
                 attention

@@ -11,6 +11,7 @@ use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
+use super::disentangled::{self, Disentangled};
 use super::matmul::{Products, Start};
 use super::simd::{add, copy, dispatch, exp};
 use super::tile::{F32, Kernel, Left, PackedA, Right, strip};
@@ -81,9 +82,11 @@ pub struct Attention {
     pub mask: Mask,
     /// Added to the scores; shared by layers.
     pub distances: Option<Arc<DistanceBias>>,
+    /// The layer's terms by distance that depend on queries and keys too.
+    pub disentangled: Option<Disentangled>,
 }
 
-/// A bias on attention scores, by head and by the distance between query and key (T5, arXiv:1910.10683, section 2.1).
+/// A bias on attention scores, by head and by the distance between query and key.
 pub struct DistanceBias {
     /// `[heads, 2 × span - 1]` in f32: the bias at distance `query - key` is at index `query - key + span - 1`.
     pub(super) table: Tensor,
@@ -94,13 +97,25 @@ pub struct DistanceBias {
 }
 
 impl DistanceBias {
-    /// `weight`, `[buckets, heads]`, has a bias for each bucket of distances; sequences have at most `span` tokens.
+    /// T5's (arXiv:1910.10683, section 2.1): `weight`, `[buckets, heads]`, has a bias for each bucket of distances.
+    /// Sequences have at most `span` tokens.
     pub fn new(weight: &Tensor, max_distance: usize, span: usize) -> Result<Self> {
         let buckets = weight.dim(0)?;
         let distances = (0..2 * span - 1).map(|i| i as i64 - (span as i64 - 1));
         let index: Vec<u32> = distances.map(|distance| bucket(distance, buckets, max_distance)).collect();
         let index = Tensor::from_vec(index, 2 * span - 1, weight.device())?;
-        let table = weight.index_select(&index, 0)?.t()?.contiguous()?.to_dtype(DType::F32)?;
+        Self::with(weight.index_select(&index, 0)?.t()?.contiguous()?.to_dtype(DType::F32)?, span)
+    }
+
+    /// ALiBi (arXiv:2108.12409) for an encoder (arXiv:2310.19923, section 3.1): -slope × distance, on both sides.
+    pub fn alibi(heads: usize, span: usize, device: &Device) -> Result<Self> {
+        let away = |i: usize| i.abs_diff(span - 1) as f32;
+        let row = |slope: f32| (0..2 * span - 1).map(move |i| -slope * away(i));
+        let table: Vec<f32> = slopes(heads).into_iter().flat_map(row).collect();
+        Self::with(Tensor::from_vec(table, (heads, 2 * span - 1), device)?, span)
+    }
+
+    fn with(table: Tensor, span: usize) -> Result<Self> {
         let host = if table.device().is_cpu() { Some(host(&table)?) } else { None };
         Ok(Self { table, span, host })
     }
@@ -115,7 +130,15 @@ impl DistanceBias {
     }
 }
 
-/// The bucket of a distance `query - key`: half of the buckets are for keys after the query. Of each half, the first half
+/// ALiBi's slope of each head: powers of 2^(-8/heads). If the number of heads is no power of two, the slopes are those of
+/// the next lower one, then every other slope of the next higher one.
+fn slopes(heads: usize) -> Vec<f32> {
+    let of = |count: usize| (1..=count).map(move |i| (-8.0 * i as f64 / count as f64).exp2() as f32);
+    let lower = 1 << heads.ilog2();
+    of(lower).chain(of(2 * lower).step_by(2)).take(heads).collect()
+}
+
+/// T5's bucket of a distance `query - key`: half of the buckets are for keys after the query. Of each half, the first half
 /// hold one distance each, the others ranges that grow logarithmically up to `max_distance`.
 fn bucket(distance: i64, buckets: usize, max_distance: usize) -> u32 {
     let half = buckets / 2;
@@ -154,6 +177,14 @@ impl Rotation {
 }
 
 impl Attention {
+    /// What the products of queries and keys are multiplied with.
+    fn scale(&self) -> f32 {
+        match &self.disentangled {
+            Some(terms) => terms.scale(self.width),
+            None => 1.0 / (self.width as f32).sqrt(),
+        }
+    }
+
     /// `[tokens, 3 × hidden]`, each row a query, a key and a value of all heads, to `[tokens, hidden]`. `bias`,
     /// `[3 × hidden]`, is the one that [`Linear::product`](super::Linear::product) has not added.
     pub fn forward(
@@ -198,7 +229,7 @@ impl Attention {
     ) -> Result<Tensor> {
         let (heads, width) = (self.heads, self.width);
         let hidden = heads * width;
-        let scale = 1.0 / (width as f64).sqrt();
+        let scale = f64::from(self.scale());
         let mut mixed = Vec::new();
         for run in batch.runs() {
             let tokens = run.sequences * run.length;
@@ -219,6 +250,9 @@ impl Attention {
             let mut scores = (q.matmul(&k.t()?)? * scale)?;
             if let Some(distances) = &self.distances {
                 scores = scores.broadcast_add(&distances.tensor(run.length, scores.dtype())?)?;
+            }
+            if let Some(terms) = &self.disentangled {
+                scores = terms.add(scores, &q, &k)?;
             }
             if !self.mask.is_full(run.length) {
                 scores =
@@ -250,13 +284,15 @@ struct Buffers {
     scores: AVec<f32>,
     /// For each query, 1 / the sum of its weights.
     factors: AVec<f32>,
+    positions: disentangled::Buffers,
 }
 
 impl Buffers {
     fn new() -> Self {
         let numbers = || AVec::new(0);
         let (queries, values, scores, factors) = (numbers(), numbers(), numbers(), numbers());
-        Self { rows: Vec::new(), queries, keys: PackedA::new(), values, scores, factors }
+        let positions = disentangled::Buffers::new();
+        Self { rows: Vec::new(), queries, keys: PackedA::new(), values, scores, factors, positions }
     }
 }
 
@@ -275,7 +311,8 @@ impl WithSimd for Run<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { attention, rotation, batch, qkv, out, buffers } = self;
-        let Attention { heads, width, mask, ref distances } = *attention;
+        let Attention { heads, width, mask, ref distances, ref disentangled } = *attention;
+        let scale = attention.scale();
         let distances = distances
             .as_ref()
             .map(|bias| (bias.span, &bias.host.as_ref().expect("the table is on the CPU")[..]));
@@ -293,7 +330,12 @@ impl WithSimd for Run<'_> {
                     let row = 2 * span - 1;
                     (span, &table[head * row..][..row])
                 });
-                let sequence = Sequence { qkv, hidden, at: head * width, width, length, rotation, distances };
+                let positions = disentangled
+                    .as_ref()
+                    .map(|terms| terms.head(head, width).expect("the tables are on the CPU"));
+                let at = head * width;
+                let sequence =
+                    Sequence { qkv, hidden, at, width, length, scale, rotation, distances, positions };
                 sequence.head(simd, mask, &mut out[head * width..], buffers);
             }
             start += length;
@@ -311,9 +353,11 @@ struct Sequence<'a> {
     at: usize,
     width: usize,
     length: usize,
+    scale: f32,
     rotation: Option<(&'a [f32], &'a [f32])>,
     /// The longest sequence's length, and the head's bias for each distance.
     distances: Option<(usize, &'a [f32])>,
+    positions: Option<disentangled::Head<'a>>,
 }
 
 /// Width of the next panel when `left` columns are left: two vectors, or one.
@@ -323,7 +367,7 @@ fn columns<S: Simd>(left: usize) -> usize {
 
 /// [`strip`] for a panel whose width comes from [`columns`].
 #[inline(always)]
-fn panel<S: Simd, const ROW: usize>(
+pub(super) fn panel<S: Simd, const ROW: usize>(
     simd: S,
     columns: usize,
     left: Left<'_, f32, ROW>,
@@ -364,7 +408,7 @@ impl Sequence<'_> {
     fn head<S: Simd>(&self, simd: S, mask: Mask, out: &mut [f32], buffers: &mut Buffers) {
         let Self { hidden, width, length, .. } = *self;
         let (before, after) = mask.bounds(length);
-        let Buffers { rows, queries, keys, values, scores, factors } = buffers;
+        let Buffers { rows, queries, keys, values, scores, factors, positions } = buffers;
         rows.resize(4 * width, 0.0);
         keys.start(width, F32::<S>::HEIGHT);
         for token in 0..length {
@@ -374,6 +418,9 @@ impl Sequence<'_> {
         values.resize(values.len().max(length * stride), 0.0);
         for (token, row) in values.chunks_exact_mut(stride).take(length).enumerate() {
             copy(simd, self.part(2, token), row);
+        }
+        if let Some(terms) = &self.positions {
+            terms.start(simd, keys, length, positions);
         }
         let mut first = 0;
         while first < length {
@@ -396,6 +443,9 @@ impl Sequence<'_> {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
                     add(simd, &mut scores[..count], &distances[first + span - 1 - key..][..count]);
                 }
+            }
+            if let Some(terms) = &self.positions {
+                terms.add(simd, first..first + count, from..to, (queries, columns), scores, positions);
             }
             if !mask.is_full(length) {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
@@ -431,8 +481,7 @@ impl Sequence<'_> {
     /// Writes queries scaled, rotated and transposed, four at a time where possible; zeros right of the last.
     #[inline(always)]
     fn pack_queries(&self, tokens: Range<usize>, columns: usize, rows: &mut [f32], queries: &mut AVec<f32>) {
-        let width = self.width;
-        let scale = 1.0 / (width as f32).sqrt();
+        let Self { width, scale, .. } = *self;
         queries.resize(width * columns, 0.0);
         let whole = if width.is_multiple_of(4) { tokens.len() / 4 * 4 } else { 0 };
         for column in (0..whole).step_by(4) {
@@ -507,11 +556,11 @@ pub(super) mod tests {
         Packed::new(&texts)
     }
 
-    struct Alone<'a> {
-        attention: &'a Attention,
-        rotation: Option<&'a Rotation>,
-        batch: &'a Packed,
-        qkv: &'a [f32],
+    pub struct Alone<'a> {
+        pub attention: &'a Attention,
+        pub rotation: Option<&'a Rotation>,
+        pub batch: &'a Packed,
+        pub qkv: &'a [f32],
     }
 
     impl WithSimd for Alone<'_> {
@@ -527,11 +576,11 @@ pub(super) mod tests {
         }
     }
 
-    fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
+    pub fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
         Tensor::from_vec(random(rows * width, seed), (rows, width), &CPU).unwrap()
     }
 
-    fn near(fused: &Tensor, plain: &Tensor) {
+    pub fn near(fused: &Tensor, plain: &Tensor) {
         assert_eq!(fused.dims(), plain.dims());
         let worst = (fused - plain).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(worst < 1e-5, "{worst}");
@@ -548,7 +597,7 @@ pub(super) mod tests {
                 let rope = Rope { theta: 10_000.0, scaling_factor: 1.0 };
                 let rotation = Rotation::new(rope, 130, width, DType::F32, &CPU).unwrap();
                 for rotation in [None, Some(&rotation)] {
-                    let attention = Attention { heads, width, mask, distances: None };
+                    let attention = Attention { heads, width, mask, distances: None, disentangled: None };
                     let fused = attention
                         .forward(&qkv, None, rotation, &packed, workspace.at(Slot::Mixed, &CPU))
                         .unwrap();
@@ -572,13 +621,20 @@ pub(super) mod tests {
             let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
             let distances = Arc::new(DistanceBias::new(&tensor(32, heads, 9), 128, 140).unwrap());
             for mask in [Mask::Full, Mask::Window(3), Mask::Causal] {
-                let attention = Attention { heads, width, mask, distances: Some(Arc::clone(&distances)) };
+                let attention = Attention {
+                    heads,
+                    width,
+                    mask,
+                    distances: Some(Arc::clone(&distances)),
+                    disentangled: None,
+                };
                 let out = workspace.at(Slot::Mixed, &CPU);
                 let fused = attention.forward(&qkv, None, None, &packed, out).unwrap();
                 near(&fused, &attention.tensors(&qkv, None, &packed).unwrap());
             }
-            let without = Attention { heads, width, mask: Mask::Full, distances: None };
-            let with = Attention { heads, width, mask: Mask::Full, distances: Some(distances) };
+            let without = Attention { heads, width, mask: Mask::Full, distances: None, disentangled: None };
+            let with =
+                Attention { heads, width, mask: Mask::Full, distances: Some(distances), disentangled: None };
             let difference = (without.tensors(&qkv, None, &packed).unwrap()
                 - with.tensors(&qkv, None, &packed).unwrap())
             .unwrap();
@@ -593,6 +649,20 @@ pub(super) mod tests {
         assert_eq!([-1, -7, -8, -500].map(of), [17, 23, 24, 31]);
     }
 
+    /// The slopes of the paper's own code for 8 heads and for 12.
+    #[test]
+    fn alibi_lowers_scores_by_slope_and_distance() {
+        let of = |heads| slopes(heads).into_iter().map(f64::from).map(f64::log2).collect::<Vec<_>>();
+        assert_eq!(of(8), [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0]);
+        assert_eq!(of(12)[..8], of(8));
+        for (got, want) in of(12)[8..].iter().zip([-0.5, -1.5, -2.5, -3.5]) {
+            assert!((got - want).abs() < 1e-6, "{got}");
+        }
+        let bias = DistanceBias::alibi(8, 5, &CPU).unwrap();
+        let rows = bias.tensor(3, DType::F32).unwrap().to_vec3::<f32>().unwrap();
+        assert_eq!(rows[1], [[0.0, -0.25, -0.5], [-0.25, 0.0, -0.25], [-0.5, -0.25, 0.0]]);
+    }
+
     #[test]
     fn fused_embedding_and_pooling_match_candle() {
         let packed = batch(&[1, 2, 17, 17, 33, 70]);
@@ -603,7 +673,7 @@ pub(super) mod tests {
             word: tensor(100, 20, 1),
             positions: Some((tensor(80, 20, 2), 2)),
             types: Some(tensor(2, 20, 3)),
-            norm: Norm::load(20, true, 1e-5, vb).unwrap(),
+            norm: Some(Norm::load(20, true, 1e-5, vb).unwrap()),
         };
         let x = embedding.forward(&packed, workspace.at(Slot::Stream, &CPU)).unwrap();
         near(&x, &embedding.tensors(&packed, &CPU).unwrap());

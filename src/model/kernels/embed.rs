@@ -1,4 +1,4 @@
-//! Token ids to the first layer's input: the sum of embedding rows, normalised.
+//! Token ids to the first layer's input: the sum of embedding rows, normalised where the model does so here.
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Storage, Tensor};
 
@@ -12,7 +12,7 @@ pub struct Embedding {
     pub positions: Option<(Tensor, usize)>,
     /// `[types, hidden]`.
     pub types: Option<Tensor>,
-    pub norm: Norm,
+    pub norm: Option<Norm>,
 }
 
 impl Embedding {
@@ -34,9 +34,13 @@ impl Embedding {
                 y.inplace_op1(&Sum { embedding: self, batch })?;
                 Ok(y)
             }
-            #[cfg(feature = "cuda")]
-            None if self.word.device().is_cuda() => super::cuda::embed(self, batch),
-            None => self.tensors(batch, self.word.device()),
+            None => {
+                #[cfg(feature = "cuda")]
+                if let (true, Some(norm)) = (self.word.device().is_cuda(), &self.norm) {
+                    return super::cuda::embed(self, norm, batch);
+                }
+                self.tensors(batch, self.word.device())
+            }
         }
     }
 
@@ -61,7 +65,10 @@ impl Embedding {
                 None => x.broadcast_add(&table.narrow(0, 0, 1)?)?,
             };
         }
-        self.norm.tensor(&x)
+        match &self.norm {
+            Some(norm) => norm.tensor(&x),
+            None => Ok(x),
+        }
     }
 }
 
@@ -89,7 +96,7 @@ impl InplaceOp1 for Sum<'_> {
             }
         }
         let [Some(word), places, types] = tables else { unreachable!("the word table is not optional") };
-        let hidden = norm.weight.elem_count();
+        let hidden = self.embedding.word.dim(1)?;
         let row = |table, row: usize| -> &[f32] { &<&[f32]>::clone(&table)[row * hidden..][..hidden] };
         let out = floats_mut(out, layout)?;
         let (mut token, first) = (0, positions.as_ref().map_or(0, |(_, first)| *first));
@@ -106,7 +113,9 @@ impl InplaceOp1 for Sum<'_> {
                 token += 1;
             }
         }
-        norm.rows(out);
+        if let Some(norm) = norm {
+            norm.rows(out);
+        }
         Ok(())
     }
 }

@@ -50,12 +50,17 @@ impl Linear {
             true => parts.iter().map(|vb| vb.get(each, "bias")).collect::<Result<_>>()?,
             false => Vec::new(),
         };
-        let weight = Tensor::cat(&weights, 0)?;
         let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
+        Self::new(&Tensor::cat(&weights, 0)?, bias, precision)
+    }
+
+    /// `weight` is `[out, in]`, `bias` `[out]`.
+    pub fn new(weight: &Tensor, bias: Option<Tensor>, precision: Option<Precision>) -> Result<Self> {
+        let (outputs, inputs) = weight.dims2()?;
         let weight = match weight.device().is_cpu() {
             true => {
                 let bias = bias.as_ref().map(host).transpose()?;
-                let weight = host(&weight)?;
+                let weight = host(weight)?;
                 Weight::Panels(match precision {
                     None => Panels::new(&weight, bias.as_deref(), inputs, outputs),
                     Some(precision) => {

@@ -5,6 +5,7 @@ mod encoder;
 mod head;
 mod items;
 mod model;
+mod relative;
 pub(super) mod sentence;
 mod tokenize;
 mod trunk;

@@ -15,9 +15,9 @@ use crate::model::kernels::{Activation, Attention, Embedding, Gate, Norm, Packed
 
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
-/// The first layer's input, `[tokens, hidden]`.
-pub fn embed(embedding: &Embedding, batch: &Packed) -> Result<Tensor> {
-    let (word, norm) = (&embedding.word, &embedding.norm);
+/// The sum of embedding rows, normalised: `[tokens, hidden]`.
+pub fn embed(embedding: &Embedding, norm: &Norm, batch: &Packed) -> Result<Tensor> {
+    let word = &embedding.word;
     let (tokens, hidden) = (batch.tokens(), word.dim(1)?);
     let indices = batch.on(word.device())?;
     let positions = embedding.position_table()?;
@@ -100,7 +100,7 @@ pub fn pool(x: &Tensor, batch: &Packed, pooling: Pooling) -> Result<Tensor> {
 }
 
 /// `[tokens, 3 × hidden]` with its bias, `[3 × hidden]`, to `[tokens, hidden]`. Rotates queries and keys in place.
-/// `None`, with `qkv` unchanged, if there is no kernel for the width of a head.
+/// `None`, with `qkv` unchanged, if there is no kernel for the width of a head or for the attention's terms.
 pub fn attend(
     attention: &Attention,
     qkv: &Tensor,
@@ -108,7 +108,10 @@ pub fn attend(
     rotation: Option<&Rotation>,
     batch: &Packed,
 ) -> Result<Option<Tensor>> {
-    let Attention { heads, width, mask, ref distances } = *attention;
+    let Attention { heads, width, mask, ref distances, ref disentangled } = *attention;
+    if disentangled.is_some() {
+        return Ok(None);
+    }
     let longest = batch.lengths().max().unwrap_or(0);
     let (before, after) = mask.bounds(longest);
     let launch = AttentionLaunch::new(longest, qkv.dtype() != DType::F32);

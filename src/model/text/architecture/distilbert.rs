@@ -50,6 +50,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         down_bias: true,
         norm_bias: true,
         final_norm: None,
+        convolution: None,
         classifier: Classifier {
             mean: false,
             dense: "pre_classifier",

@@ -59,6 +59,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         down_bias: true,
         norm_bias: true,
         final_norm: None,
+        convolution: None,
         classifier: bert::classifier(),
     })
 }

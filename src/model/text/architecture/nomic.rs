@@ -88,6 +88,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         down_bias: false,
         norm_bias: true,
         final_norm: None,
+        convolution: None,
         classifier: bert::classifier(),
     })
 }

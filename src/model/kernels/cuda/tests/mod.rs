@@ -94,8 +94,12 @@ fn embeddings() {
         let (weight, bias, eps) = (host(&norm.weight).unwrap(), host(&norm.bias).unwrap(), norm.eps);
         let word = tensor(90, width, 1);
         let (position, types) = (tensor(35, width, 2), tensor(2, width, 3));
-        let mut embedding =
-            Embedding { word: word.clone(), positions: Some((position, 2)), types: Some(types), norm };
+        let mut embedding = Embedding {
+            word: word.clone(),
+            positions: Some((position, 2)),
+            types: Some(types),
+            norm: Some(norm),
+        };
         for tables in [true, false] {
             if !tables {
                 (embedding.positions, embedding.types) = (None, None);
@@ -296,7 +300,8 @@ fn attention() {
                     table.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
                     heads as i32 => i32, width as i32 => i32, before as i32 => i32, after as i32 => i32, SPAN as i32 => i32
                 );
-                let attention = Attention { heads, width, mask, distances: distances.clone() };
+                let attention =
+                    Attention { heads, width, mask, distances: distances.clone(), disentangled: None };
                 near(&out, &attention.tensors(&with_bias, rotation, &packed).unwrap());
             }
         }
@@ -311,7 +316,7 @@ fn distance_bias(heads: usize) -> Arc<DistanceBias> {
 }
 
 fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch: &Packed) -> Vec<bf16> {
-    let Attention { heads, width, mask, ref distances } = *attention;
+    let Attention { heads, width, mask, ref distances, .. } = *attention;
     let table = distances.as_ref().map(|bias| host(&bias.table).unwrap());
     let span = distances.as_ref().map_or(0, |bias| bias.span);
     let (hidden, (starts, _)) = (heads * width, places(batch));
@@ -352,7 +357,7 @@ fn attention_by_warps() {
                     // Queries with their bias, weights and results are rounded to bf16; a bias by distance makes
                     // few keys heavy, so that their rounding errors average out less.
                     let steps = if distances.is_some() { 8.0 } else { 6.0 };
-                    let attention = Attention { heads, width, mask, distances };
+                    let attention = Attention { heads, width, mask, distances, disentangled: None };
                     let out = attend_bf16(&attention, &qkv, with_bias.then_some(&bias[..]), &packed);
                     near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), steps);
                 }
@@ -382,7 +387,7 @@ fn attention_ignores_other_sequences() {
     let packed = batch(&[5, 70]);
     let width = 64;
     let mut qkv = rounded(&tensor(packed.tokens(), 3 * width, 7));
-    let attention = Attention { heads: 1, width, mask: Mask::Full, distances: None };
+    let attention = Attention { heads: 1, width, mask: Mask::Full, distances: None, disentangled: None };
     let before = attend_bf16(&attention, &qkv, None, &packed);
     qkv[5 * 3 * width..].fill(bf16::NAN);
     let after = attend_bf16(&attention, &qkv, None, &packed);
