@@ -7,7 +7,7 @@ use kandle::model::{Files, Model, Output, Placement, Pooling, Tokens};
 use kandle::settings::{self, DeviceChoice, Dtype};
 use serde::Deserialize;
 
-const ARCHITECTURES: [&str; 13] = [
+const ARCHITECTURES: [&str; 16] = [
     "bert",
     "roberta",
     "xlm-roberta",
@@ -21,6 +21,9 @@ const ARCHITECTURES: [&str; 13] = [
     "gte",
     "qwen3",
     "gemma3_text",
+    "deberta-v2",
+    "deberta-v3",
+    "jina",
 ];
 
 #[derive(Deserialize)]
@@ -78,7 +81,7 @@ fn lower_precisions_stay_close_to_f32() {
     for name in ARCHITECTURES {
         // A gated MLP multiplies two values that both have a rounding error.
         let int8 = match name {
-            "nomic_bert" | "gte" => 0.99,
+            "nomic_bert" | "gte" | "jina" => 0.99,
             // Eight layers instead of two.
             "albert" => 0.94,
             "mpnet" => 0.995,
@@ -437,7 +440,8 @@ fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     assert!(
         message.contains("\"llama\"")
             && message.contains(
-                "albert, bert, camembert, distilbert, electra, gemma3_text, gte, modernbert, mpnet, new, nomic_bert"
+                "albert, bert, camembert, deberta-v2, distilbert, electra, gemma3_text, gte, modernbert, mpnet, new, \
+                 nomic_bert"
             ),
         "{message}"
     );

@@ -136,7 +136,7 @@ struct Found {
     entities: Vec<Value>,
 }
 
-const TOKENS: [&str; 7] = [
+const TOKENS: [&str; 8] = [
     "tokens-bert",
     "tokens-roberta",
     "tokens-xlm-roberta",
@@ -144,6 +144,7 @@ const TOKENS: [&str; 7] = [
     "tokens-electra",
     "tokens-mpnet",
     "tokens-modernbert",
+    "tokens-deberta",
 ];
 
 #[test]
@@ -223,7 +224,7 @@ fn by_index(prediction: &Value) -> Vec<f64> {
 #[test]
 fn document_scores_equal_those_of_cross_encoders() {
     let documents = ["task.documents=/documents".to_owned()];
-    for name in ["pairs-bert", "pairs-roberta", "pairs-qwen3"] {
+    for name in ["pairs-bert", "pairs-roberta", "pairs-deberta", "pairs-qwen3"] {
         let golden: Vec<Pairs> = golden(name);
         let records: Vec<Value> =
             golden.iter().map(|pairs| json!({ "text": pairs.query, "documents": pairs.documents })).collect();
@@ -409,7 +410,7 @@ struct Judged {
 
 #[test]
 fn zero_shot_scores_equal_those_of_transformers() {
-    for name in ["nli-bert", "nli-xlm-roberta"] {
+    for name in ["nli-bert", "nli-xlm-roberta", "nli-deberta"] {
         let golden: Vec<Judged> = golden(name);
         let same = |a: &Judged, b: &Judged| {
             (&a.labels, &a.hypothesis, a.multi_label) == (&b.labels, &b.hypothesis, b.multi_label)

@@ -11,6 +11,7 @@ use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope;
 use pulp::{Simd, WithSimd};
 
+use super::disentangled::{self, Disentangled};
 use super::matmul::{Products, Start};
 use super::norm::Norm;
 use super::simd::{add, copy, dispatch, exp};
@@ -99,9 +100,11 @@ pub struct Attention {
     pub norms: Option<[Norm; 2]>,
     /// Added to the scores; shared by layers.
     pub distances: Option<Arc<DistanceBias>>,
+    /// The layer's terms by distance that depend on queries and keys too.
+    pub disentangled: Option<Disentangled>,
 }
 
-/// A bias on attention scores, by head and by the distance between query and key (T5, arXiv:1910.10683, section 2.1).
+/// A bias on attention scores, by head and by the distance between query and key.
 pub struct DistanceBias {
     /// `[heads, 2 × span - 1]` in f32: the bias at distance `query - key` is at index `query - key + span - 1`.
     pub(super) table: Tensor,
@@ -112,13 +115,25 @@ pub struct DistanceBias {
 }
 
 impl DistanceBias {
-    /// `weight`, `[buckets, heads]`, has a bias for each bucket of distances; sequences have at most `span` tokens.
+    /// T5's (arXiv:1910.10683, section 2.1): `weight`, `[buckets, heads]`, has a bias for each bucket of distances.
+    /// Sequences have at most `span` tokens.
     pub fn new(weight: &Tensor, max_distance: usize, span: usize) -> Result<Self> {
         let buckets = weight.dim(0)?;
         let distances = (0..2 * span - 1).map(|i| i as i64 - (span as i64 - 1));
         let index: Vec<u32> = distances.map(|distance| bucket(distance, buckets, max_distance)).collect();
         let index = Tensor::from_vec(index, 2 * span - 1, weight.device())?;
-        let table = weight.index_select(&index, 0)?.t()?.contiguous()?.to_dtype(DType::F32)?;
+        Self::with(weight.index_select(&index, 0)?.t()?.contiguous()?.to_dtype(DType::F32)?, span)
+    }
+
+    /// ALiBi (arXiv:2108.12409) for an encoder (arXiv:2310.19923, section 3.1): -slope × distance, on both sides.
+    pub fn alibi(heads: usize, span: usize, device: &Device) -> Result<Self> {
+        let away = |i: usize| i.abs_diff(span - 1) as f32;
+        let row = |slope: f32| (0..2 * span - 1).map(move |i| -slope * away(i));
+        let table: Vec<f32> = slopes(heads).into_iter().flat_map(row).collect();
+        Self::with(Tensor::from_vec(table, (heads, 2 * span - 1), device)?, span)
+    }
+
+    fn with(table: Tensor, span: usize) -> Result<Self> {
         let host = if table.device().is_cpu() { Some(host(&table)?) } else { None };
         Ok(Self { table, span, host })
     }
@@ -133,7 +148,15 @@ impl DistanceBias {
     }
 }
 
-/// The bucket of a distance `query - key`: half of the buckets are for keys after the query. Of each half, the first half
+/// ALiBi's slope of each head: powers of 2^(-8/heads). If the number of heads is no power of two, the slopes are those of
+/// the next lower one, then every other slope of the next higher one.
+fn slopes(heads: usize) -> Vec<f32> {
+    let of = |count: usize| (1..=count).map(move |i| (-8.0 * i as f64 / count as f64).exp2() as f32);
+    let lower = 1 << heads.ilog2();
+    of(lower).chain(of(2 * lower).step_by(2)).take(heads).collect()
+}
+
+/// T5's bucket of a distance `query - key`: half of the buckets are for keys after the query. Of each half, the first half
 /// hold one distance each, the others ranges that grow logarithmically up to `max_distance`.
 fn bucket(distance: i64, buckets: usize, max_distance: usize) -> u32 {
     let half = buckets / 2;
@@ -175,7 +198,7 @@ impl Attention {
     /// One head of keys per head of queries, with scores scaled by 1 / √width (arXiv:1706.03762).
     pub fn new(heads: usize, width: usize, mask: Mask) -> Self {
         let scale = 1.0 / (width as f32).sqrt();
-        Self { heads, keys: heads, width, scale, mask, norms: None, distances: None }
+        Self { heads, keys: heads, width, scale, mask, norms: None, distances: None, disentangled: None }
     }
 
     /// Elements of a row of the input: queries, keys and values of all heads.
@@ -187,7 +210,9 @@ impl Attention {
     #[cfg(feature = "cuda")]
     pub(super) fn is_plain(&self) -> bool {
         let Self { heads, keys, width, scale, .. } = *self;
-        self.norms.is_none() && (keys, scale) == (heads, 1.0 / (width as f32).sqrt())
+        self.norms.is_none()
+            && self.disentangled.is_none()
+            && (keys, scale) == (heads, 1.0 / (width as f32).sqrt())
     }
 
     /// `[tokens, (heads + 2 × keys) × width]`, each row the queries, the keys and the values of all heads, to
@@ -265,6 +290,9 @@ impl Attention {
             if let Some(distances) = &self.distances {
                 scores = scores.broadcast_add(&distances.tensor(run.length, scores.dtype())?)?;
             }
+            if let Some(terms) = &self.disentangled {
+                scores = terms.add(scores, &q, &k)?;
+            }
             if !self.mask.is_full(run.length) {
                 scores =
                     scores.broadcast_add(&self.mask.tensor(run.length, scores.dtype(), qkv.device())?)?;
@@ -295,13 +323,15 @@ struct Buffers {
     scores: AVec<f32>,
     /// For each query, 1 / the sum of its weights.
     factors: AVec<f32>,
+    positions: disentangled::Buffers,
 }
 
 impl Buffers {
     fn new() -> Self {
         let numbers = || AVec::new(0);
         let (queries, values, scores, factors) = (numbers(), numbers(), numbers(), numbers());
-        Self { rows: Vec::new(), queries, keys: PackedA::new(), values, scores, factors }
+        let positions = disentangled::Buffers::new();
+        Self { rows: Vec::new(), queries, keys: PackedA::new(), values, scores, factors, positions }
     }
 }
 
@@ -320,7 +350,7 @@ impl WithSimd for Run<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { attention, rotation, batch, qkv, out, buffers } = self;
-        let Attention { heads, keys, width, mask, ref distances, .. } = *attention;
+        let Attention { heads, keys, width, mask, ref distances, ref disentangled, .. } = *attention;
         let distances = distances
             .as_ref()
             .map(|bias| (bias.span, &bias.host.as_ref().expect("the table is on the CPU")[..]));
@@ -341,7 +371,11 @@ impl WithSimd for Run<'_> {
                         let row = 2 * span - 1;
                         (span, &table[head * row..][..row])
                     });
-                    sequence.head(simd, mask, head, distances, &mut out[head * width..], buffers);
+                    let positions = disentangled
+                        .as_ref()
+                        .map(|terms| terms.head(head, width).expect("the tables are on the CPU"));
+                    let bias = Bias { distances, positions };
+                    sequence.head(simd, mask, head, bias, &mut out[head * width..], buffers);
                 }
             }
             start += length;
@@ -362,6 +396,13 @@ struct Sequence<'a> {
     rotation: Option<(&'a [f32], &'a [f32])>,
 }
 
+/// What a head adds to its scores by distance.
+struct Bias<'a> {
+    /// The longest sequence's length, and the bias for each distance.
+    distances: Option<(usize, &'a [f32])>,
+    positions: Option<disentangled::Head<'a>>,
+}
+
 /// Width of the next panel when `left` columns are left: two vectors, or one.
 fn columns<S: Simd>(left: usize) -> usize {
     if left > S::F32_LANES { 2 * S::F32_LANES } else { S::F32_LANES }
@@ -369,7 +410,7 @@ fn columns<S: Simd>(left: usize) -> usize {
 
 /// [`strip`] for a panel whose width comes from [`columns`].
 #[inline(always)]
-fn panel<S: Simd, const ROW: usize>(
+pub(super) fn panel<S: Simd, const ROW: usize>(
     simd: S,
     columns: usize,
     left: Left<'_, f32, ROW>,
@@ -444,21 +485,24 @@ impl Sequence<'_> {
     }
 
     /// Writes the result of head `head`, `[length, width]`, to `out`, with rows `hidden` elements apart. Its keys and
-    /// values are packed. `distances` has the longest sequence's length, and the head's bias for each distance.
+    /// values are packed.
     #[inline(always)]
     fn head<S: Simd>(
         &self,
         simd: S,
         mask: Mask,
         head: usize,
-        distances: Option<(usize, &[f32])>,
+        bias: Bias<'_>,
         out: &mut [f32],
         buffers: &mut Buffers,
     ) {
         let Self { hidden, length, attention: &Attention { width, .. }, .. } = *self;
         let (before, after) = mask.bounds(length);
-        let Buffers { rows, queries, keys, values, scores, factors } = buffers;
+        let Buffers { rows, queries, keys, values, scores, factors, positions } = buffers;
         let stride = width.next_multiple_of(S::F32_LANES);
+        if let Some(terms) = &bias.positions {
+            terms.start(simd, keys, length, positions);
+        }
         let mut first = 0;
         while first < length {
             let columns = columns::<S>(length - first);
@@ -476,10 +520,13 @@ impl Sequence<'_> {
                 Right { x: queries, stride: columns, ahead: &[] },
                 Products { out: scores, stride: columns, width: columns, start: Start::Zero, factors: None },
             );
-            if let Some((span, distances)) = distances {
+            if let Some((span, distances)) = bias.distances {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
                     add(simd, &mut scores[..count], &distances[first + span - 1 - key..][..count]);
                 }
+            }
+            if let Some(terms) = &bias.positions {
+                terms.add(simd, first..first + count, from..to, (queries, columns), scores, positions);
             }
             if !mask.is_full(length) {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
@@ -610,11 +657,11 @@ pub(super) mod tests {
         Packed::new(&texts)
     }
 
-    struct Alone<'a> {
-        attention: &'a Attention,
-        rotation: Option<&'a Rotation>,
-        batch: &'a Packed,
-        qkv: &'a [f32],
+    pub struct Alone<'a> {
+        pub attention: &'a Attention,
+        pub rotation: Option<&'a Rotation>,
+        pub batch: &'a Packed,
+        pub qkv: &'a [f32],
     }
 
     impl WithSimd for Alone<'_> {
@@ -630,11 +677,11 @@ pub(super) mod tests {
         }
     }
 
-    fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
+    pub fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
         Tensor::from_vec(random(rows * width, seed), (rows, width), &CPU).unwrap()
     }
 
-    fn near(fused: &Tensor, plain: &Tensor) {
+    pub fn near(fused: &Tensor, plain: &Tensor) {
         assert_eq!(fused.dims(), plain.dims());
         let worst = (fused - plain).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(worst < 1e-5, "{worst}");
@@ -745,6 +792,20 @@ pub(super) mod tests {
         let of = |distance| bucket(distance, 32, 128);
         assert_eq!([0, 1, 7, 8, 11, 12, 16, 127, 128, 500].map(of), [0, 1, 7, 8, 8, 9, 10, 15, 15, 15]);
         assert_eq!([-1, -7, -8, -500].map(of), [17, 23, 24, 31]);
+    }
+
+    /// The slopes of the paper's own code for 8 heads and for 12.
+    #[test]
+    fn alibi_lowers_scores_by_slope_and_distance() {
+        let of = |heads| slopes(heads).into_iter().map(f64::from).map(f64::log2).collect::<Vec<_>>();
+        assert_eq!(of(8), [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0, -8.0]);
+        assert_eq!(of(12)[..8], of(8));
+        for (got, want) in of(12)[8..].iter().zip([-0.5, -1.5, -2.5, -3.5]) {
+            assert!((got - want).abs() < 1e-6, "{got}");
+        }
+        let bias = DistanceBias::alibi(8, 5, &CPU).unwrap();
+        let rows = bias.tensor(3, DType::F32).unwrap().to_vec3::<f32>().unwrap();
+        assert_eq!(rows[1], [[0.0, -0.25, -0.5], [-0.25, 0.0, -0.25], [-0.5, -0.25, 0.0]]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Token ids to the first layer's input: the sum of embedding rows, scaled and normalised.
+//! Token ids to the first layer's input: the sum of embedding rows, scaled and normalised where the model does so here.
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Storage, Tensor};
 

@@ -6,8 +6,10 @@
 
 mod activation;
 mod attention;
+mod convolution;
 #[cfg(any(feature = "cuda", test))]
 pub(super) mod cuda;
+mod disentangled;
 mod embed;
 mod linear;
 pub mod matmul;
@@ -25,6 +27,8 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Res
 
 pub use activation::{Activation, Gate, gated};
 pub use attention::{Attention, DistanceBias, Mask, Rope, Rotation};
+pub use convolution::Convolution;
+pub use disentangled::{Buckets, Disentangled};
 pub use embed::Embedding;
 pub use linear::{Epilogue, Linear};
 pub use norm::{Norm, NormKind};
@@ -47,6 +51,8 @@ pub enum Slot {
     Mixed,
     /// The inner activations after gating.
     Gated,
+    /// Output of the convolution beside the first layer.
+    Convolved,
     /// One row per sequence.
     Pooled,
     /// Output of a classifier's hidden layer.

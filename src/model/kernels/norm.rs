@@ -71,9 +71,26 @@ impl Norm {
         }
     }
 
+    /// Adds `residual` to `x` and normalises each row; on a CPU in place, in `x`.
+    pub fn sum(&self, x: Tensor, residual: &Tensor) -> Result<Tensor> {
+        if x.device().is_cpu() {
+            let size = self.weight.elem_count();
+            let add = |out: &mut [f32], residual: &[f32]| {
+                dispatch(Rows { out, residual: Some(residual), size, norm: self });
+            };
+            x.inplace_op2(residual, &Fused("norm", add))?;
+            return Ok(x);
+        }
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::add_norm(&x, None, Some(residual), Some(self));
+        }
+        self.tensor(&(x + residual)?)
+    }
+
     /// Normalises every row of `out`, `[rows, size]`, in place.
     pub(super) fn rows(&self, out: &mut [f32]) {
-        dispatch(Rows { out, norm: self });
+        dispatch(Rows { out, residual: None, size: self.weight.elem_count(), norm: self });
     }
 
     /// Whether this is LayerNorm, which alone has a CUDA kernel.
@@ -103,6 +120,9 @@ impl Norm {
 
 struct Rows<'a> {
     out: &'a mut [f32],
+    residual: Option<&'a [f32]>,
+    /// Elements of a row.
+    size: usize,
     norm: &'a Norm,
 }
 
@@ -111,9 +131,9 @@ impl WithSimd for Rows<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let size = self.norm.weight.elem_count();
-        for row in self.out.chunks_mut(size) {
-            add_norm(simd, row, None, self.norm);
+        let Self { out, residual, size, norm } = self;
+        for (i, row) in out.chunks_mut(size).enumerate() {
+            add_norm(simd, row, residual.map(|residual| &residual[i * size..][..size]), norm);
         }
     }
 }

@@ -18,6 +18,8 @@ pub struct Encoder {
     embedding: Embedding,
     /// From the embedding's width to the trunk's, where they differ.
     projection: Option<Linear>,
+    /// The norm of the embeddings, where it follows the projection.
+    norm: Option<Norm>,
     trunk: Trunk,
     /// Idle workspaces; there are as many in all as forward passes have run at the same time.
     workspaces: Mutex<Vec<Workspace>>,
@@ -33,26 +35,30 @@ impl Encoder {
         let a = &architecture;
         let width = a.embeddings.width;
         let table = |name: &str, count: usize| vb.pp(name).get((count, width), "weight");
+        let norm = |size| {
+            let name = a.embeddings.norm;
+            name.map(|name| Norm::load(size, a.norm, a.norm_eps, vb.pp(name))).transpose()
+        };
+        let projection = &a.embeddings.projection;
+        let norm_last = projection.as_ref().is_some_and(|projection| projection.before_norm);
         let embedding = Embedding {
             word: table(a.embeddings.word, a.vocabulary)?,
             types: a.embeddings.token_type.map(|(name, count)| table(name, count)).transpose()?,
             positions: match a.positions {
                 Positions::Learned { name, count, first } => Some((table(name, count)?, first)),
-                Positions::Rotary { .. } => None,
+                Positions::Rotary { .. } | Positions::Relative { .. } => None,
             },
             scale: a.embeddings.scale,
-            norm: match a.embeddings.norm {
-                Some(name) => Some(Norm::load(width, a.norm, a.norm_eps, vb.pp(name))?),
-                None => None,
-            },
+            norm: if norm_last { None } else { norm(width)? },
         };
-        let projection = match a.embeddings.projection {
-            Some(name) => Some(Linear::load(width, a.hidden, true, precision, &[vb.pp(name)])?),
+        let projection = match projection {
+            Some(p) => Some(Linear::load(width, a.hidden, p.bias, precision, &[vb.pp(p.name)])?),
             None => None,
         };
+        let norm = if norm_last { norm(a.hidden)? } else { None };
         let trunk = Trunk::load(a, vb, precision)?;
         let (device, workspaces) = (vb.device().clone(), Mutex::default());
-        Ok(Self { architecture, device, embedding, projection, trunk, workspaces })
+        Ok(Self { architecture, device, embedding, projection, norm, trunk, workspaces })
     }
 
     pub fn architecture(&self) -> &Architecture {
@@ -93,11 +99,17 @@ impl Encoder {
 
     fn embed(&self, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
         let out = |slot| workspace.at(slot, &self.device);
-        match &self.projection {
-            None => self.embedding.forward(batch, out(Slot::Stream)),
-            Some(projection) => {
+        match (&self.projection, &self.norm) {
+            (None, _) => self.embedding.forward(batch, out(Slot::Stream)),
+            (Some(projection), norm) => {
                 let narrow = self.embedding.forward(batch, out(Slot::Mixed))?;
-                projection.forward(&narrow, Epilogue::Nothing, out(Slot::Stream))
+                match norm {
+                    None => projection.forward(&narrow, Epilogue::Nothing, out(Slot::Stream)),
+                    Some(norm) => {
+                        let wide = projection.forward(&narrow, Epilogue::Nothing, out(Slot::Attended))?;
+                        norm.forward(&wide, out(Slot::Stream))
+                    }
+                }
             }
         }
     }

@@ -6,6 +6,7 @@ mod head;
 mod items;
 mod model;
 mod question;
+mod relative;
 pub(super) mod sentence;
 mod tokenize;
 mod trunk;

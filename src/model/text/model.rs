@@ -241,8 +241,12 @@ impl Model {
         let a = self.architecture();
         let of_layer = a.layer_weights();
         let projection = a.embeddings.projection.map_or(0, |_| a.embeddings.width * a.hidden);
-        let of_layers = (a.distinct_layers().count() * of_layer + projection).min(self.parameters);
-        (of_layers * quantized + (self.parameters - of_layers) * whole) as u64
+        let convolution = a.convolution.as_ref().map_or(0, |c| c.size * a.hidden * a.hidden);
+        let layers = a.distinct_layers().count();
+        let quantizable = (layers * of_layer + projection + convolution).min(self.parameters);
+        let (tables, elements) = a.position_tables();
+        let derived = layers * tables * elements;
+        (quantizable * quantized + (self.parameters - quantizable + derived) * whole) as u64
     }
 
     /// Number of values per sequence, or per token if the head's output is per token.

@@ -1,13 +1,12 @@
 //! The transformer's layers, from `[tokens, hidden]` to `[tokens, hidden]`, without embeddings and head.
 
-use std::sync::Arc;
-
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::architecture::{Architecture, FeedForward, Layer, NormPlacement, Qkv, RelativeBias};
+use super::architecture::{Architecture, FeedForward, Layer, NormPlacement, Qkv};
+use super::relative::Relative;
 use crate::model::kernels::{
-    Attention, DistanceBias, Epilogue, Linear, Norm, Packed, Precision, Rotation, Slot, Workspace, gated,
+    Attention, Convolution, Epilogue, Linear, Norm, Packed, Precision, Rotation, Slot, Workspace, gated,
 };
 
 struct Block {
@@ -33,18 +32,14 @@ pub struct Trunk {
     layers: Vec<usize>,
     rotations: Vec<Rotation>,
     final_norm: Option<Norm>,
+    /// Over the trunk's input; its output is added to the first layer's and normalised.
+    convolution: Option<(Convolution, Norm)>,
 }
 
 impl Trunk {
     pub fn load(a: &Architecture, vb: &VarBuilder<'_>, precision: Option<Precision>) -> Result<Self> {
         let mut rotations: Vec<Rotation> = Vec::new();
-        let distances = match &a.relative_bias {
-            Some(RelativeBias { name, buckets, max_distance }) => {
-                let weight = vb.pp(name).get((*buckets, a.heads.queries), "weight")?;
-                Some(Arc::new(DistanceBias::new(&weight, *max_distance, a.max_tokens())?))
-            }
-            None => None,
-        };
+        let relative = Relative::load(a, vb)?;
         let (mut blocks, mut layers) = (Vec::new(), Vec::with_capacity(a.layers.len()));
         for (i, layer) in a.layers.iter().enumerate() {
             if let Some(same) = a.layers[..i].iter().position(|earlier| earlier == layer) {
@@ -63,19 +58,39 @@ impl Trunk {
                 None => None,
             };
             layers.push(blocks.len());
-            blocks.push(Block::load(a, layer, rotation, distances.clone(), vb, precision)?);
+            let attention = relative.attention(a, i, vb)?;
+            blocks.push(Block::load(a, layer, rotation, attention, vb, precision)?);
         }
         let final_norm = match a.final_norm {
             Some(name) => Some(Norm::load(a.hidden, a.norm, a.norm_eps, vb.pp(name))?),
             None => None,
         };
-        Ok(Self { norms: a.norms, feed_forward: a.feed_forward, blocks, layers, rotations, final_norm })
+        let convolution = match &a.convolution {
+            Some(c) => {
+                let convolution =
+                    Convolution::load(a.hidden, c.size, c.activation, precision, &vb.pp(c.name))?;
+                Some((convolution, Norm::load(a.hidden, a.norm, a.norm_eps, vb.pp(c.norm))?))
+            }
+            None => None,
+        };
+        let (norms, feed_forward) = (a.norms, a.feed_forward);
+        Ok(Self { norms, feed_forward, blocks, layers, rotations, final_norm, convolution })
     }
 
     /// `x` is `[tokens, hidden]` and in [`Slot::Stream`] of the workspace. The result is there or in [`Slot::Mixed`].
     pub fn forward(&self, mut x: Tensor, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
+        let mut convolved = match &self.convolution {
+            Some((convolution, norm)) => {
+                let out = |slot| workspace.at(slot, x.device());
+                Some((convolution.forward(&x, batch, out(Slot::Wide), out(Slot::Convolved))?, norm))
+            }
+            None => None,
+        };
         for &layer in &self.layers {
             x = self.block(&self.blocks[layer], &x, batch, workspace)?;
+            if let Some((convolved, norm)) = convolved.take() {
+                x = norm.sum(x, &convolved)?;
+            }
         }
         match &self.final_norm {
             Some(norm) => norm.forward(&x, workspace.at(Slot::Mixed, x.device())),
@@ -128,7 +143,7 @@ impl Block {
         a: &Architecture,
         layer: &Layer,
         rotation: Option<usize>,
-        distances: Option<Arc<DistanceBias>>,
+        attention: Attention,
         vb: &VarBuilder<'_>,
         precision: Option<Precision>,
     ) -> Result<Self> {
@@ -148,13 +163,7 @@ impl Block {
         };
         Ok(Self {
             qkv: Linear::load_parts(h, a.attention_bias, precision, &qkv)?,
-            attention: Attention {
-                keys: heads.keys,
-                scale: heads.scale as f32,
-                norms: pair(&layer.qk_norms, heads.width)?,
-                distances,
-                ..Attention::new(heads.queries, heads.width, layer.mask)
-            },
+            attention: Attention { norms: pair(&layer.qk_norms, heads.width)?, ..attention },
             attention_out: Linear::load(
                 heads.all_queries(),
                 h,

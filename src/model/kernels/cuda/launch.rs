@@ -15,7 +15,7 @@ use crate::model::kernels::{Activation, Attention, Embedding, Gate, Norm, Packed
 
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
-/// The first layer's input, `[tokens, hidden]`.
+/// The first layer's input, `[tokens, hidden]`: the sum of embedding rows, normalised.
 pub fn embed(embedding: &Embedding, norm: &Norm, batch: &Packed) -> Result<Tensor> {
     let word = &embedding.word;
     let (tokens, hidden) = (batch.tokens(), word.dim(1)?);
@@ -100,7 +100,8 @@ pub fn pool(x: &Tensor, batch: &Packed, pooling: Pooling) -> Result<Tensor> {
 }
 
 /// `[tokens, 3 × hidden]` with its bias, `[3 × hidden]`, to `[tokens, hidden]`. Rotates queries and keys in place.
-/// `None`, with `qkv` unchanged, if there is no kernel for the width of a head, or for what decoders do beside.
+/// `None`, with `qkv` unchanged, if there is no kernel for the width of a head, for what decoders do beside, or for the
+/// terms of DeBERTa.
 pub fn attend(
     attention: &Attention,
     qkv: &Tensor,

@@ -7,7 +7,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
     // transformers' default is not BERT's.
     architecture.feed_forward = FeedForward::Plain(config.activation("hidden_act", "gelu_new")?);
     architecture.embeddings.width = config.size_or("embedding_size", 128)?;
-    architecture.embeddings.projection = Some("encoder.embedding_hidden_mapping_in");
+    architecture.embeddings.projection =
+        Some(Projection { name: "encoder.embedding_hidden_mapping_in", bias: true, before_norm: false });
     let (groups, inner) = (config.size_or("num_hidden_groups", 1)?, config.size_or("inner_group_num", 1)?);
     let steps = architecture.layers.len();
     architecture.layers = (0..steps)

@@ -3,6 +3,10 @@
 use super::*;
 
 pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
+    // Jina's own code has BERT's name.
+    if jina::is_meant(config) {
+        return jina::describe(config);
+    }
     let first = 0;
     let mut architecture = post_norm(config, &["bert"], first)?;
     architecture.classifier = classifier();
@@ -32,6 +36,15 @@ pub(super) fn post_norm(
     first: usize,
 ) -> Result<Architecture, ConfigError> {
     config.absolute_positions()?;
+    encoder(config, prefixes, first)
+}
+
+/// BERT's encoder, whatever config.json says about its kind of positions.
+pub(super) fn encoder(
+    config: &Config<'_>,
+    prefixes: &'static [&'static str],
+    first: usize,
+) -> Result<Architecture, ConfigError> {
     let hidden = config.size("hidden_size")?;
     let count = config.size("max_position_embeddings")?;
     if count <= first {
@@ -68,7 +81,7 @@ pub(super) fn post_norm(
         norm_eps: config.number_or("layer_norm_eps", 1e-12),
         embeddings: Embeddings {
             word: "embeddings.word_embeddings",
-            token_type: Some(("embeddings.token_type_embeddings", config.size_or("type_vocab_size", 2)?)),
+            token_type: config.types("embeddings.token_type_embeddings", 2),
             scale: None,
             norm: Some("embeddings.LayerNorm"),
             width: hidden,
@@ -84,6 +97,7 @@ pub(super) fn post_norm(
         down_bias: true,
         norm: NormKind::Layer { bias: true },
         final_norm: None,
+        convolution: None,
         classifier: Classifier {
             pooling: Pooling::First,
             padding: None,

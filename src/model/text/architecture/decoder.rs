@@ -55,6 +55,7 @@ pub(super) fn describe(
         down_bias: false,
         norm,
         final_norm: Some("norm"),
+        convolution: None,
         classifier: Classifier {
             pooling: Pooling::Last,
             padding,

@@ -53,6 +53,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         down_bias: true,
         norm: NormKind::Layer { bias: true },
         final_norm: None,
+        convolution: None,
         classifier: Classifier {
             pooling: Pooling::First,
             padding: None,

@@ -7,7 +7,8 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
     let width = config.size_or("embedding_size", 128)?;
     if width != architecture.hidden {
         architecture.embeddings.width = width;
-        architecture.embeddings.projection = Some("embeddings_project");
+        architecture.embeddings.projection =
+            Some(Projection { name: "embeddings_project", bias: true, before_norm: false });
     }
     architecture.classifier.activation = Activation::Gelu;
     Ok(architecture)

@@ -3,11 +3,13 @@
 
 mod albert;
 mod bert;
+mod deberta;
 mod decoder;
 mod distilbert;
 mod electra;
 mod gemma3;
 mod gte;
+mod jina;
 mod modernbert;
 mod mpnet;
 mod nomic;
@@ -27,6 +29,7 @@ const KNOWN: &[(&str, Describe)] = &[
     ("albert", albert::describe),
     ("bert", bert::describe),
     ("camembert", roberta::describe),
+    ("deberta-v2", deberta::describe),
     ("distilbert", distilbert::describe),
     ("electra", electra::describe),
     ("gemma3_text", gemma3::describe),
@@ -39,6 +42,12 @@ const KNOWN: &[(&str, Describe)] = &[
     ("roberta", roberta::describe),
     ("xlm-roberta", roberta::describe),
 ];
+
+/// Model types that look like a known one but compute something else, and what to do about them.
+const OTHERS: &[(&str, &str)] = &[(
+    "deberta",
+    "is the first version of DeBERTa, which is not supported; use a checkpoint of DeBERTa v2 or v3 (model_type \"deberta-v2\")",
+)];
 
 type Describe = fn(&Config<'_>) -> Result<Architecture, ConfigError>;
 
@@ -65,6 +74,7 @@ const HARMLESS: &[&str] = &[
     "chunk_size_feed_forward",
     "classifier_dropout",
     "classifier_dropout_prob",
+    "cls_dropout",
     "cls_token_id",
     "decoder_bias",
     "deterministic_flash_attn",
@@ -87,6 +97,8 @@ const HARMLESS: &[&str] = &[
     "initializer_range",
     "label2id",
     "language",
+    // DeBERTa: of the head for masked language modelling.
+    "legacy",
     "mask_token_id",
     "max_length",
     "mlp_dropout",
@@ -99,6 +111,7 @@ const HARMLESS: &[&str] = &[
     "output_hidden_states",
     "output_past",
     "pad_token_id",
+    "pooler_dropout",
     "pooler_fc_size",
     "pooler_num_attention_heads",
     "pooler_num_fc_layers",
@@ -185,6 +198,7 @@ pub struct Architecture {
     pub norm: NormKind,
     /// Tensor name of the norm after the last layer.
     pub final_norm: Option<&'static str>,
+    pub convolution: Option<LocalConvolution>,
     pub classifier: Classifier,
 }
 
@@ -222,17 +236,54 @@ pub struct Embeddings {
     pub norm: Option<&'static str>,
     /// Elements of a row of the tables.
     pub width: usize,
-    /// Tensor name of the layer from `width` to the hidden size, where they differ.
-    pub projection: Option<&'static str>,
+    /// From `width` to the hidden size, where they differ.
+    pub projection: Option<Projection>,
 }
 
-/// A bias on attention scores by the distance between query and key: one table for all layers.
-#[derive(Debug, Clone)]
-pub struct RelativeBias {
+/// The layer between narrow embeddings and the first layer of the trunk.
+#[derive(Debug, Clone, Copy)]
+pub struct Projection {
     pub name: &'static str,
-    pub buckets: usize,
-    /// All distances from here on share a bucket.
-    pub max_distance: usize,
+    pub bias: bool,
+    /// The embeddings' norm follows the projection instead of the sum of rows.
+    pub before_norm: bool,
+}
+
+/// What is added to attention scores by the distance between query and key.
+#[derive(Debug, Clone)]
+pub enum RelativeBias {
+    /// T5's: one table of biases for all layers.
+    Buckets {
+        name: &'static str,
+        buckets: usize,
+        /// All distances from here on share a bucket.
+        max_distance: usize,
+    },
+    /// ALiBi's: a slope per head, without weights.
+    Slopes,
+    /// DeBERTa's: one table of `2 × span` positions, which each layer projects to keys and queries.
+    Disentangled {
+        name: &'static str,
+        /// Tensor name of the table's norm.
+        norm: Option<&'static str>,
+        span: usize,
+        /// Distances share logarithmic buckets up to this one; `None` for a position per distance.
+        max_distance: Option<usize>,
+        /// Tensor name of a layer's projection to keys; `None` if scores have no content-to-position term.
+        keys: Option<fn(usize) -> String>,
+        /// The same for queries and the position-to-content term.
+        queries: Option<fn(usize) -> String>,
+    },
+}
+
+/// A convolution over the embeddings, whose activated output is added to the first layer's output and normalised.
+#[derive(Debug, Clone)]
+pub struct LocalConvolution {
+    pub name: &'static str,
+    pub norm: &'static str,
+    /// Tokens that an output depends on; odd.
+    pub size: usize,
+    pub activation: Activation,
 }
 
 #[derive(Debug, Clone)]
@@ -241,6 +292,8 @@ pub enum Positions {
     Learned { name: &'static str, count: usize, first: usize },
     /// Rotated queries and keys (RoPE), configured by layer, for `count` positions.
     Rotary { count: usize },
+    /// Only the distances between tokens count ([`RelativeBias`]); sequences have at most `count` tokens.
+    Relative { count: usize },
 }
 
 /// The tensor names of one layer, without the encoder's prefix, and its kind of attention.
@@ -326,11 +379,14 @@ impl Architecture {
                 config.refuse_others(ignored)?;
                 Ok(architecture)
             }
-            None => Err(ConfigError(format!(
-                "model_type {name:?} is not supported; supported: {}{}",
-                known(),
-                instead_of(name).unwrap_or_default()
-            ))),
+            None => match OTHERS.iter().find(|(other, _)| *other == name) {
+                Some((_, message)) => Err(ConfigError(format!("model_type {name:?} {message}"))),
+                None => Err(ConfigError(format!(
+                    "model_type {name:?} is not supported; supported: {}{}",
+                    known(),
+                    instead_of(name).unwrap_or_default()
+                ))),
+            },
         }
     }
 
@@ -344,7 +400,7 @@ impl Architecture {
     pub fn max_tokens(&self) -> usize {
         match self.positions {
             Positions::Learned { count, first, .. } => count - first,
-            Positions::Rotary { count } => count,
+            Positions::Rotary { count } | Positions::Relative { count } => count,
         }
     }
 
@@ -362,10 +418,21 @@ impl Architecture {
         self.hidden * (attention + self.up() + self.intermediate)
     }
 
+    /// How many tables of positions each layer has, projected when the model is loaded, and the elements of one.
+    pub fn position_tables(&self) -> (usize, usize) {
+        match &self.relative_bias {
+            Some(RelativeBias::Disentangled { span, keys, queries, .. }) => {
+                (usize::from(keys.is_some()) + usize::from(queries.is_some()), 2 * span * self.hidden)
+            }
+            _ => (0, 0),
+        }
+    }
+
     /// Floating-point operations of the layers' matrix products for a sequence; a multiply-add counts as two.
     pub fn operations(&self, length: usize) -> u64 {
         let weights = self.layer_weights();
-        let per_key = 2 * self.heads.all_queries();
+        // Query · key and weights · values; each term by distance is about as much as one of them.
+        let per_key = (2 + self.position_tables().0) * self.heads.all_queries();
         let of = |layer: &Layer| 2 * length * (weights + layer.mask.keys_per_query(length) * per_key);
         self.layers.iter().map(|layer| of(layer) as u64).sum()
     }

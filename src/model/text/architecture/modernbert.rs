@@ -56,6 +56,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         down_bias: config.flag_or("mlp_bias", false),
         norm: NormKind::Layer { bias: config.flag_or("norm_bias", false) },
         final_norm: Some("final_norm"),
+        convolution: None,
         classifier: Classifier {
             pooling: match config.get("classifier_pooling").as_str() {
                 None | Some("cls") => Pooling::First,

@@ -20,6 +20,6 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         layer.attention_norm = Some(name("LayerNorm"));
     }
     architecture.relative_bias =
-        Some(RelativeBias { name: "encoder.relative_attention_bias", buckets, max_distance: 128 });
+        Some(RelativeBias::Buckets { name: "encoder.relative_attention_bias", buckets, max_distance: 128 });
     Ok(architecture)
 }

@@ -91,6 +91,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         down_bias: false,
         norm: NormKind::Layer { bias: true },
         final_norm: None,
+        convolution: None,
         classifier: bert::classifier(),
     })
 }

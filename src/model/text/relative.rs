@@ -1,0 +1,80 @@
+//! What attention adds to its scores by the distance between query and key, loaded from a checkpoint.
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::architecture::{Architecture, RelativeBias};
+use crate::model::kernels::{
+    Attention, Buckets, Disentangled, DistanceBias, Epilogue, Linear, Norm, Slot, Workspace,
+};
+
+/// What the layers of a model share.
+pub enum Relative<'a> {
+    Nothing,
+    Bias(Arc<DistanceBias>),
+    Positions {
+        /// `[2 × span, hidden]`.
+        table: Tensor,
+        buckets: Arc<Buckets>,
+        keys: Option<&'a fn(usize) -> String>,
+        queries: Option<&'a fn(usize) -> String>,
+    },
+}
+
+impl<'a> Relative<'a> {
+    pub fn load(a: &'a Architecture, vb: &VarBuilder<'_>) -> Result<Self> {
+        let longest = a.max_tokens();
+        Ok(match &a.relative_bias {
+            None => Self::Nothing,
+            Some(RelativeBias::Buckets { name, buckets, max_distance }) => {
+                let weight = vb.pp(name).get((*buckets, a.heads.queries), "weight")?;
+                Self::Bias(Arc::new(DistanceBias::new(&weight, *max_distance, longest)?))
+            }
+            Some(RelativeBias::Slopes) => {
+                Self::Bias(Arc::new(DistanceBias::alibi(a.heads.queries, longest, vb.device())?))
+            }
+            Some(RelativeBias::Disentangled { name, norm, span, max_distance, keys, queries }) => {
+                let table = vb.pp(name).get((2 * span, a.hidden), "weight")?;
+                let table = match norm {
+                    Some(norm) => {
+                        let norm = Norm::load(a.hidden, a.norm, a.norm_eps, vb.pp(norm))?;
+                        norm.forward(&table, Workspace::default().at(Slot::Mixed, vb.device()))?
+                    }
+                    None => table,
+                };
+                let buckets = Arc::new(Buckets::new(*span, *max_distance, longest));
+                Self::Positions { table, buckets, keys: keys.as_ref(), queries: queries.as_ref() }
+            }
+        })
+    }
+
+    /// The attention of a layer. Positions are projected here, once: the projections depend only on weights.
+    pub fn attention(&self, a: &Architecture, layer: usize, vb: &VarBuilder<'_>) -> Result<Attention> {
+        let (heads, mask) = (a.heads, a.layers[layer].mask);
+        let mut attention = Attention {
+            keys: heads.keys,
+            scale: heads.scale as f32,
+            ..Attention::new(heads.queries, heads.width, mask)
+        };
+        match self {
+            Self::Nothing => {}
+            Self::Bias(bias) => attention.distances = Some(Arc::clone(bias)),
+            Self::Positions { table, buckets, keys, queries } => {
+                let workspace = Workspace::default();
+                let project = |name: &fn(usize) -> String, slot| {
+                    let linear = Linear::load(a.hidden, a.hidden, true, None, &[vb.pp(name(layer))])?;
+                    linear.forward(table, Epilogue::Nothing, workspace.at(slot, vb.device()))
+                };
+                let keys = keys.map(|name| project(name, Slot::Wide)).transpose()?;
+                let queries = queries.map(|name| project(name, Slot::Mixed)).transpose()?;
+                let buckets = Arc::clone(buckets);
+                let terms = Disentangled::new(heads.queries, keys.as_ref(), queries.as_ref(), buckets)?;
+                attention.scale = terms.scale(heads.width);
+                attention.disentangled = Some(terms);
+            }
+        }
+        Ok(attention)
+    }
+}
