@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::store::{Files, FilesError};
-use super::text::sentence::{TEXT_SETTINGS, pooling_file};
+use super::text::sentence::{TEXT_SETTINGS, module_files};
 use super::text::vocabulary;
 
 /// Small files that say how a model is used; not every model has each of them.
@@ -77,7 +77,7 @@ impl Files {
     pub fn names(&self) -> Result<Vec<String>, FilesError> {
         let mut names = self.weights()?;
         names.extend(configuration(|name| self.exists(name)).map(str::to_owned));
-        names.extend(pooling_file(self.json("modules.json")?.as_ref())?);
+        names.extend(module_files(self.json("modules.json")?.as_ref(), |name| self.exists(name))?);
         names.sort();
         Ok(names)
     }

@@ -8,7 +8,7 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use super::{FilesError, Place};
 use crate::model::manifest;
-use crate::model::text::sentence::pooling_file;
+use crate::model::text::sentence::module_files;
 use crate::settings;
 
 /// A commit's files in the cache.
@@ -108,10 +108,10 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
         let path = fetch(&repo, name)?;
         if name == "config.json" {
             config = Some(path);
-        } else if name == "modules.json"
-            && let Some(pooling) = pooling_file(read_json(&path)?.as_ref()).map_err(Asked::Refused)?
-        {
-            fetch(&repo, &pooling)?;
+        } else if name == "modules.json" {
+            for file in module_files(read_json(&path)?.as_ref(), there).map_err(Asked::Refused)? {
+                fetch(&repo, &file)?;
+            }
         }
     }
     let Some(config) = config else { return Err(refused(format!("{id}@{revision} has no config.json"))) };

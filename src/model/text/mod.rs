@@ -4,6 +4,7 @@ pub mod architecture;
 mod encoder;
 mod head;
 mod items;
+mod layers;
 mod model;
 pub(super) mod sentence;
 mod tokenize;
@@ -11,7 +12,7 @@ mod trunk;
 
 pub use encoder::Encoder;
 pub use head::Head;
-pub use model::{Model, ModelError, Output, Scores};
-pub use sentence::{Embedding, TextSettings};
+pub use model::{Model, ModelError, Output, Prompt, Scores};
+pub use sentence::{Embedding, Layer, Prompts, TextSettings};
 pub(super) use tokenize::vocabulary;
 pub use tokenize::{NoRoom, Part, Shorten, Span, Spans, TokenizeError, Tokenizer, Tokens};

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use super::architecture::{Architecture, ConfigError};
 use super::encoder::Encoder;
 use super::head::Head;
+use super::layers::Layers;
 use super::sentence::{Embedding, TextSettings, cross_encoder_scores};
 use super::tokenize::{TokenizeError, Tokenizer, Tokens};
 use crate::model::kernels::{Packed, Precision, Transfer};
@@ -78,6 +79,29 @@ impl Scores {
     }
 }
 
+/// A text that is put before texts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Prompt {
+    pub text: String,
+    /// How many tokens at the start of a text with this prompt are not pooled: none, or those of the prompt and the
+    /// special tokens before it if the model says `include_prompt: false`.
+    pub unpooled: u32,
+}
+
+impl Prompt {
+    /// Counts tokens as sentence-transformers does: those of the prompt alone, without a special token at the end.
+    ///
+    /// # Errors
+    /// The tokenizer fails on the text.
+    pub fn new(text: String, tokenizer: &Tokenizer, embedding: &Embedding) -> Result<Self, TokenizeError> {
+        let unpooled = match text.is_empty() || embedding.include_prompt {
+            true => 0,
+            false => tokenizer.encode(&text)?.ids.len() as u32 - u32::from(tokenizer.trailing() > 0),
+        };
+        Ok(Self { text, unpooled })
+    }
+}
+
 pub struct Model {
     pub files: Files,
     pub placement: Placement,
@@ -89,11 +113,12 @@ pub struct Model {
     /// How a classifier's logits become scores.
     pub scores: Scores,
     pub embedding: Embedding,
+    /// Put before every text, for embeddings.
+    pub prompt: Prompt,
     pub parameters: usize,
     /// Token ids of a short text, repeated to make the engine's samples.
     pub(super) plain: Vec<u32>,
     encoder: Encoder,
-    output: Output,
     head: Head,
     width: usize,
     /// Held while a batch is queued on a GPU, which has one queue: otherwise two batches would interleave and both
@@ -123,7 +148,7 @@ impl Model {
             _ => Embedding::default(),
         };
         let weights = Weights::open(&files)?;
-        let parameters = weights.parameters();
+        let mut parameters = weights.parameters();
         let root = VarBuilder::from_backend(Box::new(weights), placement.dtype, placement.device.clone());
         let word = format!("{}.weight", architecture.embeddings.word);
         let inner = architecture.prefixes.iter().map(|prefix| root.pp(prefix));
@@ -132,7 +157,13 @@ impl Model {
 
         let labels = labels(&config);
         let (head, width) = match output {
-            Output::Embedding => (Head::embedding(embedding.pooling), architecture.hidden),
+            Output::Embedding => {
+                let width = embedding.poolings.len() * architecture.hidden;
+                let layers = Layers::load(&embedding.layers, width, &files, &placement)?;
+                parameters += layers.parameters;
+                let width = layers.width;
+                (Head::embedding(embedding.poolings.clone(), layers), width)
+            }
             Output::Logits | Output::PairLogits | Output::TokenLogits => {
                 let per_token = output == Output::TokenLogits;
                 let out = format!("{}.weight", architecture.classifier.out(per_token));
@@ -159,6 +190,7 @@ impl Model {
             _ => Scores::of(&config, labels.len())?,
         };
         let plain = tokenizer.encode("kandle")?.ids;
+        let prompt = Prompt::new(embedding.prompts.default.clone(), &tokenizer, &embedding)?;
         Ok(Self {
             files,
             placement,
@@ -167,10 +199,10 @@ impl Model {
             labels,
             scores,
             embedding,
+            prompt,
             parameters,
             plain,
             encoder,
-            output,
             head,
             width,
             queueing: Mutex::default(),
@@ -183,14 +215,18 @@ impl Model {
         self.encoder.architecture()
     }
 
-    /// Tokenizes a text. For embeddings, the model's prompt is put before it.
+    /// Tokenizes a text. For embeddings, [`Model::prompt`] is put before it.
     pub fn tokens(&self, text: &str) -> Result<Tokens, TokenizeError> {
-        match self.output {
-            Output::Embedding if !self.embedding.prompt.is_empty() => {
-                self.tokenizer.encode(&format!("{}{text}", self.embedding.prompt))
-            }
-            _ => self.tokenizer.encode(text),
+        self.prompted(&self.prompt, text)
+    }
+
+    /// Tokenizes a text with a prompt before it.
+    pub fn prompted(&self, prompt: &Prompt, text: &str) -> Result<Tokens, TokenizeError> {
+        if prompt.text.is_empty() {
+            return self.tokenizer.encode(text);
         }
+        let tokens = self.tokenizer.encode(&format!("{}{text}", prompt.text))?;
+        Ok(Tokens { unpooled: prompt.unpooled, ..tokens })
     }
 
     /// Bytes that the weights take on their device.
@@ -224,7 +260,8 @@ impl Model {
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Ragged<f32>> {
         let sequences: Vec<_> =
             batch.iter().map(|tokens| (&tokens.ids[..], tokens.type_ids.as_deref())).collect();
-        let packed = Packed::new(&sequences);
+        let unpooled: Vec<usize> = batch.iter().map(|tokens| tokens.unpooled as usize).collect();
+        let packed = Packed::new(&sequences).skipping(&unpooled);
         let gpu = !self.encoder.device().is_cpu();
         let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
         let rows = self.encoder.forward(&packed, |hidden, workspace| {

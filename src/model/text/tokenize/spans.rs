@@ -175,12 +175,22 @@ impl Tokenizer {
     pub fn whole(&self, ids: &[u32]) -> Tokens {
         let special = &self.special;
         let type_ids = special.type_ids(ids.len());
-        Tokens { ids: [&special.before, ids, &special.after].concat(), type_ids, truncated: false }
+        Tokens {
+            ids: [&special.before, ids, &special.after].concat(),
+            type_ids,
+            truncated: false,
+            unpooled: 0,
+        }
     }
 
     /// Number of special tokens before a text.
     pub fn leading(&self) -> usize {
         self.special.before.len()
+    }
+
+    /// Number of special tokens after a text.
+    pub fn trailing(&self) -> usize {
+        self.special.after.len()
     }
 }
 
