@@ -1,7 +1,9 @@
 //! A model: files, placement, tokenizer, encoder and head together.
 
 use candle_nn::VarBuilder;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::architecture::{Architecture, ConfigError};
@@ -83,6 +85,8 @@ impl Scores {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prompt {
     pub text: String,
+    /// Number of its tokens, without special ones.
+    pub tokens: u32,
     /// How many tokens at the start of a text with this prompt are not pooled: none, or those of the prompt and the
     /// special tokens before it if the model says `include_prompt: false`.
     pub unpooled: u32,
@@ -94,11 +98,13 @@ impl Prompt {
     /// # Errors
     /// The tokenizer fails on the text.
     pub fn new(text: String, tokenizer: &Tokenizer, embedding: &Embedding) -> Result<Self, TokenizeError> {
-        let unpooled = match text.is_empty() || embedding.include_prompt {
-            true => 0,
-            false => tokenizer.encode(&text)?.ids.len() as u32 - u32::from(tokenizer.trailing() > 0),
-        };
-        Ok(Self { text, unpooled })
+        if text.is_empty() {
+            return Ok(Self::default());
+        }
+        let (leading, trailing) = (tokenizer.leading() as u32, tokenizer.trailing() as u32);
+        let all = tokenizer.encode(&text)?.ids.len() as u32;
+        let unpooled = if embedding.include_prompt { 0 } else { all - trailing.min(1) };
+        Ok(Self { text, tokens: all - leading - trailing, unpooled })
     }
 }
 
@@ -227,6 +233,40 @@ impl Model {
         }
         let tokens = self.tokenizer.encode(&format!("{}{text}", prompt.text))?;
         Ok(Tokens { unpooled: prompt.unpooled, ..tokens })
+    }
+
+    /// How many tokens of a text fit in one sequence beside [`Model::prompt`] and the special tokens.
+    pub fn room(&self) -> usize {
+        self.tokenizer.room().saturating_sub(self.prompt.tokens as usize)
+    }
+
+    /// Tokenizes a text of any length into as many sequences as it needs, each with [`Model::prompt`] before it. Each
+    /// comes with its number of tokens of the text, `overlap` of which it shares with its neighbour. The order is that
+    /// of [`Tokenizer::chunks`].
+    ///
+    /// # Errors
+    /// The text has no tokens and the tokenizer adds none, or the library fails on it.
+    ///
+    /// # Panics
+    /// If the overlap is not less than the room.
+    pub fn chunks(&self, text: &str, overlap: usize) -> Result<Vec<(Tokens, u32)>, TokenizeError> {
+        let prompted = match self.prompt.text.is_empty() {
+            true => Cow::Borrowed(text),
+            false => Cow::Owned(format!("{}{text}", self.prompt.text)),
+        };
+        let all = self.tokenizer.ids(&prompted)?;
+        let (prompt, ids) = all.split_at((self.prompt.tokens as usize).min(all.len()));
+        let chunk = |part: Range<usize>| {
+            let length = part.len() as u32;
+            let tokens = self.tokenizer.whole(&[prompt, &ids[part]].concat());
+            (Tokens { unpooled: self.prompt.unpooled, ..tokens }, length)
+        };
+        let chunks: Vec<_> =
+            self.tokenizer.chunks(self.room(), ids.len(), overlap).into_iter().map(chunk).collect();
+        match chunks.iter().any(|(tokens, _)| tokens.ids.is_empty()) {
+            true => Err(TokenizeError::Empty),
+            false => Ok(chunks),
+        }
     }
 
     /// Bytes that the weights take on their device.

@@ -154,6 +154,16 @@ impl Tokenizer {
         Ok(Tokens { ids, type_ids: self.special.type_ids(length), truncated, unpooled: 0 })
     }
 
+    /// All tokens of a text, without special ones.
+    ///
+    /// # Errors
+    /// The library fails on the text.
+    pub fn ids(&self, text: &str) -> Result<Vec<u32>, TokenizeError> {
+        let mut ids = Vec::new();
+        self.first(text, usize::MAX, &mut ids)?;
+        Ok(ids)
+    }
+
     /// How a text may be cut, and the added tokens that it may contain.
     fn cuts_of(&self, text: &str) -> (Cuts, &[String]) {
         let unseen = self.added_in_ascii && !text.is_ascii();

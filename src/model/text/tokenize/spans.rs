@@ -147,14 +147,13 @@ impl Tokenizer {
         self.max_tokens.saturating_sub(self.special.count())
     }
 
-    /// Splits a text of `tokens` tokens into ranges of at most [`Tokenizer::room`], each of which shares `overlap`
-    /// tokens with the next, as the tokenizers library does (`stride`). If truncation is on the left, the text is cut
-    /// from its end, and the last range comes first.
+    /// Splits a text of `tokens` tokens into ranges of at most `room`, each of which shares `overlap` tokens with the
+    /// next, as the tokenizers library does (`stride`). If truncation is on the left, the text is cut from its end, and
+    /// the last range comes first.
     ///
     /// # Panics
     /// If the overlap is not less than the room.
-    pub fn chunks(&self, tokens: usize, overlap: usize) -> Vec<Range<usize>> {
-        let room = self.room();
+    pub fn chunks(&self, room: usize, tokens: usize, overlap: usize) -> Vec<Range<usize>> {
         assert!(overlap < room, "an overlap of {overlap} in {room} tokens");
         let mut chunks = Vec::new();
         let mut done = 0;
@@ -246,7 +245,7 @@ mod tests {
                     }
                 });
                 assert_eq!(
-                    tokenizer.chunks(words, overlap),
+                    tokenizer.chunks(tokenizer.room(), words, overlap),
                     ranges.collect::<Vec<_>>(),
                     "{words} {direction:?}"
                 );
