@@ -7,7 +7,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use kandle::model::Packed;
 use kandle::model::kernels::matmul::{Epilogue, Panels};
 use kandle::model::kernels::{
-    Activation, Attention, Mask, Norm, NormKind, Pooling, Precision, Slot, Workspace,
+    Activation, Attention, Mask, Norm, NormKind, Pooling, Precision, Slot, Workspace, pool,
 };
 
 const TOKENS: usize = 512;
@@ -108,7 +108,9 @@ fn layers(c: &mut Criterion) {
         b.iter(|| norm.forward(&x, workspace.at(Slot::Mixed, &device)).expect("a result"));
     });
     group.bench_function("pool", |b| {
-        b.iter(|| Pooling::Mean.forward(&x, &packed, workspace.at(Slot::Pooled, &device)).expect("a result"));
+        b.iter(|| {
+            pool(&[Pooling::Mean], &x, &packed, workspace.at(Slot::Pooled, &device)).expect("a result")
+        });
     });
     group.finish();
 }

@@ -213,9 +213,10 @@ pub struct Task {
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub top_k: Option<usize>,
-    /// What to do with a text that has more tokens than the model accepts: truncate (counted), dead_letter, or, for
-    /// token-classification, chunk (overlapping chunks whose entities are merged). Default: chunk for
-    /// token-classification, truncate for the others.
+    /// What to do with a text that has more tokens than the model accepts: truncate (counted), dead_letter, or chunk:
+    /// overlapping chunks whose entities are merged (token-classification), whose vectors are averaged (text-embedding,
+    /// similarity) or whose scores are (text-classification). Default: chunk for token-classification, truncate for the
+    /// others.
     #[serde(default)]
     pub overflow: Option<Overflow>,
     /// token-classification: how tokens become entities, as in transformers' pipeline. none: each token is an entity.
@@ -223,10 +224,14 @@ pub struct Task {
     /// each with the label of its first token, of the average of its tokens' scores, or of its highest-scoring token.
     #[serde(default)]
     pub aggregation: Aggregation,
-    /// token-classification: number of tokens by which the chunks of a long text overlap (default: 32, or half of the
-    /// model's token limit if that is less).
+    /// Number of tokens by which the chunks of a long text overlap (default: 32, or half of the model's token limit if
+    /// that is less).
     #[serde(default)]
     pub stride: Option<usize>,
+    /// text-classification with overflow: chunk: whether a text's scores are the mean of its chunks' scores, weighted by
+    /// their numbers of tokens, or each label's highest one.
+    #[serde(default)]
+    pub chunk_scores: ChunkScores,
     /// reranking: JSON Pointer to the documents, an array of texts or of objects with `text` and optionally `id`. The
     /// query is `input.field`.
     #[serde(default)]
@@ -251,6 +256,33 @@ pub struct Task {
     /// similarity: file of candidates, one JSON object per line with `id` and `text`.
     #[serde(default)]
     pub candidates: Option<PathBuf>,
+    /// text-embedding, similarity: text that is put before every record's text (default: the prompt that the model's
+    /// config_sentence_transformers.json names as its default, if it does; "" for none).
+    #[serde(default)]
+    pub prompt: Option<String>,
+    /// text-embedding, similarity: name of such a prompt in the model's config_sentence_transformers.json, used instead
+    /// of `prompt`.
+    #[serde(default)]
+    pub prompt_name: Option<String>,
+    /// similarity: like `prompt`, for the candidates.
+    #[serde(default)]
+    pub candidates_prompt: Option<String>,
+    /// similarity: like `prompt_name`, for the candidates.
+    #[serde(default)]
+    pub candidates_prompt_name: Option<String>,
+    /// text-embedding: number of values that are kept, the first ones, for models trained for it (Matryoshka). A vector
+    /// of length 1 is scaled to length 1 again (default: all).
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub dimensions: Option<usize>,
+    /// text-embedding: how a vector is written. float: an array of numbers. base64: a string with the values as
+    /// little-endian f32. int8: an array of numbers from -128 to 127. ubinary: an array of bytes, one bit per value.
+    #[serde(default)]
+    pub encoding: Encoding,
+    /// text-embedding with encoding: int8: JSON file with the lowest and the highest value of each place of a vector,
+    /// [[lowest, …], [highest, …]] (default, for vectors of length 1: 4 over the square root of the number of values).
+    #[serde(default)]
+    pub ranges: Option<PathBuf>,
     /// Bytes for a cache of the model's answers, so that an input seen recently is not computed again (default: no
     /// cache). This memory is not part of memory.limit. Equal inputs within a window are computed once in any case.
     #[serde(default)]
@@ -266,6 +298,7 @@ impl Task {
             overflow: None,
             aggregation: Aggregation::default(),
             stride: None,
+            chunk_scores: ChunkScores::default(),
             documents: None,
             instruction: None,
             labels: Vec::new(),
@@ -273,6 +306,13 @@ impl Task {
             hypothesis: default_hypothesis(),
             multi_label: false,
             candidates: None,
+            prompt: None,
+            prompt_name: None,
+            candidates_prompt: None,
+            candidates_prompt_name: None,
+            dimensions: None,
+            encoding: Encoding::default(),
+            ranges: None,
             cache: None,
         }
     }
@@ -309,6 +349,24 @@ pub enum Overflow {
     Truncate,
     DeadLetter,
     Chunk,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ChunkScores {
+    #[default]
+    Mean,
+    Max,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Encoding {
+    #[default]
+    Float,
+    Base64,
+    Int8,
+    Ubinary,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

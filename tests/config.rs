@@ -233,13 +233,34 @@ fn rules_between_keys() {
     one_problem("task: { kind: similarity }", &["task.candidates", "needs a file"]);
     one_problem("task: { candidates: x }", &["task.candidates", "has no effect"]);
     one_problem("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "has no effect"]);
+    one_problem(
+        "task: { kind: text-embedding, prompt: a, prompt_name: b }",
+        &["task.prompt_name", "has no effect with prompt: set one of them"],
+    );
+    one_problem(
+        "task: { kind: similarity, candidates: x, candidates_prompt: a, candidates_prompt_name: b }",
+        &["task.candidates_prompt_name", "has no effect with candidates_prompt"],
+    );
+    one_problem("task: { prompt: a }", &["task.prompt", "has no effect with task.kind: text-classification"]);
+    one_problem("task: { kind: text-embedding, dimensions: 0 }", &["task.dimensions"]);
+    one_problem("task: { kind: text-embedding, encoding: int4 }", &["task.encoding"]);
+    one_problem("task: { kind: text-embedding, ranges: x }", &["task.ranges", "without encoding: int8"]);
+    one_problem("task: { kind: text-embedding, stride: 3 }", &["task.stride", "without overflow: chunk"]);
+    one_problem("task: { chunk_scores: max }", &["task.chunk_scores", "without overflow: chunk"]);
     one_problem("task: { kind: noop }", &["model.source", "noop runs no model"]);
     for key in ["cache: 1MiB", "overflow: dead_letter"] {
         let name = key.split(':').next().expect("a key");
         let noop = format!("task: {{ kind: noop, {key} }}\nmodel: {{ source: null }}");
         one_problem(&noop, &[&format!("task.{name}"), "has no effect with task.kind: noop"]);
     }
-    one_problem("task: { overflow: chunk }", &["task.overflow", "allowed: truncate, dead_letter"]);
+    one_problem(
+        "task: { kind: reranking, documents: /d, overflow: chunk }",
+        &["task.overflow", "allowed: truncate, dead_letter"],
+    );
+    one_problem(
+        "task: { kind: text-embedding, chunk_scores: max }",
+        &["task.chunk_scores", "text-embedding"],
+    );
     one_problem("task: { kind: reranking }", &["task.documents", "needs a JSON Pointer"]);
     one_problem(
         "task: { kind: reranking, documents: docs }",

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kandle::model::{Files, Model, Output, Placement, Pooling, Tokens};
+use kandle::model::{Files, Model, Output, Placement, Pooling, Prompt, Tokens};
 use kandle::settings::{self, DeviceChoice, Dtype};
 use serde::Deserialize;
 
@@ -194,8 +194,8 @@ fn embeddings_for_every_pooling() {
                     with(name, &[("modules.json", modules(normalize)), ("1_Pooling/config.json", config)]);
                 let model = load(directory.path(), Output::Embedding);
                 assert_eq!(
-                    (model.embedding.pooling, model.embedding.normalize),
-                    (pooling, normalize),
+                    (&model.embedding.poolings[..], model.embedding.normalize),
+                    (&[pooling][..], normalize),
                     "{name}"
                 );
                 let golden = golden(name);
@@ -226,6 +226,132 @@ fn other_poolings_equal_those_of_sentence_transformers() {
             close(rows.row(0), &want, 1e-4, mode);
         }
     }
+}
+
+/// `bert` with the modules of a folder of the fixture `sentences`.
+fn with_modules(name: &str) -> tempfile::TempDir {
+    let folder = with("bert", &[]);
+    let modules = fixture("sentences").join(name);
+    let mut todo = vec![modules.clone()];
+    while let Some(path) = todo.pop() {
+        let to = folder.path().join(path.strip_prefix(&modules).expect("a path inside"));
+        match path.is_dir() {
+            true => {
+                std::fs::create_dir_all(&to).expect("a folder");
+                todo.extend(
+                    std::fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("a file").path()),
+                );
+            }
+            false => drop(std::fs::copy(&path, to).expect("copied")),
+        }
+    }
+    folder
+}
+
+#[test]
+fn vectors_of_modules_equal_those_of_sentence_transformers() {
+    #[derive(Deserialize)]
+    struct Row {
+        text: String,
+        prompt: Option<String>,
+        vector: Vec<f32>,
+    }
+    for name in ["dense", "activations", "poolings", "without-prompt"] {
+        let folder = with_modules(name);
+        let model = load(folder.path(), Output::Embedding);
+        let text = std::fs::read_to_string(folder.path().join("golden.json")).expect("golden.json");
+        let golden: Vec<Row> = serde_json::from_str(&text).expect("golden.json");
+        let prompts = &model.embedding.prompts;
+        let mut batch = Vec::new();
+        for row in &golden {
+            let text = row.prompt.as_ref().map(|prompt| prompts.get(prompt).expect("a prompt").to_owned());
+            let prompt = match text {
+                Some(text) => Prompt::new(text, &model.tokenizer, &model.embedding).expect("tokens"),
+                None => model.prompt.clone(),
+            };
+            batch.push(model.prompted(&prompt, &row.text).expect("tokens"));
+        }
+        let rows = model.forward(&batch.iter().collect::<Vec<_>>()).expect("rows");
+        assert_eq!(model.width(), golden[0].vector.len(), "{name}");
+        for (got, row) in rows.iter().zip(&golden) {
+            let mut got = got.to_vec();
+            if model.embedding.normalize {
+                let length = got.iter().map(|x| x * x).sum::<f32>().sqrt();
+                got.iter_mut().for_each(|x| *x /= length);
+            }
+            close(&got, &row.vector, 1e-4, &format!("{name}, {:?}: {:?}", row.prompt, row.text));
+        }
+        let files = model.files.names().expect("names");
+        let weights = files.iter().filter(|file| file.contains("Dense") && !file.ends_with(".json")).count();
+        assert_eq!(
+            weights,
+            model.embedding.layers.iter().filter(|layer| layer.to_string().contains("dense")).count()
+        );
+    }
+}
+
+#[test]
+fn modules_that_do_not_fit_are_refused_by_name() {
+    let modules = |list: &[(&str, &str)]| {
+        let entry = |(kind, path): &(&str, &str)| serde_json::json!({ "type": format!("sentence_transformers.models.{kind}"), "path": path });
+        serde_json::Value::from(list.iter().map(entry).collect::<Vec<_>>()).to_string()
+    };
+    let (transformer, pooling, dense) = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense"));
+    for (list, file, content, parts) in [
+        (
+            &[transformer, ("WeightedLayerPooling", "1_Pooling")][..],
+            "",
+            "",
+            &["models.WeightedLayerPooling is not supported", "Transformer, Pooling, Dense, LayerNorm"][..],
+        ),
+        (&[transformer, dense], "", "", &["Dense at place 1", "after a Pooling"]),
+        (&[pooling, transformer], "", "", &["a Transformer at place 0"]),
+        (
+            &[transformer, pooling, dense],
+            "2_Dense/config.json",
+            r#"{"in_features": 24, "out_features": 2}"#,
+            &["2_Dense/config.json", "takes 24 values", "gives 32"],
+        ),
+        (
+            &[transformer, pooling, dense],
+            "2_Dense/config.json",
+            r#"{"in_features": 32, "out_features": 9}"#,
+            &["2_Dense/model.safetensors", "linear.weight"],
+        ),
+        (
+            &[transformer, pooling, dense],
+            "2_Dense/config.json",
+            r#"{"in_features": 32, "out_features": 24, "use_residual": true}"#,
+            &["2_Dense/config.json", "use_residual"],
+        ),
+        (
+            &[transformer, pooling, dense],
+            "config_sentence_transformers.json",
+            r#"{"default_prompt_name": "x"}"#,
+            &["default_prompt_name \"x\"", "a name in prompts"],
+        ),
+    ] {
+        let folder = with_modules("dense");
+        std::fs::write(folder.path().join("modules.json"), modules(list)).expect("written");
+        if !file.is_empty() {
+            std::fs::write(folder.path().join(file), content).expect("written");
+        }
+        let error = refusal(folder.path(), Output::Embedding);
+        for part in parts {
+            assert!(error.contains(part), "{part:?} is not in {error:?}");
+        }
+    }
+    let folder = with_modules("dense");
+    std::fs::remove_file(folder.path().join("2_Dense/model.safetensors")).expect("removed");
+    let error = refusal(folder.path(), Output::Embedding);
+    assert!(error.contains("2_Dense/model.safetensors is missing"), "{error}");
+}
+
+/// Why a model cannot be loaded.
+fn refusal(directory: &Path, output: Output) -> String {
+    let model = settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
+    let files = Files::find(&model).expect("files");
+    Model::load(files, placement(Dtype::F32), output).err().expect("an error").to_string()
 }
 
 #[test]
@@ -580,7 +706,11 @@ struct Vectors {
 fn vectors_of_decoders_equal_those_of_sentence_transformers() {
     for (name, pooling) in [("embed-qwen3", Pooling::Last), ("embed-gemma3", Pooling::Mean)] {
         let model = load(&fixture(name), Output::Embedding);
-        assert_eq!((model.embedding.pooling, model.embedding.normalize), (pooling, true), "{name}");
+        assert_eq!(
+            (&model.embedding.poolings[..], model.embedding.normalize),
+            (&[pooling][..], true),
+            "{name}"
+        );
         let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
         let golden: Vec<Vectors> = serde_json::from_str(&text).expect("golden.json");
         let end = *model.tokens("a").expect("tokens").ids.last().expect("a token");

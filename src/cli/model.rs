@@ -57,8 +57,13 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
         }
         Output::TokenLogits => rows.push(("labels", model.labels.join(", "))),
         Output::Embedding => {
-            rows.push(("embedding", a.hidden.to_string()));
-            rows.push(("pooling", format!("{:?}", model.embedding.pooling).to_lowercase()));
+            let named: Vec<String> = model.embedding.poolings.iter().map(|of| format!("{of:?}")).collect();
+            rows.push(("embedding", model.width().to_string()));
+            rows.push(("pooling", named.join(", ").to_lowercase()));
+            let layers: Vec<String> = model.embedding.layers.iter().map(ToString::to_string).collect();
+            if !layers.is_empty() {
+                rows.push(("then", layers.join(", ")));
+            }
             rows.push(("normalized", model.embedding.normalize.to_string()));
         }
     }

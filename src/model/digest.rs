@@ -25,14 +25,15 @@ impl Digest {
                 lines.push(format!("{name} {}", hex(&files.sha256(&name)?)));
             }
         }
-        if let Some(path) = &settings.task.candidates {
+        for (key, path) in [("candidates", &settings.task.candidates), ("ranges", &settings.task.ranges)] {
+            let Some(path) = path else { continue };
             let bytes = std::fs::read(path)
                 .map_err(|error| FilesError::Io { file: path.display().to_string(), error })?;
-            lines.push(format!("candidates {}", hex(&Sha256::digest(bytes))));
+            lines.push(format!("{key} {}", hex(&Sha256::digest(bytes))));
         }
         let (mut task, input) = (settings.task.set_keys(), &settings.input);
-        // The candidates' content is hashed, not their path. The cache does not change predictions.
-        task.retain(|key, _| !["candidates", "cache"].contains(&key.as_str()));
+        // The content of these files is hashed, not their path. The cache does not change predictions.
+        task.retain(|key, _| !["candidates", "ranges", "cache"].contains(&key.as_str()));
         task.insert("kind".to_owned(), settings.task.kind.name().into());
         let settings = serde_json::json!({
             "task": task,

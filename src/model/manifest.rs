@@ -78,7 +78,7 @@ impl Files {
     pub fn names(&self) -> Result<Vec<String>, FilesError> {
         let mut names = self.weights()?;
         names.extend(configuration(|name| self.exists(name)).map(str::to_owned));
-        names.extend(module_files(self.json("modules.json")?.as_ref())?);
+        names.extend(module_files(self.json("modules.json")?.as_ref(), |name| self.exists(name))?);
         names.sort();
         Ok(names)
     }

@@ -39,6 +39,7 @@ const MAX_HEADER: u64 = 100_000_000;
 const PIECE: usize = 1 << 20;
 
 /// The tensors of all files by name. Files are either all safetensors or all pickles.
+#[derive(Default)]
 pub struct Weights {
     files: Vec<(String, Source)>,
     pickles: Vec<(String, PthTensors)>,
@@ -91,15 +92,26 @@ impl Weights {
     /// # Errors
     /// There are no weights, or a file has an invalid header or another length than its header says.
     pub fn open(files: &Files) -> std::result::Result<Self, WeightsError> {
-        let mut all = Self { files: Vec::new(), pickles: Vec::new(), tensors: HashMap::new() };
+        let mut all = Self::default();
         for name in files.weights()? {
-            let source = files.open(&name)?;
-            match name.ends_with(".safetensors") {
-                true => all.add_safetensors(name, source)?,
-                false => all.add_pickle(name, files)?,
-            }
+            all.add(name, files)?;
         }
         Ok(all)
+    }
+
+    /// Reads the header of one file with weights, as [`Weights::open`] does.
+    pub fn open_file(files: &Files, name: String) -> std::result::Result<Self, WeightsError> {
+        let mut all = Self::default();
+        all.add(name, files)?;
+        Ok(all)
+    }
+
+    fn add(&mut self, name: String, files: &Files) -> std::result::Result<(), WeightsError> {
+        let source = files.open(&name)?;
+        match name.ends_with(".safetensors") {
+            true => self.add_safetensors(name, source),
+            false => self.add_pickle(name, files),
+        }
     }
 
     /// A tensor under today's name never replaces one that has it in the file.

@@ -2,26 +2,32 @@
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::kinds::{BEGINNING, Kind, NO_RULES};
-use super::text::{self, PredictText, TextTask};
+use super::kinds::{CHUNKS, Kind, NEEDS_CHUNKS, chunk_rules};
+use super::text::{self, Chunk, PredictText, TextTask};
 use super::{NUMBER, to_json};
 use crate::model::{self, Model, Output};
 use crate::record::RecordError;
-use crate::settings::TaskKind;
+use crate::settings::{self, ChunkScores, Overflow, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-classification"),
     prediction: "`{\"label\":…,\"score\":…,\"scores\":{…}}`",
     fields: &["label", "score", "scores"],
-    keys: &["top_k", "overflow", "cache"],
+    keys: &["top_k", "overflow", "stride", "chunk_scores", "cache"],
     pointers: &[],
-    overflow: BEGINNING,
-    check: NO_RULES,
+    overflow: CHUNKS,
+    check: |task| {
+        let mut problems = chunk_rules(task);
+        if task.chunk_scores != ChunkScores::default() && task.overflow != Some(Overflow::Chunk) {
+            problems.push(("chunk_scores", NEEDS_CHUNKS.to_owned()));
+        }
+        problems
+    },
     output: Some(Output::Logits),
     load: |settings, metrics| {
         text::load(settings, Output::Logits, metrics, |texts, _| {
-            let predict = Classification::new(&texts.model, settings.task.top_k);
-            Ok(TextTask { texts, predict })
+            let predict = Classification::new(&texts.model, &settings.task);
+            TextTask::new(texts, predict, &settings.task)
         })
     },
 };
@@ -30,18 +36,47 @@ pub struct Classification {
     labels: Vec<String>,
     scores: model::Scores,
     top_k: usize,
+    /// How the scores of several chunks become those of the text.
+    of_chunks: ChunkScores,
 }
 
 impl Classification {
-    pub fn new(model: &Model, top_k: Option<usize>) -> Self {
+    pub fn new(model: &Model, task: &settings::Task) -> Self {
         let labels = model.labels.clone();
-        Self { scores: model.scores, top_k: top_k.unwrap_or(usize::MAX).min(labels.len()), labels }
+        let top_k = task.top_k.unwrap_or(usize::MAX).min(labels.len());
+        Self { scores: model.scores, top_k, of_chunks: task.chunk_scores, labels }
+    }
+
+    /// The scores of a text: of several chunks, their highest ones or their mean, weighted by the chunks' numbers of
+    /// tokens.
+    fn of(&self, chunks: &[Chunk<'_>]) -> Vec<f32> {
+        if let [one] = chunks {
+            return scores(self.scores, one.answer);
+        }
+        let tokens: f32 = chunks.iter().map(|chunk| chunk.tokens as f32).sum();
+        let each = chunks.iter().map(|chunk| {
+            let scores = scores(self.scores, chunk.answer);
+            match self.of_chunks {
+                ChunkScores::Mean => scores.into_iter().map(|x| x * chunk.tokens as f32 / tokens).collect(),
+                ChunkScores::Max => scores,
+            }
+        });
+        let join = |mut all: Vec<f32>, scores: Vec<f32>| {
+            for (all, score) in all.iter_mut().zip(scores) {
+                *all = match self.of_chunks {
+                    ChunkScores::Mean => *all + score,
+                    ChunkScores::Max => all.max(score),
+                };
+            }
+            all
+        };
+        each.reduce(join).expect("a text has a chunk")
     }
 }
 
 impl PredictText for Classification {
-    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        write(&self.labels, &scores(self.scores, row), self.top_k, out)
+    fn write(&self, chunks: &[Chunk<'_>], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        write(&self.labels, &self.of(chunks), self.top_k, out)
     }
 
     fn bytes(&self) -> usize {
@@ -123,8 +158,20 @@ mod tests {
     fn written(scores: model::Scores, top_k: usize, row: &[f32]) -> String {
         let labels = ["a", "b", "c"].map(str::to_owned).into();
         let mut out = Vec::new();
-        Classification { labels, scores, top_k }.write(row, &mut out).unwrap();
+        let classification = Classification { labels, scores, top_k, of_chunks: ChunkScores::Mean };
+        classification.write(&[Chunk::whole(row)], &mut out).unwrap();
         String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn scores_of_chunks_are_averaged_or_the_highest() {
+        let chunks = [Chunk { answer: &[1.0, -4.0], tokens: 3 }, Chunk { answer: &[5.0, -8.0], tokens: 1 }];
+        let of = |of_chunks| {
+            let labels = ["a", "b"].map(str::to_owned).into();
+            Classification { labels, scores: model::Scores::Raw, top_k: 2, of_chunks }.of(&chunks)
+        };
+        assert_eq!(of(ChunkScores::Mean), [2.0, -5.0]);
+        assert_eq!(of(ChunkScores::Max), [5.0, -4.0]);
     }
 
     #[test]

@@ -1,57 +1,111 @@
 //! text-embedding: `{"embedding":[…]}`, scaled to length 1 if the model's modules.json says so.
 
-use serde::Serialize;
+use std::borrow::Cow;
 
-use super::kinds::{BEGINNING, Kind, NO_RULES};
-use super::text::{self, PredictText, TextTask};
-use super::{NUMBER, to_json};
+use super::TaskError;
+use super::encoding::Encoder;
+use super::kinds::{CHUNKS, Kind, chunk_rules};
+use super::text::{self, Chunk, PredictText, TextTask};
 use crate::model::{Model, Output};
 use crate::record::RecordError;
-use crate::settings::TaskKind;
+use crate::settings::{self, Encoding, Task, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-embedding"),
     prediction: "`{\"embedding\":[…]}`, pooled and normalised as the model's own `modules.json` says",
     fields: &["embedding"],
-    keys: &["overflow", "cache"],
+    keys: &["prompt", "prompt_name", "dimensions", "encoding", "ranges", "overflow", "stride", "cache"],
     pointers: &[],
-    overflow: BEGINNING,
-    check: NO_RULES,
+    overflow: CHUNKS,
+    check: |task| {
+        let mut problems = chunk_rules(task);
+        problems.extend(prompt_rules(task));
+        if task.ranges.is_some() && task.encoding != Encoding::Int8 {
+            problems.push(("ranges", "has no effect without encoding: int8".to_owned()));
+        }
+        problems
+    },
     output: Some(Output::Embedding),
     load: |settings, metrics| {
         text::load(settings, Output::Embedding, metrics, |texts, _| {
-            let predict = Embed::new(&texts.model);
-            Ok(TextTask { texts, predict })
+            let predict = Embed::new(&texts.model, &settings.task)?;
+            TextTask::new(texts, predict, &settings.task)
         })
     },
 };
 
+/// For tasks that put a prompt before a record.
+pub(super) fn prompt_rules(task: &Task) -> Vec<(&'static str, String)> {
+    match (&task.prompt, &task.prompt_name) {
+        (Some(_), Some(_)) => vec![("prompt_name", "has no effect with prompt: set one of them".to_owned())],
+        _ => Vec::new(),
+    }
+}
+
+/// How a model's answers become vectors.
 pub struct Embed {
-    normalize: bool,
-    width: usize,
+    vectors: Vectors,
+    encoder: Encoder,
+}
+
+/// From the answers to a text to its vector.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Vectors {
+    pub normalize: bool,
+    /// How many of the first values are kept.
+    pub width: usize,
 }
 
 impl Embed {
-    pub fn new(model: &Model) -> Self {
-        Self { normalize: model.embedding.normalize, width: model.width() }
+    /// # Errors
+    /// `task.dimensions` is more than the model has, or `task.ranges` does not fit.
+    pub fn new(model: &Model, task: &settings::Task) -> Result<Self, TaskError> {
+        let width = task.dimensions.unwrap_or(model.width());
+        if width > model.width() {
+            let message = format!("{width} is more than the {} values of the model's vectors", model.width());
+            return Err(TaskError::Setting { key: "task.dimensions", message });
+        }
+        let vectors = Vectors { normalize: model.embedding.normalize, width };
+        Ok(Self { vectors, encoder: Encoder::new(task, model, width)? })
     }
 }
 
-#[derive(Serialize)]
-struct Embedding<'a> {
-    embedding: &'a [f32],
+impl Vectors {
+    /// The vector of one sequence.
+    fn of_one<'a>(&self, answer: &'a [f32]) -> Cow<'a, [f32]> {
+        let kept = &answer[..self.width];
+        if self.normalize { Cow::Owned(normalized(kept)) } else { Cow::Borrowed(kept) }
+    }
+
+    /// The vector of a text: of several chunks, the mean of their vectors weighted by their numbers of tokens.
+    pub fn of<'a>(&self, chunks: &[Chunk<'a>]) -> Cow<'a, [f32]> {
+        if let [one] = chunks {
+            return self.of_one(one.answer);
+        }
+        let mut sum = vec![0.0; self.width];
+        let mut weights = 0.0;
+        for chunk in chunks {
+            let weight = f64::from(chunk.tokens);
+            weights += weight;
+            for (sum, x) in sum.iter_mut().zip(&*self.of_one(chunk.answer)) {
+                *sum += weight * f64::from(*x);
+            }
+        }
+        let mean: Vec<f32> = sum.into_iter().map(|x| (x / weights) as f32).collect();
+        Cow::Owned(if self.normalize { normalized(&mean) } else { mean })
+    }
 }
 
 impl PredictText for Embed {
-    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        if !self.normalize {
-            return to_json(&Embedding { embedding: row }, out);
-        }
-        to_json(&Embedding { embedding: &normalized(row) }, out)
+    fn write(&self, chunks: &[Chunk<'_>], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        out.extend_from_slice(b"{\"embedding\":");
+        self.encoder.write(&self.vectors.of(chunks), out)?;
+        out.push(b'}');
+        Ok(())
     }
 
     fn bytes(&self) -> usize {
-        self.width * NUMBER
+        16 + self.encoder.bytes(self.vectors.width)
     }
 }
 
@@ -59,4 +113,23 @@ impl PredictText for Embed {
 pub(super) fn normalized(row: &[f32]) -> Vec<f32> {
     let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
     row.iter().map(|x| (f64::from(*x) / length) as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_count_by_their_tokens() {
+        let chunks =
+            [Chunk { answer: &[3.0, 4.0, 9.0], tokens: 3 }, Chunk { answer: &[0.0, 2.0, 9.0], tokens: 1 }];
+        let plain = Vectors { normalize: false, width: 2 };
+        assert_eq!(*plain.of(&chunks), [2.25, 3.5]);
+        // (0.6, 0.8) and (0, 1) have the mean (0.45, 0.85).
+        let unit = Vectors { normalize: true, ..plain };
+        let length = 0.45f32.hypot(0.85);
+        let got = unit.of(&chunks);
+        assert!((got[0] - 0.45 / length).abs() < 1e-6 && (got[1] - 0.85 / length).abs() < 1e-6, "{got:?}");
+        assert_eq!(*unit.of(&chunks[..1]), [0.6, 0.8]);
+    }
 }

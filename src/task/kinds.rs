@@ -39,8 +39,21 @@ pub struct Kind {
 
 /// For tasks with no rules beyond those of the schema.
 pub(super) const NO_RULES: fn(&Task) -> Vec<(&'static str, String)> = |_| Vec::new();
+/// For tasks that put a text into one sequence unless `task.overflow` is `chunk`.
+pub(super) const CHUNKS: &[Overflow] = &[Overflow::Truncate, Overflow::DeadLetter, Overflow::Chunk];
 /// For tasks that either truncate a long text or dead-letter its record.
 pub(super) const BEGINNING: &[Overflow] = &[Overflow::Truncate, Overflow::DeadLetter];
+
+/// What a key says that has an effect only with `overflow: chunk`.
+pub(super) const NEEDS_CHUNKS: &str = "has no effect without overflow: chunk";
+
+/// For tasks that cut a text into chunks only if `task.overflow` says so.
+pub(super) fn chunk_rules(task: &Task) -> Vec<(&'static str, String)> {
+    match (task.overflow, task.stride) {
+        (Some(Overflow::Chunk), _) | (_, None) => Vec::new(),
+        _ => vec![("stride", NEEDS_CHUNKS.to_owned())],
+    }
+}
 
 impl Kind {
     /// # Panics

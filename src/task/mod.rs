@@ -1,7 +1,9 @@
 //! The tasks. Each is one file, which holds its entry of the table, and one line below. A task turns a decoded record
 //! into items, and the answers to them into a prediction. Nothing here knows Kafka.
 
+mod encoding;
 mod kinds;
+mod prompt;
 pub mod text;
 
 use std::sync::Arc;

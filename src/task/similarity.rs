@@ -5,9 +5,10 @@ use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::embedding::normalized;
-use super::kinds::{BEGINNING, Kind};
-use super::text::{self, PredictText, TextTask};
+use super::embedding::{Vectors, normalized, prompt_rules};
+use super::kinds::{CHUNKS, Kind, chunk_rules};
+use super::prompt::Choice;
+use super::text::{self, Chunk, PredictText, TextTask};
 use super::{NUMBER, TaskError, to_json};
 use crate::engine::Engine;
 use crate::model::{Model, Output};
@@ -18,21 +19,37 @@ pub(super) const KIND: Kind = Kind {
     kind: TaskKind("similarity"),
     prediction: "`{\"matches\":[{\"id\":…,\"score\":…},…]}`: the nearest candidates of a file",
     fields: &["matches"],
-    keys: &["top_k", "candidates", "overflow", "cache"],
+    keys: &[
+        "top_k",
+        "candidates",
+        "prompt",
+        "prompt_name",
+        "candidates_prompt",
+        "candidates_prompt_name",
+        "overflow",
+        "stride",
+        "cache",
+    ],
     pointers: &[],
-    overflow: BEGINNING,
-    check: |task| match task.candidates {
-        Some(_) => Vec::new(),
-        None => vec![(
-            "candidates",
-            "similarity needs a file of candidates, one {\"id\":…,\"text\":…} per line".to_owned(),
-        )],
+    overflow: CHUNKS,
+    check: |task| {
+        let mut problems = chunk_rules(task);
+        problems.extend(prompt_rules(task));
+        if task.candidates.is_none() {
+            let message = "similarity needs a file of candidates, one {\"id\":…,\"text\":…} per line";
+            problems.push(("candidates", message.to_owned()));
+        }
+        if task.candidates_prompt.is_some() && task.candidates_prompt_name.is_some() {
+            let message = "has no effect with candidates_prompt: set one of them";
+            problems.push(("candidates_prompt_name", message.to_owned()));
+        }
+        problems
     },
     output: Some(Output::Embedding),
     load: |settings, metrics| {
         text::load(settings, Output::Embedding, metrics, |texts, engine| {
             let predict = Similarity::load(&texts.model, engine, &settings.task)?;
-            Ok(TextTask { texts, predict })
+            TextTask::new(texts, predict, &settings.task)
         })
     },
 };
@@ -48,6 +65,8 @@ pub(super) struct Similarity {
     /// `[candidates, width]`, each row scaled to length 1.
     vectors: Vec<f32>,
     top_k: usize,
+    /// How a record's answers become a vector.
+    of_record: Vectors,
 }
 
 impl Similarity {
@@ -58,13 +77,18 @@ impl Similarity {
         };
         let text = std::fs::read_to_string(&path)
             .map_err(|e| TaskError::Candidates(format!("{}: {e}", path.display())))?;
+        let prompt = Choice {
+            text: ("task.candidates_prompt", task.candidates_prompt.as_deref()),
+            name: ("task.candidates_prompt_name", task.candidates_prompt_name.as_deref()),
+        }
+        .resolve(model)?;
         let (mut ids, mut tokens, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let candidate: Candidate = serde_json::from_str(line).map_err(|e| wrong(i + 1, e.to_string()))?;
             if !seen.insert(candidate.id.clone()) {
                 return Err(wrong(i + 1, format!("duplicate id {:?}", candidate.id)));
             }
-            tokens.push(model.tokens(&candidate.text).map_err(|e| wrong(i + 1, e.to_string()))?);
+            tokens.push(model.prompted(&prompt, &candidate.text).map_err(|e| wrong(i + 1, e.to_string()))?);
             ids.push(candidate.id);
         }
         if ids.is_empty() {
@@ -80,7 +104,8 @@ impl Similarity {
         }
         let answers = response.answers.rows(0..ids.len());
         let vectors = answers.iter().flat_map(normalized).collect();
-        Ok(Self { ids, vectors, top_k: task.top_k.unwrap_or(1) })
+        let of_record = Vectors { normalize: model.embedding.normalize, width: model.width() };
+        Ok(Self { ids, vectors, top_k: task.top_k.unwrap_or(1), of_record })
     }
 }
 
@@ -96,8 +121,8 @@ struct Match<'a> {
 }
 
 impl PredictText for Similarity {
-    fn write(&self, row: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let row = normalized(row);
+    fn write(&self, chunks: &[Chunk<'_>], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let row = normalized(&self.of_record.of(chunks));
         let mut matches: Vec<Match<'_>> = self
             .vectors
             .chunks_exact(row.len())

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use super::prompt::Choice;
 use super::{Kind, TaskError};
 use crate::codec::Input;
 use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response, Rows};
 use crate::model::{Digest, Files, Model, Output, Placement, TokenizeError, Tokens};
 use crate::record::{Fault, RecordError};
-use crate::settings::{Overflow, Settings};
+use crate::settings::{self, Overflow, Settings};
 use crate::task::Task;
 use crate::telemetry::Metrics;
 
@@ -34,8 +35,14 @@ impl TextModel {
         }
         let files = Files::find(&settings.model).map_err(files_error)?;
         let digest = Digest::new(Some(&files), settings, placement.dtype_name()).map_err(files_error)?;
-        let model = Model::load(files, placement, output)
+        let mut model = Model::load(files, placement, output)
             .map_err(|error| TaskError::Model { model: name.clone(), error })?;
+        let task = &settings.task;
+        model.prompt = Choice {
+            text: ("task.prompt", task.prompt.as_deref()),
+            name: ("task.prompt_name", task.prompt_name.as_deref()),
+        }
+        .resolve(&model)?;
         let model = Arc::new(model);
         let placement = &model.placement;
         let about = About {
@@ -94,13 +101,28 @@ pub(super) fn load<T: Task<Item = Tokens, Value = f32>>(
     Ok(Arc::new(TextModel::load(settings, output, metrics)?.batched(settings, task)?))
 }
 
-/// Turns the answer to a record's text into its prediction.
+/// The answer to a part of a text, or to all of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk<'a> {
+    pub answer: &'a [f32],
+    /// Number of tokens of the text in it.
+    pub tokens: u32,
+}
+
+impl<'a> Chunk<'a> {
+    /// The answer to a text that is not cut.
+    pub fn whole(answer: &'a [f32]) -> Self {
+        Self { answer, tokens: 1 }
+    }
+}
+
+/// Turns the answers to a record's text into its prediction.
 pub trait PredictText: Send + Sync + 'static {
-    /// Appends the prediction, a JSON object.
+    /// Appends the prediction, a JSON object. There are several chunks only if `task.overflow` is `chunk`.
     ///
     /// # Errors
     /// The record is at fault. The caller discards the bytes appended so far.
-    fn write(&self, answer: &[f32], out: &mut Vec<u8>) -> Result<(), RecordError>;
+    fn write(&self, chunks: &[Chunk<'_>], out: &mut Vec<u8>) -> Result<(), RecordError>;
 
     /// Approximate maximum bytes of a prediction.
     fn bytes(&self) -> usize;
@@ -108,26 +130,58 @@ pub trait PredictText: Send + Sync + 'static {
 
 /// A task whose records ask for one text each.
 pub struct TextTask<P> {
-    pub texts: Texts,
-    pub predict: P,
+    texts: Texts,
+    predict: P,
+    /// `task.stride`, if a long text is cut into chunks.
+    stride: Option<usize>,
+}
+
+impl<P: PredictText> TextTask<P> {
+    /// # Errors
+    /// `task.stride` does not fit the model.
+    pub fn new(texts: Texts, predict: P, task: &settings::Task) -> Result<Self, TaskError> {
+        let chunks = texts.overflow == Overflow::Chunk;
+        let stride = if chunks { Some(texts.stride(task)?) } else { None };
+        Ok(Self { texts, predict, stride })
+    }
 }
 
 impl<P: PredictText> Task for TextTask<P> {
     type Item = Tokens;
     type Value = f32;
-    type Kept = ();
+    /// Number of tokens of each chunk; empty if the text is not cut.
+    type Kept = Box<[u32]>;
 
-    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<(), RecordError> {
-        items.push(self.texts.tokens(&input.text)?);
-        Ok(())
+    fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Box<[u32]>, RecordError> {
+        let Some(stride) = self.stride else {
+            items.push(self.texts.tokens(&input.text)?);
+            return Ok(Box::default());
+        };
+        let chunks = self.texts.model.chunks(&input.text, stride).map_err(not_tokens)?;
+        let (tokens, lengths): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
+        items.extend(tokens);
+        Ok(if lengths.len() > 1 { lengths.into() } else { Box::default() })
     }
 
-    fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
-        self.predict.write(answers.only(), out)
+    fn predict(
+        &self,
+        lengths: &Box<[u32]>,
+        answers: Rows<'_, f32>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), RecordError> {
+        if lengths.is_empty() {
+            return self.predict.write(&[Chunk::whole(answers.only())], out);
+        }
+        let chunks = answers.iter().zip(lengths).map(|(answer, &tokens)| Chunk { answer, tokens });
+        self.predict.write(&chunks.collect::<Vec<_>>(), out)
     }
 
     fn footprint(&self, value: &[u8]) -> usize {
-        self.texts.footprint(value.len()) + self.predict.bytes()
+        let texts = match self.stride {
+            None => self.texts.footprint(value.len()),
+            Some(stride) => self.texts.footprint_of_chunks(value.len(), stride),
+        };
+        texts + self.predict.bytes()
     }
 }
 
@@ -168,12 +222,42 @@ impl Texts {
         SEQUENCE + self.bytes(tokens)
     }
 
+    /// Tokens by which the chunks of a long text overlap: `task.stride`, or its default.
+    ///
+    /// # Errors
+    /// There are not more tokens in a chunk.
+    pub fn stride(&self, task: &settings::Task) -> Result<usize, TaskError> {
+        let room = self.model.room();
+        let stride = task.stride.unwrap_or(STRIDE.min(room / 2));
+        match stride < room {
+            true => Ok(stride),
+            false => Err(TaskError::Setting {
+                key: "task.stride",
+                message: format!(
+                    "{stride} is not less than the {room} tokens of a text that the model takes"
+                ),
+            }),
+        }
+    }
+
+    /// Maximum bytes of the tokens and answers of a record whose text is cut into chunks.
+    fn footprint_of_chunks(&self, value_bytes: usize, stride: usize) -> usize {
+        // Each token is at least one byte of the text; a template may add text. Every chunk has the tokens of the prompt
+        // and special ones, and repeats some of the chunk before.
+        let (room, most) = (self.model.room(), self.model.tokenizer.max_tokens());
+        let tokens = value_bytes + 512;
+        let chunks = 1 + tokens / (room - stride);
+        chunks * (SEQUENCE + self.bytes(0)) + (tokens + chunks * (most - room + stride)) * size_of::<u32>()
+    }
+
     /// Bytes of a sequence's tokens and of the answer to it.
     pub fn bytes(&self, tokens: usize) -> usize {
         tokens * size_of::<u32>() + self.model.values(tokens) * size_of::<f32>()
     }
 }
 
+/// Default of `task.stride`: tokens that consecutive chunks of a long text share.
+const STRIDE: usize = 32;
 /// Bytes of a sequence beside its tokens: in the window, the plan and the answers.
 pub const SEQUENCE: usize = 256;
 

@@ -36,8 +36,6 @@ pub(super) const KIND: Kind = Kind {
     },
 };
 
-/// Default of `task.stride`: tokens that consecutive chunks of a long text share.
-const STRIDE: usize = 32;
 /// Label of tokens that belong to no entity.
 const OUTSIDE: &str = "O";
 
@@ -105,16 +103,7 @@ struct Found<'a> {
 
 impl TokenClassification {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
-        let room = texts.model.tokenizer.room();
-        let stride = task.stride.unwrap_or(STRIDE.min(room / 2));
-        if stride >= room {
-            return Err(TaskError::Setting {
-                key: "task.stride",
-                message: format!(
-                    "{stride} is not less than the {room} tokens of a text that the model takes"
-                ),
-            });
-        }
+        let stride = texts.stride(task)?;
         let labels = texts.model.labels.iter().cloned().map(Label::new).collect();
         Ok(Self { aggregation: task.aggregation, stride, labels, texts })
     }
@@ -278,7 +267,7 @@ impl Task for TokenClassification {
         let all = tokenizer.spans(&input.text, words).map_err(not_tokens)?;
         let mut chunks = match all.ids.len() {
             0 => Vec::new(),
-            tokens => tokenizer.chunks(tokens, self.stride),
+            tokens => tokenizer.chunks(tokenizer.room(), tokens, self.stride),
         };
         if chunks.len() > 1 && self.texts.overflow != Overflow::Chunk {
             self.texts.too_long()?;

@@ -18,7 +18,7 @@ use crate::engine::{Answers, Engine, Request, Response};
 use crate::flow::Queued;
 use crate::model::{Model, Output, Placement, Tokens};
 use crate::task::embedding::Embed;
-use crate::task::text::{PredictText, TextModel, Texts};
+use crate::task::text::{Chunk, PredictText, TextModel, Texts};
 use crate::telemetry::Metrics;
 
 #[derive(Args)]
@@ -123,10 +123,10 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
     if let Some(path) = &options.output {
         let mut out = BufWriter::new(std::fs::File::create(path)?);
         let mut line = Vec::new();
-        let embed = Embed::new(&model.model);
+        let embed = Embed::new(&model.model, &settings.task)?;
         for row in answers.iter().flat_map(|answers| (0..answers.len()).map(|i| answers.row(i))) {
             line.clear();
-            embed.write(row, &mut line).map_err(|e| anyhow::anyhow!(e.message))?;
+            embed.write(&[Chunk::whole(row)], &mut line).map_err(|e| anyhow::anyhow!(e.message))?;
             line.push(b'\n');
             out.write_all(&line)?;
         }

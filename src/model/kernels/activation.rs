@@ -13,6 +13,7 @@ pub enum Activation {
     /// GELU approximated with tanh.
     GeluTanh,
     Relu,
+    Sigmoid,
     Silu,
     Tanh,
 }
@@ -24,6 +25,7 @@ impl Activation {
             Activation::Gelu => x.gelu_erf(),
             Activation::GeluTanh => x.gelu(),
             Activation::Relu => x.relu(),
+            Activation::Sigmoid => candle_nn::ops::sigmoid(x),
             Activation::Silu => x.silu(),
             Activation::Tanh => x.tanh(),
         }
@@ -46,6 +48,7 @@ impl Activation {
                 simd.mul_f32s(x, sigmoid(simd, simd.mul_f32s(inner, splat(1.595_769))))
             }
             Activation::Relu => simd.max_f32s(splat(0.0), x),
+            Activation::Sigmoid => sigmoid(simd, x),
             Activation::Silu => simd.mul_f32s(x, sigmoid(simd, x)),
             Activation::Tanh => tanh(simd, x),
         }
@@ -72,7 +75,7 @@ pub(super) fn activate<S: Simd>(simd: S, activation: Activation, x: &mut [f32]) 
             }
         };
     }
-    each!(Gelu, GeluTanh, Relu, Silu, Tanh);
+    each!(Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh);
 }
 
 /// Applies the activation to the first `width` elements of each row, in place. Rows are `stride` elements apart.
@@ -186,7 +189,7 @@ mod tests {
         let exact = Tensor::from_vec(x.iter().map(|&x| f64::from(x)).collect(), x.len(), &Device::Cpu);
         let exact = exact.unwrap();
         use Activation::*;
-        for activation in [Gelu, GeluTanh, Relu, Silu, Tanh] {
+        for activation in [Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh] {
             let mut got = x.clone();
             dispatch(All(activation, &mut got));
             let want = activation.tensor(&exact).unwrap().to_vec1::<f64>().unwrap();
@@ -200,7 +203,7 @@ mod tests {
     #[test]
     fn nan_stays_nan() {
         use Activation::*;
-        for activation in [Gelu, GeluTanh, Relu, Silu, Tanh] {
+        for activation in [Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh] {
             let mut x = [f32::NAN; 35];
             dispatch(All(activation, &mut x));
             assert!(x.iter().all(|x| x.is_nan()), "{activation:?}: {x:?}");

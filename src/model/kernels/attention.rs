@@ -830,7 +830,9 @@ pub(super) mod tests {
         (embedding.scale, embedding.norm) = (Some(4.5), None);
         let x = fused(&embedding);
         for pooling in Pooling::ALL {
-            let fused = pooling.forward(&x, &packed, workspace.at(Slot::Pooled, &CPU)).unwrap();
+            let fused =
+                crate::model::kernels::pool(&[pooling], &x, &packed, workspace.at(Slot::Pooled, &CPU))
+                    .unwrap();
             near(&fused, &pooling.tensors(&x, &packed).unwrap());
         }
     }

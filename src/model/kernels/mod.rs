@@ -33,7 +33,7 @@ pub use embed::Embedding;
 pub use linear::{Epilogue, Linear};
 pub use norm::{Norm, NormKind};
 pub use packed::{Indices, Packed, Run};
-pub use pool::Pooling;
+pub use pool::{Pooling, pool};
 pub use quant::Precision;
 pub use transfer::{Transfer, upload};
 

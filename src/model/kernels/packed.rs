@@ -25,6 +25,8 @@ pub struct Packed {
     lengths: Vec<usize>,
     /// `order[i]` is the input index of the i-th sequence on the token axis.
     order: Vec<usize>,
+    /// How many first tokens of each sequence a pooling leaves out, in the order of the token axis; empty if none.
+    skipped: Vec<usize>,
     on_device: OnceCell<Indices>,
 }
 
@@ -61,7 +63,26 @@ impl Packed {
             all
         });
         let lengths = order.iter().map(|&i| batch[i].0.len()).collect();
-        Self { ids, type_ids, lengths, order, on_device: OnceCell::new() }
+        Self { ids, type_ids, lengths, order, skipped: Vec::new(), on_device: OnceCell::new() }
+    }
+
+    /// Makes a pooling leave out the first tokens of each sequence: `skipped[i]` of input `i`, all of a shorter one.
+    pub fn skipping(mut self, skipped: &[usize]) -> Self {
+        if skipped.iter().any(|&skipped| skipped > 0) {
+            let of = |(&i, length): (&usize, &usize)| skipped[i].min(*length);
+            self.skipped = self.order.iter().zip(&self.lengths).map(of).collect();
+        }
+        self
+    }
+
+    /// Whether a pooling leaves out any token.
+    pub fn skips(&self) -> bool {
+        !self.skipped.is_empty()
+    }
+
+    /// How many first tokens of the sequence at this place on the token axis a pooling leaves out.
+    pub fn skipped(&self, place: usize) -> usize {
+        self.skipped.get(place).copied().unwrap_or(0)
     }
 
     pub fn ids(&self) -> &[u32] {

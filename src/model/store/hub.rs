@@ -109,7 +109,7 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
         if name == "config.json" {
             config = Some(path);
         } else if name == "modules.json" {
-            for file in module_files(read_json(&path)?.as_ref()).map_err(Asked::Refused)? {
+            for file in module_files(read_json(&path)?.as_ref(), there).map_err(Asked::Refused)? {
                 fetch(&repo, &file)?;
             }
         }

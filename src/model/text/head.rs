@@ -4,14 +4,22 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::architecture::Architecture;
-use crate::model::kernels::{Activation, Epilogue, Linear, Norm, NormKind, Packed, Pooling, Slot, Workspace};
+use super::layers::Layers;
+use crate::model::kernels::{
+    Activation, Epilogue, Linear, Norm, NormKind, Packed, Pooling, Slot, Workspace, pool,
+};
 
 /// What follows the encoder.
 pub struct Head {
-    /// `None` if each token has a row.
-    pooling: Option<Pooling>,
-    /// `None` if the pooled vector is the row.
-    classifier: Option<Classifier>,
+    /// Their vectors are concatenated. Empty if each token has a row.
+    poolings: Vec<Pooling>,
+    then: Then,
+}
+
+/// What follows the pooling.
+enum Then {
+    Layers(Layers),
+    Classifier(Box<Classifier>),
 }
 
 /// A dense layer with its activation and norm.
@@ -51,9 +59,9 @@ struct Classifier {
 }
 
 impl Head {
-    /// The pooled vector of each sequence.
-    pub fn embedding(pooling: Pooling) -> Self {
-        Self { pooling: Some(pooling), classifier: None }
+    /// The vector of each sequence.
+    pub fn embedding(poolings: Vec<Pooling>, layers: Layers) -> Self {
+        Self { poolings, then: Then::Layers(layers) }
     }
 
     /// How much higher a language model's logit of token `yes` is than that of `no`, after each sequence; without `no`,
@@ -72,7 +80,7 @@ impl Head {
         };
         let linear = Linear::new(&weight.to_dtype(table.dtype())?, None, None)?;
         let classifier = Classifier { hidden: None, out: Dense { linear, activation: None, norm: None } };
-        Ok(Self { pooling: Some(Pooling::Last), classifier: Some(classifier) })
+        Ok(Self { poolings: vec![Pooling::Last], then: Then::Classifier(Box::new(classifier)) })
     }
 
     /// Logits of each sequence, or of each token, one per label. `root` has no prefix, `encoder` has the encoder's.
@@ -92,24 +100,25 @@ impl Head {
         });
         let bias = per_token || c.out_bias;
         let out = Dense::new((a.hidden, labels), bias, None, None, root.pp(c.out(per_token)))?;
-        let classifier = Some(Classifier { hidden: hidden.transpose()?, out });
-        Ok(Self { pooling: (!per_token).then_some(c.pooling), classifier })
+        let then = Then::Classifier(Box::new(Classifier { hidden: hidden.transpose()?, out }));
+        Ok(Self { poolings: if per_token { Vec::new() } else { vec![c.pooling] }, then })
     }
 
     /// Whether each token has a row, instead of each sequence.
     pub fn is_per_token(&self) -> bool {
-        self.pooling.is_none()
+        self.poolings.is_empty()
     }
 
     /// `[rows, width]` in f32, in the order of the token axis.
     pub fn forward(&self, x: &Tensor, batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
-        let pooled = match self.pooling {
-            Some(pooling) => pooling.forward(x, batch, workspace.at(Slot::Pooled, x.device()))?,
-            None => x.clone(),
+        let pooled = match self.poolings.as_slice() {
+            [] => x.clone(),
+            poolings => pool(poolings, x, batch, workspace.at(Slot::Pooled, x.device()))?,
         };
-        let rows = match &self.classifier {
-            None => pooled,
-            Some(Classifier { hidden, out }) => {
+        let rows = match &self.then {
+            Then::Layers(layers) => layers.forward(pooled, workspace)?,
+            Then::Classifier(classifier) => {
+                let Classifier { hidden, out } = &**classifier;
                 let hidden = hidden.as_ref().map(|layer| layer.forward(&pooled, workspace, Slot::Hidden));
                 out.forward(hidden.transpose()?.as_ref().unwrap_or(&pooled), workspace, Slot::Logits)?
             }

@@ -17,7 +17,8 @@ impl Item for Tokens {
     }
 
     fn key(&self) -> Option<u128> {
-        let [high, low] = HASHES.each_ref().map(|state| state.hash_one((&self.ids, &self.type_ids)));
+        let [high, low] =
+            HASHES.each_ref().map(|state| state.hash_one((&self.ids, &self.type_ids, self.unpooled)));
         Some(u128::from(high) << 64 | u128::from(low))
     }
 }
@@ -44,6 +45,7 @@ impl engine::Model for Model {
             ids: self.plain.iter().copied().cycle().take(length).collect(),
             type_ids: None,
             truncated: false,
+            unpooled: 0,
         }
     }
 }
@@ -84,10 +86,16 @@ mod tests {
             ids: ids.to_vec(),
             type_ids: type_ids.map(<[u32]>::to_vec),
             truncated: false,
+            unpooled: 0,
         };
         let key = tokens(&[1, 2], None).key();
         assert_eq!(Tokens { truncated: true, ..tokens(&[1, 2], None) }.key(), key);
-        for other in [tokens(&[1, 2, 0], None), tokens(&[2, 1], None), tokens(&[1, 2], Some(&[0, 1]))] {
+        for other in [
+            tokens(&[1, 2, 0], None),
+            tokens(&[2, 1], None),
+            tokens(&[1, 2], Some(&[0, 1])),
+            Tokens { unpooled: 1, ..tokens(&[1, 2], None) },
+        ] {
             assert_ne!(other.key(), key);
         }
     }

@@ -4,6 +4,7 @@ pub mod architecture;
 mod encoder;
 mod head;
 mod items;
+mod layers;
 mod model;
 mod question;
 mod relative;
@@ -13,8 +14,8 @@ mod trunk;
 
 pub use encoder::Encoder;
 pub use head::Head;
-pub use model::{Model, ModelError, Output, Scores};
+pub use model::{Model, ModelError, Output, Prompt, Scores};
 pub use question::Question;
-pub use sentence::{Embedding, TextSettings};
+pub use sentence::{Embedding, Layer, Prompts, TextSettings};
 pub(super) use tokenize::vocabulary;
 pub use tokenize::{NoRoom, PairPrompt, Part, Shorten, Span, Spans, TokenizeError, Tokenizer, Tokens};

@@ -1,12 +1,15 @@
 //! A model: files, placement, tokenizer, encoder and head together.
 
 use candle_nn::VarBuilder;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::architecture::{Architecture, ConfigError};
 use super::encoder::Encoder;
 use super::head::Head;
+use super::layers::Layers;
 use super::question::{Question, is_language_model};
 use super::sentence::{Embedding, TextSettings, cross_encoder_scores};
 use super::tokenize::{TokenizeError, Tokenizer, Tokens};
@@ -79,6 +82,33 @@ impl Scores {
     }
 }
 
+/// A text that is put before texts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Prompt {
+    pub text: String,
+    /// Number of its tokens, without special ones.
+    pub tokens: u32,
+    /// How many tokens at the start of a text with this prompt are not pooled: none, or those of the prompt and the
+    /// special tokens before it if the model says `include_prompt: false`.
+    pub unpooled: u32,
+}
+
+impl Prompt {
+    /// Counts tokens as sentence-transformers does: those of the prompt alone, without a special token at the end.
+    ///
+    /// # Errors
+    /// The tokenizer fails on the text.
+    pub fn new(text: String, tokenizer: &Tokenizer, embedding: &Embedding) -> Result<Self, TokenizeError> {
+        if text.is_empty() {
+            return Ok(Self::default());
+        }
+        let (leading, trailing) = (tokenizer.leading() as u32, tokenizer.trailing() as u32);
+        let all = tokenizer.encode(&text)?.ids.len() as u32;
+        let unpooled = if embedding.include_prompt { 0 } else { all - trailing.min(1) };
+        Ok(Self { text, tokens: all - leading - trailing, unpooled })
+    }
+}
+
 pub struct Model {
     pub files: Files,
     pub placement: Placement,
@@ -90,13 +120,14 @@ pub struct Model {
     /// How a classifier's logits become scores.
     pub scores: Scores,
     pub embedding: Embedding,
+    /// Put before every text, for embeddings.
+    pub prompt: Prompt,
     /// What a reranker that is a language model is asked.
     pub question: Option<Question>,
     pub parameters: usize,
     /// Token ids of a short text, repeated to make the engine's samples.
     pub(super) plain: Vec<u32>,
     encoder: Encoder,
-    output: Output,
     head: Head,
     width: usize,
     /// Tokens with this id at the end of a sequence have no effect.
@@ -135,7 +166,7 @@ impl Model {
             false => None,
         };
         let weights = Weights::open(&files)?;
-        let parameters = weights.parameters();
+        let mut parameters = weights.parameters();
         let root = VarBuilder::from_backend(Box::new(weights), placement.dtype, placement.device.clone());
         let word = format!("{}.weight", architecture.embeddings.word);
         let inner = architecture.prefixes.iter().map(|prefix| root.pp(prefix));
@@ -159,7 +190,13 @@ impl Model {
         let encoder = Encoder::load(architecture, &vb, placement.precision).map_err(weights)?;
         let a = encoder.architecture();
         let (head, width) = match (output, &question) {
-            (Output::Embedding, _) => (Head::embedding(embedding.pooling), a.hidden),
+            (Output::Embedding, _) => {
+                let width = embedding.poolings.len() * a.hidden;
+                let layers = Layers::load(&embedding.layers, width, &files, &placement)?;
+                parameters += layers.parameters;
+                let width = layers.width;
+                (Head::embedding(embedding.poolings.clone(), layers), width)
+            }
             (_, Some(Question { yes, no, .. })) => {
                 // Where the file does not say, the default depends on the model's type.
                 let own = root.contains_tensor("lm_head.weight");
@@ -193,6 +230,7 @@ impl Model {
             _ => Scores::of(&config, labels.len())?,
         };
         let plain = tokenizer.encode("kandle")?.ids;
+        let prompt = Prompt::new(embedding.prompts.default.clone(), &tokenizer, &embedding)?;
         Ok(Self {
             files,
             placement,
@@ -201,11 +239,11 @@ impl Model {
             labels,
             scores,
             embedding,
+            prompt,
             question,
             parameters,
             plain,
             encoder,
-            output,
             head,
             width,
             padding,
@@ -219,13 +257,51 @@ impl Model {
         self.encoder.architecture()
     }
 
-    /// Tokenizes a text. For embeddings, the model's prompt is put before it.
+    /// Tokenizes a text. For embeddings, [`Model::prompt`] is put before it.
     pub fn tokens(&self, text: &str) -> Result<Tokens, TokenizeError> {
-        match self.output {
-            Output::Embedding if !self.embedding.prompt.is_empty() => {
-                self.tokenizer.encode(&format!("{}{text}", self.embedding.prompt))
-            }
-            _ => self.tokenizer.encode(text),
+        self.prompted(&self.prompt, text)
+    }
+
+    /// Tokenizes a text with a prompt before it.
+    pub fn prompted(&self, prompt: &Prompt, text: &str) -> Result<Tokens, TokenizeError> {
+        if prompt.text.is_empty() {
+            return self.tokenizer.encode(text);
+        }
+        let tokens = self.tokenizer.encode(&format!("{}{text}", prompt.text))?;
+        Ok(Tokens { unpooled: prompt.unpooled, ..tokens })
+    }
+
+    /// How many tokens of a text fit in one sequence beside [`Model::prompt`] and the special tokens.
+    pub fn room(&self) -> usize {
+        self.tokenizer.room().saturating_sub(self.prompt.tokens as usize)
+    }
+
+    /// Tokenizes a text of any length into as many sequences as it needs, each with [`Model::prompt`] before it. Each
+    /// comes with its number of tokens of the text, `overlap` of which it shares with its neighbour. The order is that
+    /// of [`Tokenizer::chunks`].
+    ///
+    /// # Errors
+    /// The text has no tokens and the tokenizer adds none, or the library fails on it.
+    ///
+    /// # Panics
+    /// If the overlap is not less than the room.
+    pub fn chunks(&self, text: &str, overlap: usize) -> Result<Vec<(Tokens, u32)>, TokenizeError> {
+        let prompted = match self.prompt.text.is_empty() {
+            true => Cow::Borrowed(text),
+            false => Cow::Owned(format!("{}{text}", self.prompt.text)),
+        };
+        let all = self.tokenizer.ids(&prompted)?;
+        let (prompt, ids) = all.split_at((self.prompt.tokens as usize).min(all.len()));
+        let chunk = |part: Range<usize>| {
+            let length = part.len() as u32;
+            let tokens = self.tokenizer.whole(&[prompt, &ids[part]].concat());
+            (Tokens { unpooled: self.prompt.unpooled, ..tokens }, length)
+        };
+        let chunks: Vec<_> =
+            self.tokenizer.chunks(self.room(), ids.len(), overlap).into_iter().map(chunk).collect();
+        match chunks.iter().any(|(tokens, _)| tokens.ids.is_empty()) {
+            true => Err(TokenizeError::Empty),
+            false => Ok(chunks),
         }
     }
 
@@ -271,7 +347,8 @@ impl Model {
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Ragged<f32>> {
         let sequences: Vec<_> =
             batch.iter().map(|tokens| (self.pooled(&tokens.ids), tokens.type_ids.as_deref())).collect();
-        let packed = Packed::new(&sequences);
+        let unpooled: Vec<usize> = batch.iter().map(|tokens| tokens.unpooled as usize).collect();
+        let packed = Packed::new(&sequences).skipping(&unpooled);
         let gpu = !self.encoder.device().is_cpu();
         let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
         let rows = self.encoder.forward(&packed, |hidden, workspace| {

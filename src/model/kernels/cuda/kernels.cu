@@ -56,7 +56,7 @@ __device__ void store(T *to, const float (&from)[N]) {
 }
 
 // Activations, with the numbers that number_of in mod.rs returns.
-enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH };
+enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH, SIGMOID };
 
 // 1 / (1 + e^-x) by two approximate instructions; within 1e-6.
 __device__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-1.44269504f * x)); }
@@ -105,6 +105,9 @@ __device__ void activate(float (&x)[N], int activation) {
       break;
     case TANH:
       for (int j = 0; j < N; j++) x[j] = tanhf(x[j]);
+      break;
+    case SIGMOID:
+      for (int j = 0; j < N; j++) x[j] = 1.0f / (1.0f + expf(-x[j]));
       break;
   }
 }

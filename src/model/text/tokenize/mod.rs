@@ -26,6 +26,8 @@ pub struct Tokens {
     pub type_ids: Option<Vec<u32>>,
     /// The text had more tokens than the limit.
     pub truncated: bool,
+    /// How many first tokens a pooling leaves out: those of a prompt, for some models.
+    pub unpooled: u32,
 }
 
 /// Why a text or pair cannot be tokenized.
@@ -151,7 +153,17 @@ impl Tokenizer {
         if ids.is_empty() {
             return Err(TokenizeError::Empty);
         }
-        Ok(Tokens { ids, type_ids: self.special.type_ids(length), truncated })
+        Ok(Tokens { ids, type_ids: self.special.type_ids(length), truncated, unpooled: 0 })
+    }
+
+    /// All tokens of a text, without special ones.
+    ///
+    /// # Errors
+    /// The library fails on the text.
+    pub fn ids(&self, text: &str) -> Result<Vec<u32>, TokenizeError> {
+        let mut ids = Vec::new();
+        self.first(text, usize::MAX, &mut ids)?;
+        Ok(ids)
     }
 
     /// How a text may be cut, and the added tokens that it may contain.

@@ -169,7 +169,7 @@ impl Tokenizer {
             let types = |of: u32, ids: &[u32]| std::iter::repeat_n(of, ids.len());
             template.around(|(_, of)| *of, types(of_first, first), types(of_second, second))
         });
-        Ok(Tokens { ids, type_ids, truncated })
+        Ok(Tokens { ids, type_ids, truncated, unpooled: 0 })
     }
 
     /// `count` tokens of a text, from the end that is not truncated.

@@ -61,6 +61,6 @@ impl Tokenizer {
         let mut ids = Vec::new();
         let truncated = self.first(&text, self.max_tokens - prompt.after.len(), &mut ids)?;
         ids.extend_from_slice(&prompt.after);
-        Ok(Tokens { ids, type_ids: None, truncated })
+        Ok(Tokens { ids, type_ids: None, truncated, unpooled: 0 })
     }
 }

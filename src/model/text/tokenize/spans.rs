@@ -147,14 +147,13 @@ impl Tokenizer {
         self.max_tokens.saturating_sub(self.special.count())
     }
 
-    /// Splits a text of `tokens` tokens into ranges of at most [`Tokenizer::room`], each of which shares `overlap`
-    /// tokens with the next, as the tokenizers library does (`stride`). If truncation is on the left, the text is cut
-    /// from its end, and the last range comes first.
+    /// Splits a text of `tokens` tokens into ranges of at most `room`, each of which shares `overlap` tokens with the
+    /// next, as the tokenizers library does (`stride`). If truncation is on the left, the text is cut from its end, and
+    /// the last range comes first.
     ///
     /// # Panics
     /// If the overlap is not less than the room.
-    pub fn chunks(&self, tokens: usize, overlap: usize) -> Vec<Range<usize>> {
-        let room = self.room();
+    pub fn chunks(&self, room: usize, tokens: usize, overlap: usize) -> Vec<Range<usize>> {
         assert!(overlap < room, "an overlap of {overlap} in {room} tokens");
         let mut chunks = Vec::new();
         let mut done = 0;
@@ -175,12 +174,22 @@ impl Tokenizer {
     pub fn whole(&self, ids: &[u32]) -> Tokens {
         let special = &self.special;
         let type_ids = special.type_ids(ids.len());
-        Tokens { ids: [&special.before, ids, &special.after].concat(), type_ids, truncated: false }
+        Tokens {
+            ids: [&special.before, ids, &special.after].concat(),
+            type_ids,
+            truncated: false,
+            unpooled: 0,
+        }
     }
 
     /// Number of special tokens before a text.
     pub fn leading(&self) -> usize {
         self.special.before.len()
+    }
+
+    /// Number of special tokens after a text.
+    pub fn trailing(&self) -> usize {
+        self.special.after.len()
     }
 }
 
@@ -236,7 +245,7 @@ mod tests {
                     }
                 });
                 assert_eq!(
-                    tokenizer.chunks(words, overlap),
+                    tokenizer.chunks(tokenizer.room(), words, overlap),
                     ranges.collect::<Vec<_>>(),
                     "{words} {direction:?}"
                 );
