@@ -118,6 +118,12 @@ bench-engine: ## The engine against sentence-transformers, ONNX Runtime and Open
 	cargo build --release
 	benches/engine.sh
 
+.PHONY: real-models
+real-models: ## Real checkpoints and texts against sentence-transformers (needs Python, Maven and npm)
+	@scripts/setup.sh test
+	cargo build --release
+	benches/real-models.sh
+
 .PHONY: gpu-check
 gpu-check: ## Builds binaries to test on a machine with a GPU, with scripts/gpu-check.sh run
 	scripts/gpu-check.sh build

