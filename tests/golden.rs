@@ -1,10 +1,14 @@
 //! Every architecture against the outputs of Hugging Face's transformers (tests/fixtures/make.py), within 1e-4. The
 //! result of a record does not depend on its batch, within 1e-5.
 
-use std::path::{Path, PathBuf};
+#[path = "support/models.rs"]
+mod models;
+
+use std::path::Path;
 
 use kandle::model::{Files, Model, Output, Placement, Pooling, Prompt, Tokens};
 use kandle::settings::{self, DeviceChoice, Dtype};
+use models::{copy, fixture};
 use serde::Deserialize;
 
 const ARCHITECTURES: [&str; 16] = [
@@ -35,10 +39,6 @@ struct Golden {
     mean: Vec<f32>,
     first: Vec<f32>,
     last: Vec<f32>,
-}
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 fn golden(name: &str) -> Vec<Golden> {
@@ -231,20 +231,7 @@ fn other_poolings_equal_those_of_sentence_transformers() {
 /// `bert` with the modules of a folder of the fixture `sentences`.
 fn with_modules(name: &str) -> tempfile::TempDir {
     let folder = with("bert", &[]);
-    let modules = fixture("sentences").join(name);
-    let mut todo = vec![modules.clone()];
-    while let Some(path) = todo.pop() {
-        let to = folder.path().join(path.strip_prefix(&modules).expect("a path inside"));
-        match path.is_dir() {
-            true => {
-                std::fs::create_dir_all(&to).expect("a folder");
-                todo.extend(
-                    std::fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("a file").path()),
-                );
-            }
-            false => drop(std::fs::copy(&path, to).expect("copied")),
-        }
-    }
+    copy(&fixture("sentences").join(name), folder.path());
     folder
 }
 

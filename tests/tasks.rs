@@ -2,96 +2,20 @@
 //! (tests/fixtures/make.py). Each record is predicted alone, and in a window with all others: within 1e-4 of the
 //! library, within 1e-5 of each other.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Instant;
+#[path = "support/models.rs"]
+mod models;
+
+use std::path::Path;
 
 use kandle::compute::Compute;
-use kandle::flow::Outcome;
-use kandle::lease::Lease;
-use kandle::record::{Arrival, Partition};
-use kandle::settings::{self, Sources};
-use kandle::task;
-use kandle::telemetry::Metrics;
-use kandle::window::{ClosedBy, Gatherer, Limits};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-/// A copy of a fixture in a directory of its own.
-fn copy_of(name: &str) -> tempfile::TempDir {
-    let directory = tempfile::tempdir().expect("a directory");
-    for file in std::fs::read_dir(fixture(name)).expect("files") {
-        let path = file.expect("a file").path();
-        std::fs::copy(&path, directory.path().join(path.file_name().expect("a name"))).expect("copied");
-    }
-    directory
-}
-
-/// Like [`copy_of`], with the folders of a fixture.
-fn copy_of_all(name: &str) -> tempfile::TempDir {
-    let directory = tempfile::tempdir().expect("a directory");
-    for file in walk(&fixture(name)) {
-        let to = directory.path().join(file.strip_prefix(fixture(name)).expect("inside"));
-        std::fs::create_dir_all(to.parent().expect("a folder")).expect("a folder");
-        std::fs::copy(&file, to).expect("copied");
-    }
-    directory
-}
-
-/// All files below a directory.
-fn walk(directory: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(directory).expect("files").map(|entry| entry.expect("a file").path());
-    entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
-}
+use models::{copy_of, fixture, load, predict};
 
 fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> Vec<T> {
     let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
     serde_json::from_str(&text).expect("golden.json")
-}
-
-/// Loads a task with its model; `set` is added to the usual settings.
-fn load(kind: &str, model: &Path, set: &[String]) -> Result<Arc<dyn Compute>, String> {
-    let device = std::env::var("KANDLE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
-    let mut all = vec![
-        "kafka.brokers=none:1".to_owned(),
-        "input.topics=in".to_owned(),
-        "input.group=g".to_owned(),
-        "input.field=/text".to_owned(),
-        format!("task.kind={kind}"),
-        format!("model.source={}", model.display()),
-        format!("model.device={device}"),
-        "model.dtype=f32".to_owned(),
-        "output.topic=out".to_owned(),
-        "dead_letters.topic=dead".to_owned(),
-    ];
-    all.extend(set.iter().cloned());
-    let sources = Sources { set: all, ..Sources::default() };
-    let settings = settings::load(&sources).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
-    task::load(&settings, &Arc::new(Metrics::new())).map_err(|e| e.to_string())
-}
-
-/// The outcome of each record: its prediction, or the fault and its message.
-fn predict(compute: &dyn Compute, records: &[Value]) -> Vec<Result<Value, (String, String)>> {
-    let mut gatherer = Gatherer::new(Limits::NONE);
-    let (partition, lease, now) = (Partition::new("in", 0), Lease::new(0), Instant::now());
-    for (offset, record) in (0..).zip(records) {
-        let value = record.to_string();
-        let arrival = Arrival { offset, value: Some(value.as_bytes()), ..Arrival::default() };
-        gatherer.push(&partition, &lease, arrival, now);
-    }
-    let encoded = compute.answer(gatherer.close(ClosedBy::End).expect("records")).expect("answers");
-    let outcome = |outcome: &Outcome| match outcome {
-        Outcome::Prediction { part, bytes } => {
-            Ok(serde_json::from_slice(encoded.prediction(*part, bytes)).expect("JSON"))
-        }
-        Outcome::Dead(error) => Err((format!("{:?}", error.fault), error.message.clone())),
-        other => panic!("{other:?}"),
-    };
-    encoded.outcomes.iter().map(outcome).collect()
 }
 
 /// The prediction of each record; asserts that it is the same alone and among the others.
@@ -313,7 +237,7 @@ fn document_scores_equal_those_of_language_models() {
                 continue;
             }
             // The checkpoint's own instruction and activation.
-            let own = copy_of_all(name);
+            let own = copy_of(name);
             let path = own.path().join("config_sentence_transformers.json");
             let content = std::fs::read_to_string(&path).expect("content");
             let content = content.replace("activation.Sigmoid", "linear.Identity");
@@ -331,7 +255,7 @@ fn document_scores_equal_those_of_language_models() {
 fn a_language_model_without_an_output_layer_uses_its_embeddings() {
     let documents = ["task.documents=/d".to_owned()];
     let records = [json!({ "text": "late parcel", "d": ["where is the parcel", "refund"] })];
-    let directory = copy_of_all("rerank-qwen3");
+    let directory = copy_of("rerank-qwen3");
     let path = directory.path().join("config.json");
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
     config.as_object_mut().expect("an object").remove("tie_word_embeddings");
@@ -349,7 +273,7 @@ fn a_language_model_without_an_output_layer_uses_its_embeddings() {
 fn a_language_model_that_cannot_be_asked_is_refused() {
     let set = ["task.documents=/d".to_owned()];
     let refused = |name: &str, file: &str, content: &str, set: &[String], says: &str| {
-        let directory = copy_of_all(name);
+        let directory = copy_of(name);
         std::fs::write(directory.path().join(file), content).expect("written");
         let error = load("reranking", directory.path(), set).err().expect("an error");
         assert!(error.contains(says), "{error}");

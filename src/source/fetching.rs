@@ -46,7 +46,7 @@ pub(super) struct Fetching {
     stuck_after: Duration,
     /// The client fetches nothing while it holds so many prefetched messages, or bytes of them.
     full: (i64, i64),
-    /// The id of each topic when this client last had partitions of it.
+    /// The last known id of each topic that is subscribed to.
     topic_ids: HashMap<String, TopicId>,
     /// Topics that were recreated since this client first saw them.
     recreated: HashSet<String>,

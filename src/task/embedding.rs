@@ -8,7 +8,7 @@ use super::kinds::{CHUNKS, Kind, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask};
 use crate::model::{Model, Output};
 use crate::record::RecordError;
-use crate::settings::{self, Encoding, Task, TaskKind};
+use crate::settings::{self, Encoding, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-embedding"),
@@ -19,7 +19,7 @@ pub(super) const KIND: Kind = Kind {
     overflow: CHUNKS,
     check: |task| {
         let mut problems = chunk_rules(task);
-        problems.extend(prompt_rules(task));
+        problems.extend(prompt_rule(("prompt", &task.prompt), ("prompt_name", &task.prompt_name)));
         if task.ranges.is_some() && task.encoding != Encoding::Int8 {
             problems.push(("ranges", "has no effect without encoding: int8".to_owned()));
         }
@@ -34,12 +34,13 @@ pub(super) const KIND: Kind = Kind {
     },
 };
 
-/// For tasks that put a prompt before a record.
-pub(super) fn prompt_rules(task: &Task) -> Vec<(&'static str, String)> {
-    match (&task.prompt, &task.prompt_name) {
-        (Some(_), Some(_)) => vec![("prompt_name", "has no effect with prompt: set one of them".to_owned())],
-        _ => Vec::new(),
-    }
+/// For tasks that put a prompt before a text: it is given by itself or by its name. Keys and values of the settings.
+pub(super) fn prompt_rule(
+    (key, text): (&'static str, &Option<String>),
+    (name_key, name): (&'static str, &Option<String>),
+) -> Option<(&'static str, String)> {
+    let both = text.is_some() && name.is_some();
+    both.then(|| (name_key, format!("has no effect with {key}: set one of them")))
 }
 
 /// How a model's answers become vectors.

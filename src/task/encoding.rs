@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
 use super::{NUMBER, TaskError, to_json};
 use crate::model::Model;
 use crate::record::RecordError;
@@ -150,14 +153,9 @@ fn integers<T: itoa::Integer>(values: impl Iterator<Item = T>, out: &mut Vec<u8>
 
 /// Appends the base64 of bytes, with padding (RFC 4648, section 4).
 fn base64(bytes: &[u8], out: &mut Vec<u8>) {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    for group in bytes.chunks(3) {
-        let byte = |at: usize| u32::from(group.get(at).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        let digit = |at: usize| DIGITS[(bits >> (18 - 6 * at)) as usize & 63];
-        let padded = |at: usize| if at <= group.len() { digit(at) } else { b'=' };
-        out.extend([0, 1, 2, 3].map(padded));
-    }
+    let start = out.len();
+    out.resize(start + bytes.len().div_ceil(3) * 4, 0);
+    STANDARD.encode_slice(bytes, &mut out[start..]).expect("there is room for all digits");
 }
 
 #[cfg(test)]

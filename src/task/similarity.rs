@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::embedding::{Vectors, normalized, prompt_rules};
+use super::embedding::{Vectors, normalized, prompt_rule};
 use super::kinds::{CHUNKS, Kind, chunk_rules};
 use super::prompt::Choice;
 use super::text::{self, Chunk, PredictText, TextTask};
@@ -34,14 +34,14 @@ pub(super) const KIND: Kind = Kind {
     overflow: CHUNKS,
     check: |task| {
         let mut problems = chunk_rules(task);
-        problems.extend(prompt_rules(task));
+        problems.extend(prompt_rule(("prompt", &task.prompt), ("prompt_name", &task.prompt_name)));
+        problems.extend(prompt_rule(
+            ("candidates_prompt", &task.candidates_prompt),
+            ("candidates_prompt_name", &task.candidates_prompt_name),
+        ));
         if task.candidates.is_none() {
             let message = "similarity needs a file of candidates, one {\"id\":…,\"text\":…} per line";
             problems.push(("candidates", message.to_owned()));
-        }
-        if task.candidates_prompt.is_some() && task.candidates_prompt_name.is_some() {
-            let message = "has no effect with candidates_prompt: set one of them";
-            problems.push(("candidates_prompt_name", message.to_owned()));
         }
         problems
     },

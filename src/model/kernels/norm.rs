@@ -82,7 +82,7 @@ impl Norm {
             return Ok(x);
         }
         #[cfg(feature = "cuda")]
-        if x.device().is_cuda() {
+        if x.device().is_cuda() && self.is_layer() {
             return super::cuda::add_norm(&x, None, Some(residual), Some(self));
         }
         self.tensor(&(x + residual)?)

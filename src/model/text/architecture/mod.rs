@@ -43,12 +43,6 @@ const KNOWN: &[(&str, Describe)] = &[
     ("xlm-roberta", roberta::describe),
 ];
 
-/// Model types that look like a known one but compute something else, and what to do about them.
-const OTHERS: &[(&str, &str)] = &[(
-    "deberta",
-    "is the first version of DeBERTa, which is not supported; use a checkpoint of DeBERTa v2 or v3 (model_type \"deberta-v2\")",
-)];
-
 type Describe = fn(&Config<'_>) -> Result<Architecture, ConfigError>;
 
 /// Keys that change what a model computes in ways that kandle does not support: refused unless they are off.
@@ -379,14 +373,11 @@ impl Architecture {
                 config.refuse_others(ignored)?;
                 Ok(architecture)
             }
-            None => match OTHERS.iter().find(|(other, _)| *other == name) {
-                Some((_, message)) => Err(ConfigError(format!("model_type {name:?} {message}"))),
-                None => Err(ConfigError(format!(
-                    "model_type {name:?} is not supported; supported: {}{}",
-                    known(),
-                    instead_of(name).unwrap_or_default()
-                ))),
-            },
+            None => Err(ConfigError(format!(
+                "model_type {name:?} is not supported; supported: {}{}",
+                known(),
+                instead_of(name).unwrap_or_default()
+            ))),
         }
     }
 
@@ -594,6 +585,10 @@ fn instead_of(model_type: &str) -> Option<&'static str> {
 
 /// Model types that users ask for most, and a kind of checkpoint that does the same job.
 const INSTEAD: &[(&[&str], &str)] = &[
+    (
+        &["deberta"],
+        ". It is the first version of DeBERTa; use a checkpoint of DeBERTa v2 or v3 (model_type \"deberta-v2\")",
+    ),
     (
         &["bart", "mbart"],
         ". It is an encoder-decoder; for zero-shot-classification, use an encoder trained for natural language \
