@@ -369,19 +369,21 @@ fn the_wait_for_a_dead_members_session_is_logged() {
     second.stop();
 }
 
-/// Changes the last byte of the record batch that begins with `offset`, in the broker's file (message format v2: base
-/// offset, length, …).
-fn damage(kafka: &Kafka, topic: &str, partition: i32, offset: i64) {
+/// Changes the last byte of the batch of `records` records that begins with `offset`, in the broker's file (message
+/// format v2: base offset, length, epoch, magic, checksum, attributes, last offset delta, …).
+fn damage(kafka: &Kafka, topic: &str, partition: i32, offset: i64, records: i32) {
     let path = kafka.segment(0, topic, partition);
     let mut file = std::fs::OpenOptions::new().read(true).write(true).open(path).expect("the file");
     let mut at = 0;
     loop {
-        let mut header = [0; 12];
+        let mut header = [0; 27];
         file.seek(SeekFrom::Start(at)).expect("sought");
         file.read_exact(&mut header).expect("a batch");
         let first = i64::from_be_bytes(header[..8].try_into().expect("eight"));
-        let length = i64::from(i32::from_be_bytes(header[8..].try_into().expect("four")));
+        let length = i64::from(i32::from_be_bytes(header[8..12].try_into().expect("four")));
         if first == offset {
+            let last = i32::from_be_bytes(header[23..].try_into().expect("four"));
+            assert_eq!(last + 1, records, "records in the batch at {offset}");
             let last = at + 12 + length as u64 - 1;
             file.seek(SeekFrom::Start(last)).expect("sought");
             let mut byte = [0];
@@ -405,10 +407,12 @@ fn damaged_batches_are_counted_as_lost_and_skipped() {
         }
         // One in the middle, two adjacent ones, and the last one.
         for offset in [30, 60, 70, 90] {
-            damage(&kafka, &place.input, 0, offset);
+            damage(&kafka, &place.input, 0, offset, 10);
         }
         let file = file("kandle.yaml", &config(&place, &[delivery]));
-        let mut daemon = Daemon::start(&config(&place, &[delivery]));
+        let mut daemon = Daemon::start_with(&config(&place, &[delivery]), |command| {
+            command.env("RUST_LOG", "info,kandle::source=debug");
+        });
         let mut ledger = Ledger::of(&place);
         until("all that can be read", || {
             ledger.read(Duration::from_millis(200));
@@ -435,7 +439,7 @@ fn damaged_batches_are_counted_as_lost_and_skipped() {
         for i in 0..3 {
             place.produce((0..10).map(|j| Sent::new(0, format!("more {}", i * 10 + j))));
         }
-        damage(&kafka, &place.input, 0, 121);
+        damage(&kafka, &place.input, 0, 121, 10);
         let started = Instant::now();
         let (code, _, log) = finish(kandle().args(["drain", "-c"]).arg(&file.path), b"");
         assert_eq!(code, 0, "{log}");

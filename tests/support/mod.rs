@@ -210,17 +210,22 @@ impl Place {
     }
 
     pub fn producer(&self) -> BaseProducer {
+        self.producer_with(Duration::from_millis(20))
+    }
+
+    fn producer_with(&self, linger: Duration) -> BaseProducer {
         ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
             .set("message.max.bytes", "20000000")
-            .set("linger.ms", "20")
+            .set("linger.ms", linger.as_millis().to_string())
             .create()
             .expect("a producer")
     }
 
-    /// Produces records to the input topic and waits until all are acknowledged.
+    /// Produces records to the input topic and waits until all are acknowledged. As many as fit are in one batch.
     pub fn produce(&self, records: impl IntoIterator<Item = Sent>) {
-        let producer = self.producer();
+        // Until the flush below: with a short linger, a busy machine sends the first record alone.
+        let producer = self.producer_with(Duration::from_secs(5));
         for record in records {
             loop {
                 let mut headers = OwnedHeaders::new();
@@ -655,7 +660,11 @@ impl Daemon {
 }
 
 impl Drop for Daemon {
+    /// Kills the process; a failed test prints its log.
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("log of kandle, process {}:\n{}", self.pid(), self.log.lock().expect("the log"));
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
