@@ -63,7 +63,7 @@ fn matmul(c: &mut Criterion) {
             b.iter(|| panels.multiply(&x, &mut out, &Epilogue::Activate(Activation::Gelu)));
         });
         for (name, code) in [("int8", Precision::Int8), ("bf16", Precision::Bf16)] {
-            let panels = Panels::quantized(&weight, None, inputs, outputs, code);
+            let panels = Panels::quantized(&weight, None, inputs, outputs, code, None);
             group.bench_function(name, |b| b.iter(|| panels.multiply(&x, &mut out, &Epilogue::Nothing)));
         }
         group.bench_function("gemm crate, f32", |b| {
@@ -131,7 +131,7 @@ fn model(c: &mut Criterion) {
                 let weight = numbers(inputs * outputs);
                 match code {
                     None => Panels::new(&weight, None, inputs, outputs),
-                    Some(code) => Panels::quantized(&weight, None, inputs, outputs, code),
+                    Some(code) => Panels::quantized(&weight, None, inputs, outputs, code, None),
                 }
             })
             .collect();

@@ -103,7 +103,7 @@ pub enum Gate {
 
 impl Gate {
     /// The gate's half, then the other.
-    fn order<T>(self, first: T, second: T) -> (T, T) {
+    pub(super) fn order<T>(self, first: T, second: T) -> (T, T) {
         match self {
             Gate::First => (first, second),
             Gate::Second => (second, first),

@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::{Activation, Epilogue, Fused, Linear, Out, Packed, Precision, upload};
+use super::{Activation, Epilogue, Expected, Fused, Linear, Out, Packed, Precision, upload};
 
 pub struct Convolution {
     /// From `size × hidden` elements to `hidden`.
@@ -15,17 +15,25 @@ pub struct Convolution {
 }
 
 impl Convolution {
-    /// A checkpoint's weight is `[hidden, hidden, size]`.
+    /// A checkpoint's weight is `[hidden, hidden, size]`. `expected` is of a token's row.
     pub fn load(
         hidden: usize,
         size: usize,
         activation: Activation,
         precision: Option<Precision>,
+        expected: Option<&Expected>,
         vb: &VarBuilder<'_>,
     ) -> Result<Self> {
         let weight = vb.get((hidden, hidden, size), "weight")?;
         let weight = weight.transpose(1, 2)?.reshape((hidden, size * hidden))?;
-        let linear = Linear::new(&weight, Some(vb.get(hidden, "bias")?), precision)?;
+        let expected =
+            expected.map(|e| Expected { mean: e.mean.repeat(size), spread: e.spread.repeat(size) });
+        let linear = Linear::new(
+            &weight,
+            Some(vb.get(hidden, "bias")?),
+            precision,
+            expected.as_ref().map(Into::into),
+        )?;
         Ok(Self { linear, size, activation })
     }
 
@@ -93,7 +101,7 @@ mod tests {
                 ("bias".to_owned(), bias.flatten_all().unwrap()),
             ];
             let vb = VarBuilder::from_tensors(tensors.clone().into(), DType::F32, &Device::Cpu);
-            let convolution = Convolution::load(hidden, size, Activation::Tanh, None, &vb).unwrap();
+            let convolution = Convolution::load(hidden, size, Activation::Tanh, None, None, &vb).unwrap();
             let workspace = Workspace::default();
             let out = |slot| workspace.at(slot, &Device::Cpu);
             let fused = convolution.forward(&x, &packed, out(Slot::Wide), out(Slot::Convolved)).unwrap();

@@ -6,12 +6,14 @@ use candle_nn::VarBuilder;
 use super::activation::Activation;
 use super::matmul::{self, Panels};
 use super::norm::Norm;
-use super::quant::Precision;
+use super::quant::{Calibration, Expected, Precision};
 use super::{Fused, Out, host};
 
 pub struct Linear {
     weight: Weight,
     outputs: usize,
+    /// Of the outputs.
+    expected: Option<Expected>,
 }
 
 enum Weight {
@@ -47,14 +49,16 @@ impl Linear {
     ) -> Result<Self> {
         let each = outputs / parts.len();
         let parts: Vec<_> = parts.iter().map(|vb| (vb.clone(), each)).collect();
-        Self::load_parts(inputs, bias, precision, &parts)
+        Self::load_parts(inputs, bias, precision, None, &parts)
     }
 
-    /// Like [`Linear::load`], for layers that have different numbers of outputs.
+    /// Like [`Linear::load`], for layers that have different numbers of outputs. A
+    /// `calibration` makes int8 more precise.
     pub fn load_parts(
         inputs: usize,
         bias: bool,
         precision: Option<Precision>,
+        calibration: Option<Calibration<'_>>,
         parts: &[(VarBuilder<'_>, usize)],
     ) -> Result<Self> {
         let weights = parts.iter().map(|(vb, outputs)| vb.get((*outputs, inputs), "weight"));
@@ -66,12 +70,18 @@ impl Linear {
             }
             false => None,
         };
-        Self::new(&weight, bias, precision)
+        Self::new(&weight, bias, precision, calibration)
     }
 
     /// `weight` is `[out, in]`, `bias` is `[out]`.
-    pub fn new(weight: &Tensor, bias: Option<Tensor>, precision: Option<Precision>) -> Result<Self> {
+    pub fn new(
+        weight: &Tensor,
+        bias: Option<Tensor>,
+        precision: Option<Precision>,
+        calibration: Option<Calibration<'_>>,
+    ) -> Result<Self> {
         let (outputs, inputs) = weight.dims2()?;
+        let mut expected = None;
         let weight = match weight.device().is_cpu() {
             true => {
                 let bias = bias.as_ref().map(host).transpose()?;
@@ -79,13 +89,21 @@ impl Linear {
                 Weight::Panels(match precision {
                     None => Panels::new(&weight, bias.as_deref(), inputs, outputs),
                     Some(precision) => {
-                        Panels::quantized(&weight, bias.as_deref(), inputs, outputs, precision)
+                        if precision == Precision::Int8 {
+                            expected = calibration.map(|c| c.expected.after_linear(&weight, bias.as_deref()));
+                        }
+                        Panels::quantized(&weight, bias.as_deref(), inputs, outputs, precision, calibration)
                     }
                 })
             }
             false => Weight::Tensor { weight: weight.t()?.contiguous()?, bias },
         };
-        Ok(Self { weight, outputs })
+        Ok(Self { weight, outputs, expected })
+    }
+
+    /// The values that the outputs are expected to have; known of int8 if it was known of the inputs.
+    pub fn expected(&self) -> Option<&Expected> {
+        self.expected.as_ref()
     }
 
     /// `[tokens, in]` to `[tokens, out]`. On a CUDA GPU the bias, `[out]`, is returned instead of added: the next

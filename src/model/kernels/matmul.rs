@@ -16,7 +16,7 @@ use pulp::{Simd, WithSimd};
 
 use super::activation::{Activation, activate};
 use super::norm::{Norm, add_norm};
-use super::quant::{Precision, Quantized};
+use super::quant::{Calibration, Precision, Quantized};
 use super::simd::{add, dispatch, lanes, load_two, store_two};
 use super::tile::{F32, Kernel, PackedA, Target, strip, tiles};
 
@@ -79,15 +79,16 @@ impl Panels {
         Self::with(Weights::F32 { width, depth, panels }, bias, inputs, outputs, width)
     }
 
-    /// Like [`Panels::new`], with quantized weights.
+    /// Like [`Panels::new`], with quantized weights. A `calibration` makes int8 more precise.
     pub fn quantized(
         weight: &[f32],
         bias: Option<&[f32]>,
         inputs: usize,
         outputs: usize,
         precision: Precision,
+        calibration: Option<Calibration<'_>>,
     ) -> Self {
-        let quantized = Quantized::new(weight, inputs, outputs, precision);
+        let quantized = Quantized::new(weight, inputs, outputs, precision, calibration);
         let width = quantized.width();
         Self::with(Weights::Quantized(quantized), bias, inputs, outputs, width)
     }

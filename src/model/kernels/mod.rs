@@ -34,7 +34,7 @@ pub use linear::{Epilogue, Linear};
 pub use norm::{Norm, NormKind};
 pub use packed::{Indices, Packed, Run};
 pub use pool::{Pooling, pool};
-pub use quant::Precision;
+pub use quant::{Calibration, Expected, Precision};
 pub use transfer::{Transfer, upload};
 
 /// The buffer of a [`Workspace`] that an operation writes to, named by its place in a layer. Results that are needed

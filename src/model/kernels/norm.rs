@@ -5,6 +5,7 @@ use candle_core::{D, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 use pulp::{Simd, WithSimd};
 
+use super::quant::Expected;
 use super::simd::{add, dispatch, sum};
 use super::{Fused, Out, host};
 
@@ -49,6 +50,13 @@ impl Norm {
             false => None,
         };
         Ok(Self { kind, weight, bias, eps: eps as f32, host })
+    }
+
+    /// The values that the results are expected to have, if the weights are on the CPU: before weight and bias, they
+    /// have mean 0 and standard deviation 1.
+    pub fn expected(&self) -> Option<Expected> {
+        let (weight, bias) = self.host.as_ref()?;
+        Some(Expected { mean: bias.clone(), spread: weight.iter().map(|weight| weight.abs()).collect() })
     }
 
     /// Normalises each row of `[tokens, size]`.

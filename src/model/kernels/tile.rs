@@ -84,7 +84,7 @@ impl<'a> Left<'a, f32, 1> {
 impl<'a, T, const ROW: usize> Left<'a, T, ROW> {
     /// The tile of the tallest height that begins at `row`.
     #[inline(always)]
-    fn tile<K: Kernel>(self, _: K, row: usize) -> Self {
+    pub fn tile<K: Kernel>(self, _: K, row: usize) -> Self {
         let count = K::HEIGHT.min(self.count - row);
         Self { x: &self.x[row / K::HEIGHT * self.tile..], count, ..self }
     }

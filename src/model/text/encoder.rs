@@ -56,7 +56,11 @@ impl Encoder {
             None => None,
         };
         let norm = if norm_last { norm(a.hidden)? } else { None };
-        let trunk = Trunk::load(a, vb, precision)?;
+        let expected = match (&projection, &norm) {
+            (Some(_), norm) => norm.as_ref().and_then(Norm::expected),
+            (None, _) => embedding.norm.as_ref().and_then(Norm::expected),
+        };
+        let trunk = Trunk::load(a, vb, precision, expected)?;
         let (device, workspaces) = (vb.device().clone(), Mutex::default());
         Ok(Self { architecture, device, embedding, projection, norm, trunk, workspaces })
     }

@@ -6,7 +6,8 @@ use candle_nn::VarBuilder;
 use super::architecture::{Architecture, FeedForward, Layer, NormPlacement, Qkv};
 use super::relative::Relative;
 use crate::model::kernels::{
-    Attention, Convolution, Epilogue, Linear, Norm, Packed, Precision, Rotation, Slot, Workspace, gated,
+    Attention, Calibration, Convolution, Epilogue, Expected, Linear, Norm, Packed, Precision, Rotation, Slot,
+    Workspace, gated,
 };
 
 struct Block {
@@ -37,7 +38,23 @@ pub struct Trunk {
 }
 
 impl Trunk {
-    pub fn load(a: &Architecture, vb: &VarBuilder<'_>, precision: Option<Precision>) -> Result<Self> {
+    /// `expected` is of the trunk's input.
+    pub fn load(
+        a: &Architecture,
+        vb: &VarBuilder<'_>,
+        precision: Option<Precision>,
+        expected: Option<Expected>,
+    ) -> Result<Self> {
+        let convolution = match &a.convolution {
+            Some(c) => {
+                let (weights, expected) = (vb.pp(c.name), expected.as_ref());
+                let convolution =
+                    Convolution::load(a.hidden, c.size, c.activation, precision, expected, &weights)?;
+                Some((convolution, Norm::load(a.hidden, a.norm, a.norm_eps, vb.pp(c.norm))?))
+            }
+            None => None,
+        };
+        let mut expected = expected;
         let mut rotations: Vec<Rotation> = Vec::new();
         let relative = Relative::load(a, vb)?;
         let (mut blocks, mut layers) = (Vec::new(), Vec::with_capacity(a.layers.len()));
@@ -59,18 +76,17 @@ impl Trunk {
             };
             layers.push(blocks.len());
             let attention = relative.attention(a, i, vb)?;
-            blocks.push(Block::load(a, layer, rotation, attention, vb, precision)?);
+            let again = a.layers.get(i + 1) == Some(layer);
+            let block = Block::load(a, layer, rotation, attention, vb, precision, (expected, again))?;
+            expected = match (a.norms, &convolution) {
+                (NormPlacement::Pre, _) => None,
+                (NormPlacement::Post, Some((_, norm))) if i == 0 => norm.expected(),
+                (NormPlacement::Post, _) => block.mlp_norm.expected(),
+            };
+            blocks.push(block);
         }
         let final_norm = match a.final_norm {
             Some(name) => Some(Norm::load(a.hidden, a.norm, a.norm_eps, vb.pp(name))?),
-            None => None,
-        };
-        let convolution = match &a.convolution {
-            Some(c) => {
-                let convolution =
-                    Convolution::load(a.hidden, c.size, c.activation, precision, &vb.pp(c.name))?;
-                Some((convolution, Norm::load(a.hidden, a.norm, a.norm_eps, vb.pp(c.norm))?))
-            }
             None => None,
         };
         let (norms, feed_forward) = (a.norms, a.feed_forward);
@@ -139,6 +155,7 @@ impl Trunk {
 }
 
 impl Block {
+    /// `before`: what is expected of the block's input, and whether the same block comes again right after it.
     fn load(
         a: &Architecture,
         layer: &Layer,
@@ -146,6 +163,7 @@ impl Block {
         attention: Attention,
         vb: &VarBuilder<'_>,
         precision: Option<Precision>,
+        before: (Option<Expected>, bool),
     ) -> Result<Self> {
         let (h, heads) = (a.hidden, a.heads);
         let sizes = [heads.all_queries(), heads.all_keys(), heads.all_keys()];
@@ -161,20 +179,35 @@ impl Block {
             }
             None => Ok(None),
         };
+        let attention_norm = layer.attention_norm.as_ref().map(|name| norm(name, h)).transpose()?;
+        let mlp_norm = norm(&layer.mlp_norm, h)?;
+        let of_attention_norm = attention_norm.as_ref().and_then(Norm::expected);
+        let (into_qkv, into_up) = match (a.norms, before) {
+            (NormPlacement::Pre, (before, _)) => (of_attention_norm.or(before), mlp_norm.expected()),
+            (NormPlacement::Post, (_, true)) => (mlp_norm.expected(), of_attention_norm),
+            (NormPlacement::Post, (before, false)) => (before, of_attention_norm),
+        };
+        let linear = |inputs, bias, expected: Option<Expected>, parts: &[_]| {
+            Linear::load_parts(inputs, bias, precision, expected.as_ref().map(Into::into), parts)
+        };
+        let first = heads.all_queries() + heads.all_keys();
+        let values = into_qkv.as_ref().map(|expected| Calibration { expected, first });
+        let (out, down) = (vb.pp(&layer.attention_out), vb.pp(&layer.down));
+        let each = a.up() / ups.len();
+        let ups: Vec<_> = ups.into_iter().map(|vb| (vb, each)).collect();
+        let up = linear(h, a.up_bias, into_up, &ups)?;
+        let into_down = up.expected().map(|expected| match a.feed_forward {
+            FeedForward::Plain(activation) => expected.after_activation(activation),
+            FeedForward::Gated(activation, gate) => expected.after_gate(activation, gate),
+        });
         Ok(Self {
-            qkv: Linear::load_parts(h, a.attention_bias, precision, &qkv)?,
+            qkv: Linear::load_parts(h, a.attention_bias, precision, values, &qkv)?,
             attention: Attention { norms: pair(&layer.qk_norms, heads.width)?, ..attention },
-            attention_out: Linear::load(
-                heads.all_queries(),
-                h,
-                a.attention_bias,
-                precision,
-                &[vb.pp(&layer.attention_out)],
-            )?,
-            attention_norm: layer.attention_norm.as_ref().map(|name| norm(name, h)).transpose()?,
-            up: Linear::load(h, a.up(), a.up_bias, precision, &ups)?,
-            down: Linear::load(a.intermediate, h, a.down_bias, precision, &[vb.pp(&layer.down)])?,
-            mlp_norm: norm(&layer.mlp_norm, h)?,
+            attention_out: linear(heads.all_queries(), a.attention_bias, None, &[(out, h)])?,
+            attention_norm,
+            up,
+            down: linear(a.intermediate, a.down_bias, into_down, &[(down, h)])?,
+            mlp_norm,
             branch_norms: pair(&layer.branch_norms, h)?,
             rotation,
         })

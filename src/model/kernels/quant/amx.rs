@@ -13,8 +13,8 @@ use std::sync::OnceLock;
 
 use pulp::x86::V4;
 
-use super::super::tile::{LINE, Left};
-use super::{Encoding, Precision, Shape, Strip, abs_max};
+use super::super::tile::{F32, Kernel, LINE, Left};
+use super::{Encoding, Epilogue, Grid, Precision, Shape, Strip};
 
 /// Rows of a tile, columns of a tile, and groups of a row that are multiplied at a time.
 const TILE: usize = LINE;
@@ -26,7 +26,8 @@ pub(super) fn shape(precision: Precision) -> Shape {
         Precision::Int8 => Encoding::Bytes,
         Precision::Bf16 => Encoding::Bf16,
     };
-    Shape { group: encoding.group(), width: WIDTH, encoding, step: TILE, height: TILE }
+    let exact_height = F32::<V4>::HEIGHT;
+    Shape { group: encoding.group(), width: WIDTH, encoding, step: TILE, height: TILE, exact_height }
 }
 
 /// Whether the processor and Linux support AMX. A process must request permission from Linux before the first use,
@@ -126,6 +127,11 @@ pub(super) unsafe fn run(precision: Precision, mut strip: Strip<'_>) {
     assert!(depth.is_multiple_of(TILE) && depth > 0);
     assert!(panel.len() >= depth * WIDTH);
     assert!(left.len() >= (padded / TILE - 1) * block + depth * TILE);
+    if let Some(exact) = strip.exact {
+        // SAFETY: `available` has checked the features.
+        let simd = unsafe { V4::new_unchecked() };
+        strip.write_exact(simd, exact.left, 0);
+    }
     let mut sums = MaybeUninit::<Sums>::uninit();
     let mut row = 0;
     let mut ahead = strip.ahead.as_ptr();
@@ -145,7 +151,7 @@ pub(super) unsafe fn run(precision: Precision, mut strip: Strip<'_>) {
         ahead = ahead.wrapping_add(depth / TILE * AHEAD);
         let height = if tall { 2 * TILE } else { TILE };
         // SAFETY: the kernel has stored this many rows of sums.
-        unsafe { write(precision, &mut strip, row..rows.min(row + height), sums.as_ptr()) };
+        unsafe { write(&mut strip, row..rows.min(row + height), sums.as_ptr()) };
         row += height;
     }
 }
@@ -157,7 +163,7 @@ pub(super) unsafe fn run(precision: Precision, mut strip: Strip<'_>) {
 /// The processor has AVX-512, and `sums` has at least `rows.len()` rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn write(precision: Precision, strip: &mut Strip<'_>, rows: Range<usize>, sums: *const Sums) {
+unsafe fn write(strip: &mut Strip<'_>, rows: Range<usize>, sums: *const Sums) {
     for first in (0..strip.width).step_by(TILE) {
         let mask = __mmask16::MAX >> (TILE - TILE.min(strip.width - first));
         let columns = |of: &[f32]| {
@@ -165,26 +171,29 @@ unsafe fn write(precision: Precision, strip: &mut Strip<'_>, rows: Range<usize>,
             // SAFETY: the mask has only the columns that exist.
             unsafe { _mm512_maskz_loadu_ps(mask, of.as_ptr()) }
         };
-        let finish = strip.finish.map(|f| (f.rows, columns(f.columns), columns(f.bias)));
+        let epilogue = strip.epilogue;
+        let of_columns = match epilogue {
+            Epilogue::Scale { columns: scales, .. } => columns(scales),
+            Epilogue::Bias { bias: Some(bias), .. } => columns(bias),
+            Epilogue::Bias { bias: None, .. } => _mm512_setzero_ps(),
+        };
         for (at, row) in rows.clone().enumerate() {
-            let (add, width) = (strip.add, strip.width);
+            let width = strip.width;
             let out = &mut strip.row(row)[first..width];
             // SAFETY: `sums` is aligned and has the row; the mask has only the columns that `out` has.
             unsafe {
                 let bits = _mm512_load_si512((&raw const (*sums).0[at][first]).cast());
-                let mut x = match precision {
-                    Precision::Bf16 => _mm512_castsi512_ps(bits),
-                    Precision::Int8 => _mm512_cvtepi32_ps(bits),
-                };
-                if add {
-                    x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, out.as_ptr()));
-                }
-                if let Some((scales, columns, bias)) = finish {
-                    if precision == Precision::Int8 {
-                        x = _mm512_mul_ps(x, _mm512_mul_ps(_mm512_set1_ps(scales[row]), columns));
+                let before = _mm512_maskz_loadu_ps(mask, out.as_ptr());
+                let x = match epilogue {
+                    Epilogue::Scale { rows, .. } => {
+                        let scale = _mm512_mul_ps(_mm512_set1_ps(rows[row]), of_columns);
+                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), scale, before)
                     }
-                    x = _mm512_add_ps(x, bias);
-                }
+                    Epilogue::Bias { add, .. } => {
+                        let sum = _mm512_castsi512_ps(bits);
+                        _mm512_add_ps(if add { _mm512_add_ps(sum, before) } else { sum }, of_columns)
+                    }
+                };
                 _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, x);
             }
         }
@@ -192,7 +201,7 @@ unsafe fn write(precision: Precision, strip: &mut Strip<'_>, rows: Range<usize>,
     strip.activate(rows);
 }
 
-/// Quantizes a row, pads its last line with zeros, and returns the row's scale.
+/// Quantizes a row, and pads its last line.
 ///
 /// # Safety
 /// [`available`] has returned true.
@@ -202,8 +211,9 @@ unsafe fn write(precision: Precision, strip: &mut Strip<'_>, rows: Range<usize>,
 pub(super) unsafe fn encode<'a>(
     precision: Precision,
     x: &[f32],
+    grid: Grid,
     lines: impl Iterator<Item = &'a mut [u32; LINE]>,
-) -> f32 {
+) {
     // 16 elements of a chunk of the row from `at` on, with zeros past its end.
     let part = |x: &[f32], at: usize| {
         let x = &x[x.len().min(at)..];
@@ -218,20 +228,17 @@ pub(super) unsafe fn encode<'a>(
                 // SAFETY: `groups` is 64 bytes.
                 unsafe { groups.as_mut_ptr().cast::<__m512bh>().write_unaligned(both) };
             }
-            1.0
         }
         Precision::Int8 => {
-            // SAFETY: the caller keeps this function's contract.
-            let abs_max = abs_max(unsafe { V4::new_unchecked() }, x);
-            let factor = _mm512_set1_ps(if abs_max > 0.0 { 127.0 / abs_max } else { 0.0 });
+            let (zero, factor) = (_mm512_set1_ps(grid.zero), _mm512_set1_ps(grid.factor()));
             for (x, groups) in x.chunks(4 * TILE).zip(lines) {
                 for (quarter, groups) in groups.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let nearest = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, quarter * TILE), factor));
+                    let x = _mm512_sub_ps(part(x, quarter * TILE), zero);
+                    let nearest = _mm512_cvtps_epi32(_mm512_mul_ps(x, factor));
                     // SAFETY: four groups are 16 bytes.
                     unsafe { _mm_storeu_si128(groups.as_mut_ptr().cast(), _mm512_cvtsepi32_epi8(nearest)) };
                 }
             }
-            abs_max / 127.0
         }
     }
 }

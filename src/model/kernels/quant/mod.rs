@@ -1,8 +1,9 @@
 //! Quantized matrix multiplication on one CPU core: `int8` and `bf16`.
 //!
-//! `int8`: weights are quantized to 8 bits with one scale per output, inputs to 8 bits with one scale per row, computed
-//! for each row; sums are exact. Without an instruction that multiplies bytes without overflow, both are stored as 16
-//! bits (AVX2) or as f32. The results are the same on every processor.
+//! `int8`: weights are quantized to 8 bits with one scale per output, inputs to 8 bits with one scale and zero point per
+//! row, computed for each row; sums are exact. A few inputs are multiplied in f32, and inputs are smoothed ([`exact`]).
+//! Without an instruction that multiplies bytes without overflow, both are stored as 16 bits (AVX2) or as f32. The
+//! results are the same on every processor that has fused multiply-add.
 //! `bf16`: weights and inputs are rounded to bfloat16, accumulators are f32. If the processor has no bf16 instruction
 //! that is faster than f32, both are stored as f32.
 //!
@@ -11,8 +12,10 @@
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+mod exact;
 mod vector;
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -21,7 +24,11 @@ use pulp::Simd;
 use pulp::bytemuck::{Pod, cast_mut, cast_slice};
 
 use super::activation::{Activation, activate_columns};
-use super::tile::{self, LINE, Left, PackedA};
+use super::matmul::{Products, Start};
+use super::tile::{self, F32, LINE, Left, PackedA, Right, strip};
+
+use exact::Exact;
+pub use exact::{Calibration, Expected};
 
 #[cfg(target_arch = "aarch64")]
 use vector::arm;
@@ -104,18 +111,19 @@ impl Kernel {
         }
     }
 
-    /// Quantizes a row into groups; returns its scale.
+    /// Quantizes a row into groups.
     fn encode<'a>(
         self,
         encoding: Encoding,
         x: &[f32],
+        grid: Grid,
         lines: impl Iterator<Item = &'a mut [u32; LINE]>,
-    ) -> f32 {
+    ) {
         match self {
             // SAFETY: `choose` has checked the processor's features.
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Kernel::Amx(precision) => unsafe { amx::encode(precision, x, lines) },
-            _ => vector::encode(encoding, x, lines),
+            Kernel::Amx(precision) => unsafe { amx::encode(precision, x, grid, lines) },
+            _ => vector::encode(encoding, x, grid, lines),
         }
     }
 }
@@ -131,11 +139,14 @@ struct Shape {
     step: usize,
     /// Rows of the tallest tile.
     height: usize,
+    /// The same of the part in f32.
+    exact_height: usize,
 }
 
 impl Shape {
     fn of<K: tile::Kernel>(encoding: Encoding) -> Self {
-        Self { group: encoding.group(), width: 2 * K::LANES, encoding, step: 1, height: K::HEIGHT }
+        let height = K::HEIGHT;
+        Self { group: encoding.group(), width: 2 * K::LANES, encoding, step: 1, height, exact_height: height }
     }
 
     /// Groups in a part of `inputs` inputs, padding included.
@@ -191,6 +202,37 @@ impl Precision {
     }
 }
 
+/// The values that int8 can represent: `zero + scale × q` for each q from -127 to 127.
+#[derive(Debug, Clone, Copy)]
+struct Grid {
+    zero: f32,
+    scale: f32,
+}
+
+impl Grid {
+    /// For values from `low` to `high`; all NaN if one of them is.
+    fn over((low, high): (f32, f32)) -> Self {
+        Self { zero: (low + high) / 2.0, scale: (high - low) / 254.0 }
+    }
+
+    /// For values between -`most` and `most`.
+    fn symmetric((low, high): (f32, f32)) -> Self {
+        let most = high.max(-low);
+        Self::over((-most, most))
+    }
+
+    /// 1 / scale; 0 if all values are equal.
+    fn factor(self) -> f32 {
+        if self.scale > 0.0 { 1.0 / self.scale } else { 0.0 }
+    }
+
+    /// Sum of the values that represent those of a row; the zero point is 0.
+    fn sum(self, row: &[f32]) -> f32 {
+        let factor = self.factor();
+        self.scale * row.iter().map(|x| (x * factor).round_ties_even() as i32).sum::<i32>() as f32
+    }
+}
+
 /// Quantized weights, `[inputs, outputs]`.
 pub struct Quantized {
     kernel: Kernel,
@@ -204,24 +246,47 @@ pub struct Quantized {
     scales: Vec<f32>,
     /// Initial accumulators: for each part, one per column.
     start: Vec<i32>,
+    /// Of int8.
+    exact: Option<Exact>,
 }
 
 impl Quantized {
-    /// Quantizes `weight`, `[outputs, inputs]`.
-    pub fn new(weight: &[f32], inputs: usize, outputs: usize, precision: Precision) -> Self {
-        Self::with(weight, inputs, outputs, Kernel::choose(precision))
+    /// Quantizes `weight`, `[outputs, inputs]`. A `calibration` makes int8 more precise.
+    pub fn new(
+        weight: &[f32],
+        inputs: usize,
+        outputs: usize,
+        precision: Precision,
+        calibration: Option<Calibration<'_>>,
+    ) -> Self {
+        Self::with(weight, inputs, outputs, Kernel::choose(precision), calibration)
     }
 
-    fn with(weight: &[f32], inputs: usize, outputs: usize, kernel: Kernel) -> Self {
+    fn with(
+        weight: &[f32],
+        inputs: usize,
+        outputs: usize,
+        kernel: Kernel,
+        calibration: Option<Calibration<'_>>,
+    ) -> Self {
         let shape = kernel.shape();
         let Shape { group, width, encoding, .. } = shape;
+        let (weight, exact) = match encoding.precision() {
+            Precision::Int8 => {
+                let (weight, exact) = Exact::split(weight, inputs, calibration, width);
+                (Cow::Owned(weight), Some(exact))
+            }
+            Precision::Bf16 => (Cow::Borrowed(weight), None),
+        };
         let depth = encoding.precision().depth(inputs);
         let columns = outputs.next_multiple_of(width);
         let groups = inputs.div_ceil(group).next_multiple_of(LINE);
         let mut scales = vec![0.0; columns];
         let mut codes = vec![0; columns * groups];
         for ((weight, codes), scale) in weight.chunks(inputs).zip(codes.chunks_mut(groups)).zip(&mut scales) {
-            *scale = kernel.encode(encoding, weight, codes.as_chunks_mut().0.iter_mut());
+            let grid = Grid::symmetric(vector::range(weight));
+            *scale = grid.scale;
+            kernel.encode(encoding, weight, grid, codes.as_chunks_mut().0.iter_mut());
             if encoding == Encoding::Quads {
                 // Undo the bias of +128, which is for inputs only.
                 codes.iter_mut().for_each(|code| *code ^= 0x8080_8080);
@@ -244,7 +309,7 @@ impl Quantized {
                 }));
             }
         }
-        Self { kernel, inputs, outputs, depth, panels, scales, start }
+        Self { kernel, inputs, outputs, depth, panels, scales, start, exact }
     }
 
     /// Columns of a panel.
@@ -255,12 +320,11 @@ impl Quantized {
     /// `[rows, inputs]` to `[rows, outputs]`; `bias` has one element per column of every panel.
     pub fn multiply(&self, x: &[f32], bias: &[f32], out: &mut [f32], activation: Option<Activation>) {
         let shape = self.kernel.shape();
-        let Shape { group, width, encoding, height, .. } = shape;
+        let Shape { group, width, .. } = shape;
         let count = x.len() / self.inputs;
-        WORKSPACE.with_borrow_mut(|Buffers { rows, scales }| {
-            rows.start(shape.groups(self.inputs), height);
-            scales.clear();
-            scales.extend(x.chunks(self.inputs).map(|x| self.kernel.encode(encoding, x, rows.lines())));
+        WORKSPACE.with_borrow_mut(|buffers| {
+            self.encode(x, buffers);
+            let Buffers { rows, scales, exact, .. } = buffers;
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             // SAFETY: `choose` has checked that AMX is available.
             let _tiles = matches!(self.kernel, Kernel::Amx(_)).then(|| unsafe { amx::Tiles::configure() });
@@ -272,7 +336,8 @@ impl Quantized {
                     let (panel, from);
                     (panel, panels) = panels.split_at(depth * width);
                     (from, start) = start.split_at(width);
-                    let last = part + self.depth >= self.inputs;
+                    let (first, last) = (part == 0, part + self.depth >= self.inputs);
+                    let bias = &bias[column..][..width];
                     self.run(Strip {
                         left,
                         panel,
@@ -281,17 +346,52 @@ impl Quantized {
                         out: &mut out[column..],
                         out_stride: self.outputs,
                         width: width.min(self.outputs - column),
-                        add: part > 0,
-                        finish: last.then(|| Finish {
-                            rows: scales,
-                            columns: &self.scales[column..][..width],
-                            bias: &bias[column..][..width],
-                            activation,
+                        exact: self.exact.as_ref().filter(|_| first).map(|e| ExactStrip {
+                            left: exact.some(0..count, 0..e.inputs()),
+                            panel: e.panel(column, width),
+                            bias,
                         }),
+                        epilogue: match &self.exact {
+                            Some(_) => {
+                                Epilogue::Scale { rows: scales, columns: &self.scales[column..][..width] }
+                            }
+                            None => Epilogue::Bias { add: !first, bias: last.then_some(bias) },
+                        },
+                        activation: activation.filter(|_| last),
                     });
                 }
             }
         });
+    }
+
+    /// Packs the rows of `x`, quantized.
+    fn encode(&self, x: &[f32], Buffers { rows, scales, exact, smoothed }: &mut Buffers) {
+        let shape = self.kernel.shape();
+        rows.start(shape.groups(self.inputs), shape.height);
+        let Some(part) = &self.exact else {
+            let unused = Grid { zero: 0.0, scale: 1.0 };
+            return x
+                .chunks(self.inputs)
+                .for_each(|x| self.kernel.encode(shape.encoding, x, unused, rows.lines()));
+        };
+        scales.clear();
+        exact.start(part.inputs(), shape.exact_height);
+        for x in x.chunks(self.inputs) {
+            let (row, range) = match part.factors.is_empty() {
+                true => (x, vector::range(x)),
+                false => {
+                    smoothed.resize(self.inputs, 0.0);
+                    let range = vector::smooth(x, &part.factors, smoothed);
+                    (&smoothed[..], range)
+                }
+            };
+            let grid = Grid::over(range);
+            scales.push(grid.scale);
+            if let Some(line) = exact.lines().next() {
+                part.gather(grid.zero, x, line);
+            }
+            self.kernel.encode(shape.encoding, row, grid, rows.lines());
+        }
     }
 
     fn run(&self, strip: Strip<'_>) {
@@ -323,14 +423,24 @@ impl Quantized {
 }
 
 thread_local! {
-    static WORKSPACE: RefCell<Buffers> =
-        RefCell::new(Buffers { rows: PackedA::new(), scales: Vec::new() });
+    static WORKSPACE: RefCell<Buffers> = RefCell::new(Buffers {
+        rows: PackedA::new(),
+        scales: Vec::new(),
+        exact: PackedA::new(),
+        smoothed: Vec::new(),
+    });
 }
 
-/// The quantized input: its packed A block, and the scale of each row.
+/// The quantized input.
 struct Buffers {
+    /// Packed A block.
     rows: PackedA<u32>,
+    /// The scale of each row, for int8.
     scales: Vec<f32>,
+    /// Packed A block of what is multiplied in f32.
+    exact: PackedA<f32>,
+    /// One row, smoothed.
+    smoothed: Vec<f32>,
 }
 
 /// Rounds to the nearest bfloat16, ties to even.
@@ -343,47 +453,75 @@ fn bf16(x: f32) -> u16 {
     (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// The largest absolute value; NaN if an element is NaN or infinite.
+/// The least and the greatest of a row's elements and 0; NaN if an element is NaN or infinite.
 #[inline(always)]
-fn abs_max<S: Simd>(simd: S, row: &[f32]) -> f32 {
+fn range<S: Simd>(simd: S, row: &[f32]) -> (f32, f32) {
+    let mut extremes = [Extremes::new(simd); 2];
     let (vectors, rest) = S::as_simd_f32s(row);
-    let zero = simd.splat_f32s(0.0);
-    let (mut strands, mut zeros) = ([zero; 2], [zero; 2]);
     let (pairs, last) = vectors.as_chunks::<2>();
     for pair in pairs {
-        for ((strand, zeros), &x) in strands.iter_mut().zip(&mut zeros).zip(pair) {
-            *strand = simd.max_f32s(simd.abs_f32s(x), *strand);
-            *zeros = simd.mul_add_e_f32s(x, zero, *zeros);
-        }
+        extremes.iter_mut().zip(pair).for_each(|(extremes, &x)| extremes.add(simd, x));
     }
-    for &x in last {
-        strands[0] = simd.max_f32s(simd.abs_f32s(x), strands[0]);
-        zeros[0] = simd.mul_add_e_f32s(x, zero, zeros[0]);
-    }
-    let abs_max = simd.reduce_max_f32s(simd.max_f32s(strands[0], strands[1]));
-    let zeros = simd.reduce_sum_f32s(simd.add_f32s(zeros[0], zeros[1]));
-    rest.iter().fold(abs_max, |abs_max, x| abs_max.max(x.abs()))
-        + rest.iter().fold(zeros, |zeros, x| zeros + x * 0.0)
+    last.iter().for_each(|&x| extremes[0].add(simd, x));
+    extremes[1].add(simd, simd.partial_load_f32s(rest));
+    Extremes::range(simd, extremes)
 }
 
-/// Quantizes a row into groups, pads its last line with quantized zeros, and returns the row's scale.
+/// Writes the products of a row's elements and the factors; returns their [`range`].
 #[inline(always)]
-fn encode<'a, S: Simd>(
-    simd: S,
-    encoding: Encoding,
-    x: &[f32],
-    lines: impl Iterator<Item = &'a mut [u32; LINE]>,
-) -> f32 {
+fn smooth<S: Simd>(simd: S, row: &[f32], factors: &[f32], out: &mut [f32]) -> (f32, f32) {
+    let mut extremes = [Extremes::new(simd); 2];
+    let (vectors, rest) = S::as_simd_f32s(row);
+    let (factors, factors_rest) = S::as_simd_f32s(&factors[..row.len()]);
+    let (out, out_rest) = S::as_mut_simd_f32s(&mut out[..row.len()]);
+    for (at, ((&x, &factor), out)) in vectors.iter().zip(factors).zip(out).enumerate() {
+        *out = simd.mul_f32s(x, factor);
+        extremes[at % 2].add(simd, *out);
+    }
+    let last = simd.mul_f32s(simd.partial_load_f32s(rest), simd.partial_load_f32s(factors_rest));
+    simd.partial_store_f32s(out_rest, last);
+    extremes[0].add(simd, last);
+    Extremes::range(simd, extremes)
+}
+
+/// The least and the greatest elements of each lane so far.
+#[derive(Clone, Copy)]
+struct Extremes<S: Simd> {
+    low: S::f32s,
+    high: S::f32s,
+    /// Sum of the elements times 0: NaN if one is NaN or infinite.
+    zeros: S::f32s,
+}
+
+impl<S: Simd> Extremes<S> {
+    #[inline(always)]
+    fn new(simd: S) -> Self {
+        let zero = simd.splat_f32s(0.0);
+        Self { low: zero, high: zero, zeros: zero }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, simd: S, x: S::f32s) {
+        self.low = simd.min_f32s(x, self.low);
+        self.high = simd.max_f32s(x, self.high);
+        self.zeros = simd.mul_add_e_f32s(x, simd.splat_f32s(0.0), self.zeros);
+    }
+
+    #[inline(always)]
+    fn range(simd: S, [a, b]: [Self; 2]) -> (f32, f32) {
+        let zeros = simd.reduce_sum_f32s(simd.add_f32s(a.zeros, b.zeros));
+        let low = simd.reduce_min_f32s(simd.min_f32s(a.low, b.low));
+        (low + zeros, simd.reduce_max_f32s(simd.max_f32s(a.high, b.high)) + zeros)
+    }
+}
+
+/// Quantizes a row into groups, and pads its last line.
+#[inline(always)]
+fn encode<'a>(encoding: Encoding, x: &[f32], grid: Grid, lines: impl Iterator<Item = &'a mut [u32; LINE]>) {
     /// 1.5 × 2^23: adding it rounds to the nearest integer, which is then in the mantissa's low bits.
     const ROUND: f32 = 12_582_912.0;
-    let (scale, factor) = match encoding.precision() {
-        Precision::Bf16 => (1.0, 1.0),
-        Precision::Int8 => {
-            let abs_max = abs_max(simd, x);
-            (abs_max / 127.0, if abs_max > 0.0 { 127.0 / abs_max } else { 0.0 })
-        }
-    };
-    let nearest = |x: f32| (x * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits());
+    let (zero, factor) = (grid.zero, grid.factor());
+    let nearest = |x: f32| ((x - zero) * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits());
     for (x, line) in x.chunks(encoding.group() * LINE).zip(lines) {
         match encoding {
             Encoding::Single(Precision::Int8) => {
@@ -396,7 +534,6 @@ fn encode<'a, S: Simd>(
             Encoding::Bf16 => fill::<_, { 2 * LINE }>(line, x, bf16),
         }
     }
-    scale
 }
 
 /// Encodes one line, padded with zeros.
@@ -429,10 +566,28 @@ struct Strip<'a> {
     out_stride: usize,
     /// Columns to write.
     width: usize,
-    /// Whether the products are added to the contents of `out`.
-    add: bool,
-    /// Epilogue, after the last part.
-    finish: Option<Finish<'a>>,
+    /// Of int8, before the first part: the part in f32, which is written first.
+    exact: Option<ExactStrip<'a>>,
+    epilogue: Epilogue<'a>,
+    /// After the last part.
+    activation: Option<Activation>,
+}
+
+/// What of a layer is multiplied in f32, for one panel.
+#[derive(Clone, Copy)]
+struct ExactStrip<'a> {
+    left: Left<'a, f32, LINE>,
+    panel: &'a [f32],
+    bias: &'a [f32],
+}
+
+/// What is done to the sums of a part.
+#[derive(Clone, Copy)]
+enum Epilogue<'a> {
+    /// Of int8: multiplies them by the scales of their row and column, and adds them to `out`.
+    Scale { rows: &'a [f32], columns: &'a [f32] },
+    /// Of bf16: adds them to `out` or writes them, with the bias after the last part.
+    Bias { add: bool, bias: Option<&'a [f32]> },
 }
 
 impl Strip<'_> {
@@ -442,24 +597,30 @@ impl Strip<'_> {
         &mut self.out[row * self.out_stride..][..self.width]
     }
 
+    /// Writes the part in f32, if there is one, of a tile of rows that begins at `row`.
+    #[inline(always)]
+    fn write_exact<S: Simd>(&mut self, simd: S, left: Left<'_, f32, LINE>, row: usize) {
+        let Some(ExactStrip { panel, bias, .. }) = self.exact else { return };
+        let mut target = Products {
+            out: &mut self.out[row * self.out_stride..],
+            stride: self.out_stride,
+            width: self.width,
+            start: Start::Row(bias),
+            factors: None,
+        };
+        let right = Right { x: panel, stride: 2 * S::F32_LANES, ahead: &[] };
+        strip::<_, 2, _>(F32(simd), left, right, &mut target);
+    }
+
     /// Applies the activation, if any, to rows that have been written.
     #[inline(always)]
     fn activate(&mut self, rows: Range<usize>) {
-        if let Some(Finish { activation: Some(activation), .. }) = self.finish {
+        if let Some(activation) = self.activation {
             let out = &mut self.out[rows.start * self.out_stride..];
             let end = out.len().min((rows.len() - 1) * self.out_stride + self.width);
             activate_columns(activation, &mut out[..end], self.out_stride, self.width);
         }
     }
-}
-
-/// Epilogue: multiplies sums by the scales of their row and column, adds the bias, then applies the activation.
-#[derive(Clone, Copy)]
-struct Finish<'a> {
-    rows: &'a [f32],
-    columns: &'a [f32],
-    bias: &'a [f32],
-    activation: Option<Activation>,
 }
 
 #[cfg(test)]
@@ -493,15 +654,22 @@ mod tests {
 
     #[test]
     fn int8_is_close_to_f32_and_identical_for_every_kernel() {
-        for (rows, inputs, outputs) in [(1, 3, 1), (7, 41, 33), (29, 1601, 70), (14, 64, 64)] {
+        for (rows, inputs, outputs) in [(1, 3, 1), (7, 41, 33), (29, 1601, 70), (14, 64, 64), (13, 300, 40)] {
             if is_too_large(rows, inputs, outputs) {
                 continue;
             }
             let (x, weight) = (random(rows * inputs, 1), random(outputs * inputs, 2));
-            let all: Vec<Vec<f32>> = kernels(Precision::Int8)
-                .into_iter()
-                .map(|kernel| product(&Quantized::with(&weight, inputs, outputs, kernel), &x))
-                .collect();
+            let expected = Expected { mean: random(inputs, 3), spread: vec![0.3; inputs] };
+            let with = |expected: Option<&Expected>| -> Vec<Vec<f32>> {
+                let all = kernels(Precision::Int8).into_iter();
+                let all = all.map(|kernel| {
+                    Quantized::with(&weight, inputs, outputs, kernel, expected.map(Into::into))
+                });
+                all.map(|quantized| product(&quantized, &x)).collect()
+            };
+            let smoothed = with(Some(&expected));
+            assert!(smoothed.iter().all(|other| *other == smoothed[0]), "{rows}x{inputs}x{outputs}");
+            let all = with(None);
             for other in &all[1..] {
                 assert!(&all[0] == other, "{rows}x{inputs}x{outputs}");
             }
@@ -516,6 +684,35 @@ mod tests {
         }
     }
 
+    /// As in trained models: few inputs are far larger than the others, and most have one sign.
+    #[test]
+    fn int8_is_close_to_f32_with_inputs_of_very_different_sizes() {
+        let (rows, inputs, outputs) = if cfg!(miri) { (2, 256, 3) } else { (20, 384, 50) };
+        let norm = Expected {
+            mean: (0..inputs).map(|i| if i % 128 == 7 { 20.0 } else { 0.3 }).collect(),
+            spread: (0..inputs).map(|i| if i % 64 == 9 { 4.0 } else { 0.3 }).collect(),
+        };
+        let noise = random(rows * inputs, 1);
+        let value = |(i, noise): (usize, f32)| norm.mean[i % inputs] + norm.spread[i % inputs] * noise;
+        let x: Vec<f32> = noise.into_iter().enumerate().map(value).collect();
+        let weight = random(outputs * inputs, 2);
+        let error = |expected: Option<&Expected>| {
+            let got = product(
+                &Quantized::new(&weight, inputs, outputs, Precision::Int8, expected.map(Into::into)),
+                &x,
+            );
+            let of = |(at, got): (usize, &f32)| {
+                let (row, output) = (at / outputs, at % outputs);
+                let terms = x[row * inputs..][..inputs].iter().zip(&weight[output * inputs..]);
+                let want = terms.map(|(x, weight)| f64::from(*x) * f64::from(*weight)).sum::<f64>() + 0.5;
+                (f64::from(*got) - want).powi(2)
+            };
+            (got.iter().enumerate().map(of).sum::<f64>() / got.len() as f64).sqrt()
+        };
+        let (with, without) = (error(Some(&norm)), error(None));
+        assert!(with < without / 8.0, "{with} is the root mean square error, {without} without smoothing");
+    }
+
     #[test]
     fn only_a_row_that_is_not_finite_has_such_results() {
         let (inputs, outputs) = (70, 20);
@@ -525,7 +722,10 @@ mod tests {
                 for (bad, at) in [(f32::NAN, 3), (f32::INFINITY, 69)] {
                     let mut x = random(5 * inputs, 1);
                     x[2 * inputs + at] = bad;
-                    let out = product(&Quantized::with(&weight, inputs, outputs, kernel), &x);
+                    let expected = Expected { mean: vec![0.5; inputs], spread: random(inputs, 3) };
+                    let quantized =
+                        Quantized::with(&weight, inputs, outputs, kernel, Some((&expected).into()));
+                    let out = product(&quantized, &x);
                     for (row, out) in out.chunks(outputs).enumerate() {
                         assert!(out.iter().all(|x| x.is_finite() == (row != 2)), "{kernel:?} {row}: {out:?}");
                     }
@@ -539,7 +739,7 @@ mod tests {
         for kernel in kernels(Precision::Bf16) {
             let (inputs, outputs) = if cfg!(miri) { (81, 7) } else { (801, 37) };
             let (x, weight) = (random(13 * inputs, 1), random(outputs * inputs, 2));
-            let out = product(&Quantized::with(&weight, inputs, outputs, kernel), &x);
+            let out = product(&Quantized::with(&weight, inputs, outputs, kernel, None), &x);
             for (row, out) in x.chunks(inputs).zip(out.chunks(outputs)) {
                 for (output, got) in out.iter().enumerate() {
                     let weight = &weight[output * inputs..][..inputs];

@@ -4,7 +4,7 @@ use pulp::{Simd, WithSimd};
 
 use super::super::simd::{dispatch, load_two, store_two};
 use super::super::tile::{F32, Kernel, LINE, Target, strip, tiles};
-use super::{Encoding, Finish, Shape, Strip};
+use super::{Encoding, Epilogue, Grid, Shape, Strip};
 
 /// What a quantized kernel needs in addition to the multiplication.
 pub(super) trait Isa: Kernel<Number = u32> {
@@ -18,8 +18,11 @@ pub(super) trait Isa: Kernel<Number = u32> {
 /// Multiplies a strip, one tile of the tallest height at a time.
 #[inline(always)]
 pub(super) fn run<K: Isa>(kernel: K, mut part: Strip<'_>) {
-    let Strip { left, panel, ahead, .. } = part;
+    let Strip { left, panel, ahead, exact, .. } = part;
     for (row, left, right) in tiles(kernel, left, panel, ahead) {
+        if let Some(exact) = exact {
+            part.write_exact(kernel.simd(), exact.left.tile(F32(kernel.simd()), row), row);
+        }
         let mut target = Sums { strip: &mut part, row };
         strip::<K, 2, _>(kernel, left, right, &mut target);
         part.activate(row..row + left.count);
@@ -43,19 +46,25 @@ impl<K: Isa> Target<K> for Sums<'_, '_> {
     fn end(&mut self, kernel: K, row: usize, sums: [K::Sums; 2]) {
         let (simd, row) = (kernel.simd(), self.row + row);
         let (mut first, mut second) = (kernel.floats(sums[0]), kernel.floats(sums[1]));
-        let Strip { add, finish, .. } = *self.strip;
+        let epilogue = self.strip.epilogue;
         let out = self.strip.row(row);
-        if add {
-            let [a, b] = load_two(simd, out);
-            (first, second) = (simd.add_f32s(first, a), simd.add_f32s(second, b));
-        }
-        if let Some(Finish { rows, columns, bias, .. }) = finish {
-            let row = simd.splat_f32s(rows[row]);
-            let [a, b] = load_two(simd, columns);
-            first = simd.mul_f32s(first, simd.mul_f32s(row, a));
-            second = simd.mul_f32s(second, simd.mul_f32s(row, b));
-            let [a, b] = load_two(simd, bias);
-            (first, second) = (simd.add_f32s(first, a), simd.add_f32s(second, b));
+        match epilogue {
+            Epilogue::Scale { rows, columns } => {
+                let row = simd.splat_f32s(rows[row]);
+                let ([a, b], [c, d]) = (load_two(simd, columns), load_two(simd, out));
+                first = simd.mul_add_e_f32s(first, simd.mul_f32s(row, a), c);
+                second = simd.mul_add_e_f32s(second, simd.mul_f32s(row, b), d);
+            }
+            Epilogue::Bias { add, bias } => {
+                if add {
+                    let [a, b] = load_two(simd, out);
+                    (first, second) = (simd.add_f32s(first, a), simd.add_f32s(second, b));
+                }
+                if let Some(bias) = bias {
+                    let [a, b] = load_two(simd, bias);
+                    (first, second) = (simd.add_f32s(first, a), simd.add_f32s(second, b));
+                }
+            }
         }
         store_two(simd, out, [first, second]);
     }
@@ -121,17 +130,44 @@ pub(super) fn shape_portable(encoding: Encoding) -> Shape {
 pub(super) fn encode<'a>(
     encoding: Encoding,
     x: &[f32],
+    grid: Grid,
     lines: impl Iterator<Item = &'a mut [u32; LINE]>,
-) -> f32 {
-    struct Encode<'a, L>(Encoding, &'a [f32], L);
+) {
+    struct Encode<'a, L>(Encoding, &'a [f32], Grid, L);
     impl<'b, L: Iterator<Item = &'b mut [u32; LINE]>> WithSimd for Encode<'_, L> {
-        type Output = f32;
+        type Output = ();
         #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) -> f32 {
-            super::encode(simd, self.0, self.1, self.2)
+        fn with_simd<S: Simd>(self, _: S) {
+            super::encode(self.0, self.1, self.2, self.3);
         }
     }
-    dispatch(Encode(encoding, x, lines))
+    dispatch(Encode(encoding, x, grid, lines));
+}
+
+/// [`super::range`] with the widest vectors.
+pub(super) fn range(row: &[f32]) -> (f32, f32) {
+    struct Of<'a>(&'a [f32]);
+    impl WithSimd for Of<'_> {
+        type Output = (f32, f32);
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> (f32, f32) {
+            super::range(simd, self.0)
+        }
+    }
+    dispatch(Of(row))
+}
+
+/// [`super::smooth`] with the widest vectors.
+pub(super) fn smooth(row: &[f32], factors: &[f32], out: &mut [f32]) -> (f32, f32) {
+    struct Of<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
+    impl WithSimd for Of<'_> {
+        type Output = (f32, f32);
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> (f32, f32) {
+            super::smooth(simd, self.0, self.1, self.2)
+        }
+    }
+    dispatch(Of(row, factors, out))
 }
 
 /// [`run`] with [`Rounded`] and the widest vectors.
