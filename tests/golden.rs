@@ -442,7 +442,9 @@ fn with_pickle(file: &str) -> tempfile::TempDir {
 #[test]
 fn weights_of_pytorch_give_the_same_results() {
     let golden = golden("bert");
-    for (file, within) in [("early.bin", 1e-4), ("bf16.bin", 0.1)] {
+    for (file, within) in
+        [("early.bin", 1e-4), ("bf16.bin", 0.1), ("legacy.bin", 1e-4), ("legacy-evil.bin", 0.02)]
+    {
         let folder = with_pickle(file);
         let model = load(folder.path(), Output::Logits);
         assert_eq!(model.files.names().expect("names")[1..3], ["pytorch_model.bin", "tokenizer.json"]);
@@ -455,12 +457,33 @@ fn weights_of_pytorch_give_the_same_results() {
 }
 
 #[test]
+fn shards_of_the_form_before_zip_files_give_the_same_results() {
+    let folder = without("bert", &["model.safetensors"]);
+    let shards = ["legacy-00001-of-00002.bin", "legacy-00002-of-00002.bin"];
+    let map: serde_json::Map<_, _> =
+        shards.iter().map(|shard| (format!("a tensor of {shard}"), (*shard).into())).collect();
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    std::fs::write(folder.path().join("pytorch_model.bin.index.json"), index).expect("written");
+    for shard in shards {
+        std::fs::copy(fixture("pickles").join(shard), folder.path().join(shard)).expect("copied");
+    }
+    let (legacy, zipped) =
+        (load(folder.path(), Output::Logits), load(with_pickle("bf16.bin").path(), Output::Logits));
+    for golden in golden("bert") {
+        let tokens = legacy.tokenizer.encode(&golden.text).expect("tokens");
+        let row = |model: &Model| model.forward(&[&tokens]).expect("logits").row(0).to_vec();
+        assert_eq!(row(&legacy), row(&zipped), "{:?}", golden.text);
+    }
+}
+
+#[test]
 fn a_pickle_runs_no_code() {
     let marker = Path::new("/tmp/kandle-unpickled");
-    let _ = std::fs::remove_file(marker);
-    let folder = with_pickle("evil.bin");
-    load(folder.path(), Output::Logits);
-    assert!(!marker.exists(), "the pickle ran its command");
+    for file in ["evil.bin", "legacy-evil.bin"] {
+        let _ = std::fs::remove_file(marker);
+        load(with_pickle(file).path(), Output::Logits);
+        assert!(!marker.exists(), "{file} ran its command");
+    }
 }
 
 /// The vocabulary in a fixture's tokenizer.json, by id.
@@ -718,8 +741,16 @@ fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     let message = error(bare.path(), Output::Logits);
     assert!(message.contains("only tf_model.h5") && message.contains("safe_serialization=True"), "{message}");
     std::fs::remove_file(bare.path().join("tf_model.h5")).expect("removed");
-    let legacy = error(with_pickle("legacy.bin").path(), Output::Logits);
-    assert!(legacy.contains("pytorch_model.bin") && legacy.contains("weights_only=True"), "{legacy}");
+    let pickle = with_pickle("legacy.bin");
+    let weights = pickle.path().join("pytorch_model.bin");
+    let whole = std::fs::read(&weights).expect("weights");
+    for (broken, says) in
+        [(&whole[..whole.len() - 1], "cut short"), (&whole[..300], "pytorch_model.bin"), (b"junk", "zip")]
+    {
+        std::fs::write(&weights, broken).expect("written");
+        let message = error(pickle.path(), Output::Logits).to_lowercase();
+        assert!(message.contains(says) && message.contains("weights_only=true"), "{message}");
+    }
     std::fs::create_dir(bare.path().join("onnx")).expect("made");
     file(&bare.path().join("onnx"), "model.onnx", "");
     let message = error(bare.path(), Output::Logits);
