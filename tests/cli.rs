@@ -143,6 +143,31 @@ fn check_warns_of_labels_without_names() {
     );
 }
 
+/// `script` runs a command with a pseudo terminal as its standard input, output and error.
+#[test]
+fn predict_shows_progress_on_a_terminal_alone() {
+    let config = bundled();
+    let records = file("records.jsonl", &"{\"text\": \"where is my parcel\"}\n".repeat(3000));
+    let predict = format!(
+        "{} predict -c {} {}",
+        env!("CARGO_BIN_EXE_kandle"),
+        config.path.display(),
+        records.path.display()
+    );
+    let on_terminal = |command: &str| {
+        let mut script = std::process::Command::new("script");
+        finish(script.args(["--quiet", "--return", "--command", command, "/dev/null"]), b"")
+    };
+    let (code, shown, _) = on_terminal(&format!("{predict} >/dev/null"));
+    assert_eq!(code, 0, "{shown}");
+    assert!(shown.contains("records/s") && shown.contains("tokens/s") && shown.contains("ETA"), "{shown}");
+    for quiet in ["2>/dev/null >/dev/null", ""] {
+        let (code, shown, _) = on_terminal(&format!("{predict} {quiet}"));
+        assert_eq!(code, 0, "{shown}");
+        assert!(!shown.contains("records/s"), "{quiet}: {shown}");
+    }
+}
+
 #[test]
 fn model_show_describes_the_model() {
     let config = bundled();
