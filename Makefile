@@ -59,10 +59,10 @@ chart-test: ## The chart: rendering, installs on a real Kubernetes API server, i
 	$(HELM_DOCS) --dry-run | diff - charts/kandle/README.md
 
 .PHONY: generated
-generated: ## Regenerates dashboards, docs/metrics.md, the chart's schema and README
+generated: ## Regenerates dashboards, docs/metrics.md, docs/models.md, the chart's schema and README
 	@scripts/tools.sh helm-docs >/dev/null
 	python3 grafana/dashboards.py
-	KANDLE_WRITE=1 cargo test --features failpoints --test chart --test grafana -- the_schema names_are
+	KANDLE_WRITE=1 cargo test --features failpoints --test chart --test grafana --test models -- the_schema names_are the_table
 	$(HELM_DOCS)
 
 .PHONY: grafana-preview

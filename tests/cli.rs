@@ -119,6 +119,56 @@ fn embeddings_of_a_directory_with_its_own_pooling() {
 }
 
 #[test]
+fn check_warns_of_labels_without_names() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let fixture = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bert");
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        std::fs::copy(fixture.join(name), directory.path().join(name)).expect("copied");
+    }
+    let config = bundled();
+    let source = format!("model.source={}", directory.path().display());
+    // No broker is there.
+    let set = ["--set", "kafka.brokers=127.0.0.1:1", "--set", &source, "--set", "model.device=cpu"];
+    let check = || finish(kandle().args(["check", "-c"]).arg(&config.path).args(set), b"").1;
+    let named = check();
+    assert!(named.contains("ok    model") && !named.contains("labels"), "{named}");
+    let path = directory.path().join("config.json");
+    let mut model: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+    model["id2label"] = serde_json::json!({ "0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2" });
+    std::fs::write(&path, model.to_string()).expect("written");
+    let unnamed = check();
+    assert!(
+        unnamed.contains("warn  labels: ") && unnamed.contains("LABEL_0, LABEL_1, LABEL_2: set id2label"),
+        "{unnamed}"
+    );
+}
+
+/// `script` runs a command with a pseudo terminal as its standard input, output and error.
+#[test]
+fn predict_shows_progress_on_a_terminal_alone() {
+    let config = bundled();
+    let records = file("records.jsonl", &"{\"text\": \"where is my parcel\"}\n".repeat(3000));
+    let predict = format!(
+        "{} predict -c {} {}",
+        env!("CARGO_BIN_EXE_kandle"),
+        config.path.display(),
+        records.path.display()
+    );
+    let on_terminal = |command: &str| {
+        let mut script = std::process::Command::new("script");
+        finish(script.args(["--quiet", "--return", "--command", command, "/dev/null"]), b"")
+    };
+    let (code, shown, _) = on_terminal(&format!("{predict} >/dev/null"));
+    assert_eq!(code, 0, "{shown}");
+    assert!(shown.contains("records/s") && shown.contains("tokens/s") && shown.contains("ETA"), "{shown}");
+    for quiet in ["2>/dev/null >/dev/null", ""] {
+        let (code, shown, _) = on_terminal(&format!("{predict} {quiet}"));
+        assert_eq!(code, 0, "{shown}");
+        assert!(!shown.contains("records/s"), "{quiet}: {shown}");
+    }
+}
+
+#[test]
 fn model_show_describes_the_model() {
     let config = bundled();
     let (code, out, err) = finish(kandle().args(["model", "show", "-c"]).arg(&config.path), b"");
@@ -126,6 +176,7 @@ fn model_show_describes_the_model() {
     let rows: HashMap<&str, &str> = out.lines().map(|l| (l[..14].trim(), l[14..].trim())).collect();
     assert_eq!(rows["architecture"], "bert");
     assert_eq!(rows["max tokens"], "128");
+    assert_eq!(rows["tasks"], "text-classification");
     assert_eq!(rows["labels"], "account, billing, feedback, returns, shipping, technical");
     assert_eq!(rows["digest"].len(), 64);
     // The digest depends on the field, which changes predictions, and not on batch sizes.

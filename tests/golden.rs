@@ -6,9 +6,11 @@ mod models;
 
 use std::path::Path;
 
-use kandle::model::{Files, Model, Output, Placement, Pooling, Prompt, Tokens};
+use kandle::model::{
+    Files, FilesError, Model, Output, Placement, Pooling, Prompt, Shorten, TextSettings, Tokenizer, Tokens,
+};
 use kandle::settings::{self, DeviceChoice, Dtype};
-use models::{copy, fixture};
+use models::{copy, copy_of, fixture};
 use serde::Deserialize;
 
 const ARCHITECTURES: [&str; 16] = [
@@ -440,7 +442,9 @@ fn with_pickle(file: &str) -> tempfile::TempDir {
 #[test]
 fn weights_of_pytorch_give_the_same_results() {
     let golden = golden("bert");
-    for (file, within) in [("early.bin", 1e-4), ("bf16.bin", 0.1)] {
+    for (file, within) in
+        [("early.bin", 1e-4), ("bf16.bin", 0.1), ("legacy.bin", 1e-4), ("legacy-evil.bin", 0.02)]
+    {
         let folder = with_pickle(file);
         let model = load(folder.path(), Output::Logits);
         assert_eq!(model.files.names().expect("names")[1..3], ["pytorch_model.bin", "tokenizer.json"]);
@@ -453,12 +457,33 @@ fn weights_of_pytorch_give_the_same_results() {
 }
 
 #[test]
+fn shards_of_the_form_before_zip_files_give_the_same_results() {
+    let folder = without("bert", &["model.safetensors"]);
+    let shards = ["legacy-00001-of-00002.bin", "legacy-00002-of-00002.bin"];
+    let map: serde_json::Map<_, _> =
+        shards.iter().map(|shard| (format!("a tensor of {shard}"), (*shard).into())).collect();
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    std::fs::write(folder.path().join("pytorch_model.bin.index.json"), index).expect("written");
+    for shard in shards {
+        std::fs::copy(fixture("pickles").join(shard), folder.path().join(shard)).expect("copied");
+    }
+    let (legacy, zipped) =
+        (load(folder.path(), Output::Logits), load(with_pickle("bf16.bin").path(), Output::Logits));
+    for golden in golden("bert") {
+        let tokens = legacy.tokenizer.encode(&golden.text).expect("tokens");
+        let row = |model: &Model| model.forward(&[&tokens]).expect("logits").row(0).to_vec();
+        assert_eq!(row(&legacy), row(&zipped), "{:?}", golden.text);
+    }
+}
+
+#[test]
 fn a_pickle_runs_no_code() {
     let marker = Path::new("/tmp/kandle-unpickled");
-    let _ = std::fs::remove_file(marker);
-    let folder = with_pickle("evil.bin");
-    load(folder.path(), Output::Logits);
-    assert!(!marker.exists(), "the pickle ran its command");
+    for file in ["evil.bin", "legacy-evil.bin"] {
+        let _ = std::fs::remove_file(marker);
+        load(with_pickle(file).path(), Output::Logits);
+        assert!(!marker.exists(), "{file} ran its command");
+    }
 }
 
 /// The vocabulary in a fixture's tokenizer.json, by id.
@@ -503,6 +528,126 @@ fn a_vocabulary_without_tokenizer_json_gives_the_same_tokens() {
         }
         assert!(model.files.names().expect("names").iter().any(|file| file.starts_with("vocab.")));
     }
+}
+
+/// The token ids of difficult texts, alone and before "late parcel".
+#[derive(Deserialize)]
+struct GoldenIds {
+    /// In tokenizer_config.json.
+    config: serde_json::Map<String, serde_json::Value>,
+    rows: Vec<GoldenRow>,
+}
+
+#[derive(Deserialize)]
+struct GoldenRow {
+    text: String,
+    ids: Vec<u32>,
+    pair: Vec<u32>,
+}
+
+/// A copy of a fixture whose tokenizer_config.json has these values too.
+fn with_settings(name: &str, more: &serde_json::Map<String, serde_json::Value>) -> tempfile::TempDir {
+    let text = std::fs::read_to_string(fixture(name).join("tokenizer_config.json")).expect("a file");
+    let mut config: serde_json::Map<_, _> = serde_json::from_str(&text).expect("JSON");
+    config.extend(more.clone());
+    let folder = copy_of(name);
+    let config = serde_json::Value::Object(config).to_string();
+    std::fs::write(folder.path().join("tokenizer_config.json"), config).expect("written");
+    folder
+}
+
+fn tokenizer(directory: &Path) -> Result<Tokenizer, FilesError> {
+    let model = settings::Model { source: Some(directory.display().to_string()), ..Default::default() };
+    Tokenizer::load(&Files::find(&model).expect("files"), 512, 2, TextSettings::default())
+}
+
+const SENTENCEPIECE: [(&str, &str); 4] = [
+    ("spm-xlm-roberta", "sentencepiece.bpe.model"),
+    ("spm-camembert", "sentencepiece.bpe.model"),
+    ("spm-albert", "spiece.model"),
+    ("spm-deberta", "spm.model"),
+];
+
+#[test]
+fn a_sentencepiece_model_gives_the_tokens_of_transformers() {
+    for (name, _) in SENTENCEPIECE {
+        let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
+        let golden: Vec<GoldenIds> = serde_json::from_str(&text).expect("golden.json");
+        for GoldenIds { config, rows } in golden {
+            let directory = with_settings(name, &config);
+            let tokenizer = tokenizer(directory.path()).expect("a tokenizer");
+            for row in rows {
+                let what = format!("{name} {config:?} {:?}", row.text);
+                assert_eq!(tokenizer.encode(&row.text).expect("tokens").ids, row.ids, "{what}");
+                let part = |text: &str| tokenizer.part(text.to_owned()).expect("a part");
+                let pair = tokenizer.pair(&part(&row.text), &part("late parcel"), Shorten::Longer);
+                assert_eq!(pair.expect("tokens").ids, row.pair, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_reproduced_of_a_sentencepiece_model_is_refused() {
+    let refusal = |folder: &Path| tokenizer(folder).err().expect("an error").to_string();
+    let has_command = |message: &str| {
+        assert!(message.contains("AutoTokenizer.from_pretrained('.').save_pretrained('.')"), "{message}")
+    };
+    for (name, file) in SENTENCEPIECE {
+        let folder = copy_of(name);
+        let path = folder.path().join(file);
+        let model = std::fs::read(&path).expect("a model");
+        // Appended fields replace those before them: of trainer_spec (2), or of normalizer_spec (3).
+        for (fields, rule) in [
+            ([0x12, 2, 3 << 3, 2], "model_type BPE"),
+            ([0x1a, 2, 3 << 3, 0], "add_dummy_prefix: false"),
+            ([0x1a, 2, 4 << 3, 0], "remove_extra_whitespaces: false"),
+        ] {
+            std::fs::write(&path, [&model[..], &fields].concat()).expect("written");
+            let message = refusal(folder.path());
+            assert!(message.starts_with(&format!("{file}: {rule} is not supported")), "{message}");
+            has_command(&message);
+        }
+    }
+    for (name, file, content, says) in [
+        (
+            "spm-deberta",
+            "added_tokens.json",
+            r#"{"[MASK]": 5000}"#,
+            "\"[MASK]\" has the id 5000, but the vocabulary gives it",
+        ),
+        (
+            "spm-albert",
+            "special_tokens_map.json",
+            r#"{"cls_token": "<cls>"}"#,
+            "cls_token is \"<cls>\", and only \"[CLS]\"",
+        ),
+        (
+            "spm-camembert",
+            "tokenizer_config.json",
+            r#"{"add_prefix_space": false}"#,
+            "add_prefix_space: false",
+        ),
+        ("spm-xlm-roberta", "tokenizer_config.json", r#"{"do_lower_case": true}"#, "do_lower_case: true"),
+    ] {
+        let folder = copy_of(name);
+        std::fs::write(folder.path().join(file), content).expect("written");
+        let message = refusal(folder.path());
+        assert!(message.starts_with("tokenizer_config.json: ") && message.contains(says), "{message}");
+        has_command(&message);
+    }
+}
+
+#[test]
+fn a_checkpoint_with_a_sentencepiece_model_loads() {
+    let folder = without("xlm-roberta", &["tokenizer.json", "tokenizer_config.json"]);
+    let file = "sentencepiece.bpe.model";
+    std::fs::copy(fixture("spm-xlm-roberta").join(file), folder.path().join(file)).expect("copied");
+    let model = load(folder.path(), Output::Logits);
+    assert!(model.files.names().expect("names").contains(&file.to_owned()));
+    let tokens = model.tokenizer.encode("a late parcel").expect("tokens");
+    assert_eq!((tokens.ids[0], *tokens.ids.last().expect("ids")), (0, 2));
+    assert!(model.forward(&[&tokens]).expect("logits").row(0).iter().all(|logit| logit.is_finite()));
 }
 
 /// A merge of a BPE: a pair, or its two parts with a space between.
@@ -596,8 +741,16 @@ fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     let message = error(bare.path(), Output::Logits);
     assert!(message.contains("only tf_model.h5") && message.contains("safe_serialization=True"), "{message}");
     std::fs::remove_file(bare.path().join("tf_model.h5")).expect("removed");
-    let legacy = error(with_pickle("legacy.bin").path(), Output::Logits);
-    assert!(legacy.contains("pytorch_model.bin") && legacy.contains("weights_only=True"), "{legacy}");
+    let pickle = with_pickle("legacy.bin");
+    let weights = pickle.path().join("pytorch_model.bin");
+    let whole = std::fs::read(&weights).expect("weights");
+    for (broken, says) in
+        [(&whole[..whole.len() - 1], "cut short"), (&whole[..300], "pytorch_model.bin"), (b"junk", "zip")]
+    {
+        std::fs::write(&weights, broken).expect("written");
+        let message = error(pickle.path(), Output::Logits).to_lowercase();
+        assert!(message.contains(says) && message.contains("weights_only=true"), "{message}");
+    }
     std::fs::create_dir(bare.path().join("onnx")).expect("made");
     file(&bare.path().join("onnx"), "model.onnx", "");
     let message = error(bare.path(), Output::Logits);

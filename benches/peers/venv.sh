@@ -4,7 +4,7 @@ set -euo pipefail
 peers=$(cd "$(dirname "$0")/../.." && pwd)/.cache/peers
 if [ ! -e "$peers/.complete" ]; then
   "${PYTHON:-python3}" -m venv "$peers" >&2
-  "$peers/bin/pip" install -q torch sentence-transformers transformers onnx onnxruntime openvino numpy matplotlib >&2
+  "$peers/bin/pip" install -q torch sentence-transformers transformers sentencepiece onnx onnxruntime openvino numpy matplotlib >&2
   touch "$peers/.complete"
 fi
 echo "$peers"

@@ -14,8 +14,9 @@ use crate::cli::output::outln;
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
+use crate::model::{Checkpoint, Files, Output};
 use crate::settings::{Guarantee, Loaded, Settings};
-use crate::task;
+use crate::task::{self, Kind};
 use crate::telemetry::Metrics;
 
 const ATTEMPT: Duration = Duration::from_secs(8);
@@ -235,8 +236,29 @@ fn model(settings: &Settings, lines: &mut Lines) {
                 about.model, about.device, about.dtype, about.digest
             );
             lines.say(&what, Ok(found));
+            labels(settings, lines);
             memory(settings, about, lines);
         }
+    }
+}
+
+/// Warns if predictions would have labels that say nothing, because the checkpoint does not name its own.
+fn labels(settings: &Settings, lines: &Lines) {
+    let output = Kind::of(settings.task.kind).output;
+    // A task with labels of its own has no use for the model's names.
+    let unnamed =
+        settings.task.labels.is_empty() && matches!(output, Some(Output::Logits | Output::TokenLogits));
+    let read = |files: Files| Checkpoint::read(&files).ok();
+    if unnamed
+        && let Some(checkpoint) = Files::find(&settings.model).ok().and_then(read)
+        && checkpoint.labels_are_numbers()
+    {
+        let why = format!(
+            "the model names none of its labels, so that predictions have {}: set id2label in its config.json, such \
+             as {{\"0\": \"negative\", \"1\": \"positive\"}}",
+            checkpoint.labels.join(", ")
+        );
+        lines.warn("labels", &why);
     }
 }
 

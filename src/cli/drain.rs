@@ -2,18 +2,16 @@
 //! progress, and reports at the end.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
+use super::progress::{self, Rate, Reporter};
 use super::run;
 use crate::kafka::cluster::{self, Cluster, Missing, Topics};
 use crate::kafka::consumer::{self, Role};
@@ -88,19 +86,9 @@ fn work(
     let (model, model_digest) = (about.model.clone(), about.digest.full().to_owned());
     let device = about.device.clone();
     let started = Instant::now();
-    let over = Arc::new(AtomicBool::new(false));
-    let shown = {
-        let (shared, drain, over) = (shared.clone(), Arc::clone(drain), Arc::clone(&over));
-        let every = settings.log.progress_every.0;
-        std::thread::Builder::new()
-            .name("kandle-progress".to_owned())
-            .spawn(move || show(&shared, &drain, &over, every, started))?
-    };
+    let progress = show(shared, drain, settings.log.progress_every.0, started)?;
     let result = pipeline::run(settings, compute, &topics, shared).map_err(anyhow::Error::new);
-    over.store(true, Ordering::Relaxed);
-    shown.thread().unpark();
-    // The thread ends by itself, and a panic would have ended the process.
-    let _ = shown.join();
+    progress.stop();
     result?;
     let report = Report {
         complete: drain.is_complete(),
@@ -200,49 +188,39 @@ pub(super) fn digest(shown: &serde_json::Value) -> String {
 }
 
 /// Shows progress: a bar on a terminal, else a log line every `every`.
-fn show(shared: &Shared, drain: &Drain, over: &AtomicBool, every: Duration, started: Instant) {
-    let terminal = std::io::stderr().is_terminal();
-    let bar = terminal.then(|| {
-        let style = ProgressStyle::with_template(
-            "{bar:30} {percent:>3}%  {pos}/{len} records  {per_sec}  {msg}  ETA {eta}",
-        )
-        .expect("the template is valid");
-        ProgressBar::new(0).with_style(style)
-    });
-    let wait = if terminal { Duration::from_millis(200) } else { every };
-    let (mut tokens_before, mut then) = (0, started);
-    while !over.load(Ordering::Relaxed) {
-        std::thread::park_timeout(wait);
+fn show(shared: &Shared, drain: &Arc<Drain>, every: Duration, started: Instant) -> std::io::Result<Reporter> {
+    let (shared, drain) = (shared.clone(), Arc::clone(drain));
+    let bar = progress::bar("{bar:30} {percent:>3}%  {pos}/{len} records  {per_sec}  {msg}  ETA {eta}");
+    let wait = if bar.is_some() { progress::REDRAW } else { every };
+    let mut rate = Rate::new(started);
+    Reporter::start(wait, move |over| {
         let bounds = drain.bounds();
         let total: i64 = bounds.values().map(|bound| bound.to - bound.from).sum();
         let done: i64 = bounds.values().map(|bound| (bound.position() - bound.from).max(0)).sum();
         let dead: u64 = bounds.values().map(|bound| bound.dead_lettered).sum();
-        let tokens = shared.metrics.tokens.get();
-        let seconds = then.elapsed().as_secs_f64().max(1e-3);
-        let tokens_per_second = (tokens - tokens_before) as f64 / seconds;
-        (tokens_before, then) = (tokens, Instant::now());
+        let tokens_per_second = rate.next(shared.metrics.tokens.get());
         if let Some(bar) = &bar {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
             bar.set_message(format!("{tokens_per_second:.0} tokens/s  {dead} dead letters"));
-        } else if total > 0 && !over.load(Ordering::Relaxed) {
-            let rate = done as f64 / started.elapsed().as_secs_f64().max(1e-3);
-            let eta = if done > 0 { ((total - done) as f64 / rate).ceil() as u64 } else { 0 };
+            if over {
+                bar.finish_and_clear();
+            }
+        } else if total > 0 && !over {
+            let per_second = done as f64 / started.elapsed().as_secs_f64().max(1e-3);
+            let eta = if done > 0 { ((total - done) as f64 / per_second).ceil() as u64 } else { 0 };
             tracing::info!(
                 records = done,
                 of = total,
                 percent = done * 100 / total,
-                records_per_second = rate.round(),
+                records_per_second = per_second.round(),
                 tokens_per_second = tokens_per_second.round(),
                 dead_letters = dead,
                 eta_seconds = eta,
                 "draining"
             );
         }
-    }
-    if let Some(bar) = bar {
-        bar.finish_and_clear();
-    }
+    })
 }
 
 /// What a drain did.

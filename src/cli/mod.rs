@@ -9,6 +9,7 @@ mod drain;
 mod model;
 mod output;
 mod predict;
+mod progress;
 mod replay;
 mod run;
 
@@ -76,7 +77,8 @@ enum Command {
     },
     /// Try everything that `run` needs, without consuming; one line per check
     Check(Configuration),
-    /// Predict without Kafka: one record per line in, one prediction per line out
+    /// Predict without Kafka: one record per line in, one prediction per line out. Shows progress on a terminal if the
+    /// predictions go elsewhere
     Predict {
         #[command(flatten)]
         configuration: Configuration,

@@ -3,9 +3,9 @@
 use anyhow::{Context, bail};
 
 use crate::cli::output::outln;
-use crate::model::{Digest, Files, Model, Output, Placement};
+use crate::model::{Checkpoint, Digest, Files, Model, Output, Placement};
 use crate::settings::Loaded;
-use crate::task::Kind;
+use crate::task::{Kind, suited};
 
 fn files(loaded: &Loaded) -> anyhow::Result<Files> {
     let kind = Kind::of(loaded.settings.task.kind);
@@ -34,7 +34,9 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
     let output = Kind::of(settings.task.kind).output.context("the task has a model")?;
     let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;
-    let model = Model::load(files, placement, output).with_context(|| format!("model {name}"))?;
+    let tasks = suited(&Checkpoint::read(&files).with_context(|| format!("model {name}"))?).join(", ");
+    let model = Model::load(files, placement, output)
+        .with_context(|| format!("model {name}, whose heads are for {tasks}"))?;
     let a = model.architecture();
     let heads = match (a.heads.queries, a.heads.keys) {
         (queries, keys) if queries == keys => format!("{queries} heads"),
@@ -44,6 +46,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
         ("model", name),
         ("digest", digest.full().to_owned()),
         ("architecture", a.name.clone()),
+        ("tasks", tasks),
         ("layers", format!("{}, {} wide, {heads}", a.layers.len(), a.hidden)),
         ("parameters", model.parameters.to_string()),
         ("dtype", model.placement.dtype_name().to_owned()),

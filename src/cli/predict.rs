@@ -1,14 +1,16 @@
 //! `predict`: the same codec, task and engine as `run`, fed from files or standard input.
 
-use std::io::{BufRead, Write};
+use std::io::{BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
 
 use super::output::Output;
+use super::progress::{self, Rate, Reporter};
 use crate::compute::Compute;
 use crate::flow::Outcome;
 use crate::lease::Lease;
@@ -36,7 +38,10 @@ pub struct FailedLines(u64);
 pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
-    let compute = task::load(&settings, &Arc::new(Metrics::new()))?;
+    let metrics = Arc::new(Metrics::new());
+    let compute = task::load(&settings, &metrics)?;
+    let read = Arc::new(Read::default());
+    let progress = show(&options.inputs, &read, &metrics)?;
     let mut out = std::io::BufWriter::new(Output);
 
     let mut gatherer = Gatherer::new(Limits {
@@ -51,6 +56,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let mut feed = |reader: &mut dyn BufRead| -> anyhow::Result<()> {
         let mut line = Vec::new();
         while reader.read_until(b'\n', &mut line)? > 0 {
+            read.bytes.fetch_add(line.len() as u64, Ordering::Relaxed);
             let value = line.strip_suffix(b"\n").unwrap_or(&line);
             let value = value.strip_suffix(b"\r").unwrap_or(value);
             let footprint = compute.footprint(value);
@@ -58,6 +64,7 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
             number += 1;
             if let Some(window) = gatherer.push(&partition, &lease, arrival, Instant::now()) {
                 failed += answer(&*compute, window, &mut out)?;
+                read.records.store(number as u64, Ordering::Relaxed);
             }
             line.clear();
         }
@@ -74,10 +81,61 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         failed += answer(&*compute, window, &mut out)?;
     }
     out.flush()?;
+    if let Some(progress) = progress {
+        progress.stop();
+    }
     match failed {
         1.. if options.strict => Err(FailedLines(failed).into()),
         _ => Ok(()),
     }
+}
+
+/// How much of the input is read, for the progress bar.
+#[derive(Default)]
+struct Read {
+    /// Records with a prediction or an error line.
+    records: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// Shows progress, unless standard error is no terminal, or predictions go to one too: the bar would be among them.
+/// With files, the bar and the time that is left are by the bytes that are read.
+fn show(inputs: &[PathBuf], read: &Arc<Read>, metrics: &Arc<Metrics>) -> std::io::Result<Option<Reporter>> {
+    if std::io::stdout().is_terminal() {
+        return Ok(None);
+    }
+    let total = total_bytes(inputs);
+    let bar = progress::bar(match total {
+        Some(_) => "{bar:30} {percent:>3}%  {msg}  ETA {eta}",
+        None => "{spinner} {msg}",
+    });
+    let Some(bar) = bar else { return Ok(None) };
+    bar.set_length(total.unwrap_or_default());
+    let (read, metrics, now) = (Arc::clone(read), Arc::clone(metrics), Instant::now());
+    let (mut records_rate, mut tokens_rate) = (Rate::new(now), Rate::new(now));
+    let report = move |over| {
+        let records = read.records.load(Ordering::Relaxed);
+        bar.set_position(read.bytes.load(Ordering::Relaxed));
+        let rates = (records_rate.next(records), tokens_rate.next(metrics.tokens.get()));
+        bar.set_message(counts(records, rates));
+        if over {
+            bar.finish_and_clear();
+        }
+    };
+    Reporter::start(progress::REDRAW, report).map(Some)
+}
+
+/// Records so far, and records and tokens per second.
+fn counts(records: u64, (records_per_second, tokens_per_second): (f64, f64)) -> String {
+    format!("{records} records  {records_per_second:.0} records/s  {tokens_per_second:.0} tokens/s")
+}
+
+/// Bytes of all inputs; `None` if one is not a file, or there are none.
+fn total_bytes(inputs: &[PathBuf]) -> Option<u64> {
+    let size = |path: &PathBuf| {
+        std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|file| file.len())
+    };
+    if inputs.is_empty() { None } else { inputs.iter().map(size).sum() }
 }
 
 /// Writes one line per record: its prediction, or `{"error":…,"message":…}`. Returns the number of error lines.
@@ -100,4 +158,20 @@ fn answer(compute: &dyn Compute, window: Window, out: &mut impl Write) -> anyhow
         out.write_all(b"\n")?;
     }
     Ok(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_by_bytes_if_all_inputs_are_files() {
+        let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let (file, size) = (manifest.join("Cargo.toml"), include_str!("../../Cargo.toml").len() as u64);
+        assert_eq!(total_bytes(&[file.clone(), file.clone()]), Some(2 * size));
+        assert_eq!(total_bytes(&[file, manifest]), None, "a directory has no bytes to read");
+        assert_eq!(total_bytes(&[PathBuf::from("/dev/null")]), None);
+        assert_eq!(total_bytes(&[]), None);
+        assert_eq!(counts(12345, (678.4, 90_000.6)), "12345 records  678 records/s  90001 tokens/s");
+    }
 }

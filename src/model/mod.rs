@@ -22,8 +22,8 @@ pub use kernels::{Packed, Pooling};
 pub use placement::{Placement, PlacementError};
 pub use store::{Files, FilesError};
 pub use text::{
-    Embedding, Encoder, Head, Layer, Model, ModelError, NoRoom, Output, PairPrompt, Part, Prompt, Prompts,
-    Scores, Shorten, Span, Spans, TextSettings, TokenizeError, Tokenizer, Tokens,
+    Checkpoint, Embedding, Encoder, Head, Layer, Model, ModelError, NoRoom, Output, PairPrompt, Part, Prompt,
+    Prompts, Scores, Shorten, Span, Spans, TextSettings, TokenizeError, Tokenizer, Tokens,
 };
 
 /// The first line of a Candle error; a backtrace may follow it.

@@ -1,11 +1,13 @@
 //! Weights in safetensors files or PyTorch's own, read one tensor at a time, straight into its final memory: loading a
 //! model needs little more memory than the model itself.
 //!
-//! PyTorch's files hold a pickle, which Candle's reader interprets: it builds tensors, and never runs code that the pickle
-//! names.
+//! PyTorch's files hold pickles, which Candle's reader interprets: it builds values, and never runs code that a pickle
+//! names. A file is a zip file, or has the form before zip files ([`legacy`]).
 //!
 //! Tensors are read with positioned reads and not through a memory map: mapped pages count as the process's memory, and
 //! truncating a mapped file kills the process (SIGBUS).
+
+mod legacy;
 
 use std::collections::HashMap;
 
@@ -58,6 +60,9 @@ enum Place {
         file: usize,
         offset: u64,
         dtype: Dtype,
+        /// How many elements each dimension's next index is apart; `None` if there are no gaps, and the last
+        /// dimension's elements are neighbours.
+        strides: Option<Vec<usize>>,
     },
     Pickled {
         file: usize,
@@ -110,6 +115,7 @@ impl Weights {
         let source = files.open(&name)?;
         match name.ends_with(".safetensors") {
             true => self.add_safetensors(name, source),
+            false if legacy::is_legacy(&source).is_ok_and(|is| is) => self.add_legacy(name, source),
             false => self.add_pickle(name, files),
         }
     }
@@ -127,8 +133,26 @@ impl Weights {
             header(&source).map_err(|reason| WeightsError::Header { file: file.clone(), reason })?;
         for (name, TensorInfo { dtype, shape, data_offsets }) in metadata.tensors() {
             let offset = start + data_offsets.0 as u64;
-            let place = Place::Bytes { file: self.files.len(), offset, dtype: *dtype };
+            let place = Place::Bytes { file: self.files.len(), offset, dtype: *dtype, strides: None };
             self.insert(&name, Entry { place, shape: shape.clone() });
+        }
+        self.files.push((file, source));
+        Ok(())
+    }
+
+    fn add_legacy(&mut self, file: String, source: Source) -> std::result::Result<(), WeightsError> {
+        // Candle's reader panics on some malformed pickles.
+        let read = std::panic::catch_unwind(|| legacy::read(&source));
+        let read = read.unwrap_or_else(|_| Err("it is malformed".to_owned()));
+        let tensors = match read {
+            Ok(tensors) if tensors.is_empty() => Err("it holds no tensors by name".to_owned()),
+            other => other,
+        };
+        let tensors = tensors.map_err(|reason| WeightsError::Pickle { file: file.clone(), reason })?;
+        for legacy::Stored { name, dtype, shape, offset, strides } in tensors {
+            let strides = (!is_contiguous(&shape, &strides)).then_some(strides);
+            let place = Place::Bytes { file: self.files.len(), offset, dtype, strides };
+            self.insert(&name, Entry { place, shape });
         }
         self.files.push((file, source));
         Ok(())
@@ -166,10 +190,10 @@ impl Weights {
     }
 
     fn read(&self, name: &str, entry: &Entry, dtype: DType, device: &Device) -> Result<Tensor> {
-        let (file, source, offset, stored_dtype) = match &entry.place {
-            Place::Bytes { file, offset, dtype } => {
+        let (file, source, offset, stored_dtype, strides) = match &entry.place {
+            Place::Bytes { file, offset, dtype, strides } => {
                 let (file, source) = &self.files[*file];
-                (file, source, *offset, *dtype)
+                (file, source, *offset, *dtype, strides)
             }
             Place::Pickled { file, name, .. } => {
                 let (file, pickle) = &self.pickles[*file];
@@ -184,6 +208,12 @@ impl Weights {
         };
         let failed = |error: std::io::Error| candle_core::Error::Msg(format!("{file}: {name}: {error}"));
         let count = entry.shape.iter().product::<usize>();
+        let stored = DType::try_from(stored_dtype)?;
+        if let Some(strides) = strides {
+            let bytes =
+                gather(source, offset, stored.size_in_bytes(), &entry.shape, strides).map_err(failed)?;
+            return floats_as(dtype, &Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?);
+        }
         if dtype == DType::F32 && device.is_cpu() {
             let floats = match stored_dtype {
                 Dtype::F32 => convert(source, offset, count, f32::from_le_bytes),
@@ -195,7 +225,6 @@ impl Weights {
             return Tensor::from_vec(floats.map_err(failed)?, entry.shape.as_slice(), device);
         }
         // The device converts, so that the elements are copied to it once and as stored.
-        let stored = DType::try_from(stored_dtype)?;
         let mut bytes = vec![0; count * stored.size_in_bytes()];
         source.read_at(offset, &mut bytes).map_err(failed)?;
         floats_as(dtype, &Tensor::from_raw_buffer(&bytes, stored, &entry.shape, device)?)
@@ -257,6 +286,50 @@ fn header(source: &Source) -> std::result::Result<(Metadata, u64), String> {
     Ok((metadata, start))
 }
 
+/// Whether elements are stored in the order of their indices, without gaps.
+fn is_contiguous(shape: &[usize], strides: &[usize]) -> bool {
+    let mut next = 1;
+    let mut dimensions = shape.iter().zip(strides).rev();
+    shape.contains(&0)
+        || dimensions.all(|(&size, &stride)| {
+            let fits = size == 1 || stride == next;
+            next *= size;
+            fits
+        })
+}
+
+/// Reads elements of `size` bytes that are stored in another order, into the order of their indices. The tensor has
+/// elements, and all of them are in the file.
+fn gather(
+    source: &Source,
+    offset: u64,
+    size: usize,
+    shape: &[usize],
+    strides: &[usize],
+) -> std::io::Result<Vec<u8>> {
+    let last: usize = shape.iter().zip(strides).map(|(size, stride)| (size - 1) * stride).sum();
+    let mut stored = vec![0; (last + 1) * size];
+    source.read_at(offset, &mut stored)?;
+    let count: usize = shape.iter().product();
+    let mut ordered = Vec::with_capacity(count * size);
+    let mut index = vec![0; shape.len()];
+    let mut at = 0;
+    for _ in 0..count {
+        ordered.extend_from_slice(&stored[at * size..(at + 1) * size]);
+        // The next index: the last dimension counts first.
+        for dimension in (0..shape.len()).rev() {
+            index[dimension] += 1;
+            at += strides[dimension];
+            if index[dimension] < shape[dimension] {
+                break;
+            }
+            at -= strides[dimension] * shape[dimension];
+            index[dimension] = 0;
+        }
+    }
+    Ok(ordered)
+}
+
 /// Reads `count` elements of `N` bytes, a piece of the file at a time.
 fn convert<const N: usize>(
     source: &Source,
@@ -283,7 +356,7 @@ mod tests {
 
     fn float_tensor(dtype: Dtype, bytes: Vec<u8>) -> (Source, Entry) {
         let count = bytes.len() / (dtype.bitsize() / 8);
-        let place = Place::Bytes { file: 0, offset: 0, dtype };
+        let place = Place::Bytes { file: 0, offset: 0, dtype, strides: None };
         (Source::Memory(bytes.leak()), Entry { place, shape: vec![count] })
     }
 
@@ -310,6 +383,19 @@ mod tests {
             let read = weights.read("w", &entry, DType::F32, &Device::Cpu).unwrap();
             assert_eq!(read.to_vec1::<f32>().unwrap(), numbers, "{dtype:?}");
         }
+    }
+
+    #[test]
+    fn elements_are_read_into_the_order_of_their_indices() {
+        let stored: Vec<u8> = (0..13).collect();
+        let source = Source::Memory(stored.leak());
+        // Of three dimensions, the first two swapped, and of one dimension with gaps.
+        let read = |shape: &[usize], strides: &[usize]| gather(&source, 1, 1, shape, strides).unwrap();
+        assert_eq!(read(&[3, 2, 2], &[2, 6, 1]), [1, 2, 7, 8, 3, 4, 9, 10, 5, 6, 11, 12]);
+        assert_eq!(read(&[4], &[3]), [1, 4, 7, 10]);
+        assert_eq!(read(&[2, 3], &[0, 1]), [1, 2, 3, 1, 2, 3]);
+        assert!(is_contiguous(&[2, 1, 3], &[3, 7, 1]) && is_contiguous(&[], &[]));
+        assert!(!is_contiguous(&[2, 3], &[1, 2]));
     }
 
     #[test]

@@ -4,11 +4,13 @@
 mod encoding;
 mod kinds;
 mod prompt;
+mod suited;
 pub mod text;
 
 use std::sync::Arc;
 
 pub use kinds::Kind;
+pub use suited::suited;
 
 use crate::codec::Input;
 use crate::compute::Compute;

@@ -3,7 +3,7 @@
 //! about each label (natural language inference), as transformers' `ZeroShotClassificationPipeline` does.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use super::classification::{self, softmax};
 use super::kinds::{BEGINNING, Kind};
@@ -80,6 +80,12 @@ enum Labels {
     At(String),
 }
 
+/// Index of the logit for entailment, by a model's label names.
+pub(super) fn entailment(label_ids: &BTreeMap<String, usize>) -> Option<usize> {
+    let entails = |label: &String| label.to_lowercase().starts_with("entail");
+    label_ids.iter().find(|(label, _)| entails(label)).map(|(_, id)| *id)
+}
+
 impl ZeroShot {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let model = &texts.model;
@@ -87,9 +93,7 @@ impl ZeroShot {
             .tokenizer
             .takes_pairs()
             .map_err(|e| TaskError::Unsuitable(format!("it cannot take pairs of texts: {e}")))?;
-        let entails = |label: &String| label.to_lowercase().starts_with("entail");
-        let entailment = model.label_ids.iter().find(|(label, _)| entails(label)).map(|(_, id)| *id);
-        let entailment = entailment.ok_or_else(|| {
+        let entailment = entailment(&model.label_ids).ok_or_else(|| {
             let labels: Vec<&str> = model.label_ids.keys().map(String::as_str).collect();
             TaskError::Unsuitable(format!(
                 "none of its labels ({}) begins with \"entail\": it is not a natural language inference \

@@ -1,6 +1,7 @@
 //! Text models: the tokenizer, the packed encoder, and the heads on it.
 
 pub mod architecture;
+mod checkpoint;
 mod encoder;
 mod head;
 mod items;
@@ -12,6 +13,7 @@ pub(super) mod sentence;
 mod tokenize;
 mod trunk;
 
+pub use checkpoint::Checkpoint;
 pub use encoder::Encoder;
 pub use head::Head;
 pub use model::{Model, ModelError, Output, Prompt, Scores};

@@ -372,19 +372,26 @@ impl Model {
 
 /// Refuses a checkpoint that says in config.json's `architectures` that it was trained for another task.
 fn refuse_another_head(config: &serde_json::Value, output: Output) -> Result<(), ModelError> {
-    let Some(name) = config["architectures"][0].as_str() else { return Ok(()) };
-    let (tokens, texts) =
-        (name.ends_with("ForTokenClassification"), name.ends_with("ForSequenceClassification"));
-    let instead = match output {
-        Output::Logits | Output::PairLogits if tokens => "task.kind: token-classification",
-        Output::TokenLogits if texts => "task.kind: text-classification",
+    let instead = match (output, trained_for(config)) {
+        (Output::Logits | Output::PairLogits, Some(true)) => "task.kind: token-classification",
+        (Output::TokenLogits, Some(false)) => "task.kind: text-classification",
         _ => return Ok(()),
     };
+    let name = config["architectures"][0].as_str().unwrap_or_default();
     Err(ModelError::Unsupported(format!("config.json says {name}: it is a model for {instead}")))
 }
 
+/// Whether config.json's `architectures` says that the checkpoint was trained to classify tokens (true) or texts
+/// (false).
+pub(super) fn trained_for(config: &serde_json::Value) -> Option<bool> {
+    let name = config["architectures"][0].as_str()?;
+    let (tokens, texts) =
+        (name.ends_with("ForTokenClassification"), name.ends_with("ForSequenceClassification"));
+    (tokens || texts).then_some(tokens)
+}
+
 /// config.json's `label2id`, or the reverse of `id2label` if there is none.
-fn label_ids(config: &serde_json::Value, labels: &[String]) -> BTreeMap<String, usize> {
+pub(super) fn label_ids(config: &serde_json::Value, labels: &[String]) -> BTreeMap<String, usize> {
     let id = |value: &serde_json::Value| Some(value.as_u64()? as usize).filter(|&id| id < labels.len());
     match config["label2id"].as_object().filter(|map| !map.is_empty()) {
         Some(map) => map.iter().filter_map(|(label, value)| Some((label.clone(), id(value)?))).collect(),
@@ -393,7 +400,7 @@ fn label_ids(config: &serde_json::Value, labels: &[String]) -> BTreeMap<String, 
 }
 
 /// config.json's `id2label` in the order of the ids; `LABEL_n` for missing labels, as in transformers.
-fn labels(config: &serde_json::Value) -> Vec<String> {
+pub(super) fn labels(config: &serde_json::Value) -> Vec<String> {
     match config["id2label"].as_object() {
         Some(map) => (0..map.len())
             .map(|i| {

@@ -357,12 +357,17 @@ impl Classifier {
 }
 
 impl Architecture {
+    /// config.json's `model_type` of all architectures.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        KNOWN.iter().map(|(name, _)| *name)
+    }
+
     /// Reads config.json. `ignored` are unknown keys that change nothing (`model.ignore_config`).
     ///
     /// # Errors
     /// The architecture is not known, or a key has a value that kandle does not support.
     pub fn from_config(json: &Value, ignored: &[String]) -> Result<Self, ConfigError> {
-        let known = || KNOWN.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        let known = || Self::names().collect::<Vec<_>>().join(", ");
         let Some(name) = json["model_type"].as_str() else {
             return Err(ConfigError(format!("has no model_type; supported: {}", known())));
         };

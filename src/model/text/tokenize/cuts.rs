@@ -5,7 +5,7 @@
 //! |---|---|
 //! | WordPiece behind BERT's normalizer and pre-tokenizer | at white space, around ASCII punctuation and Chinese characters |
 //! | byte-level BPE with GPT-2's pattern or Qwen's | before a single space between characters that neither combine nor are white space |
-//! | Metaspace behind a Unicode normalizer (SentencePiece) | at the same spaces |
+//! | Metaspace behind normalizers that keep single spaces (SentencePiece) | at the same spaces |
 //!
 //! A tokenizer needs hundreds of bytes of memory for each byte of a text. In parts, a text of any length needs little.
 
@@ -104,7 +104,7 @@ impl Cuts {
             }
             ("Unigram" | "BPE", ["Metaspace"] | ["WhitespaceSplit", "Metaspace"])
                 if splitters.last().is_some_and(metaspace)
-                    && normalizers.iter().all(|n| unicode(&kind(n)) || is_space_collapse(n)) =>
+                    && normalizers.iter().all(|n| unicode(&kind(n)) || keeps_single_spaces(n)) =>
             {
                 Self::Spaces { keep: false }
             }
@@ -196,11 +196,23 @@ fn metaspace(splitter: &Value) -> bool {
         && splitter["prepend_scheme"].as_str().is_none_or(|scheme| scheme == "always")
 }
 
-/// Whether a normalizer replaces several spaces with one, as XLM-R's does.
-fn is_space_collapse(normalizer: &Value) -> bool {
-    normalizer["type"] == "Replace"
-        && normalizer["pattern"]["Regex"].as_str() == Some(" {2,}")
-        && matches!(normalizer["content"].as_str(), Some(" " | "\u{2581}"))
+/// Whether a normalizer neither removes nor adds a single space between other characters: it works on the ends of a text
+/// or on several white space characters, as those of XLM-R and DeBERTa do, or on text without any, as ALBERT's.
+fn keeps_single_spaces(normalizer: &Value) -> bool {
+    let is_space = |c: char| c.is_whitespace() || c == '\u{2581}';
+    let content = normalizer["content"].as_str().unwrap_or_default();
+    match normalizer["type"].as_str() {
+        Some("Strip") => true,
+        Some("Replace") => {
+            match (normalizer["pattern"]["Regex"].as_str(), normalizer["pattern"]["String"].as_str()) {
+                (Some(" {2,}"), _) => matches!(content, " " | "\u{2581}"),
+                (Some(r"\s{2,}|[\n\r\t]"), _) => content == " ",
+                (None, Some(text)) => !text.contains(is_space) && !content.contains(is_space),
+                _ => false,
+            }
+        }
+        _ => false,
+    }
 }
 
 /// The text from `start` to `end`, as one part.
@@ -335,6 +347,7 @@ mod tests {
         assert_eq!(of("tests/fixtures/qwen3"), Cuts::Spaces { keep: true });
         assert_eq!(of("tests/fixtures/gemma3_text"), Cuts::Never);
         assert_eq!(of("tests/fixtures/xlm-roberta"), Cuts::Spaces { keep: false });
+        assert_eq!(of("tests/fixtures/deberta-v3"), Cuts::Spaces { keep: false });
         let mut unknown =
             serde_json::json!({ "model": { "type": "WordPiece" }, "pre_tokenizer": { "type": "Digits" } });
         assert_eq!(of_json(&unknown), Cuts::Never);

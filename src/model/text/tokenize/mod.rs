@@ -1,9 +1,12 @@
-//! Tokenizes texts with the model's tokenizer.json, up to the model's limit.
+//! Tokenizes texts with the model's tokenizer.json, or one that is made of its vocabulary, up to the model's limit.
 
+mod added;
 mod cuts;
 mod pair;
 mod prompt;
+mod sentencepiece;
 mod spans;
+mod unigram;
 pub mod vocabulary;
 mod words;
 
@@ -315,12 +318,15 @@ mod tests {
         Tokenizer::load(&Files::find(&model).unwrap(), 1_000_000, 2, text).unwrap()
     }
 
-    pub(super) const KINDS: [&str; 5] = [
+    pub(super) const KINDS: [&str; 8] = [
         "demo/model",
         "tests/fixtures/roberta",
         "tests/fixtures/modernbert",
         "tests/fixtures/qwen3",
         "tests/fixtures/xlm-roberta",
+        "tests/fixtures/deberta-v3",
+        "tests/fixtures/spm-xlm-roberta",
+        "tests/fixtures/spm-albert",
     ];
 
     /// Compares with the library, which tokenizes the whole text at once.

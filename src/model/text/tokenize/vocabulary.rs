@@ -1,14 +1,23 @@
-//! A tokenizer.json for checkpoints that have only their vocabulary: `vocab.txt` (WordPiece), or `vocab.json` with
-//! `merges.txt` (byte-level BPE). Texts get the token ids that transformers' fast tokenizers give them. A checkpoint that
-//! adds tokens to its vocabulary is refused.
+//! A tokenizer.json for checkpoints that have only their vocabulary: `vocab.txt` (WordPiece), `vocab.json` with
+//! `merges.txt` (byte-level BPE), or a SentencePiece model ([`super::unigram`]). Texts get the token ids that transformers'
+//! fast tokenizers give them. A checkpoint that adds tokens to `vocab.txt` or `vocab.json` is refused.
 
 use serde_json::{Map, Value, json};
 
+use super::unigram::Family;
 use crate::model::store::{Files, FilesError, how_to_make};
 
 /// The files that a tokenizer is made of if there is no tokenizer.json.
-pub const FILES: &[&str] =
-    &["vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"];
+pub const FILES: &[&str] = &[
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+];
 
 /// A family of transformers' tokenizer classes that are built alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,11 +29,9 @@ enum Kind {
 }
 
 impl Kind {
-    /// By the tokenizer's class in tokenizer_config.json or config.json, else by the model's type.
+    /// By the tokenizer's class, else by the model's type.
     fn of(tokenizer: &Value, model: &Value) -> Option<Self> {
-        let class = tokenizer["tokenizer_class"].as_str().or(model["tokenizer_class"].as_str());
-        let class = class.map(|class| class.trim_end_matches("Fast"));
-        match (class, model["model_type"].as_str()) {
+        match (class(tokenizer, model), model["model_type"].as_str()) {
             (Some("BertTokenizer" | "DistilBertTokenizer" | "ElectraTokenizer"), _) => Some(Self::Bert),
             (Some("MPNetTokenizer"), _) => Some(Self::MpNet),
             (Some("RobertaTokenizer"), _) => Some(Self::Roberta),
@@ -72,13 +79,22 @@ impl Kind {
     }
 }
 
+/// The tokenizer's class in tokenizer_config.json or config.json, without `Fast`.
+fn class<'a>(tokenizer: &'a Value, model: &'a Value) -> Option<&'a str> {
+    let class = tokenizer["tokenizer_class"].as_str().or(model["tokenizer_class"].as_str());
+    class.map(|class| class.trim_end_matches("Fast"))
+}
+
 /// Builds a tokenizer.json from the vocabulary files; `None` if the checkpoint has no vocabulary that kandle reads.
 ///
 /// # Errors
-/// A file of the vocabulary cannot be read, or lacks a special token.
+/// A file of the vocabulary cannot be read, lacks a special token, or has a rule that kandle does not reproduce.
 pub fn tokenizer_json(files: &Files) -> Result<Option<Vec<u8>>, FilesError> {
     let config = files.json("tokenizer_config.json")?.unwrap_or_default();
     let model = files.json("config.json")?.unwrap_or_default();
+    if let Some(family) = Family::of(class(&config, &model), model["model_type"].as_str()) {
+        return family.tokenizer_json(files, &config);
+    }
     let Some(kind) = Kind::of(&config, &model) else { return Ok(None) };
     let (file, vocabulary, merges) = match kind {
         Kind::Bert | Kind::MpNet => match files.read("vocab.txt")? {
@@ -205,17 +221,32 @@ fn merges_of(text: &str) -> Vec<String> {
 }
 
 /// `[CLS] A [SEP]`, and `[CLS] A [SEP] B [SEP]` with token type 1 from B on.
-fn bert_template(cls: &Value, sep: &Value) -> Value {
-    let token = |token: &Value, kind: u32| json!({ "SpecialToken": { "id": token[0], "type_id": kind } });
-    let part = |name: &str, kind: u32| json!({ "Sequence": { "id": name, "type_id": kind } });
+pub fn bert_template(cls: &Value, sep: &Value) -> Value {
+    template(cls, sep, json!([token(cls, 0), part("A", 0), token(sep, 0), part("B", 1), token(sep, 1)]))
+}
+
+/// `<s> A </s>`, and `<s> A </s></s> B </s>`, all of token type 0.
+pub fn roberta_template(cls: &Value, sep: &Value) -> Value {
+    let sep_token = token(sep, 0);
+    template(cls, sep, json!([token(cls, 0), part("A", 0), sep_token, sep_token, part("B", 0), sep_token]))
+}
+
+/// `cls A sep`, and `pair`. A special token is a list of its text and id.
+fn template(cls: &Value, sep: &Value, pair: Value) -> Value {
     let special = |token: &Value| json!({ "id": token[0], "ids": [token[1]], "tokens": [token[0]] });
     let name = |token: &Value| token[0].as_str().unwrap_or_default().to_owned();
     json!({
-        "type": "TemplateProcessing",
-        "single": [token(cls, 0), part("A", 0), token(sep, 0)],
-        "pair": [token(cls, 0), part("A", 0), token(sep, 0), part("B", 1), token(sep, 1)],
+        "type": "TemplateProcessing", "single": [token(cls, 0), part("A", 0), token(sep, 0)], "pair": pair,
         "special_tokens": { name(cls): special(cls), name(sep): special(sep) },
     })
+}
+
+fn token(token: &Value, kind: u32) -> Value {
+    json!({ "SpecialToken": { "id": token[0], "type_id": kind } })
+}
+
+fn part(name: &str, kind: u32) -> Value {
+    json!({ "Sequence": { "id": name, "type_id": kind } })
 }
 
 /// `<s> A </s>`, and `<s> A </s></s> B </s>`, all of token type 0.
