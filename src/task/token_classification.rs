@@ -1,40 +1,71 @@
 //! token-classification: `{"entities":[{"label":…,"start":…,"end":…,"text":…,"score":…},…]}`. Follows transformers'
 //! `TokenClassificationPipeline`: its aggregations, its words, and how it merges entities of overlapping chunks. Tokens
-//! and entities with the label "O" (outside) are left out.
+//! and entities with the label "O" (outside) are left out. With `task.labels`, the model is [`gliner`] instead.
 
 use std::ops::Range;
-
-use serde::Serialize;
+use std::sync::Arc;
 
 use super::classification::softmax;
-use super::kinds::{Kind, NO_RULES};
-use super::text::{self, SEQUENCE, Texts, not_tokens};
-use super::{Task, TaskError, to_json};
+use super::kinds::{Kind, NEEDS_CHUNKS};
+use super::text::{SEQUENCE, Source, TextModel, Texts, not_tokens};
+use super::{Task, TaskError, entities, gliner};
 use crate::codec::Input;
+use crate::compute::Compute;
 use crate::engine::Rows;
-use crate::model::{Output, Span, Tokens};
+use crate::model::{Gliner, Output, Span, Tokens};
 use crate::record::RecordError;
-use crate::settings::{self, Aggregation, Overflow, TaskKind};
+use crate::settings::{self, Aggregation, Overflow, Settings, TaskKind};
+use crate::telemetry::Metrics;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("token-classification"),
     prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text",
     fields: &["entities"],
-    keys: &["aggregation", "stride", "overflow", "cache"],
+    keys: &[
+        "aggregation",
+        "labels",
+        "threshold",
+        "nested",
+        "multi_label",
+        "stride",
+        "overflow",
+        "cache",
+    ],
     pointers: &[],
     overflow: &[Overflow::Chunk, Overflow::Truncate, Overflow::DeadLetter],
-    check: |task| match (task.stride, task.overflow) {
-        (Some(_), Some(Overflow::Truncate | Overflow::DeadLetter)) => {
-            vec![("stride", "has no effect without overflow: chunk".to_owned())]
-        }
-        _ => NO_RULES(task),
-    },
+    check,
     output: Some(Output::TokenLogits),
-    load: |settings, metrics| {
-        let task = |texts, _: &_| TokenClassification::new(texts, &settings.task);
-        text::load(settings, Output::TokenLogits, metrics, task)
-    },
+    load,
 };
+
+fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
+    let mut problems = gliner::check(task);
+    if let (Some(_), Some(Overflow::Truncate | Overflow::DeadLetter)) = (task.stride, task.overflow) {
+        problems.push(("stride", NEEDS_CHUNKS.to_owned()));
+    }
+    problems
+}
+
+/// Loads a token classifier, or GLiNER.
+fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError> {
+    let source = Source::find(settings)?;
+    if Gliner::is(&source.files) {
+        return gliner::load(settings, source, metrics);
+    }
+    let model = TextModel::from(source, settings, Output::TokenLogits, metrics)?;
+    if !settings.task.labels.is_empty() {
+        return Err(TaskError::Setting {
+            key: "task.labels",
+            message: format!(
+                "has no effect on this model, a token classifier with labels of its own ({}): remove the key, or use a \
+                 GLiNER checkpoint",
+                model.texts.model.labels.join(", ")
+            ),
+        });
+    }
+    let task = |texts, _: &_| TokenClassification::new(texts, &settings.task);
+    Ok(Arc::new(model.batched(settings, task)?))
+}
 
 /// Label of tokens that belong to no entity.
 const OUTSIDE: &str = "O";
@@ -87,20 +118,6 @@ struct Entity {
     score: f32,
 }
 
-#[derive(Serialize)]
-struct Entities<'a> {
-    entities: Vec<Found<'a>>,
-}
-
-#[derive(Serialize)]
-struct Found<'a> {
-    label: &'a str,
-    start: u32,
-    end: u32,
-    text: &'a str,
-    score: f32,
-}
-
 impl TokenClassification {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let stride = texts.stride(task)?;
@@ -149,8 +166,8 @@ impl TokenClassification {
         }
     }
 
-    /// The entities of all chunks, in the order of the text.
-    fn entities(&self, kept: &Kept, answers: &Rows<'_, f32>) -> Vec<Entity> {
+    /// The entities of each chunk, one chunk after the other.
+    fn of_chunks(&self, kept: &Kept, answers: &Rows<'_, f32>) -> Vec<Entity> {
         let leading = self.texts.model.tokenizer.leading();
         let mut all = Vec::new();
         for (i, (chunk, answer)) in kept.chunks.iter().zip(answers.iter()).enumerate() {
@@ -168,14 +185,25 @@ impl TokenClassification {
             found.retain(|entity| self.name(entity) != OUTSIDE);
             all.extend(found);
         }
+        all
+    }
+
+    /// The entities of all chunks, in the order of the text.
+    fn in_order(&self, kept: &Kept, mut of_chunks: Vec<Entity>) -> Vec<Entity> {
         match self.aggregation {
-            _ if kept.chunks.len() < 2 => all,
+            _ if kept.chunks.len() < 2 => of_chunks,
             Aggregation::None => {
-                all.sort_by_key(|entity| entity.start);
-                all
+                of_chunks.sort_by_key(|entity| entity.start);
+                of_chunks
             }
-            _ => merge(all),
+            _ => merge(of_chunks),
         }
+    }
+
+    /// An entity as it is published.
+    fn published(&self, entity: &Entity) -> entities::Entity<'_> {
+        let Entity { start, end, score, .. } = *entity;
+        entities::Entity { label: self.name(entity), start, end, score }
     }
 }
 
@@ -231,31 +259,6 @@ fn merge(mut entities: Vec<Entity>) -> Vec<Entity> {
     merged
 }
 
-/// Slices a text by character positions.
-struct Characters<'t> {
-    text: &'t str,
-    /// Byte offset of each character, then the text's length; empty for ASCII.
-    starts: Vec<usize>,
-}
-
-impl<'t> Characters<'t> {
-    fn of(text: &'t str) -> Self {
-        let starts = match text.is_ascii() {
-            true => Vec::new(),
-            false => text.char_indices().map(|(at, _)| at).chain([text.len()]).collect(),
-        };
-        Self { text, starts }
-    }
-
-    fn between(&self, start: u32, end: u32) -> &'t str {
-        let at = |character: u32| match self.starts.is_empty() {
-            true => character as usize,
-            false => self.starts[character as usize],
-        };
-        &self.text[at(start)..at(end)]
-    }
-}
-
 impl Task for TokenClassification {
     type Item = Tokens;
     type Value = f32;
@@ -278,16 +281,10 @@ impl Task for TokenClassification {
     }
 
     fn predict(&self, kept: &Kept, answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let characters = Characters::of(&kept.text);
-        let found = self.entities(kept, &answers);
-        let entities = found.iter().map(|entity| Found {
-            label: self.name(entity),
-            start: entity.start,
-            end: entity.end,
-            text: characters.between(entity.start, entity.end),
-            score: entity.score,
-        });
-        to_json(&Entities { entities: entities.collect() }, out)
+        let all = self.of_chunks(kept, &answers);
+        let found = self.in_order(kept, all);
+        let entities = found.iter().map(|entity| self.published(entity));
+        entities::write(&kept.text, entities, out)
     }
 
     fn footprint(&self, value: &[u8]) -> usize {

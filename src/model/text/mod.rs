@@ -2,6 +2,7 @@
 
 pub mod architecture;
 mod encoder;
+mod gliner;
 mod head;
 mod items;
 mod layers;
@@ -13,6 +14,8 @@ mod tokenize;
 mod trunk;
 
 pub use encoder::Encoder;
+pub(super) use gliner::CONFIG as GLINER_CONFIG;
+pub use gliner::{Candidate, Gliner, Place, PromptedWords, Words};
 pub use head::Head;
 pub use model::{Model, ModelError, Output, Prompt, Scores};
 pub use question::Question;
