@@ -251,6 +251,10 @@ pub struct Task {
     /// token-classification with `labels`: whether an entity may be within another.
     #[serde(default)]
     pub nested: bool,
+    /// token-classification: whether to publish the text with each entity replaced by its label in brackets, such as
+    /// [PERSON], and the entities without their texts.
+    #[serde(default)]
+    pub redact: bool,
     /// zero-shot-classification: JSON Pointer to the record's own labels, an array of texts, used instead of `labels`.
     #[serde(default)]
     pub labels_field: Option<String>,
@@ -312,6 +316,7 @@ impl Task {
             labels: Vec::new(),
             threshold: None,
             nested: false,
+            redact: false,
             labels_field: None,
             hypothesis: default_hypothesis(),
             multi_label: false,

@@ -1,5 +1,5 @@
 //! GLiNER against the gliner package (tests/fixtures/make.py): the scores of all spans within 1e-4, and the entities that
-//! follow from them.
+//! follow from them; and `task.redact`.
 
 #[path = "support/models.rs"]
 mod models;
@@ -9,7 +9,7 @@ use std::path::Path;
 use kandle::compute::Compute;
 use kandle::engine::Model;
 use kandle::model::{Candidate, Files, Gliner, Placement, PromptedWords};
-use kandle::settings::{self, DeviceChoice, Dtype};
+use kandle::settings::{self, DeviceChoice, Dtype, Sources};
 use models::{copy_of, fixture, load, predict};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -277,4 +277,132 @@ fn a_checkpoint_and_labels_that_do_not_fit_are_refused() {
         message.contains("span_mode \"token_level\" makes it a model that labels single words"),
         "{message}"
     );
+}
+
+/// Everything that scores above the threshold is gone, in texts of one chunk and of several.
+#[test]
+fn redacted_texts_have_none_of_the_entities() {
+    let mut texts: Vec<Golden> = golden("gliner-deberta", "golden.json");
+    texts.retain(|of| of.words.len() <= MAX_WORDS);
+    for Golden { text, labels, words, scores, found } in texts {
+        let threshold = found[4].threshold;
+        let set = set(&labels, &[&format!("task.threshold={threshold}"), "task.redact=true"]);
+        let compute = load("token-classification", &fixture("gliner-deberta"), &set).expect("a task");
+        let got = predict(&*compute, &[json!({ "text": text })]).remove(0).expect("a prediction");
+        let got = got.as_object().expect("an object");
+        assert_eq!(got.keys().collect::<Vec<_>>(), ["text", "entities"]);
+        same(got["entities"].as_array().expect("entities"), &found[4].entities, &text);
+        for entity in got["entities"].as_array().expect("entities") {
+            let keys: Vec<&String> = entity.as_object().expect("an entity").keys().collect();
+            assert_eq!(keys, ["label", "start", "end", "score"]);
+        }
+        // Per character: the label that replaces it, with its score.
+        let mut covered: Vec<Option<()>> = vec![None; text.chars().count()];
+        let spans = (0..words.len())
+            .flat_map(|first| (first..(first + MAX_WIDTH).min(words.len())).map(move |last| (first, last)));
+        for ((first, last), scores) in spans.zip(&scores) {
+            if scores.iter().any(|&score| score > threshold) {
+                (words[first].0..words[last].1).for_each(|at| covered[at as usize] = Some(()));
+            }
+        }
+        // What is outside of brackets is exactly what no such span covers.
+        let kept: String =
+            text.chars().zip(&covered).filter(|(_, of)| of.is_none()).map(|(c, _)| c).collect();
+        let names: Vec<String> = labels.iter().map(|label| format!("[{}]", label.to_uppercase())).collect();
+        let redacted = got["text"].as_str().expect("a text");
+        let without = names.iter().fold(redacted.to_owned(), |text, name| text.replace(name, ""));
+        assert_eq!(without, kept, "{redacted}");
+    }
+    for Long { text, labels, threshold, entities } in golden::<Long>("gliner-deberta", "golden-long.json") {
+        let set =
+            set(&labels, &[&format!("task.threshold={threshold}"), "task.stride=0", "task.redact=true"]);
+        let compute = load("token-classification", &fixture("gliner-deberta"), &set).expect("a task");
+        let got = predict(&*compute, &[json!({ "text": text })]).remove(0).expect("a prediction");
+        same(got["entities"].as_array().expect("entities"), &entities, &text);
+        assert!(got["text"].as_str().expect("a text").contains('['));
+    }
+}
+
+#[test]
+fn a_token_classifier_redacts_whole_words() {
+    for name in ["tokens-bert", "tokens-roberta"] {
+        let texts = [
+            "Late parcel, late Müller invoice 東京 x1!",
+            "password ",
+            "",
+            &"late parcel invoice ".repeat(40),
+        ];
+        let records: Vec<Value> = texts.iter().map(|text| json!({ "text": text })).collect();
+        let predictions = |more: &[&str]| {
+            let set: Vec<String> =
+                ["task.aggregation=max"].iter().chain(more).map(|&set| set.to_owned()).collect();
+            let compute = load("token-classification", &fixture(name), &set).expect("a task");
+            predict(&*compute, &records).into_iter().map(|got| got.expect("a prediction")).collect::<Vec<_>>()
+        };
+        let plain = predictions(&[]);
+        let mut replaced = 0;
+        for ((text, plain), got) in texts.iter().zip(&plain).zip(predictions(&["task.redact=true"])) {
+            let redacted = got["text"].as_str().expect("a text");
+            let found = got["entities"].as_array().expect("entities");
+            same(found, plain["entities"].as_array().expect("entities"), text);
+            assert!(found.iter().all(|entity| entity.get("text").is_none()));
+            if found.is_empty() {
+                assert_eq!(redacted, *text);
+            }
+            replaced += redacted.matches(['[']).count();
+            // Words that are left are words of the text.
+            let words: Vec<&str> = text.split_whitespace().collect();
+            let left = redacted.split_whitespace().filter(|word| !word.contains(['[', ']']));
+            left.for_each(|word| assert!(words.contains(&word), "{word:?} of {redacted:?}"));
+        }
+        assert!(replaced > 0, "{name}");
+    }
+}
+
+#[test]
+fn settings_that_would_publish_what_is_redacted_are_refused() {
+    let problems = |set: &[&str]| {
+        let base = [
+            "kafka.brokers=none:1",
+            "input.topics=in",
+            "input.group=g",
+            "task.kind=token-classification",
+            "task.labels=person",
+            "model.source=none",
+            "output.topic=out",
+            "dead_letters.topic=dead",
+        ];
+        let all: Vec<String> = base.iter().chain(set).map(|&set| set.to_owned()).collect();
+        let lines = settings::load(&Sources { set: all, ..Sources::default() }).map(|_| ());
+        lines.err().unwrap_or_default().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+    };
+    let redact = "task.redact=true";
+    assert_eq!(problems(&["input.field=/body", redact, "output.include=/id,/bodyguard"]), "");
+    assert_eq!(problems(&["input.field=/text", "output.include=/text"]), "");
+    for (set, message) in [
+        (&["input.field=/body", redact, "output.include=/body"][..], "/body has the text, which task.redact"),
+        (&["input.field=/mail/body", redact, "output.include=/mail"], "/mail has the text"),
+        (&["input.field=[\"/a\", \"/b\"]", redact, "output.include=/b"], "/b has the text"),
+        (&["input.template={{ a.b }} {{ c }}", redact, "output.include=/a/b"], "/a/b has the text"),
+        (
+            &["input.field=/body", redact, "output.include=/x/text"],
+            "a prediction already has a field \"text\"",
+        ),
+        (&["input.field=/t", redact, "task.overflow=truncate"], "truncate is not supported with redact"),
+        (
+            &["input.field=/t", redact, "task.labels=[]"],
+            "task.aggregation: with redact, set first, average or max",
+        ),
+        (
+            &["input.field=/t", "task.labels=[]", "task.threshold=0.3"],
+            "task.threshold: has no effect without labels",
+        ),
+        (&["input.field=/t", "task.aggregation=max"], "task.aggregation: has no effect with labels"),
+        (&["input.field=/t", "task.labels=a,b,a"], "task.labels: \"a\" is named twice"),
+        (&["input.field=/t", "task.threshold=1.5"], "task.threshold"),
+    ] {
+        let said = problems(set);
+        assert!(said.contains(message), "{set:?}: {said}");
+    }
+    assert_eq!(problems(&["input.template={{ a.b }} {{ c }}", redact, "output.include=/id"]), "");
 }

@@ -101,6 +101,7 @@ pub(super) fn load(
         overflow: Kind::of(task.kind).overflow(task),
         stride,
         overlaps: Overlaps { nested: task.nested, multi_label: task.multi_label },
+        redact: task.redact,
         model,
         metrics: Arc::clone(metrics),
     };
@@ -114,6 +115,7 @@ struct LabelledSpans {
     overflow: Overflow,
     stride: usize,
     overlaps: Overlaps,
+    redact: bool,
     metrics: Arc<Metrics>,
 }
 
@@ -216,9 +218,17 @@ impl Task for LabelledSpans {
 
     fn predict(&self, kept: &Kept, answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
         let candidates = Self::candidates(kept, &answers);
+        // All that is above the threshold is replaced, also what a better entity excludes from the list.
+        let replaced = match self.redact {
+            true => candidates.iter().map(|of| self.entity(kept, of)).collect(),
+            false => Vec::new(),
+        };
         let chosen = self.overlaps.choose(candidates, self.model.max_width);
         let entities = chosen.iter().map(|of| self.entity(kept, of));
-        entities::write(&kept.text, entities, out)
+        match self.redact {
+            true => entities::write_redacted(&kept.text, replaced, entities, out),
+            false => entities::write(&kept.text, entities, out),
+        }
     }
 
     fn footprint(&self, value: &[u8]) -> usize {

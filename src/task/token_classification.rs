@@ -19,7 +19,7 @@ use crate::telemetry::Metrics;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("token-classification"),
-    prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text",
+    prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text; with `redact`, `{\"text\":…,\"entities\":[…]}`: the text with `[LABEL]` for each entity, and the entities without their texts",
     fields: &["entities"],
     keys: &[
         "aggregation",
@@ -27,6 +27,7 @@ pub(super) const KIND: Kind = Kind {
         "threshold",
         "nested",
         "multi_label",
+        "redact",
         "stride",
         "overflow",
         "cache",
@@ -42,6 +43,19 @@ fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
     let mut problems = gliner::check(task);
     if let (Some(_), Some(Overflow::Truncate | Overflow::DeadLetter)) = (task.stride, task.overflow) {
         problems.push(("stride", NEEDS_CHUNKS.to_owned()));
+    }
+    if !task.redact {
+        return problems;
+    }
+    if task.overflow == Some(Overflow::Truncate) {
+        let message = "truncate is not supported with redact, which would publish the end of a text that the model has \
+                       not read; allowed: chunk, dead_letter";
+        problems.push(("overflow", message.to_owned()));
+    }
+    if task.labels.is_empty() && matches!(task.aggregation, Aggregation::None | Aggregation::Simple) {
+        let message = "with redact, set first, average or max: otherwise parts of words may be left in the text \
+                       (GLiNER needs task.labels instead)";
+        problems.push(("aggregation", message.to_owned()));
     }
     problems
 }
@@ -73,6 +87,7 @@ const OUTSIDE: &str = "O";
 pub struct TokenClassification {
     texts: Texts,
     aggregation: Aggregation,
+    redact: bool,
     stride: usize,
     labels: Vec<Label>,
 }
@@ -122,7 +137,7 @@ impl TokenClassification {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let stride = texts.stride(task)?;
         let labels = texts.model.labels.iter().cloned().map(Label::new).collect();
-        Ok(Self { aggregation: task.aggregation, stride, labels, texts })
+        Ok(Self { aggregation: task.aggregation, redact: task.redact, stride, labels, texts })
     }
 
     /// Labels a chunk: one entity per word, or per token if the aggregation ignores words.
@@ -230,6 +245,20 @@ fn words(spans: &[Span]) -> Vec<Range<usize>> {
     words
 }
 
+/// Offsets of the words.
+fn places(spans: &[Span]) -> Vec<Range<u32>> {
+    words(spans).into_iter().map(|word| spans[word.start].start..spans[word.end - 1].end).collect()
+}
+
+/// Extends an entity to all words that it has a part of: the end of a chunk may be within a word.
+fn whole_words<'a>(entity: entities::Entity<'a>, words: &[Range<u32>]) -> entities::Entity<'a> {
+    let first = words.partition_point(|word| word.end <= entity.start);
+    let last = words.partition_point(|word| word.start < entity.end);
+    let start = words.get(first).map_or(entity.start, |word| word.start.min(entity.start));
+    let end = last.checked_sub(1).map_or(entity.end, |last| words[last].end.max(entity.end));
+    entities::Entity { start, end, ..entity }
+}
+
 fn best(scores: &[f32]) -> (usize, f32) {
     let all = scores.iter().copied().enumerate();
     all.reduce(|a, b| if b.1 > a.1 { b } else { a }).expect("a model has labels")
@@ -282,9 +311,20 @@ impl Task for TokenClassification {
 
     fn predict(&self, kept: &Kept, answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
         let all = self.of_chunks(kept, &answers);
+        // What any chunk found is replaced, also if an entity of another chunk is published instead.
+        let replaced = match self.redact {
+            true => {
+                let words = places(&kept.spans);
+                all.iter().map(|entity| whole_words(self.published(entity), &words)).collect()
+            }
+            false => Vec::new(),
+        };
         let found = self.in_order(kept, all);
         let entities = found.iter().map(|entity| self.published(entity));
-        entities::write(&kept.text, entities, out)
+        match self.redact {
+            true => entities::write_redacted(&kept.text, replaced, entities, out),
+            false => entities::write(&kept.text, entities, out),
+        }
     }
 
     fn footprint(&self, value: &[u8]) -> usize {
@@ -296,5 +336,24 @@ impl Task for TokenClassification {
         // A generous estimate: every third token is an entity.
         let entities = tokens / 3 * (label + 64);
         chunks * SEQUENCE + self.texts.bytes(tokens) + tokens * size_of::<Span>() + 2 * value.len() + entities
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_word_becomes_the_whole_word() {
+        let whole = |start, end| {
+            let entity = entities::Entity { label: "a", start, end, score: 0.5 };
+            let entity = whole_words(entity, &[0..3, 4..9, 9..10, 12..15]);
+            entity.start..entity.end
+        };
+        assert_eq!(whole(1, 2), 0..3);
+        assert_eq!(whole(4, 9), 4..9);
+        assert_eq!(whole(2, 6), 0..9);
+        assert_eq!(whole(9, 13), 9..15);
+        assert_eq!(whole(10, 12), 10..12);
     }
 }
