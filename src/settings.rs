@@ -240,9 +240,21 @@ pub struct Task {
     /// own instruction, or "Given a web search query, retrieve relevant passages that answer the query").
     #[serde(default)]
     pub instruction: Option<String>,
-    /// zero-shot-classification: the labels, the same for every record.
+    /// zero-shot-classification: the labels, the same for every record. token-classification with a GLiNER model: the
+    /// labels of the entities that it finds, such as person or phone number.
     #[serde(default)]
     pub labels: Vec<String>,
+    /// token-classification with `labels`: the score that an entity must exceed (default: 0.5).
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub threshold: Option<f64>,
+    /// token-classification with `labels`: whether an entity may be within another.
+    #[serde(default)]
+    pub nested: bool,
+    /// token-classification: whether to publish the text with each entity replaced by its label in brackets, such as
+    /// [PERSON], and the entities without their texts.
+    #[serde(default)]
+    pub redact: bool,
     /// zero-shot-classification: JSON Pointer to the record's own labels, an array of texts, used instead of `labels`.
     #[serde(default)]
     pub labels_field: Option<String>,
@@ -250,7 +262,7 @@ pub struct Task {
     #[serde(default = "default_hypothesis")]
     pub hypothesis: String,
     /// zero-shot-classification: whether more than one label may apply. If true, each label has an independent score;
-    /// if false, the scores sum to 1.
+    /// if false, the scores sum to 1. token-classification with `labels`: whether an entity may have several labels.
     #[serde(default)]
     pub multi_label: bool,
     /// similarity: file of candidates, one JSON object per line with `id` and `text`.
@@ -302,6 +314,9 @@ impl Task {
             documents: None,
             instruction: None,
             labels: Vec::new(),
+            threshold: None,
+            nested: false,
+            redact: false,
             labels_field: None,
             hypothesis: default_hypothesis(),
             multi_label: false,

@@ -169,6 +169,28 @@ fn predict_shows_progress_on_a_terminal_alone() {
 }
 
 #[test]
+fn model_show_describes_gliner_with_the_labels_of_the_settings() {
+    let config = bundled();
+    let source = format!("model.source={}", root().join("tests/fixtures/gliner-deberta").display());
+    let set = ["--set", "task.kind=token-classification", "--set", &source];
+    let show = |more: &[&str]| {
+        finish(kandle().args(["model", "show", "-c"]).arg(&config.path).args(set).args(more), b"")
+    };
+    let (code, out, err) = show(&["--set", "task.labels=person,phone number"]);
+    assert_eq!(code, 0, "{err}");
+    let rows: HashMap<&str, &str> = out.lines().map(|l| (l[..14].trim(), l[14..].trim())).collect();
+    assert_eq!(rows["architecture"], "GLiNER on deberta-v2");
+    assert_eq!(rows["labels"], "person, phone number");
+    assert_eq!(rows["max words"], "24, of an entity 4");
+    assert!(
+        rows["max tokens"].starts_with("192, ") && rows["max tokens"].ends_with("of which the labels take")
+    );
+    assert_eq!((rows["parameters"], rows["digest"].len()), ("15180", 64));
+    let (code, _, err) = show(&[]);
+    assert!(code != 0 && err.contains("task.labels: the model is GLiNER"), "{err}");
+}
+
+#[test]
 fn model_show_describes_the_model() {
     let config = bundled();
     let (code, out, err) = finish(kandle().args(["model", "show", "-c"]).arg(&config.path), b"");

@@ -19,6 +19,7 @@ const ENTITIES: Test = ("tasks.rs", "entities_equal_those_of_transformers");
 const PAIRS: Test = ("tasks.rs", "document_scores_equal_those_of_cross_encoders");
 const ANSWERS: Test = ("tasks.rs", "document_scores_equal_those_of_language_models");
 const ZERO_SHOT: Test = ("tasks.rs", "zero_shot_scores_equal_those_of_transformers");
+const LABELLED: Test = ("gliner.rs", "entities_equal_those_of_the_package");
 const CANDIDATES: Test = ("embeddings.rs", "candidates_have_a_prompt_of_their_own");
 
 /// Task, config.json's `model_type`, what it is called, a folder of tests/fixtures, the test that runs it on a CPU in
@@ -47,6 +48,7 @@ const ROWS: &[Row] = &[
     ("token-classification", "albert", "ALBERT", "tokens-albert", ENTITIES, "albert/albert-base-v2"),
     ("token-classification", "bert", "BERT", "tokens-bert", ENTITIES, "dslim/bert-base-NER"),
     ("token-classification", "deberta-v2", "DeBERTa v3", "tokens-deberta", ENTITIES, "iiiorg/piiranha-v1-detect-personal-information"),
+    ("token-classification", "deberta-v2", "GLiNER on DeBERTa v3", "gliner-deberta", LABELLED, "urchade/gliner_medium-v2.1"),
     ("token-classification", "electra", "ELECTRA", "tokens-electra", ENTITIES, "google/electra-base-discriminator"),
     ("token-classification", "modernbert", "ModernBERT", "tokens-modernbert", ENTITIES, "answerdotai/ModernBERT-base"),
     ("token-classification", "mpnet", "MPNet", "tokens-mpnet", ENTITIES, "microsoft/mpnet-base"),
@@ -152,7 +154,9 @@ fn every_task_and_architecture_has_a_row_that_a_test_backs() {
             source.contains(&format!("\"{fixture}\"")),
             "tests/{file} does not use the fixture {fixture}"
         );
-        let config = read(&format!("tests/fixtures/{fixture}/config.json"));
+        // A checkpoint of GLiNER has its own configuration, with that of its encoder in it.
+        let file = if fixture.starts_with("gliner") { "gliner_config.json" } else { "config.json" };
+        let config = read(&format!("tests/fixtures/{fixture}/{file}"));
         let old = root().join(format!("tests/fixtures/{fixture}/config.v4.json"));
         let old = std::fs::read_to_string(old).unwrap_or_default();
         let says = format!("\"model_type\": \"{architecture}\"");

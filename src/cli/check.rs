@@ -232,8 +232,8 @@ fn model(settings: &Settings, lines: &mut Lines) {
         Ok(compute) => {
             let about = compute.about();
             let found = format!(
-                "{}, one forward pass done on {} in {}, digest {}",
-                about.model, about.device, about.dtype, about.digest
+                "{}, {}, one forward pass done on {} in {}, digest {}",
+                about.model, about.architecture, about.device, about.dtype, about.digest
             );
             lines.say(&what, Ok(found));
             labels(settings, lines);

@@ -3,8 +3,11 @@
 use anyhow::{Context, bail};
 
 use crate::cli::output::outln;
-use crate::model::{Checkpoint, Digest, Files, Model, Output, Placement};
-use crate::settings::Loaded;
+use crate::model::text::architecture::Architecture;
+use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement};
+use crate::settings::{Loaded, Settings};
+use crate::task::gliner::load_model;
+use crate::task::text::Source;
 use crate::task::{Kind, suited};
 
 fn files(loaded: &Loaded) -> anyhow::Result<Files> {
@@ -30,6 +33,9 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     crate::telemetry::logging::start(&loaded.settings.log);
     let settings = &loaded.settings;
     let files = files(&loaded)?;
+    if Gliner::is(&files) && Kind::of(settings.task.kind).output == Some(Output::TokenLogits) {
+        return show_gliner(settings);
+    }
     let name = files.name();
     let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
     let output = Kind::of(settings.task.kind).output.context("the task has a model")?;
@@ -38,16 +44,12 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let model = Model::load(files, placement, output)
         .with_context(|| format!("model {name}, whose heads are for {tasks}"))?;
     let a = model.architecture();
-    let heads = match (a.heads.queries, a.heads.keys) {
-        (queries, keys) if queries == keys => format!("{queries} heads"),
-        (queries, keys) => format!("{queries} heads of queries, {keys} of keys"),
-    };
     let mut rows = vec![
         ("model", name),
         ("digest", digest.full().to_owned()),
         ("architecture", a.name.clone()),
         ("tasks", tasks),
-        ("layers", format!("{}, {} wide, {heads}", a.layers.len(), a.hidden)),
+        ("layers", layers(a)),
         ("parameters", model.parameters.to_string()),
         ("dtype", model.placement.dtype_name().to_owned()),
         ("device", model.placement.name.clone()),
@@ -70,8 +72,43 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
             rows.push(("normalized", model.embedding.normalize.to_string()));
         }
     }
+    print(rows);
+    Ok(())
+}
+
+/// The rows of a checkpoint of GLiNER, whose labels are those of the settings.
+fn show_gliner(settings: &Settings) -> anyhow::Result<()> {
+    let source = Source::find(settings)?;
+    let digest = source.digest().full().to_owned();
+    let tasks = suited(&Checkpoint::read(&source.files)?).join(", ");
+    let model = load_model(settings, source)?;
+    let a = model.architecture();
+    print(vec![
+        ("model", model.files.name()),
+        ("digest", digest),
+        ("architecture", format!("GLiNER on {}", a.name)),
+        ("tasks", tasks),
+        ("layers", layers(a)),
+        ("parameters", model.parameters.to_string()),
+        ("dtype", model.placement.dtype_name().to_owned()),
+        ("device", model.placement.name.clone()),
+        ("max tokens", format!("{}, {} of which the labels take", model.max_tokens(), model.prompt_tokens())),
+        ("max words", format!("{}, of an entity {}", model.max_words, model.max_width)),
+        ("labels", settings.task.labels.join(", ")),
+    ]);
+    Ok(())
+}
+
+fn layers(a: &Architecture) -> String {
+    let heads = match (a.heads.queries, a.heads.keys) {
+        (queries, keys) if queries == keys => format!("{queries} heads"),
+        (queries, keys) => format!("{queries} heads of queries, {keys} of keys"),
+    };
+    format!("{}, {} wide, {heads}", a.layers.len(), a.hidden)
+}
+
+fn print(rows: Vec<(&str, String)>) {
     for (name, value) in rows {
         outln!("{name:14}{value}");
     }
-    Ok(())
 }

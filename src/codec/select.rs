@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use super::json::Document;
 use super::{FORMATS, FormatEntry, Value};
 use crate::record::{Fault, RecordError};
-use crate::settings::{Fields, Settings, check_pointer};
+use crate::settings::{self, Fields, Settings, check_pointer};
 
 /// A task's input from one record.
 #[derive(Debug)]
@@ -129,6 +129,19 @@ pub fn needs_members(format: &FormatEntry) -> String {
     format!("needs input.format: {}, not {}", with.join(" or "), format.name)
 }
 
+/// Whether the value at a pointer has some of the text: it is a field of the text, or has one, or is in one.
+fn holds_text(input: &settings::Input, pointer: &str) -> bool {
+    let within =
+        |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let Some(source) = &input.template else {
+        return input.field.0.iter().any(|field| within(field, pointer) || within(pointer, field));
+    };
+    let Ok(template) = Template::new(source) else { return false };
+    let names = template.0.get_template("input").map(|template| template.undeclared_variables(false));
+    let first = pointer.trim_start_matches('/').split('/').next().unwrap_or_default();
+    names.is_ok_and(|names| names.contains(&first.replace("~1", "/").replace("~0", "~")))
+}
+
 /// The problems of the settings that select values: keys and messages. `fields`: members of the task's prediction.
 pub fn problems(settings: &Settings, fields: &[&str]) -> Vec<(&'static str, String)> {
     let (input, include) = (&settings.input, &settings.output.include);
@@ -172,6 +185,12 @@ pub fn problems(settings: &Settings, fields: &[&str]) -> Vec<(&'static str, Stri
         }
     }
     let mut names: Vec<String> = fields.iter().map(|&field| field.to_owned()).collect();
+    if settings.task.redact {
+        names.push("text".to_owned());
+        for pointer in include.iter().filter(|pointer| holds_text(input, pointer)) {
+            problem("output.include", format!("{pointer} has the text, which task.redact must not publish"));
+        }
+    }
     for pointer in include {
         match check_pointer(pointer) {
             Ok(()) if pointer.is_empty() => {

@@ -33,6 +33,8 @@ pub struct About {
     pub kind: TaskKind,
     /// `source@revision`: the `kandle-model` header.
     pub model: String,
+    /// What kind of model it is; `none` without a model.
+    pub architecture: String,
     pub digest: Digest,
     /// `cpu`, `cuda:0` or `metal`; `none` without a model.
     pub device: String,

@@ -4,11 +4,12 @@ use serde_json::Value;
 
 use super::store::{Files, FilesError};
 use super::text::sentence::{TEXT_SETTINGS, module_files};
-use super::text::vocabulary;
+use super::text::{GLINER_CONFIG, vocabulary};
 
 /// Small files that say how a model is used; not every model has each of them.
 const CONFIGURATION: &[&str] = &[
     "config.json",
+    GLINER_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",

@@ -22,8 +22,9 @@ pub use kernels::{Packed, Pooling};
 pub use placement::{Placement, PlacementError};
 pub use store::{Files, FilesError};
 pub use text::{
-    Checkpoint, Embedding, Encoder, Head, Layer, Model, ModelError, NoRoom, Output, PairPrompt, Part, Prompt,
-    Prompts, Scores, Shorten, Span, Spans, TextSettings, TokenizeError, Tokenizer, Tokens,
+    Candidate, Checkpoint, Embedding, Encoder, Gliner, Head, Layer, Model, ModelError, NoRoom, Output,
+    PairPrompt, Part, Place, Prompt, PromptedWords, Prompts, Scores, Shorten, Span, Spans, TextSettings,
+    TokenizeError, Tokenizer, Tokens, Words,
 };
 
 /// The first line of a Candle error; a backtrace may follow it.

@@ -182,6 +182,11 @@ impl Weights {
         floats.map(|entry| entry.shape.iter().product::<usize>()).sum()
     }
 
+    /// The shape of a tensor; `None` if there is none of this name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|entry| entry.shape.as_slice())
+    }
+
     fn entry(&self, name: &str) -> Result<&Entry> {
         match self.tensors.get(name) {
             Some(entry) => Ok(entry),

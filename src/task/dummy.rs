@@ -28,6 +28,7 @@ pub(super) const KIND: Kind = Kind {
         let about = About {
             kind: settings.task.kind,
             model: "letters".to_owned(),
+            architecture: "none".to_owned(),
             digest: Digest::new(None, settings, "none").expect("no files"),
             device: "none".to_owned(),
             dtype: "none".to_owned(),

@@ -2,6 +2,8 @@
 //! into items, and the answers to them into a prediction. Nothing here knows Kafka.
 
 mod encoding;
+mod entities;
+pub mod gliner;
 mod kinds;
 mod prompt;
 mod suited;

@@ -26,6 +26,7 @@ fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>,
     let about = About {
         kind: settings.task.kind,
         model: "noop".to_owned(),
+        architecture: "none".to_owned(),
         digest: Digest::new(None, settings, "none").map_err(files_error)?,
         device: "none".to_owned(),
         dtype: "none".to_owned(),

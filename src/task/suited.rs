@@ -49,6 +49,7 @@ mod tests {
         for (name, tasks) in [
             ("bert", vec!["text-classification"]),
             ("tokens-deberta", vec!["token-classification"]),
+            ("gliner-deberta", vec!["token-classification"]),
             ("nli-xlm-roberta", vec!["text-classification", "zero-shot-classification"]),
             ("pairs-roberta", vec!["reranking", "text-classification"]),
             ("rerank-qwen3", vec!["reranking"]),

@@ -6,8 +6,8 @@ use super::prompt::Choice;
 use super::{Kind, TaskError};
 use crate::codec::Input;
 use crate::compute::{About, Batched, Compute, Pace};
-use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Response, Rows};
-use crate::model::{Digest, Files, Model, Output, Placement, TokenizeError, Tokens};
+use crate::engine::{self, Calibrations, Engine, Limits, Place, Response, Rows};
+use crate::model::{Digest, Files, Model, ModelError, Output, Placement, TokenizeError, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, Overflow, Settings};
 use crate::task::Task;
@@ -22,21 +22,110 @@ pub struct TextModel {
     metrics: Arc<Metrics>,
 }
 
-impl TextModel {
-    /// Loads the model and runs it, so that a model that does not work fails at startup.
-    pub fn load(settings: &Settings, output: Output, metrics: &Arc<Metrics>) -> Result<Self, TaskError> {
-        let name = settings.model.source.clone().unwrap_or_default();
-        let files_error = |error| TaskError::Files { model: name.clone(), error };
+/// What a model is loaded from, and where it will run.
+#[derive(Clone)]
+pub struct Source {
+    pub files: Files,
+    pub placement: Placement,
+    digest: Digest,
+}
+
+impl Source {
+    /// # Errors
+    /// There is no such device, or the model's files cannot be found or read.
+    pub fn find(settings: &Settings) -> Result<Self, TaskError> {
+        let failed = |error| TaskError::Files { model: name_of(settings), error };
         let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
         let (device, dtype) = (&placement.name, placement.dtype_name());
         match &placement.reason {
             Some(reason) => tracing::info!(device, dtype, reason, "device chosen"),
             None => tracing::info!(device, dtype, "using the configured device"),
         }
-        let files = Files::find(&settings.model).map_err(files_error)?;
-        let digest = Digest::new(Some(&files), settings, placement.dtype_name()).map_err(files_error)?;
-        let mut model = Model::load(files, placement, output)
-            .map_err(|error| TaskError::Model { model: name.clone(), error })?;
+        let files = Files::find(&settings.model).map_err(failed)?;
+        let digest = Digest::new(Some(&files), settings, placement.dtype_name()).map_err(failed)?;
+        Ok(Self { files, placement, digest })
+    }
+
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// Describes the model that is loaded from it; its weights take `weight_bytes` on their device.
+    pub fn about(&self, settings: &Settings, architecture: String, weight_bytes: u64) -> About {
+        About {
+            kind: settings.task.kind,
+            model: self.files.name(),
+            architecture,
+            device: self.placement.name.clone(),
+            dtype: self.placement.dtype_name().to_owned(),
+            host_memory: if self.placement.is_cpu() { weight_bytes } else { 0 },
+            digest: self.digest.clone(),
+        }
+    }
+}
+
+/// The model's name in messages.
+fn name_of(settings: &Settings) -> String {
+    settings.model.source.clone().unwrap_or_default()
+}
+
+/// Makes a model's error one of the task.
+pub(super) fn not_loaded(settings: &Settings) -> impl Fn(ModelError) -> TaskError {
+    let model = name_of(settings);
+    move |error| TaskError::Model { model: model.clone(), error }
+}
+
+/// The engine of a model, which has run once, so that a model that does not work fails at startup; and the time that a
+/// token takes it. `longest`: tokens of the longest sequence.
+///
+/// # Errors
+/// The model does not run.
+pub(super) fn start<M: engine::Model>(
+    model: Arc<M>,
+    about: &About,
+    is_cpu: bool,
+    longest: usize,
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+) -> Result<(Engine<M>, Pace), TaskError> {
+    let limits = Limits {
+        max_cost: settings.batch.max_tokens,
+        calibrated: Calibrations::here().and_then(|c| c.get(about.digest.short(), &about.device)),
+        lanes: settings.batch.lanes,
+        timeout: settings.batch.timeout.0,
+        cache: settings.task.cache.map(|bytes| bytes.0),
+    };
+    let place = Place { name: about.device.clone(), is_cpu };
+    let engine = Engine::new(Arc::clone(&model), place, limits, Arc::clone(metrics));
+    let first = |cost| match engine.run(vec![model.sample(cost)]) {
+        Ok(Response { failed, busy, .. }) => match failed.into_iter().next() {
+            None => Ok(busy),
+            Some((_, message)) => Err(TaskError::Forward(message)),
+        },
+        Err(error) => Err(TaskError::Forward(error.to_string())),
+    };
+    first(8)?;
+    // The first run also allocates memory, so only the second is timed.
+    let cost = 128.min(longest);
+    let seconds_per_token = first(cost as u32)?.as_secs_f64() / cost as f64;
+    Ok((engine, Pace::new(seconds_per_token)))
+}
+
+impl TextModel {
+    /// Loads the model and runs it, so that a model that does not work fails at startup.
+    pub fn load(settings: &Settings, output: Output, metrics: &Arc<Metrics>) -> Result<Self, TaskError> {
+        Self::from(Source::find(settings)?, settings, output, metrics)
+    }
+
+    /// Like [`TextModel::load`], with the model's files.
+    pub(super) fn from(
+        source: Source,
+        settings: &Settings,
+        output: Output,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, TaskError> {
+        let (files, placement) = (source.files.clone(), source.placement.clone());
+        let mut model = Model::load(files, placement, output).map_err(not_loaded(settings))?;
         let task = &settings.task;
         model.prompt = Choice {
             text: ("task.prompt", task.prompt.as_deref()),
@@ -44,38 +133,11 @@ impl TextModel {
         }
         .resolve(&model)?;
         let model = Arc::new(model);
-        let placement = &model.placement;
-        let about = About {
-            kind: settings.task.kind,
-            model: model.files.name(),
-            device: placement.name.clone(),
-            dtype: placement.dtype_name().to_owned(),
-            host_memory: if placement.is_cpu() { model.weight_bytes() } else { 0 },
-            digest,
-        };
-        let limits = Limits {
-            max_cost: settings.batch.max_tokens,
-            calibrated: Calibrations::here().and_then(|c| c.get(about.digest.short(), &about.device)),
-            lanes: settings.batch.lanes,
-            timeout: settings.batch.timeout.0,
-            cache: settings.task.cache.map(|bytes| bytes.0),
-        };
-        let place = Place { name: about.device.clone(), is_cpu: placement.is_cpu() };
-        let engine = Engine::new(Arc::clone(&model), place, limits, Arc::clone(metrics));
-        let first = |cost| match engine.run(vec![model.sample(cost)]) {
-            Ok(Response { failed, busy, .. }) => match failed.into_iter().next() {
-                None => Ok(busy),
-                Some((_, message)) => Err(TaskError::Forward(message)),
-            },
-            Err(error) => Err(TaskError::Forward(error.to_string())),
-        };
-        first(8)?;
-        // The first run also allocates memory, so only the second is timed.
-        let cost = 128.min(model.tokenizer.max_tokens());
-        let seconds_per_token = first(cost as u32)?.as_secs_f64() / cost as f64;
+        let about = source.about(settings, model.architecture().name.clone(), model.weight_bytes());
+        let (is_cpu, longest) = (model.placement.is_cpu(), model.tokenizer.max_tokens());
+        let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, settings, metrics)?;
         let overflow = Kind::of(settings.task.kind).overflow(&settings.task);
         let texts = Texts { model, overflow, metrics: Arc::clone(metrics) };
-        let pace = Pace::new(seconds_per_token);
         Ok(Self { about, texts, engine, pace, metrics: Arc::clone(metrics) })
     }
 
@@ -227,17 +289,7 @@ impl Texts {
     /// # Errors
     /// There are not more tokens in a chunk.
     pub fn stride(&self, task: &settings::Task) -> Result<usize, TaskError> {
-        let room = self.model.room();
-        let stride = task.stride.unwrap_or(STRIDE.min(room / 2));
-        match stride < room {
-            true => Ok(stride),
-            false => Err(TaskError::Setting {
-                key: "task.stride",
-                message: format!(
-                    "{stride} is not less than the {room} tokens of a text that the model takes"
-                ),
-            }),
-        }
+        stride(task, self.model.room())
     }
 
     /// Maximum bytes of the tokens and answers of a record whose text is cut into chunks.
@@ -253,6 +305,21 @@ impl Texts {
     /// Bytes of a sequence's tokens and of the answer to it.
     pub fn bytes(&self, tokens: usize) -> usize {
         tokens * size_of::<u32>() + self.model.values(tokens) * size_of::<f32>()
+    }
+}
+
+/// Tokens by which the chunks of a long text overlap, if a chunk has `room` tokens: `task.stride`, or its default.
+///
+/// # Errors
+/// There are not more tokens in a chunk.
+pub(super) fn stride(task: &settings::Task, room: usize) -> Result<usize, TaskError> {
+    let stride = task.stride.unwrap_or(STRIDE.min(room / 2));
+    match stride < room {
+        true => Ok(stride),
+        false => Err(TaskError::Setting {
+            key: "task.stride",
+            message: format!("{stride} is not less than the {room} tokens of a text that the model takes"),
+        }),
     }
 }
 

@@ -1,40 +1,85 @@
 //! token-classification: `{"entities":[{"label":…,"start":…,"end":…,"text":…,"score":…},…]}`. Follows transformers'
 //! `TokenClassificationPipeline`: its aggregations, its words, and how it merges entities of overlapping chunks. Tokens
-//! and entities with the label "O" (outside) are left out.
+//! and entities with the label "O" (outside) are left out. With `task.labels`, the model is [`gliner`] instead.
 
 use std::ops::Range;
-
-use serde::Serialize;
+use std::sync::Arc;
 
 use super::classification::softmax;
-use super::kinds::{Kind, NO_RULES};
-use super::text::{self, SEQUENCE, Texts, not_tokens};
-use super::{Task, TaskError, to_json};
+use super::kinds::{Kind, NEEDS_CHUNKS};
+use super::text::{SEQUENCE, Source, TextModel, Texts, not_tokens};
+use super::{Task, TaskError, entities, gliner};
 use crate::codec::Input;
+use crate::compute::Compute;
 use crate::engine::Rows;
-use crate::model::{Output, Span, Tokens};
+use crate::model::{Gliner, Output, Span, Tokens};
 use crate::record::RecordError;
-use crate::settings::{self, Aggregation, Overflow, TaskKind};
+use crate::settings::{self, Aggregation, Overflow, Settings, TaskKind};
+use crate::telemetry::Metrics;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("token-classification"),
-    prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text",
+    prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text; with `redact`, `{\"text\":…,\"entities\":[…]}`: the text with `[LABEL]` for each entity, and the entities without their texts",
     fields: &["entities"],
-    keys: &["aggregation", "stride", "overflow", "cache"],
+    keys: &[
+        "aggregation",
+        "labels",
+        "threshold",
+        "nested",
+        "multi_label",
+        "redact",
+        "stride",
+        "overflow",
+        "cache",
+    ],
     pointers: &[],
     overflow: &[Overflow::Chunk, Overflow::Truncate, Overflow::DeadLetter],
-    check: |task| match (task.stride, task.overflow) {
-        (Some(_), Some(Overflow::Truncate | Overflow::DeadLetter)) => {
-            vec![("stride", "has no effect without overflow: chunk".to_owned())]
-        }
-        _ => NO_RULES(task),
-    },
+    check,
     output: Some(Output::TokenLogits),
-    load: |settings, metrics| {
-        let task = |texts, _: &_| TokenClassification::new(texts, &settings.task);
-        text::load(settings, Output::TokenLogits, metrics, task)
-    },
+    load,
 };
+
+fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
+    let mut problems = gliner::check(task);
+    if let (Some(_), Some(Overflow::Truncate | Overflow::DeadLetter)) = (task.stride, task.overflow) {
+        problems.push(("stride", NEEDS_CHUNKS.to_owned()));
+    }
+    if !task.redact {
+        return problems;
+    }
+    if task.overflow == Some(Overflow::Truncate) {
+        let message = "truncate is not supported with redact, which would publish the end of a text that the model has \
+                       not read; allowed: chunk, dead_letter";
+        problems.push(("overflow", message.to_owned()));
+    }
+    if task.labels.is_empty() && matches!(task.aggregation, Aggregation::None | Aggregation::Simple) {
+        let message = "with redact, set first, average or max: otherwise parts of words may be left in the text \
+                       (GLiNER needs task.labels instead)";
+        problems.push(("aggregation", message.to_owned()));
+    }
+    problems
+}
+
+/// Loads a token classifier, or GLiNER.
+fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError> {
+    let source = Source::find(settings)?;
+    if Gliner::is(&source.files) {
+        return gliner::load(settings, source, metrics);
+    }
+    let model = TextModel::from(source, settings, Output::TokenLogits, metrics)?;
+    if !settings.task.labels.is_empty() {
+        return Err(TaskError::Setting {
+            key: "task.labels",
+            message: format!(
+                "has no effect on this model, a token classifier with labels of its own ({}): remove the key, or use a \
+                 GLiNER checkpoint",
+                model.texts.model.labels.join(", ")
+            ),
+        });
+    }
+    let task = |texts, _: &_| TokenClassification::new(texts, &settings.task);
+    Ok(Arc::new(model.batched(settings, task)?))
+}
 
 /// Label of tokens that belong to no entity.
 const OUTSIDE: &str = "O";
@@ -42,6 +87,7 @@ const OUTSIDE: &str = "O";
 pub struct TokenClassification {
     texts: Texts,
     aggregation: Aggregation,
+    redact: bool,
     stride: usize,
     labels: Vec<Label>,
 }
@@ -87,25 +133,11 @@ struct Entity {
     score: f32,
 }
 
-#[derive(Serialize)]
-struct Entities<'a> {
-    entities: Vec<Found<'a>>,
-}
-
-#[derive(Serialize)]
-struct Found<'a> {
-    label: &'a str,
-    start: u32,
-    end: u32,
-    text: &'a str,
-    score: f32,
-}
-
 impl TokenClassification {
     fn new(texts: Texts, task: &settings::Task) -> Result<Self, TaskError> {
         let stride = texts.stride(task)?;
         let labels = texts.model.labels.iter().cloned().map(Label::new).collect();
-        Ok(Self { aggregation: task.aggregation, stride, labels, texts })
+        Ok(Self { aggregation: task.aggregation, redact: task.redact, stride, labels, texts })
     }
 
     /// Labels a chunk: one entity per word, or per token if the aggregation ignores words.
@@ -149,8 +181,8 @@ impl TokenClassification {
         }
     }
 
-    /// The entities of all chunks, in the order of the text.
-    fn entities(&self, kept: &Kept, answers: &Rows<'_, f32>) -> Vec<Entity> {
+    /// The entities of each chunk, one chunk after the other.
+    fn of_chunks(&self, kept: &Kept, answers: &Rows<'_, f32>) -> Vec<Entity> {
         let leading = self.texts.model.tokenizer.leading();
         let mut all = Vec::new();
         for (i, (chunk, answer)) in kept.chunks.iter().zip(answers.iter()).enumerate() {
@@ -168,14 +200,25 @@ impl TokenClassification {
             found.retain(|entity| self.name(entity) != OUTSIDE);
             all.extend(found);
         }
+        all
+    }
+
+    /// The entities of all chunks, in the order of the text.
+    fn in_order(&self, kept: &Kept, mut of_chunks: Vec<Entity>) -> Vec<Entity> {
         match self.aggregation {
-            _ if kept.chunks.len() < 2 => all,
+            _ if kept.chunks.len() < 2 => of_chunks,
             Aggregation::None => {
-                all.sort_by_key(|entity| entity.start);
-                all
+                of_chunks.sort_by_key(|entity| entity.start);
+                of_chunks
             }
-            _ => merge(all),
+            _ => merge(of_chunks),
         }
+    }
+
+    /// An entity as it is published.
+    fn published(&self, entity: &Entity) -> entities::Entity<'_> {
+        let Entity { start, end, score, .. } = *entity;
+        entities::Entity { label: self.name(entity), start, end, score }
     }
 }
 
@@ -200,6 +243,20 @@ fn words(spans: &[Span]) -> Vec<Range<usize>> {
         }
     }
     words
+}
+
+/// Offsets of the words.
+fn places(spans: &[Span]) -> Vec<Range<u32>> {
+    words(spans).into_iter().map(|word| spans[word.start].start..spans[word.end - 1].end).collect()
+}
+
+/// Extends an entity to all words that it has a part of: the end of a chunk may be within a word.
+fn whole_words<'a>(entity: entities::Entity<'a>, words: &[Range<u32>]) -> entities::Entity<'a> {
+    let first = words.partition_point(|word| word.end <= entity.start);
+    let last = words.partition_point(|word| word.start < entity.end);
+    let start = words.get(first).map_or(entity.start, |word| word.start.min(entity.start));
+    let end = last.checked_sub(1).map_or(entity.end, |last| words[last].end.max(entity.end));
+    entities::Entity { start, end, ..entity }
 }
 
 fn best(scores: &[f32]) -> (usize, f32) {
@@ -231,31 +288,6 @@ fn merge(mut entities: Vec<Entity>) -> Vec<Entity> {
     merged
 }
 
-/// Slices a text by character positions.
-struct Characters<'t> {
-    text: &'t str,
-    /// Byte offset of each character, then the text's length; empty for ASCII.
-    starts: Vec<usize>,
-}
-
-impl<'t> Characters<'t> {
-    fn of(text: &'t str) -> Self {
-        let starts = match text.is_ascii() {
-            true => Vec::new(),
-            false => text.char_indices().map(|(at, _)| at).chain([text.len()]).collect(),
-        };
-        Self { text, starts }
-    }
-
-    fn between(&self, start: u32, end: u32) -> &'t str {
-        let at = |character: u32| match self.starts.is_empty() {
-            true => character as usize,
-            false => self.starts[character as usize],
-        };
-        &self.text[at(start)..at(end)]
-    }
-}
-
 impl Task for TokenClassification {
     type Item = Tokens;
     type Value = f32;
@@ -278,16 +310,21 @@ impl Task for TokenClassification {
     }
 
     fn predict(&self, kept: &Kept, answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let characters = Characters::of(&kept.text);
-        let found = self.entities(kept, &answers);
-        let entities = found.iter().map(|entity| Found {
-            label: self.name(entity),
-            start: entity.start,
-            end: entity.end,
-            text: characters.between(entity.start, entity.end),
-            score: entity.score,
-        });
-        to_json(&Entities { entities: entities.collect() }, out)
+        let all = self.of_chunks(kept, &answers);
+        // What any chunk found is replaced, also if an entity of another chunk is published instead.
+        let replaced = match self.redact {
+            true => {
+                let words = places(&kept.spans);
+                all.iter().map(|entity| whole_words(self.published(entity), &words)).collect()
+            }
+            false => Vec::new(),
+        };
+        let found = self.in_order(kept, all);
+        let entities = found.iter().map(|entity| self.published(entity));
+        match self.redact {
+            true => entities::write_redacted(&kept.text, replaced, entities, out),
+            false => entities::write(&kept.text, entities, out),
+        }
     }
 
     fn footprint(&self, value: &[u8]) -> usize {
@@ -299,5 +336,24 @@ impl Task for TokenClassification {
         // A generous estimate: every third token is an entity.
         let entities = tokens / 3 * (label + 64);
         chunks * SEQUENCE + self.texts.bytes(tokens) + tokens * size_of::<Span>() + 2 * value.len() + entities
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_word_becomes_the_whole_word() {
+        let whole = |start, end| {
+            let entity = entities::Entity { label: "a", start, end, score: 0.5 };
+            let entity = whole_words(entity, &[0..3, 4..9, 9..10, 12..15]);
+            entity.start..entity.end
+        };
+        assert_eq!(whole(1, 2), 0..3);
+        assert_eq!(whole(4, 9), 4..9);
+        assert_eq!(whole(2, 6), 0..9);
+        assert_eq!(whole(9, 13), 9..15);
+        assert_eq!(whole(10, 12), 10..12);
     }
 }

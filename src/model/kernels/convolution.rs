@@ -28,7 +28,7 @@ impl Convolution {
         let weight = weight.transpose(1, 2)?.reshape((hidden, size * hidden))?;
         let expected =
             expected.map(|e| Expected { mean: e.mean.repeat(size), spread: e.spread.repeat(size) });
-        let linear = Linear::new(
+        let linear = Linear::calibrated(
             &weight,
             Some(vb.get(hidden, "bias")?),
             precision,

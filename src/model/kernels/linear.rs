@@ -70,11 +70,16 @@ impl Linear {
             }
             false => None,
         };
-        Self::new(&weight, bias, precision, calibration)
+        Self::calibrated(&weight, bias, precision, calibration)
     }
 
     /// `weight` is `[out, in]`, `bias` is `[out]`.
-    pub fn new(
+    pub fn new(weight: &Tensor, bias: Option<Tensor>, precision: Option<Precision>) -> Result<Self> {
+        Self::calibrated(weight, bias, precision, None)
+    }
+
+    /// Like [`Linear::new`]; a `calibration` makes int8 more precise.
+    pub fn calibrated(
         weight: &Tensor,
         bias: Option<Tensor>,
         precision: Option<Precision>,

@@ -12,12 +12,14 @@ pub(super) mod cuda;
 mod disentangled;
 mod embed;
 mod linear;
+mod lstm;
 pub mod matmul;
 mod norm;
 mod packed;
 mod pool;
 mod quant;
 mod simd;
+mod spans;
 mod tile;
 mod transfer;
 
@@ -31,10 +33,12 @@ pub use convolution::Convolution;
 pub use disentangled::{Buckets, Disentangled};
 pub use embed::Embedding;
 pub use linear::{Epilogue, Linear};
+pub use lstm::Lstm;
 pub use norm::{Norm, NormKind};
 pub use packed::{Indices, Packed, Run};
 pub use pool::{Pooling, pool};
 pub use quant::{Calibration, Expected, Precision};
+pub use spans::{count_spans, span_logits, spans};
 pub use transfer::{Transfer, upload};
 
 /// The buffer of a [`Workspace`] that an operation writes to, named by its place in a layer. Results that are needed

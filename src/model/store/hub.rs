@@ -8,8 +8,12 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use super::{FilesError, Place};
 use crate::model::manifest;
+use crate::model::text::GLINER_CONFIG;
 use crate::model::text::sentence::module_files;
 use crate::settings;
+
+/// Every model has one of these files.
+const CONFIGS: [&str; 2] = ["config.json", GLINER_CONFIG];
 
 /// A commit's files in the cache.
 struct Snapshot {
@@ -106,7 +110,7 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
     let mut config = None;
     for name in manifest::configuration(there) {
         let path = fetch(&repo, name)?;
-        if name == "config.json" {
+        if CONFIGS.contains(&name) {
             config = Some(path);
         } else if name == "modules.json" {
             for file in module_files(read_json(&path)?.as_ref(), there).map_err(Asked::Refused)? {
@@ -114,7 +118,9 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
             }
         }
     }
-    let Some(config) = config else { return Err(refused(format!("{id}@{revision} has no config.json"))) };
+    let Some(config) = config else {
+        return Err(refused(format!("{id}@{revision} has no {}", CONFIGS.join(" or "))));
+    };
     let weights = manifest::weights(there, |name| read_json(&fetch(&repo, name)?))?;
     let Some(weights) = weights else {
         return Err(refused(format!(
@@ -145,14 +151,15 @@ fn read_json(path: &std::path::Path) -> Result<Option<serde_json::Value>, Asked>
 
 fn cached(cache: &Cache, id: &str, revision: &str) -> Option<Snapshot> {
     let repo = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
-    if let Some(config) = repo.get("config.json") {
+    if let Some(config) = CONFIGS.iter().find_map(|name| repo.get(name)) {
         let directory = config.parent()?.to_owned();
         let commit = directory.file_name()?.to_str()?.to_owned();
         return Some(Snapshot { commit, directory });
     }
     // The revision may be a commit.
     let directory = repo.pointer_path(revision);
-    directory.join("config.json").exists().then(|| Snapshot { commit: revision.to_owned(), directory })
+    let there = CONFIGS.iter().any(|name| directory.join(name).exists());
+    there.then(|| Snapshot { commit: revision.to_owned(), directory })
 }
 
 /// The HTTP status of an error response.

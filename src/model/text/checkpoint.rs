@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_nn::var_builder::SimpleBackend;
 
 use super::architecture::Architecture;
+use super::gliner::Gliner;
 use super::model::{ModelError, label_ids, labels, trained_for};
 use super::question::is_language_model;
 use super::sentence::LogitScore;
@@ -12,11 +13,11 @@ use crate::model::store::{Files, FilesError};
 use crate::model::weights::Weights;
 
 /// The heads of a checkpoint.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Checkpoint {
     /// A classifier of texts.
     pub classifies_texts: bool,
-    /// A classifier of tokens.
+    /// A classifier of tokens, or GLiNER.
     pub classifies_tokens: bool,
     /// A language model that is asked whether a document answers a query.
     pub answers: bool,
@@ -32,6 +33,9 @@ impl Checkpoint {
     /// # Errors
     /// The architecture is not supported, or a file cannot be read.
     pub fn read(files: &Files) -> Result<Self, ModelError> {
+        if Gliner::is(files) {
+            return Ok(Self { classifies_tokens: true, ..Self::default() });
+        }
         let config = files.json("config.json")?;
         let config = config.ok_or_else(|| FilesError::Missing { file: "config.json".to_owned() })?;
         let architecture = Architecture::from_config(&config, files.ignored_keys())?;

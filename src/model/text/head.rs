@@ -78,7 +78,7 @@ impl Head {
             Some(no) => (row(yes)? - row(no)?)?,
             None => row(yes)?,
         };
-        let linear = Linear::new(&weight.to_dtype(table.dtype())?, None, None, None)?;
+        let linear = Linear::new(&weight.to_dtype(table.dtype())?, None, None)?;
         let classifier = Classifier { hidden: None, out: Dense { linear, activation: None, norm: None } };
         Ok(Self { poolings: vec![Pooling::Last], then: Then::Classifier(Box::new(classifier)) })
     }

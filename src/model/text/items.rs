@@ -51,7 +51,7 @@ impl engine::Model for Model {
 }
 
 /// Candle has one error type; the kind is recognised by the driver's error name in the message.
-fn classify(message: &str) -> RunError {
+pub(super) fn classify(message: &str) -> RunError {
     let first = message.lines().next().unwrap_or_default().to_owned();
     let lower = message.to_lowercase();
     if lower.contains("out of memory") || lower.contains("out_of_memory") || lower.contains("alloc_failed") {

@@ -3,6 +3,7 @@
 pub mod architecture;
 mod checkpoint;
 mod encoder;
+mod gliner;
 mod head;
 mod items;
 mod layers;
@@ -15,6 +16,8 @@ mod trunk;
 
 pub use checkpoint::Checkpoint;
 pub use encoder::Encoder;
+pub(super) use gliner::CONFIG as GLINER_CONFIG;
+pub use gliner::{Candidate, Gliner, Place, PromptedWords, Words};
 pub use head::Head;
 pub use model::{Model, ModelError, Output, Prompt, Scores};
 pub use question::Question;

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 
 use super::architecture::{Architecture, ConfigError};
 use super::encoder::Encoder;
+use super::gliner::Gliner;
 use super::head::Head;
 use super::layers::Layers;
 use super::question::{Question, is_language_model};
@@ -143,6 +144,10 @@ pub struct Model {
 impl Model {
     pub fn load(files: Files, placement: Placement, output: Output) -> Result<Self, ModelError> {
         let config = files.json("config.json")?;
+        if config.is_none() && Gliner::is(&files) {
+            let message = "it is a GLiNER model, which is for task.kind: token-classification";
+            return Err(ModelError::Unsupported(message.to_owned()));
+        }
         let config = config.ok_or_else(|| FilesError::Missing { file: "config.json".to_owned() })?;
         let architecture = Architecture::from_config(&config, files.ignored_keys())?;
         // The settings of sentence-transformers do not apply to a classifier of transformers.
@@ -307,22 +312,7 @@ impl Model {
 
     /// Bytes that the weights take on their device.
     pub fn weight_bytes(&self) -> u64 {
-        let whole = self.placement.dtype.size_in_bytes();
-        let quantized = match self.placement.precision {
-            Some(Precision::Int8) => 1,
-            Some(Precision::Bf16) => 2,
-            None => whole,
-        };
-        // Only the matrices of the layers, and before them, are quantized.
-        let a = self.architecture();
-        let of_layer = a.layer_weights();
-        let projection = a.embeddings.projection.map_or(0, |_| a.embeddings.width * a.hidden);
-        let convolution = a.convolution.as_ref().map_or(0, |c| c.size * a.hidden * a.hidden);
-        let layers = a.distinct_layers().count();
-        let quantizable = (layers * of_layer + projection + convolution).min(self.parameters);
-        let (tables, elements) = a.position_tables();
-        let derived = layers * tables * elements;
-        (quantizable * quantized + (self.parameters - quantizable + derived) * whole) as u64
+        weight_bytes(self.architecture(), self.parameters, &self.placement)
     }
 
     /// Number of values per sequence, or per token if the head's output is per token.
@@ -368,6 +358,25 @@ impl Model {
         }
         Ok(answers)
     }
+}
+
+/// Bytes that a model's weights take on their device.
+pub(super) fn weight_bytes(a: &Architecture, parameters: usize, placement: &Placement) -> u64 {
+    let whole = placement.dtype.size_in_bytes();
+    let quantized = match placement.precision {
+        Some(Precision::Int8) => 1,
+        Some(Precision::Bf16) => 2,
+        None => whole,
+    };
+    // Only the matrices of the layers, and before them, are quantized.
+    let of_layer = a.layer_weights();
+    let projection = a.embeddings.projection.map_or(0, |_| a.embeddings.width * a.hidden);
+    let convolution = a.convolution.as_ref().map_or(0, |c| c.size * a.hidden * a.hidden);
+    let layers = a.distinct_layers().count();
+    let quantizable = (layers * of_layer + projection + convolution).min(parameters);
+    let (tables, elements) = a.position_tables();
+    let derived = layers * tables * elements;
+    (quantizable * quantized + (parameters - quantizable + derived) * whole) as u64
 }
 
 /// Refuses a checkpoint that says in config.json's `architectures` that it was trained for another task.

@@ -710,7 +710,7 @@ mod tests {
             (got.iter().enumerate().map(of).sum::<f64>() / got.len() as f64).sqrt()
         };
         let (with, without) = (error(Some(&norm)), error(None));
-        assert!(with < without / 8.0, "{with} is the root mean square error, {without} without smoothing");
+        assert!(with < without / 6.0, "{with} is the root mean square error, {without} without smoothing");
     }
 
     #[test]

@@ -131,6 +131,7 @@ const HARMLESS: &[&str] = &[
     "diversity_penalty",
     "do_sample",
     "early_stopping",
+    "encoder_no_repeat_ngram_size",
     "eos_token_ids",
     "length_penalty",
     "min_length",
@@ -142,6 +143,7 @@ const HARMLESS: &[&str] = &[
     "temperature",
     "top_k",
     "top_p",
+    "typical_p",
     "task_specific_params",
     // ELECTRA: of a head for other tasks.
     "summary_activation",

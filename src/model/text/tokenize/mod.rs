@@ -169,6 +169,29 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Appends the tokens of a word that stands on its own, as the library tokenizes the words of a text that was split
+    /// before. Added tokens are recognised in it, and it may have spaces.
+    ///
+    /// # Errors
+    /// The library fails on the word.
+    pub fn word(&self, word: &str, ids: &mut Vec<u32>) -> Result<(), TokenizeError> {
+        words::append(self.id, word, ids, |word, ids| {
+            ids.extend_from_slice(self.inner.encode_fast(word, false)?.get_ids());
+            Ok(())
+        })
+    }
+
+    /// Adds special tokens to the vocabulary, in this order, behind its other tokens.
+    ///
+    /// # Errors
+    /// The library refuses them.
+    pub fn add_special(&mut self, tokens: &[&str]) -> Result<(), TokenizeError> {
+        let special: Vec<_> = tokens.iter().map(|&token| tokenizers::AddedToken::from(token, true)).collect();
+        self.inner.add_special_tokens(special)?;
+        self.added.extend(tokens.iter().map(|&token| token.to_owned()));
+        Ok(())
+    }
+
     /// How a text may be cut, and the added tokens that it may contain.
     fn cuts_of(&self, text: &str) -> (Cuts, &[String]) {
         let unseen = self.added_in_ascii && !text.is_ascii();
