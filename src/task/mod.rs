@@ -87,6 +87,7 @@ tasks! {
     noop,
     reranking,
     similarity,
+    sparse_embedding,
     token_classification,
     zero_shot,
 }

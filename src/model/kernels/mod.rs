@@ -17,6 +17,7 @@ mod norm;
 mod packed;
 mod pool;
 mod quant;
+mod reduce;
 mod simd;
 mod tile;
 mod transfer;
@@ -35,6 +36,7 @@ pub use norm::{Norm, NormKind};
 pub use packed::{Indices, Packed, Run};
 pub use pool::{Pooling, pool};
 pub use quant::Precision;
+pub use reduce::{Reduction, Saturation};
 pub use transfer::{Transfer, upload};
 
 /// The buffer of a [`Workspace`] that an operation writes to, named by its place in a layer. Results that are needed
