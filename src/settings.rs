@@ -254,9 +254,14 @@ pub struct Task {
     /// if false, the scores sum to 1.
     #[serde(default)]
     pub multi_label: bool,
-    /// similarity: file of candidates, one JSON object per line with `id` and `text`.
+    /// similarity: file of candidates, read at the start: one JSON object per line with `id` and `text`, or their vectors,
+    /// as a matrix in .npy or .safetensors.
     #[serde(default)]
     pub candidates: Option<PathBuf>,
+    /// similarity with candidates that are vectors: file of their ids, one per line, or in the `id` of one JSON object
+    /// per line if its name ends with .jsonl (default: the file's own ids, if it has them, or the rows' numbers from 0).
+    #[serde(default)]
+    pub candidates_ids: Option<PathBuf>,
     /// sparse-embedding: whether the prediction also has the texts of the tokens that `indices` name, as `tokens`.
     #[serde(default)]
     pub tokens: bool,
@@ -310,6 +315,7 @@ impl Task {
             hypothesis: default_hypothesis(),
             multi_label: false,
             candidates: None,
+            candidates_ids: None,
             tokens: false,
             prompt: None,
             prompt_name: None,

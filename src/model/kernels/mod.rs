@@ -13,6 +13,7 @@ mod disentangled;
 mod embed;
 mod linear;
 pub mod matmul;
+pub mod nearest;
 mod norm;
 mod packed;
 mod pool;
