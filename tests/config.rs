@@ -238,6 +238,14 @@ fn rules_between_keys() {
         &["task.prompt_name", "has no effect with prompt: set one of them"],
     );
     one_problem(
+        "task: { kind: similarity, candidates: x.npy, candidates_prompt: a }",
+        &["task.candidates_prompt", "vectors already"],
+    );
+    one_problem(
+        "task: { kind: similarity, candidates: x.jsonl, candidates_ids: y }",
+        &["task.candidates_ids", "have their ids"],
+    );
+    one_problem(
         "task: { kind: similarity, candidates: x, candidates_prompt: a, candidates_prompt_name: b }",
         &["task.candidates_prompt_name", "has no effect with candidates_prompt"],
     );

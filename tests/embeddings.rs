@@ -1,5 +1,5 @@
 //! text-embedding and similarity by their settings, against sentence-transformers (tests/fixtures/make.py): prompts,
-//! dimensions, encodings and chunks.
+//! dimensions, encodings, chunks and files of candidates.
 
 #[path = "support/models.rs"]
 mod models;
@@ -275,4 +275,130 @@ fn candidates_have_a_prompt_of_their_own() {
         error.contains("task.candidates_prompt_name") && error.contains("document, none, query"),
         "{error}"
     );
+}
+
+/// A file of NumPy with rows of f32.
+fn npy(path: &Path, rows: &[Vec<f32>]) {
+    let header = format!(
+        "{{'descr': '<f4', 'fortran_order': False, 'shape': ({}, {}), }}\n",
+        rows.len(),
+        rows.first().map_or(0, Vec::len)
+    );
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    bytes.extend(rows.iter().flatten().flat_map(|x| x.to_le_bytes()));
+    std::fs::write(path, bytes).expect("written");
+}
+
+/// The matches of texts: id and score of each.
+fn matches(model: &Path, set: &[String], texts: &[&str]) -> Vec<Vec<(String, f64)>> {
+    let compute = load("similarity", model, set).expect("a task");
+    let one = |found: &Value| {
+        (found["id"].as_str().expect("an id").to_owned(), found["score"].as_f64().expect("a score"))
+    };
+    let of = |prediction: Value| prediction["matches"].as_array().expect("matches").iter().map(one).collect();
+    predict(&*compute, texts).into_iter().map(of).collect()
+}
+
+#[test]
+fn candidates_may_be_vectors() {
+    let folder = model("dense");
+    let at = |name: &str| folder.path().join(name);
+    let texts: Vec<String> = (0..40).map(|i| format!("invoice {i} late parcel {}", i * 7 % 10)).collect();
+    let vectors: Vec<Vec<f32>> = {
+        let compute = load("text-embedding", folder.path(), &[]).expect("a task");
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        // Vectors of any length: the scores are cosines.
+        embeddings(&*compute, &texts)
+            .iter()
+            .map(|row| floats(row).iter().map(|x| 3.0 * x).collect())
+            .collect()
+    };
+    let lines: Vec<String> =
+        (0..40).map(|i| json!({ "id": format!("#{i}"), "text": texts[i], "more": 1 }).to_string()).collect();
+    std::fs::write(at("texts.jsonl"), lines.join("\n")).expect("written");
+    std::fs::write(at("ids.txt"), (0..40).map(|i| format!("#{i}\n")).collect::<String>()).expect("written");
+    npy(&at("x.npy"), &vectors);
+    let bytes: Vec<u8> = vectors.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
+    let ids: Vec<u8> = (0..40i64).flat_map(|i| (100 + i).to_le_bytes()).collect();
+    let view =
+        |dtype, shape: &[usize], bytes| safetensors::tensor::TensorView::new(dtype, shape.to_vec(), bytes);
+    let tensors = [
+        ("vectors", view(safetensors::Dtype::F32, &[40, 16], &bytes).expect("a tensor")),
+        ("ids", view(safetensors::Dtype::I64, &[40], &ids).expect("a tensor")),
+    ];
+    let file = safetensors::serialize(tensors, None).expect("a file");
+    std::fs::write(at("x.safetensors"), file).expect("written");
+
+    let queries = ["late parcel", "invoice 12", "", "refund please"];
+    let set = |candidates: &str, ids: Option<&str>| {
+        let mut set =
+            vec![format!("task.candidates={}", at(candidates).display()), "task.top_k=7".to_owned()];
+        set.extend(ids.map(|ids| format!("task.candidates_ids={}", at(ids).display())));
+        set
+    };
+    let want = matches(folder.path(), &set("texts.jsonl", None), &queries);
+    for (candidates, ids, name) in [
+        ("x.npy", Some("ids.txt"), (|i| format!("#{i}")) as fn(usize) -> String),
+        ("x.npy", Some("texts.jsonl"), |i| format!("#{i}")),
+        ("x.npy", None, |i| i.to_string()),
+        ("x.safetensors", None, |i| (100 + i).to_string()),
+        ("x.safetensors", Some("ids.txt"), |i| format!("#{i}")),
+    ] {
+        let got = matches(folder.path(), &set(candidates, ids), &queries);
+        for (got, want) in got.iter().zip(&want) {
+            assert_eq!(got.len(), 7);
+            for ((id, score), (of, expected)) in got.iter().zip(want) {
+                let index: usize = of[1..].parse().expect("a number");
+                assert_eq!(*id, name(index), "{candidates}, {ids:?}");
+                assert!((score - expected).abs() < 1e-5, "{score} is not {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_memory_of_candidates_counts() {
+    let folder = model("dense");
+    let path = folder.path().join("x.npy");
+    npy(&path, &vec![vec![1.0; 16]; 100_000]);
+    let of = |kind: &str, set: &[String]| load(kind, folder.path(), set).expect("a task").about().host_memory;
+    let set = [format!("task.candidates={}", path.display())];
+    let more = of("similarity", &set) - of("text-embedding", &[]);
+    if of("text-embedding", &[]) > 0 {
+        assert!((100_000 * 64..100_000 * 66).contains(&more), "{more}");
+    }
+}
+
+#[test]
+fn candidates_that_do_not_fit_are_refused() {
+    let folder = model("dense");
+    let at = |name: &str| folder.path().join(name);
+    let mut rows = vec![vec![1.0; 16]; 5000];
+    npy(&at("good.npy"), &rows);
+    rows[4500][3] = f32::NAN;
+    npy(&at("nan.npy"), &rows);
+    rows[4500] = vec![0.0; 16];
+    npy(&at("zero.npy"), &rows);
+    npy(&at("wide.npy"), &[vec![1.0; 17]]);
+    std::fs::write(at("few.txt"), "a\nb\n").expect("written");
+    std::fs::write(at("same.txt"), "a\n".repeat(5000)).expect("written");
+    std::fs::write(at("no-id.jsonl"), "{\"id\":\"a\"}\n{}\n").expect("written");
+    for (candidates, ids, parts) in [
+        ("wide.npy", None, &["task.candidates", "wide.npy", "17 values", "the model have 16"][..]),
+        ("nan.npy", None, &["nan.npy: row 4500: value 3 is NaN"]),
+        ("zero.npy", None, &["zero.npy: row 4500: all values are 0"]),
+        ("none.npy", None, &["none.npy", "No such file"]),
+        ("good.npy", Some("few.txt"), &["task.candidates_ids", "few.txt: it has 2 ids for 5000 vectors"]),
+        ("good.npy", Some("same.txt"), &["duplicate id \"a\""]),
+        ("good.npy", Some("no-id.jsonl"), &["task.candidates_ids", "no-id.jsonl:2: missing field `id`"]),
+    ] {
+        let mut set = vec![format!("task.candidates={}", at(candidates).display())];
+        set.extend(ids.map(|ids| format!("task.candidates_ids={}", at(ids).display())));
+        let error = load("similarity", folder.path(), &set).err().expect("an error");
+        for part in parts {
+            assert!(error.contains(part), "{part:?} is not in {error:?}");
+        }
+    }
 }

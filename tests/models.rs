@@ -20,6 +20,7 @@ const PAIRS: Test = ("tasks.rs", "document_scores_equal_those_of_cross_encoders"
 const ANSWERS: Test = ("tasks.rs", "document_scores_equal_those_of_language_models");
 const ZERO_SHOT: Test = ("tasks.rs", "zero_shot_scores_equal_those_of_transformers");
 const LABELLED: Test = ("gliner.rs", "entities_equal_those_of_the_package");
+const SPARSE: Test = ("sparse.rs", "vectors_equal_those_of_sentence_transformers");
 const CANDIDATES: Test = ("embeddings.rs", "candidates_have_a_prompt_of_their_own");
 
 /// Task, config.json's `model_type`, what it is called, a folder of tests/fixtures, the test that runs it on a CPU in
@@ -80,6 +81,14 @@ const ROWS: &[Row] = &[
     ("text-embedding", "qwen3", "Qwen3, its own pooling", "embed-qwen3", DECODER_VECTORS, "Qwen/Qwen3-Embedding-0.6B"),
     ("text-embedding", "roberta", "RoBERTa", "roberta", VECTORS, "sentence-transformers/all-distilroberta-v1"),
     ("text-embedding", "xlm-roberta", "XLM-RoBERTa", "xlm-roberta", VECTORS, "intfloat/multilingual-e5-large"),
+    ("sparse-embedding", "albert", "ALBERT", "sparse-albert", SPARSE, "albert/albert-base-v2"),
+    ("sparse-embedding", "bert", "BERT", "sparse-bert", SPARSE, "naver/splade-cocondenser-ensembledistil"),
+    ("sparse-embedding", "distilbert", "DistilBERT", "sparse-distilbert", SPARSE, "opensearch-project/opensearch-neural-sparse-encoding-v2-distill"),
+    ("sparse-embedding", "electra", "ELECTRA", "sparse-electra", SPARSE, "google/electra-base-generator"),
+    ("sparse-embedding", "modernbert", "ModernBERT", "sparse-modernbert", SPARSE, "answerdotai/ModernBERT-base"),
+    ("sparse-embedding", "mpnet", "MPNet", "sparse-mpnet", SPARSE, "microsoft/mpnet-base"),
+    ("sparse-embedding", "roberta", "RoBERTa", "sparse-roberta", SPARSE, "FacebookAI/roberta-base"),
+    ("sparse-embedding", "xlm-roberta", "XLM-RoBERTa, lexical weights", "sparse-m3", SPARSE, "BAAI/bge-m3"),
     ("similarity", "bert", "BERT", "bert", CANDIDATES, "sentence-transformers/all-MiniLM-L6-v2"),
 ];
 

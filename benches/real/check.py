@@ -3,7 +3,7 @@
 
     python3 benches/real/check.py KANDLE FOLDER [MODEL…]
 
-FOLDER is the output of make.py. f32 is compared with sentence-transformers, every other dtype with kandle's f32:
+FOLDER is the output of make.py. A model without modules.json is a sparse encoder. f32 is compared with sentence-transformers, every other dtype with kandle's f32:
 `mean` and `least` are cosines, `neighbours` is the share of each text's ten nearest that are the same. Prints a table in
 Markdown. Exits with 1 if an f32 value is more than 1e-5 off, or another dtype misses its goal.
 """
@@ -17,7 +17,7 @@ import tempfile
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 
 THREADS = len(os.sched_getaffinity(0))
 # The least mean cosine, cosine, and share of equal neighbours.
@@ -25,25 +25,43 @@ GOALS = {"int8": (0.9995, 0.995, 0.97), "bf16": (0.9995, 0.9995, 0.97)}
 F32 = 1e-5
 
 
+def is_sparse(model):
+    return not (model / "modules.json").exists()
+
+
+def texts_of(model):
+    return "zh" if "-zh" in model.name else "mixed" if model.name.startswith("multilingual") else "en"
+
+
 def kandle(binary, model, texts, dtype):
     """The embeddings, `[texts, width]`."""
+    kind = "sparse-embedding" if is_sparse(model) else "text-embedding"
     settings = {
         "kafka": {"brokers": "none:9092"}, "input": {"topics": ["in"], "group": "real", "field": "/text"},
-        "output": {"topic": "out"}, "dead_letters": {"topic": "dead"}, "task": {"kind": "text-embedding"},
+        "output": {"topic": "out"}, "dead_letters": {"topic": "dead"}, "task": {"kind": kind},
         "model": {"source": str(model), "dtype": dtype}, "batch": {"lanes": THREADS}, "log": {"level": "error"}}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(settings, file)
         file.flush()
         command = [binary, "predict", "--strict", "-c", file.name, texts]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return np.array([json.loads(line)["embedding"] for line in done.stdout.splitlines()], dtype=np.float64)
+    predictions = [json.loads(line) for line in done.stdout.splitlines()]
+    if not is_sparse(model):
+        return np.array([one["embedding"] for one in predictions], dtype=np.float64)
+    rows = np.zeros((len(predictions), json.loads((model / "config.json").read_text())["vocab_size"]))
+    for row, one in zip(rows, predictions):
+        row[one["indices"]] = one["values"]
+    return rows
 
 
 def reference(model, texts):
     torch.set_num_threads(THREADS)
     # In f32, whatever the checkpoint's own type is.
-    encoder = SentenceTransformer(str(model), device="cpu", model_kwargs={"dtype": torch.float32})
+    kind = SparseEncoder if is_sparse(model) else SentenceTransformer
+    encoder = kind(str(model), device="cpu", model_kwargs={"dtype": torch.float32})
     lines = [json.loads(line)["text"] for line in texts.open()]
+    if is_sparse(model):
+        return encoder.encode(lines, batch_size=16, show_progress_bar=False).to_dense().numpy().astype(np.float64)
     return encoder.encode(lines, batch_size=16, show_progress_bar=False).astype(np.float64)
 
 
@@ -63,12 +81,12 @@ def same(a, b):
 
 def main():
     binary, folder, names = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3:]
-    models = sorted(path.parent for path in folder.glob("*/modules.json") if not names or path.parent.name in names)
+    models = sorted(path.parent for path in folder.glob("*/config.json") if not names or path.parent.name in names)
     missed = []
     print("| model | texts | dtype | compared with | largest difference | mean | least | neighbours |")
     print("|---|---|---|---|---|---|---|---|")
     for model in models:
-        texts = folder / ("zh.jsonl" if "-zh" in model.name else "en.jsonl")
+        texts = folder / f"{texts_of(model)}.jsonl"
         exact = kandle(binary, model, texts, "f32")
         for dtype in ("f32", *GOALS):
             other, rows = ("sentence-transformers", reference(model, texts)) if dtype == "f32" else ("kandle f32", exact)

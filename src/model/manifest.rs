@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::store::{Files, FilesError};
 use super::text::sentence::{TEXT_SETTINGS, module_files};
+use super::text::sparse::LEXICAL;
 use super::text::{GLINER_CONFIG, vocabulary};
 
 /// Small files that say how a model is used; not every model has each of them.
@@ -22,6 +23,7 @@ const CONFIGURATION: &[&str] = &[
     TEXT_SETTINGS[5],
     TEXT_SETTINGS[6],
     "config_sentence_transformers.json",
+    LEXICAL,
 ];
 
 /// The small files that exist. A vocabulary counts only if the tokenizer is made of it.

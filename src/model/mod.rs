@@ -5,6 +5,7 @@
 //! weights     files to tensors, one at a time
 //! placement   device and precision
 //! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
+//! vectors     files of vectors, for the tasks
 //! kernels     the operations of the layers, on CPUs and GPUs
 //! ```
 
@@ -14,6 +15,7 @@ mod manifest;
 mod placement;
 mod store;
 pub mod text;
+pub mod vectors;
 mod weights;
 
 pub use digest::Digest;

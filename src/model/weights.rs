@@ -272,7 +272,7 @@ impl SimpleBackend for Weights {
 
 /// The file's metadata, and the offset of its first tensor. Format: eight bytes of length, that many bytes of JSON
 /// (<https://github.com/huggingface/safetensors>, "Format").
-fn header(source: &Source) -> std::result::Result<(Metadata, u64), String> {
+pub(super) fn header(source: &Source) -> std::result::Result<(Metadata, u64), String> {
     let text = |error: std::io::Error| error.to_string();
     let mut length = [0; 8];
     source.read_at(0, &mut length).map_err(text)?;
@@ -336,7 +336,7 @@ fn gather(
 }
 
 /// Reads `count` elements of `N` bytes, a piece of the file at a time.
-fn convert<const N: usize>(
+pub(super) fn convert<const N: usize>(
     source: &Source,
     offset: u64,
     count: usize,

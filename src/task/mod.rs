@@ -1,6 +1,7 @@
 //! The tasks. Each is one file, which holds its entry of the table, and one line below. A task turns a decoded record
 //! into items, and the answers to them into a prediction. Nothing here knows Kafka.
 
+mod candidates;
 mod encoding;
 mod entities;
 pub mod gliner;
@@ -47,9 +48,32 @@ pub trait Task: Send + Sync + 'static {
         out: &mut Vec<u8>,
     ) -> Result<(), RecordError>;
 
+    /// Predicts several records, as [`Task::predict`] does one: for tasks that do it better together. Appends the predictions
+    /// in the order of the records and calls `written` after each, with its result.
+    fn predict_all(
+        &self,
+        records: &[(&Self::Kept, Rows<'_, Self::Value>)],
+        out: &mut Vec<u8>,
+        written: &mut Written<'_>,
+    ) {
+        for (kept, answers) in records {
+            let result = self.predict(kept, answers.clone(), out);
+            written(result, out);
+        }
+    }
+
+    /// Bytes of host memory that the task itself takes, beside the model.
+    fn memory(&self) -> usize {
+        0
+    }
+
     /// Approximate bytes that a record takes until it is published, beside its own: items, answers, the prediction.
     fn footprint(&self, value: &[u8]) -> usize;
 }
+
+/// Takes the result of a prediction and the bytes that end with it. After an error it discards what was appended; it may
+/// append more after a success.
+pub type Written<'a> = dyn FnMut(Result<(), RecordError>, &mut Vec<u8>) + 'a;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
@@ -91,6 +115,7 @@ tasks! {
     noop,
     reranking,
     similarity,
+    sparse_embedding,
     token_classification,
     zero_shot,
 }

@@ -1,16 +1,18 @@
-//! similarity: the candidates nearest to a record by cosine, `{"matches":[{"id":…,"score":…},…]}`.
-//! Candidates come from a file of JSON lines (`id`, `text`); the same model embeds them at startup.
+//! similarity: the candidates nearest to a record by cosine, `{"matches":[{"id":…,"score":…},…]}`. Every candidate is
+//! compared: the result is exact. They are loaded at the start.
 
-use std::collections::HashSet;
+use std::borrow::Cow;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use super::candidates::Candidates;
 use super::embedding::{Vectors, normalized, prompt_rule};
 use super::kinds::{CHUNKS, Kind, chunk_rules};
-use super::prompt::Choice;
 use super::text::{self, Chunk, PredictText, TextTask};
-use super::{NUMBER, TaskError, to_json};
+use super::{NUMBER, TaskError, Written, to_json};
 use crate::engine::Engine;
+use crate::model::kernels::nearest::Found;
+use crate::model::vectors::is_file_of_vectors;
 use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, TaskKind};
@@ -22,6 +24,7 @@ pub(super) const KIND: Kind = Kind {
     keys: &[
         "top_k",
         "candidates",
+        "candidates_ids",
         "prompt",
         "prompt_name",
         "candidates_prompt",
@@ -39,10 +42,7 @@ pub(super) const KIND: Kind = Kind {
             ("candidates_prompt", &task.candidates_prompt),
             ("candidates_prompt_name", &task.candidates_prompt_name),
         ));
-        if task.candidates.is_none() {
-            let message = "similarity needs a file of candidates, one {\"id\":…,\"text\":…} per line";
-            problems.push(("candidates", message.to_owned()));
-        }
+        problems.extend(candidates_rules(task));
         problems
     },
     output: Some(Output::Embedding),
@@ -54,58 +54,44 @@ pub(super) const KIND: Kind = Kind {
     },
 };
 
-#[derive(Deserialize)]
-struct Candidate {
-    id: String,
-    text: String,
+fn candidates_rules(task: &settings::Task) -> Vec<(&'static str, String)> {
+    let Some(path) = &task.candidates else {
+        let message = "similarity needs a file of candidates: JSON lines with {\"id\":…,\"text\":…}, or vectors \
+                       in .npy or .safetensors";
+        return vec![("candidates", message.to_owned())];
+    };
+    let mut problems = Vec::new();
+    if is_file_of_vectors(path) {
+        let prompts = [
+            ("candidates_prompt", &task.candidates_prompt),
+            ("candidates_prompt_name", &task.candidates_prompt_name),
+        ];
+        for (key, _) in prompts.into_iter().filter(|(_, prompt)| prompt.is_some()) {
+            problems.push((key, "has no effect on candidates that are vectors already".to_owned()));
+        }
+    } else if task.candidates_ids.is_some() {
+        let message = "has no effect on candidates that are texts, which have their ids in their own file";
+        problems.push(("candidates_ids", message.to_owned()));
+    }
+    problems
 }
 
 pub(super) struct Similarity {
-    ids: Vec<String>,
-    /// `[candidates, width]`, each row scaled to length 1.
-    vectors: Vec<f32>,
+    candidates: Candidates,
     top_k: usize,
+    /// Maximum bytes of a match.
+    match_bytes: usize,
     /// How a record's answers become a vector.
     of_record: Vectors,
 }
 
 impl Similarity {
     pub fn load(model: &Model, engine: &Engine<Model>, task: &settings::Task) -> Result<Self, TaskError> {
-        let path = task.candidates.clone().unwrap_or_default();
-        let wrong = |line: usize, message: String| {
-            TaskError::Candidates(format!("{}:{line}: {message}", path.display()))
-        };
-        let text = std::fs::read_to_string(&path)
-            .map_err(|e| TaskError::Candidates(format!("{}: {e}", path.display())))?;
-        let prompt = Choice {
-            text: ("task.candidates_prompt", task.candidates_prompt.as_deref()),
-            name: ("task.candidates_prompt_name", task.candidates_prompt_name.as_deref()),
-        }
-        .resolve(model)?;
-        let (mut ids, mut tokens, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
-        for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let candidate: Candidate = serde_json::from_str(line).map_err(|e| wrong(i + 1, e.to_string()))?;
-            if !seen.insert(candidate.id.clone()) {
-                return Err(wrong(i + 1, format!("duplicate id {:?}", candidate.id)));
-            }
-            tokens.push(model.prompted(&prompt, &candidate.text).map_err(|e| wrong(i + 1, e.to_string()))?);
-            ids.push(candidate.id);
-        }
-        if ids.is_empty() {
-            return Err(wrong(1, "no candidates".to_owned()));
-        }
-        let response = engine.run(tokens).map_err(|e| TaskError::Forward(e.to_string()))?;
-        if let Some((at, error)) = response.failed.first() {
-            return Err(TaskError::Candidates(format!(
-                "{}: candidate {:?}: {error}",
-                path.display(),
-                ids[*at as usize]
-            )));
-        }
-        let answers = response.answers.rows(0..ids.len());
-        let vectors = answers.iter().flat_map(normalized).collect();
+        let candidates = Candidates::load(model, engine, task)?;
         let of_record = Vectors { normalize: model.embedding.normalize, width: model.width() };
-        Ok(Self { ids, vectors, top_k: task.top_k.unwrap_or(1), of_record })
+        let top_k = task.top_k.unwrap_or(1).min(candidates.len());
+        let match_bytes = candidates.longest_id() + 24 + NUMBER;
+        Ok(Self { candidates, top_k, match_bytes, of_record })
     }
 }
 
@@ -116,31 +102,34 @@ struct Matches<'a> {
 
 #[derive(Serialize)]
 struct Match<'a> {
-    id: &'a str,
+    id: Cow<'a, str>,
     score: f32,
 }
 
 impl PredictText for Similarity {
     fn write(&self, chunks: &[Chunk<'_>], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let row = normalized(&self.of_record.of(chunks));
-        let mut matches: Vec<Match<'_>> = self
-            .vectors
-            .chunks_exact(row.len())
-            .zip(&self.ids)
-            .map(|(candidate, id)| Match { id, score: candidate.iter().zip(&row).map(|(a, b)| a * b).sum() })
-            .collect();
-        let best_first = |a: &Match<'_>, b: &Match<'_>| b.score.total_cmp(&a.score);
-        if self.top_k < matches.len() {
-            matches.select_nth_unstable_by(self.top_k - 1, best_first);
-            matches.truncate(self.top_k);
+        let mut result = Ok(());
+        self.write_all(&[chunks], out, &mut |written, _| result = written);
+        result
+    }
+
+    /// One multiplication for all texts.
+    fn write_all(&self, texts: &[&[Chunk<'_>]], out: &mut Vec<u8>, written: &mut Written<'_>) {
+        let queries: Vec<f32> =
+            texts.iter().flat_map(|chunks| normalized(&self.of_record.of(chunks))).collect();
+        for found in self.candidates.nearest(&queries, self.top_k) {
+            let one = |found: Found| Match { id: self.candidates.id(found.index), score: found.score };
+            let matches = found.into_iter().map(one).collect();
+            let result = to_json(&Matches { matches }, out);
+            written(result, out);
         }
-        // A stable sort: if all candidates are kept, those with equal scores stay in the file's order.
-        matches.sort_by(best_first);
-        to_json(&Matches { matches }, out)
     }
 
     fn bytes(&self) -> usize {
-        let id = self.ids.iter().map(String::len).max().unwrap_or(0) + 24 + NUMBER;
-        16 + self.top_k.min(self.ids.len()) * id
+        16 + self.top_k * self.match_bytes
+    }
+
+    fn memory(&self) -> usize {
+        self.candidates.bytes()
     }
 }

@@ -16,6 +16,7 @@ const NEEDS: &[(&str, Fits)] = &[
     ("reranking", |it| it.answers || it.classifies_texts && it.labels.len() <= 2),
     ("text-embedding", |it| it.embeds),
     ("similarity", |it| it.embeds),
+    ("sparse-embedding", |it| it.embeds_sparsely),
 ];
 
 /// The names of the tasks that a checkpoint is for, in the order of [`KINDS`].
@@ -55,6 +56,9 @@ mod tests {
             ("rerank-qwen3", vec!["reranking"]),
             ("rerank-qwen3-logit-score", vec!["reranking"]),
             ("embed-qwen3", vec!["similarity", "text-embedding"]),
+            ("sparse-roberta", vec!["sparse-embedding"]),
+            ("sparse-bert", vec!["similarity", "sparse-embedding", "text-embedding"]),
+            ("sparse-m3", vec!["similarity", "sparse-embedding", "text-embedding"]),
         ] {
             let mut found = suited(&of(name));
             found.sort();

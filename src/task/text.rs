@@ -10,7 +10,7 @@ use crate::engine::{self, Calibrations, Engine, Limits, Place, Response, Rows};
 use crate::model::{Digest, Files, Model, ModelError, Output, Placement, TokenizeError, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, Overflow, Settings};
-use crate::task::Task;
+use crate::task::{Task, Written};
 use crate::telemetry::Metrics;
 
 /// A text model and its engine.
@@ -149,7 +149,9 @@ impl TextModel {
     ) -> Result<Batched<T, Model>, TaskError> {
         let Self { about, texts, engine, pace, metrics } = self;
         let decoder = Kind::decoder(settings)?;
-        Ok(Batched { about, decoder, task: task(texts, &engine)?, engine, pace, metrics })
+        let task = task(texts, &engine)?;
+        let about = About { host_memory: about.host_memory + task.memory() as u64, ..about };
+        Ok(Batched { about, decoder, task, engine, pace, metrics })
     }
 }
 
@@ -186,8 +188,21 @@ pub trait PredictText: Send + Sync + 'static {
     /// The record is at fault. The caller discards the bytes appended so far.
     fn write(&self, chunks: &[Chunk<'_>], out: &mut Vec<u8>) -> Result<(), RecordError>;
 
+    /// Writes the predictions of several texts, as [`Task::predict_all`] does those of records.
+    fn write_all(&self, texts: &[&[Chunk<'_>]], out: &mut Vec<u8>, written: &mut Written<'_>) {
+        for chunks in texts {
+            let result = self.write(chunks, out);
+            written(result, out);
+        }
+    }
+
     /// Approximate maximum bytes of a prediction.
     fn bytes(&self) -> usize;
+
+    /// As [`Task::memory`].
+    fn memory(&self) -> usize {
+        0
+    }
 }
 
 /// A task whose records ask for one text each.
@@ -231,11 +246,23 @@ impl<P: PredictText> Task for TextTask<P> {
         answers: Rows<'_, f32>,
         out: &mut Vec<u8>,
     ) -> Result<(), RecordError> {
-        if lengths.is_empty() {
-            return self.predict.write(&[Chunk::whole(answers.only())], out);
-        }
-        let chunks = answers.iter().zip(lengths).map(|(answer, &tokens)| Chunk { answer, tokens });
-        self.predict.write(&chunks.collect::<Vec<_>>(), out)
+        self.predict.write(&chunks(lengths, &answers), out)
+    }
+
+    fn predict_all(
+        &self,
+        records: &[(&Box<[u32]>, Rows<'_, f32>)],
+        out: &mut Vec<u8>,
+        written: &mut Written<'_>,
+    ) {
+        let texts: Vec<Vec<Chunk<'_>>> =
+            records.iter().map(|(lengths, answers)| chunks(lengths, answers)).collect();
+        let texts: Vec<&[Chunk<'_>]> = texts.iter().map(Vec::as_slice).collect();
+        self.predict.write_all(&texts, out, written);
+    }
+
+    fn memory(&self) -> usize {
+        self.predict.memory()
     }
 
     fn footprint(&self, value: &[u8]) -> usize {
@@ -244,6 +271,14 @@ impl<P: PredictText> Task for TextTask<P> {
             Some(stride) => self.texts.footprint_of_chunks(value.len(), stride),
         };
         texts + self.predict.bytes()
+    }
+}
+
+/// The answers to a record's text; `lengths` are the numbers of tokens of its chunks, none if it is not cut.
+fn chunks<'a>(lengths: &[u32], answers: &Rows<'a, f32>) -> Vec<Chunk<'a>> {
+    match lengths {
+        [] => vec![Chunk::whole(answers.only())],
+        _ => answers.iter().zip(lengths).map(|(answer, &tokens)| Chunk { answer, tokens }).collect(),
     }
 }
 

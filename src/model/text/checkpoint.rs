@@ -9,6 +9,7 @@ use super::gliner::Gliner;
 use super::model::{ModelError, label_ids, labels, trained_for};
 use super::question::is_language_model;
 use super::sentence::LogitScore;
+use super::sparse::LEXICAL;
 use crate::model::store::{Files, FilesError};
 use crate::model::weights::Weights;
 
@@ -21,8 +22,11 @@ pub struct Checkpoint {
     pub classifies_tokens: bool,
     /// A language model that is asked whether a document answers a query.
     pub answers: bool,
-    /// It embeds texts: its modules.json has a pooling, or it has none of the heads above.
+    /// It embeds texts: its modules.json has a pooling, or it has none of the other heads.
     pub embeds: bool,
+    /// It makes sparse vectors: its modules.json has their pooling, or it has a head for masked language modelling and no
+    /// modules.json, or lexical weights.
+    pub embeds_sparsely: bool,
     /// Label names by index, for a classifier.
     pub labels: Vec<String>,
     /// Index of a classifier's logit by label name.
@@ -52,15 +56,20 @@ impl Checkpoint {
                 None => modules.is_none() && architecture.name == "qwen3",
             };
         // A cross-encoder may have modules too, but none that pools.
-        let mut listed = modules.iter().flat_map(|list| list.as_array().into_iter().flatten());
-        let pools =
-            listed.any(|module| module["type"].as_str().is_some_and(|name| name.ends_with("Pooling")));
+        let list = modules.as_ref().and_then(|modules| modules.as_array()).map_or(&[][..], Vec::as_slice);
+        let types = || list.iter().filter_map(|module| module["type"].as_str());
+        let sparse = types().any(|name| name.ends_with("SpladePooling"));
+        let pools = types().any(|name| name.ends_with("Pooling") && !name.ends_with("SpladePooling"));
+        let masked = architecture.masked_lm.as_ref();
+        let predicts_words =
+            masked.is_some_and(|head| weights.contains_tensor(&format!("{}.weight", head.dense)));
         let labels = labels(&config);
         Ok(Self {
             classifies_texts,
             classifies_tokens,
             answers,
-            embeds: pools || !(classifies_texts || classifies_tokens || answers),
+            embeds: pools || !(classifies_texts || classifies_tokens || answers || sparse),
+            embeds_sparsely: sparse || (predicts_words && modules.is_none()) || files.exists(LEXICAL),
             label_ids: label_ids(&config, &labels),
             labels,
         })

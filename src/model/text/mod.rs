@@ -11,6 +11,7 @@ mod model;
 mod question;
 mod relative;
 pub(super) mod sentence;
+pub(super) mod sparse;
 mod tokenize;
 mod trunk;
 

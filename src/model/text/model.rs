@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::architecture::{Architecture, ConfigError};
 use super::encoder::Encoder;
@@ -12,7 +13,8 @@ use super::gliner::Gliner;
 use super::head::Head;
 use super::layers::Layers;
 use super::question::{Question, is_language_model};
-use super::sentence::{Embedding, TextSettings, cross_encoder_scores};
+use super::sentence::{Embedding, Splade, TextSettings, cross_encoder_scores, prompts_and_limit};
+use super::sparse::{LEXICAL, SparseHead};
 use super::tokenize::{TokenizeError, Tokenizer, Tokens};
 use crate::model::kernels::{Packed, Precision, Transfer};
 use crate::model::message;
@@ -48,6 +50,8 @@ pub enum Output {
     TokenLogits,
     /// One pooled vector per sequence.
     Embedding,
+    /// One sparse vector over the vocabulary per sequence.
+    Sparse,
 }
 
 /// How logits become scores, chosen by config.json's `problem_type` as in transformers' pipeline.
@@ -110,6 +114,18 @@ impl Prompt {
     }
 }
 
+/// Dense rows or sparse vectors.
+enum AnyHead {
+    Rows(Head),
+    Sparse(SparseHead),
+}
+
+/// The answers to a batch, in the order of the token axis.
+enum Answers {
+    Rows(Transfer),
+    Sparse(Vec<Vec<f32>>),
+}
+
 pub struct Model {
     pub files: Files,
     pub placement: Placement,
@@ -128,8 +144,12 @@ pub struct Model {
     pub parameters: usize,
     /// Token ids of a short text, repeated to make the engine's samples.
     pub(super) plain: Vec<u32>,
+    /// How many values a sparse encoder keeps of a vector, if it says so.
+    pub kept: Option<usize>,
     encoder: Encoder,
-    head: Head,
+    head: AnyHead,
+    /// The most values that a sparse vector has had.
+    most: AtomicUsize,
     width: usize,
     /// Tokens with this id at the end of a sequence have no effect.
     padding: Option<u32>,
@@ -157,14 +177,20 @@ impl Model {
                 TextSettings::read(&files, "text-generation")?
             }
             Output::PairLogits => TextSettings::read(&files, "sequence-classification")?,
+            Output::Sparse if files.exists(LEXICAL) => TextSettings::read(&files, "feature-extraction")?,
+            Output::Sparse => TextSettings::read(&files, "fill-mask")?,
             Output::Logits | Output::TokenLogits => TextSettings::default(),
         };
         refuse_another_head(&config, output)?;
         let types = architecture.embeddings.token_type.map_or(0, |(_, count)| count);
         let tokenizer = Tokenizer::load(&files, architecture.max_tokens(), types, text)?;
-        let embedding = match output {
-            Output::Embedding => Embedding::read(&files)?,
-            _ => Embedding::default(),
+        let (embedding, kept) = match output {
+            Output::Embedding => (Embedding::read(&files)?, None),
+            Output::Sparse => {
+                let (prompts, kept) = prompts_and_limit(&files)?;
+                (Embedding { prompts, ..Embedding::default() }, kept)
+            }
+            _ => (Embedding::default(), None),
         };
         let question = match output == Output::PairLogits && is_language_model(&config) {
             true => Some(Question::read(&files, &architecture, &tokenizer)?),
@@ -183,7 +209,7 @@ impl Model {
             None => labels(&config),
         };
         let per_token = output == Output::TokenLogits;
-        if output != Output::Embedding && question.is_none() {
+        if matches!(output, Output::Logits | Output::PairLogits | Output::TokenLogits) && question.is_none() {
             let out = format!("{}.weight", architecture.classifier.out(per_token));
             if !root.contains_tensor(&out) {
                 let what = if per_token { "token" } else { "text" };
@@ -200,7 +226,12 @@ impl Model {
                 let layers = Layers::load(&embedding.layers, width, &files, &placement)?;
                 parameters += layers.parameters;
                 let width = layers.width;
-                (Head::embedding(embedding.poolings.clone(), layers), width)
+                (AnyHead::Rows(Head::embedding(embedding.poolings.clone(), layers)), width)
+            }
+            (Output::Sparse, _) => {
+                let head = sparse_head(&files, &config, &tokenizer, &encoder, &root, &placement)?;
+                parameters += head.extra_parameters(a);
+                (AnyHead::Sparse(head), a.vocabulary)
             }
             (_, Some(Question { yes, no, .. })) => {
                 // Where the file does not say, the default depends on the model's type.
@@ -212,11 +243,11 @@ impl Model {
                         .get((a.vocabulary, a.hidden), "weight")
                         .and_then(|table| Head::answer(&table, *yes, *no)),
                 };
-                (head.map_err(weights)?, 1)
+                (AnyHead::Rows(head.map_err(weights)?), 1)
             }
             (_, None) => {
                 let head = Head::classifier(a, labels.len(), per_token, &root, &vb);
-                (head.map_err(weights)?, labels.len())
+                (AnyHead::Rows(head.map_err(weights)?), labels.len())
             }
         };
         let padding = match (output, &question) {
@@ -248,8 +279,10 @@ impl Model {
             question,
             parameters,
             plain,
+            kept,
             encoder,
             head,
+            most: AtomicUsize::new(0),
             width,
             padding,
             queueing: Mutex::default(),
@@ -312,17 +345,31 @@ impl Model {
 
     /// Bytes that the weights take on their device.
     pub fn weight_bytes(&self) -> u64 {
-        weight_bytes(self.architecture(), self.parameters, &self.placement)
+        // The output layer of a sparse encoder is a copy of the embeddings.
+        let copied = match self.head {
+            AnyHead::Sparse(SparseHead::Vocabulary(_)) => self.architecture().vocabulary_weights(),
+            _ => 0,
+        };
+        weight_bytes(self.architecture(), self.parameters, copied, &self.placement)
     }
 
-    /// Number of values per sequence, or per token if the head's output is per token.
+    /// Number of values per sequence, or per token if the head's output is per token; of a sparse vector, zeros included.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// Number of values in the answer for a sequence of `tokens` tokens.
+    /// Number of values in the answer for a sequence of `tokens` tokens; of a sparse vector, the most so far.
     pub fn values(&self, tokens: usize) -> usize {
-        if self.head.is_per_token() { tokens * self.width } else { self.width }
+        match &self.head {
+            AnyHead::Rows(head) if head.is_per_token() => tokens * self.width,
+            AnyHead::Rows(_) => self.width,
+            AnyHead::Sparse(_) => self.most.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Whether the sparse vector of a long text may be made of those of its chunks.
+    pub fn takes_sparse_chunks(&self) -> bool {
+        matches!(&self.head, AnyHead::Sparse(head) if head.is_maximum())
     }
 
     /// A sequence without the padding at its end, which a causal classifier does not pool, as in transformers. (Of a
@@ -333,7 +380,7 @@ impl Model {
     }
 
     /// One answer per sequence, in the order of the batch: [`Model::width`] values, or that many for each of its
-    /// tokens.
+    /// tokens. Of a sparse vector, it has token ids and values in turn, by increasing id.
     pub fn forward(&self, batch: &[&Tokens]) -> candle_core::Result<Ragged<f32>> {
         let sequences: Vec<_> =
             batch.iter().map(|tokens| (self.pooled(&tokens.ids), tokens.type_ids.as_deref())).collect();
@@ -341,27 +388,49 @@ impl Model {
         let packed = Packed::new(&sequences).skipping(&unpooled);
         let gpu = !self.encoder.device().is_cpu();
         let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
-        let rows = self.encoder.forward(&packed, |hidden, workspace| {
-            Transfer::start(&self.head.forward(hidden, &packed, workspace)?)
+        let answers = self.encoder.forward(&packed, |hidden, workspace| match &self.head {
+            AnyHead::Rows(head) => {
+                Transfer::start(&head.forward(hidden, &packed, workspace)?).map(Answers::Rows)
+            }
+            AnyHead::Sparse(head) => head.forward(hidden, &packed, workspace).map(Answers::Sparse),
         })?;
         drop(turn);
-        let rows = rows.finish()?;
-        let (mut places, mut end) = (vec![0..0; batch.len()], 0);
+        match answers {
+            Answers::Rows(rows) => Ok(self.in_order(&rows.finish()?, &packed)),
+            Answers::Sparse(vectors) => {
+                let most = vectors.iter().map(Vec::len).max().unwrap_or(0);
+                self.most.fetch_max(most, Ordering::Relaxed);
+                let mut places = vec![0; batch.len()];
+                for (place, &i) in packed.order().iter().enumerate() {
+                    places[i] = place;
+                }
+                let mut answers = Ragged::with_capacity(batch.len(), vectors.iter().map(Vec::len).sum());
+                for place in places {
+                    answers.push(&vectors[place]);
+                }
+                Ok(answers)
+            }
+        }
+    }
+
+    /// The answers in a batch's values, sequence after sequence on the token axis, by the order of its input.
+    fn in_order(&self, rows: &[f32], packed: &Packed) -> Ragged<f32> {
+        let (mut places, mut end) = (vec![0..0; packed.order().len()], 0);
         for (&i, length) in packed.order().iter().zip(packed.lengths()) {
             let start = end;
             end += self.values(length);
             places[i] = start..end;
         }
-        let mut answers = Ragged::with_capacity(batch.len(), rows.len());
+        let mut answers = Ragged::with_capacity(places.len(), rows.len());
         for place in places {
             answers.push(&rows[place]);
         }
-        Ok(answers)
+        answers
     }
 }
 
-/// Bytes that a model's weights take on their device.
-pub(super) fn weight_bytes(a: &Architecture, parameters: usize, placement: &Placement) -> u64 {
+/// Bytes that a model's weights take on their device. `copied`: weights of which the head has a copy in another layout.
+pub(super) fn weight_bytes(a: &Architecture, parameters: usize, copied: usize, placement: &Placement) -> u64 {
     let whole = placement.dtype.size_in_bytes();
     let quantized = match placement.precision {
         Some(Precision::Int8) => 1,
@@ -376,7 +445,41 @@ pub(super) fn weight_bytes(a: &Architecture, parameters: usize, placement: &Plac
     let quantizable = (layers * of_layer + projection + convolution).min(parameters);
     let (tables, elements) = a.position_tables();
     let derived = layers * tables * elements;
-    (quantizable * quantized + (parameters - quantizable + derived) * whole) as u64
+    ((quantizable + copied) * quantized + (parameters - quantizable + derived) * whole) as u64
+}
+
+/// The head of a sparse encoder: that of lexical weights, where a file has it, or else that for masked language modelling.
+fn sparse_head(
+    files: &Files,
+    config: &serde_json::Value,
+    tokenizer: &Tokenizer,
+    encoder: &Encoder,
+    root: &VarBuilder<'_>,
+    placement: &Placement,
+) -> Result<SparseHead, ModelError> {
+    let a = encoder.architecture();
+    if files.exists(LEXICAL) {
+        return SparseHead::lexical(a, files, tokenizer, root);
+    }
+    let splade = Splade::read(files)?;
+    let Some(head) = &a.masked_lm else {
+        return Err(ModelError::Unsupported(format!(
+            "kandle does not know the head for masked language modelling of model_type {:?}, which sparse-embedding \
+             needs; supported: albert, bert, camembert, distilbert, electra, modernbert, mpnet, roberta, xlm-roberta",
+            a.name
+        )));
+    };
+    let dense = format!("{}.weight", head.dense);
+    if !root.contains_tensor(&dense) {
+        return Err(ModelError::Unsupported(format!(
+            "it has no head for masked language modelling: its weights have no {dense}, and there is no {LEXICAL}; \
+             sparse-embedding needs a SPLADE model or BGE-M3"
+        )));
+    }
+    let tied = config["tie_word_embeddings"].as_bool().unwrap_or(true);
+    let words = (encoder.word_table(), tied);
+    SparseHead::vocabulary(a, head, splade, root, words, placement.precision)
+        .map_err(|e| ModelError::Weights(message(&e)))
 }
 
 /// Refuses a checkpoint that says in config.json's `architectures` that it was trained for another task.

@@ -7,6 +7,7 @@ mod logit_score;
 mod modules;
 mod pooling;
 mod prompts;
+mod splade;
 
 use serde_json::Value;
 
@@ -15,6 +16,8 @@ use self::modules::Modules;
 pub(super) use self::modules::weights_of;
 pub use self::modules::{Layer, module_files};
 pub use self::prompts::Prompts;
+pub use self::splade::Splade;
+pub(super) use self::splade::prompts_and_limit;
 use super::model::{ModelError, Scores};
 use crate::model::kernels::Pooling;
 use crate::model::store::Files;

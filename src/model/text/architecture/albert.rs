@@ -31,5 +31,13 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         })
         .collect();
     architecture.classifier = Classifier { dense: Some("pooler"), ..bert::classifier() };
+    architecture.masked_lm = Some(MaskedLm {
+        dense: "predictions.dense",
+        dense_bias: true,
+        activation: config.activation("hidden_act", "gelu_new")?,
+        norm: "predictions.LayerNorm",
+        out: "predictions.decoder",
+        biases: &["predictions.decoder.bias", "predictions.bias"],
+    });
     Ok(architecture)
 }

@@ -10,6 +10,14 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
     let first = 0;
     let mut architecture = post_norm(config, &["bert"], first)?;
     architecture.classifier = classifier();
+    architecture.masked_lm = Some(MaskedLm {
+        dense: "cls.predictions.transform.dense",
+        dense_bias: true,
+        activation: config.activation("hidden_act", "gelu")?,
+        norm: "cls.predictions.transform.LayerNorm",
+        out: "cls.predictions.decoder",
+        biases: &["cls.predictions.decoder.bias", "cls.predictions.bias"],
+    });
     Ok(architecture)
 }
 
@@ -110,5 +118,6 @@ pub(super) fn encoder(
             out_bias: true,
             dense_for_tokens: false,
         },
+        masked_lm: None,
     })
 }

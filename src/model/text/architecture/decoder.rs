@@ -68,5 +68,6 @@ pub(super) fn describe(
             out_bias: false,
             dense_for_tokens: false,
         },
+        masked_lm: None,
     })
 }

@@ -66,5 +66,13 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             out_bias: true,
             dense_for_tokens: false,
         },
+        masked_lm: Some(MaskedLm {
+            dense: "vocab_transform",
+            dense_bias: true,
+            activation: config.activation("activation", "gelu")?,
+            norm: "vocab_layer_norm",
+            out: "vocab_projector",
+            biases: &["vocab_projector.bias"],
+        }),
     })
 }

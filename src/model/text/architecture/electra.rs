@@ -11,5 +11,13 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             Some(Projection { name: "embeddings_project", bias: true, before_norm: false });
     }
     architecture.classifier.activation = Activation::Gelu;
+    architecture.masked_lm = Some(MaskedLm {
+        dense: "generator_predictions.dense",
+        dense_bias: true,
+        activation: Activation::Gelu,
+        norm: "generator_predictions.LayerNorm",
+        out: "generator_lm_head",
+        biases: &["generator_lm_head.bias"],
+    });
     Ok(architecture)
 }

@@ -64,6 +64,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         final_norm: None,
         convolution: None,
         classifier: bert::classifier(),
+        masked_lm: None,
     })
 }
 

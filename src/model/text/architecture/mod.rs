@@ -196,6 +196,7 @@ pub struct Architecture {
     pub final_norm: Option<&'static str>,
     pub convolution: Option<LocalConvolution>,
     pub classifier: Classifier,
+    pub masked_lm: Option<MaskedLm>,
 }
 
 /// The heads of a layer's attention.
@@ -332,6 +333,20 @@ pub enum FeedForward {
     Gated(Activation, Gate),
 }
 
+/// The head for masked language modelling: a dense layer from the hidden size to the embeddings' width, its activation
+/// and norm, and an output layer whose weight is the table of embeddings unless `tie_word_embeddings` is false. Tensor
+/// names are without a prefix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MaskedLm {
+    pub dense: &'static str,
+    pub dense_bias: bool,
+    pub activation: Activation,
+    pub norm: &'static str,
+    pub out: &'static str,
+    /// The names of the output layer's bias, today's first; empty if it has none.
+    pub biases: &'static [&'static str],
+}
+
 /// The classification head: the tensors between a pooled sequence, or a token, and its logits.
 #[derive(Debug, Clone)]
 pub struct Classifier {
@@ -408,6 +423,11 @@ impl Architecture {
             FeedForward::Plain(_) => self.intermediate,
             FeedForward::Gated(..) => 2 * self.intermediate,
         }
+    }
+
+    /// Elements of the output layer of a head for masked language modelling.
+    pub fn vocabulary_weights(&self) -> usize {
+        self.vocabulary * self.embeddings.width
     }
 
     /// Elements of a layer's matrices.

@@ -77,6 +77,14 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             out_bias: true,
             dense_for_tokens: true,
         },
+        masked_lm: Some(MaskedLm {
+            dense: "head.dense",
+            dense_bias: config.flag_or("classifier_bias", false),
+            activation: config.activation("classifier_activation", "gelu")?,
+            norm: "head.norm",
+            out: "decoder",
+            biases: if config.flag_or("decoder_bias", true) { &["decoder.bias"] } else { &[] },
+        }),
     })
 }
 

@@ -21,5 +21,6 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
     }
     architecture.relative_bias =
         Some(RelativeBias::Buckets { name: "encoder.relative_attention_bias", buckets, max_distance: 128 });
+    architecture.masked_lm = Some(roberta::masked_lm());
     Ok(architecture)
 }

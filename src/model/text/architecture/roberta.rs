@@ -5,5 +5,19 @@ use super::*;
 
 pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError> {
     let padding = config.get("pad_token_id").as_u64().unwrap_or(1) as usize;
-    bert::post_norm(config, &["roberta"], padding + 1)
+    let mut architecture = bert::post_norm(config, &["roberta"], padding + 1)?;
+    architecture.masked_lm = Some(masked_lm());
+    Ok(architecture)
+}
+
+/// RoBERTa's head for masked language modelling, which MPNet shares. Its activation is no setting.
+pub(super) fn masked_lm() -> MaskedLm {
+    MaskedLm {
+        dense: "lm_head.dense",
+        dense_bias: true,
+        activation: Activation::Gelu,
+        norm: "lm_head.layer_norm",
+        out: "lm_head.decoder",
+        biases: &["lm_head.decoder.bias", "lm_head.bias"],
+    }
 }

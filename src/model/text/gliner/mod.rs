@@ -227,7 +227,7 @@ impl Gliner {
 
     /// Bytes that the weights take on their device.
     pub fn weight_bytes(&self) -> u64 {
-        weight_bytes(self.architecture(), self.parameters, &self.placement)
+        weight_bytes(self.architecture(), self.parameters, 0, &self.placement)
     }
 
     /// Splits a text into words and tokenizes each.

@@ -28,8 +28,8 @@ const KNOWN: [(&str, Contents); 6] = [
     ("Dropout", Contents::Nothing),
 ];
 
-/// The module of rerankers that are language models.
-const LOGIT_SCORE: (&str, Contents) = ("LogitScore", Contents::Config);
+/// The modules of models that give no dense vector: rerankers that are language models, and sparse encoders.
+const OTHERS: [(&str, Contents); 2] = [("LogitScore", Contents::Config), ("SpladePooling", Contents::Config)];
 
 /// The names of a module's weights; the first existing file is used.
 const WEIGHTS: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
@@ -103,7 +103,7 @@ fn list(modules: &Value) -> impl Iterator<Item = Module<'_>> {
 
 impl Module<'_> {
     fn contents(&self) -> Option<Contents> {
-        let all = KNOWN.iter().chain([&LOGIT_SCORE]);
+        let all = KNOWN.iter().chain(&OTHERS);
         all.into_iter().find(|(name, _)| *name == self.name).map(|(_, contents)| *contents)
     }
 
@@ -155,6 +155,21 @@ pub fn module_files(
 pub(super) fn config_file(modules: &Value, name: &str) -> Result<Option<String>, FilesError> {
     let module = list(modules).find(|module| module.name == name && module.kind != name);
     module.map(|module| Ok(format!("{}/config.json", module.folder()?))).transpose()
+}
+
+/// Refuses modules other than the model itself, whose files are beside modules.json, and then `name`.
+pub(super) fn transformer_then(name: &str, task: &str, modules: &Value) -> Result<(), ModelError> {
+    for (at, module) in list(modules).enumerate() {
+        // The older name is that of sparse encoders.
+        let is_model = matches!(module.name, "Transformer" | "MLMTransformer") && module.path.is_empty();
+        if !(at == 0 && is_model || at == 1 && module.name == name) {
+            let what = format!("{} at place {at} in the folder {:?}", module.kind, module.path);
+            let supported =
+                format!("for {task}, a Transformer whose files are beside modules.json, then {name}");
+            return Err(unsupported("modules.json", &what, &supported));
+        }
+    }
+    Ok(())
 }
 
 /// The file with a module's weights.

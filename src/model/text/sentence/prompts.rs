@@ -6,7 +6,7 @@ use super::super::model::ModelError;
 use super::{refuse_others, unsupported};
 use crate::model::store::Files;
 
-const FILE: &str = "config_sentence_transformers.json";
+pub(super) const FILE: &str = "config_sentence_transformers.json";
 
 /// A model's prompts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -18,9 +18,14 @@ pub struct Prompts {
 
 impl Prompts {
     pub(super) fn read(files: &Files) -> Result<Self, ModelError> {
+        Self::read_with(files, &[])
+    }
+
+    /// `more`: keys that the caller reads.
+    pub(super) fn read_with(files: &Files, more: &[&str]) -> Result<Self, ModelError> {
         let config = files.json(FILE)?.unwrap_or_default();
         let known = ["__version__", "model_type", "prompts", "default_prompt_name", "similarity_fn_name"];
-        refuse_others(FILE, &config, &known)?;
+        refuse_others(FILE, &config, &[&known[..], more].concat())?;
         let named = config["prompts"].as_object().into_iter().flatten();
         let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
         let named: BTreeMap<String, String> =

@@ -25,6 +25,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The token of an id, as the vocabulary has it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// # Errors
     /// The text after the document does not begin with a token of its own, or is longer than the model takes.
     pub fn prompt(&self, before: &str, between: &str, after: &str) -> Result<PairPrompt, ModelError> {
