@@ -193,6 +193,8 @@ impl Block {
         let first = heads.all_queries() + heads.all_keys();
         let values = into_qkv.as_ref().map(|expected| Calibration { expected, first });
         let (out, down) = (vb.pp(&layer.attention_out), vb.pp(&layer.down));
+        let qkv = Linear::load_parts(h, a.attention_bias, precision, values, &qkv)?;
+        let attention_out = linear(heads.all_queries(), a.attention_bias, None, &[(out, h)])?;
         let each = a.up() / ups.len();
         let ups: Vec<_> = ups.into_iter().map(|vb| (vb, each)).collect();
         let up = linear(h, a.up_bias, into_up, &ups)?;
@@ -201,9 +203,9 @@ impl Block {
             FeedForward::Gated(activation, gate) => expected.after_gate(activation, gate),
         });
         Ok(Self {
-            qkv: Linear::load_parts(h, a.attention_bias, precision, values, &qkv)?,
+            qkv,
             attention: Attention { norms: pair(&layer.qk_norms, heads.width)?, ..attention },
-            attention_out: linear(heads.all_queries(), a.attention_bias, None, &[(out, h)])?,
+            attention_out,
             attention_norm,
             up,
             down: linear(a.intermediate, a.down_bias, into_down, &[(down, h)])?,
