@@ -13,7 +13,7 @@ pub struct Linear {
     weight: Weight,
     outputs: usize,
     /// Of the outputs.
-    expected: Option<Expected>,
+    expected: Option<Box<Expected>>,
 }
 
 enum Weight {
@@ -95,7 +95,8 @@ impl Linear {
                     None => Panels::new(&weight, bias.as_deref(), inputs, outputs),
                     Some(precision) => {
                         if precision == Precision::Int8 {
-                            expected = calibration.map(|c| c.expected.after_linear(&weight, bias.as_deref()));
+                            expected = calibration
+                                .map(|c| Box::new(c.expected.after_linear(&weight, bias.as_deref())));
                         }
                         Panels::quantized(&weight, bias.as_deref(), inputs, outputs, precision, calibration)
                     }
@@ -108,7 +109,7 @@ impl Linear {
 
     /// The values that the outputs are expected to have; known of int8 if it was known of the inputs.
     pub fn expected(&self) -> Option<&Expected> {
-        self.expected.as_ref()
+        self.expected.as_deref()
     }
 
     /// `[tokens, in]` to `[tokens, out]`. On a CUDA GPU the bias, `[out]`, is returned instead of added: the next
