@@ -34,7 +34,7 @@ pub enum SparseHead {
     Vocabulary(Box<Vocabulary>),
     Lexical {
         /// From a token's hidden state to its weight.
-        weight: Linear,
+        weight: Box<Linear>,
         /// Ids of tokens that are left out: special tokens.
         special: Vec<u32>,
     },
@@ -112,7 +112,7 @@ impl SparseHead {
         let names =
             [("cls_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<pad>"), ("unk_token", "<unk>")];
         let id = |(key, default)| tokenizer.token_id(content(&config[key]).unwrap_or(default));
-        Ok(Self::Lexical { weight, special: names.into_iter().filter_map(id).collect() })
+        Ok(Self::Lexical { weight: Box::new(weight), special: names.into_iter().filter_map(id).collect() })
     }
 
     /// Number of elements of weights that are not in the checkpoint's own files.
