@@ -10,7 +10,7 @@ use kandle::compute::Compute;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use models::{copy, copy_of, fixture, load};
+use models::{copy, copy_of, fixture, golden, load};
 
 /// The fixture `bert` with the modules of a folder of `sentences`.
 fn model(modules: &str) -> tempfile::TempDir {
@@ -40,10 +40,6 @@ fn close(got: &Value, want: &[f32], within: f32, what: &str) {
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         assert!((g - w).abs() <= within, "{what}[{i}]: {g} is not {w} within {within}");
     }
-}
-
-fn golden<T: for<'a> Deserialize<'a>>(model: &Path, file: &str) -> Vec<T> {
-    serde_json::from_slice(&std::fs::read(model.join(file)).expect(file)).expect(file)
 }
 
 #[derive(Deserialize)]

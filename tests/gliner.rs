@@ -10,7 +10,7 @@ use kandle::compute::Compute;
 use kandle::engine::Model;
 use kandle::model::{Candidate, Files, Gliner, Placement, PromptedWords};
 use kandle::settings::{self, DeviceChoice, Dtype, Sources};
-use models::{copy_of, fixture, load, predict};
+use models::{copy_of, fixture, golden, load, predict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -44,11 +44,6 @@ struct Long {
     labels: Vec<String>,
     threshold: f64,
     entities: Vec<Value>,
-}
-
-fn golden<T: for<'a> Deserialize<'a>>(name: &str, file: &str) -> Vec<T> {
-    let text = std::fs::read_to_string(fixture(name).join(file)).expect(file);
-    serde_json::from_str(&text).expect(file)
 }
 
 fn gliner(directory: &Path, labels: &[String], threshold: f32) -> Gliner {
@@ -98,7 +93,7 @@ fn same(got: &[Value], want: &[Value], what: &str) {
 #[test]
 fn scores_of_all_spans_equal_those_of_the_package() {
     for name in FIXTURES {
-        let golden: Vec<Golden> = golden(name, "golden.json");
+        let golden: Vec<Golden> = golden(&fixture(name), "golden.json");
         for part in golden.chunk_by(|a, b| a.labels == b.labels) {
             // All scores are above the threshold.
             let model = gliner(&fixture(name), &part[0].labels, -1.0);
@@ -143,7 +138,7 @@ fn scores_of_all_spans_equal_those_of_the_package() {
 #[test]
 fn entities_equal_those_of_the_package() {
     for name in FIXTURES {
-        for Golden { text, labels, found, .. } in golden::<Golden>(name, "golden.json") {
+        for Golden { text, labels, found, .. } in golden::<Golden>(&fixture(name), "golden.json") {
             for Found { threshold, nested, multi_label, entities: want } in found {
                 let more = [
                     format!("task.threshold={threshold}"),
@@ -164,7 +159,7 @@ fn entities_equal_those_of_the_package() {
 #[test]
 fn the_best_entities_of_chunks_are_kept() {
     for Long { text, labels, threshold, entities: want } in
-        golden::<Long>("gliner-deberta", "golden-long.json")
+        golden::<Long>(&fixture("gliner-deberta"), "golden-long.json")
     {
         let threshold = format!("task.threshold={threshold}");
         let set = set(&labels, &[&threshold, "task.stride=0"]);
@@ -282,7 +277,7 @@ fn a_checkpoint_and_labels_that_do_not_fit_are_refused() {
 /// Everything that scores above the threshold is gone, in texts of one chunk and of several.
 #[test]
 fn redacted_texts_have_none_of_the_entities() {
-    let mut texts: Vec<Golden> = golden("gliner-deberta", "golden.json");
+    let mut texts: Vec<Golden> = golden(&fixture("gliner-deberta"), "golden.json");
     texts.retain(|of| of.words.len() <= MAX_WORDS);
     for Golden { text, labels, words, scores, found } in texts {
         let threshold = found[4].threshold;
@@ -313,7 +308,9 @@ fn redacted_texts_have_none_of_the_entities() {
         let without = names.iter().fold(redacted.to_owned(), |text, name| text.replace(name, ""));
         assert_eq!(without, kept, "{redacted}");
     }
-    for Long { text, labels, threshold, entities } in golden::<Long>("gliner-deberta", "golden-long.json") {
+    for Long { text, labels, threshold, entities } in
+        golden::<Long>(&fixture("gliner-deberta"), "golden-long.json")
+    {
         let set =
             set(&labels, &[&format!("task.threshold={threshold}"), "task.stride=0", "task.redact=true"]);
         let compute = load("token-classification", &fixture("gliner-deberta"), &set).expect("a task");

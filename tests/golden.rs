@@ -44,8 +44,7 @@ struct Golden {
 }
 
 fn golden(name: &str) -> Vec<Golden> {
-    let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
-    serde_json::from_str(&text).expect("golden.json")
+    models::golden(&fixture(name), "golden.json")
 }
 
 /// The CPU, or the device that KANDLE_TEST_DEVICE names.
@@ -248,8 +247,7 @@ fn vectors_of_modules_equal_those_of_sentence_transformers() {
     for name in ["dense", "activations", "poolings", "without-prompt"] {
         let folder = with_modules(name);
         let model = load(folder.path(), Output::Embedding);
-        let text = std::fs::read_to_string(folder.path().join("golden.json")).expect("golden.json");
-        let golden: Vec<Row> = serde_json::from_str(&text).expect("golden.json");
+        let golden: Vec<Row> = models::golden(folder.path(), "golden.json");
         let prompts = &model.embedding.prompts;
         let mut batch = Vec::new();
         for row in &golden {
@@ -571,8 +569,7 @@ const SENTENCEPIECE: [(&str, &str); 4] = [
 #[test]
 fn a_sentencepiece_model_gives_the_tokens_of_transformers() {
     for (name, _) in SENTENCEPIECE {
-        let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
-        let golden: Vec<GoldenIds> = serde_json::from_str(&text).expect("golden.json");
+        let golden: Vec<GoldenIds> = models::golden(&fixture(name), "golden.json");
         for GoldenIds { config, rows } in golden {
             let directory = with_settings(name, &config);
             let tokenizer = tokenizer(directory.path()).expect("a tokenizer");
@@ -851,8 +848,7 @@ fn vectors_of_decoders_equal_those_of_sentence_transformers() {
             (&[pooling][..], true),
             "{name}"
         );
-        let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
-        let golden: Vec<Vectors> = serde_json::from_str(&text).expect("golden.json");
+        let golden: Vec<Vectors> = models::golden(&fixture(name), "golden.json");
         let end = *model.tokens("a").expect("tokens").ids.last().expect("a token");
         let mut truncated = 0;
         for golden in &golden {

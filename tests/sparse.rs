@@ -10,7 +10,7 @@ use kandle::compute::Compute;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use models::{copy_of, fixture, load};
+use models::{copy_of, fixture, golden, load};
 
 /// Each with another head, pooling or activation.
 const MODELS: [&str; 8] = [
@@ -40,11 +40,6 @@ impl Row {
     fn vector(&self) -> Vector {
         self.indices.iter().copied().zip(self.values.iter().copied()).collect()
     }
-}
-
-fn golden(name: &str, file: &str) -> Vec<Row> {
-    let text = std::fs::read(fixture(name).join(file)).expect(file);
-    serde_json::from_slice(&text).expect(file)
 }
 
 fn predict(compute: &dyn Compute, texts: &[&str]) -> Vec<Value> {
@@ -80,7 +75,7 @@ fn task(model: &Path, set: &[&str]) -> Result<std::sync::Arc<dyn Compute>, Strin
 #[test]
 fn vectors_equal_those_of_sentence_transformers() {
     for name in MODELS {
-        let golden = golden(name, "golden.json");
+        let golden: Vec<Row> = golden(&fixture(name), "golden.json");
         for rows in golden.chunk_by(|a, b| a.prompt == b.prompt) {
             let prompt = rows[0].prompt.as_ref().map(|name| format!("task.prompt_name={name}"));
             let set: Vec<&str> = prompt.iter().map(String::as_str).collect();
@@ -100,7 +95,7 @@ fn vectors_equal_those_of_sentence_transformers() {
 #[test]
 fn vectors_of_long_texts_have_the_largest_values_of_their_chunks() {
     for name in ["sparse-bert", "sparse-roberta", "sparse-albert", "sparse-modernbert"] {
-        let golden = golden(name, "chunked.json");
+        let golden: Vec<Row> = golden(&fixture(name), "chunked.json");
         let stride = format!("task.stride={}", golden[0].stride);
         let compute = task(&fixture(name), &["task.overflow=chunk", &stride]).expect("a task");
         let texts: Vec<&str> = golden.iter().map(|row| row.text.as_str()).collect();
@@ -143,7 +138,7 @@ fn lower_precisions_stay_close_to_f32() {
         return;
     }
     for name in ["sparse-bert", "sparse-modernbert", "sparse-m3"] {
-        let mut golden = golden(name, "golden.json");
+        let mut golden: Vec<Row> = golden(&fixture(name), "golden.json");
         golden.retain(|row| row.prompt.is_none());
         let texts: Vec<&str> = golden.iter().map(|row| row.text.as_str()).collect();
         for (dtype, least) in [("int8", 0.98), ("bf16", 0.999)] {

@@ -14,8 +14,7 @@ use serde_json::{Value, json};
 use models::{copy_of, fixture, load, predict};
 
 fn golden<T: for<'a> Deserialize<'a>>(name: &str) -> Vec<T> {
-    let text = std::fs::read_to_string(fixture(name).join("golden.json")).expect("golden.json");
-    serde_json::from_str(&text).expect("golden.json")
+    models::golden(&fixture(name), "golden.json")
 }
 
 /// The prediction of each record; asserts that it is the same alone and among the others.

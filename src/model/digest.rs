@@ -7,12 +7,10 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::Read;
-use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
-use super::store::{Files, FilesError};
+use super::store::{Files, FilesError, sha256};
 use crate::settings::Settings;
 
 /// 64 hex digits; shown as the first 16 everywhere except in `model show`.
@@ -36,8 +34,9 @@ impl Digest {
         ];
         for (key, path) in files {
             let Some(path) = path else { continue };
-            let hash =
-                sha256(path).map_err(|error| FilesError::Io { file: path.display().to_string(), error })?;
+            let hash = File::open(path)
+                .and_then(sha256)
+                .map_err(|error| FilesError::Io { file: path.display().to_string(), error })?;
             lines.push(format!("{key} {}", hex(&hash)));
         }
         let (mut task, input) = (settings.task.set_keys(), &settings.input);
@@ -69,18 +68,6 @@ impl Digest {
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.short())
-    }
-}
-
-/// The hash of a file, which may be larger than the memory.
-fn sha256(path: &Path) -> std::io::Result<Vec<u8>> {
-    let (mut file, mut hasher) = (File::open(path)?, Sha256::new());
-    let mut piece = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut piece)? {
-            0 => return Ok(hasher.finalize().to_vec()),
-            count => hasher.update(&piece[..count]),
-        }
     }
 }
 

@@ -2,11 +2,12 @@
 //! package's `predict_entities`: spans of words whose score is above the threshold, the best ones first, without those
 //! that overlap a better one.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::entities::{self, Entity};
+use super::kinds::labels_rule;
 use super::text::{SEQUENCE, Source, not_loaded, not_tokens, start, stride};
 use super::{Kind, Task, TaskError};
 use crate::codec::Input;
@@ -39,10 +40,7 @@ pub(super) fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
     if task.labels.iter().any(|label| label.trim().is_empty()) {
         problems.push(("labels", "one of them is empty".to_owned()));
     }
-    let mut seen = HashSet::new();
-    if let Some(twice) = task.labels.iter().find(|label| !seen.insert(*label)) {
-        problems.push(("labels", format!("{twice:?} is named twice")));
-    }
+    problems.extend(labels_rule(task));
     problems
 }
 

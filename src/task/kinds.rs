@@ -2,6 +2,7 @@
 //! `model show`, the README's table and the names that `output.include` may not use come from it.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::sync::{Arc, LazyLock};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -83,6 +84,18 @@ impl Kind {
         let pointer = |key: &&str| set.get(*key).and_then(|value| value.as_str()).map(str::to_owned);
         self.pointers.iter().filter_map(pointer).collect()
     }
+}
+
+/// For tasks whose labels the settings name: a label may be named once.
+pub(super) fn labels_rule(task: &Task) -> Option<(&'static str, String)> {
+    let twice = twice(task.labels.iter().map(String::as_str))?;
+    Some(("labels", format!("{twice:?} is named twice")))
+}
+
+/// The first label that is there twice.
+pub(super) fn twice<'a>(labels: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let mut seen = HashSet::new();
+    labels.into_iter().find(|label| !seen.insert(*label))
 }
 
 static NAMES: LazyLock<Vec<&'static str>> =

@@ -3,10 +3,10 @@
 //! about each label (natural language inference), as transformers' `ZeroShotClassificationPipeline` does.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use super::classification::{self, softmax};
-use super::kinds::{BEGINNING, Kind};
+use super::kinds::{BEGINNING, Kind, labels_rule, twice};
 use super::text::{self, SEQUENCE, Texts, not_tokens};
 use super::{Task, TaskError};
 use crate::codec::{Input, json};
@@ -46,18 +46,11 @@ fn check(task: &settings::Task) -> Vec<(&'static str, String)> {
         }
         _ => {}
     }
-    if let Some(twice) = twice(task.labels.iter().map(String::as_str)) {
-        problems.push(("labels", format!("{twice:?} is named twice")));
-    }
+    problems.extend(labels_rule(task));
     if !task.hypothesis.contains(PLACE) {
         problems.push(("hypothesis", "has no {}, the placeholder for the label".to_owned()));
     }
     problems
-}
-
-fn twice<'a>(labels: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let mut seen = HashSet::new();
-    labels.into_iter().find(|label| !seen.insert(*label))
 }
 
 pub struct ZeroShot {

@@ -14,6 +14,7 @@ use kandle::settings::{self, Sources};
 use kandle::task;
 use kandle::telemetry::Metrics;
 use kandle::window::{ClosedBy, Gatherer, Limits};
+use serde::Deserialize;
 use serde_json::Value;
 
 pub fn fixture(name: &str) -> PathBuf {
@@ -38,6 +39,11 @@ pub fn copy_of(name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder");
     copy(&fixture(name), folder.path());
     folder
+}
+
+/// A reference library's results, in a file of a model's folder.
+pub fn golden<T: for<'a> Deserialize<'a>>(model: &Path, file: &str) -> Vec<T> {
+    serde_json::from_slice(&std::fs::read(model.join(file)).expect(file)).expect(file)
 }
 
 /// Loads a task with its model; `set` is added to the usual settings.

@@ -200,22 +200,10 @@ impl Files {
     /// # Errors
     /// As [`Files::open`].
     pub fn sha256(&self, name: &str) -> Result<[u8; 32], FilesError> {
-        let mut hash = Sha256::new();
         match self.open(name)? {
-            Source::Memory(bytes) => hash.update(bytes),
-            Source::File(mut file) => {
-                let mut piece = vec![0; 1 << 20];
-                loop {
-                    match file.read(&mut piece) {
-                        Ok(0) => break,
-                        Ok(count) => hash.update(&piece[..count]),
-                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                        Err(error) => return Err(io(name, error)),
-                    }
-                }
-            }
+            Source::Memory(bytes) => Ok(Sha256::digest(bytes).into()),
+            Source::File(file) => sha256(file).map_err(|error| io(name, error)),
         }
-        Ok(hash.finalize().into())
     }
 
     /// The names of all files, including those one folder down, for messages.
@@ -229,6 +217,19 @@ impl Files {
             .collect();
         names.sort();
         names
+    }
+}
+
+/// The hash of what is read, a piece at a time: it may be larger than the memory.
+pub(super) fn sha256(mut reader: impl Read) -> std::io::Result<[u8; 32]> {
+    let (mut hash, mut piece) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match reader.read(&mut piece) {
+            Ok(0) => return Ok(hash.finalize().into()),
+            Ok(count) => hash.update(&piece[..count]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Text models as [`engine::Model`]: their items are token sequences.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, Hash, RandomState};
 use std::sync::LazyLock;
 
 use super::{Model, Tokens};
@@ -17,10 +17,14 @@ impl Item for Tokens {
     }
 
     fn key(&self) -> Option<u128> {
-        let [high, low] =
-            HASHES.each_ref().map(|state| state.hash_one((&self.ids, &self.type_ids, self.unpooled)));
-        Some(u128::from(high) << 64 | u128::from(low))
+        Some(key((&self.ids, &self.type_ids, self.unpooled)))
     }
+}
+
+/// The [`Item::key`] of what an item contains.
+pub(super) fn key(content: impl Hash) -> u128 {
+    let [high, low] = HASHES.each_ref().map(|state| state.hash_one(&content));
+    u128::from(high) << 64 | u128::from(low)
 }
 
 impl engine::Model for Model {

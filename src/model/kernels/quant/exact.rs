@@ -9,6 +9,8 @@
 //!   the weights before they were quantized would be wrong: most inputs are far from the zero point, on one side of it,
 //!   and their products' errors would not cancel.)
 
+use std::borrow::Cow;
+
 use aligned_vec::AVec;
 
 use super::super::activation::{Activation, Gate, activate_columns};
@@ -111,14 +113,15 @@ pub(super) struct Exact {
 }
 
 impl Exact {
-    /// Splits a layer's `weight`, `[outputs, inputs]`: returns the weights to be quantized, and what is left in f32.
-    pub fn split(
-        weight: &[f32],
+    /// Splits a layer's `weight`, `[outputs, inputs]`: returns the weights to be quantized with the grid of each output, and
+    /// what is left in f32.
+    pub fn split<'a>(
+        weight: &'a [f32],
         inputs: usize,
         calibration: Option<Calibration<'_>>,
         width: usize,
-    ) -> (Vec<f32>, Self) {
-        let mut quantized = weight.to_vec();
+    ) -> (Cow<'a, [f32]>, Vec<Grid>, Self) {
+        let mut quantized = Cow::Borrowed(weight);
         let (factors, kept) = match calibration {
             Some(Calibration { expected, first }) => {
                 smoothing(&weight[first * inputs..], inputs, &expected.sizes())
@@ -126,7 +129,7 @@ impl Exact {
             None => (Vec::new(), Vec::new()),
         };
         if !factors.is_empty() {
-            for row in quantized.chunks_mut(inputs) {
+            for row in quantized.to_mut().chunks_mut(inputs) {
                 for (weight, factor) in row.iter_mut().zip(&factors) {
                     *weight = if *factor == 0.0 { 0.0 } else { *weight / factor };
                 }
@@ -138,8 +141,9 @@ impl Exact {
                 .map(|output| if output < outputs { of(output) } else { 0.0 })
                 .collect::<Vec<_>>()
         };
-        let sums: Vec<f32> =
-            quantized.chunks(inputs).map(|row| Grid::symmetric(vector::range(row)).sum(row)).collect();
+        let grids: Vec<Grid> =
+            quantized.chunks(inputs).map(|row| Grid::symmetric(vector::range(row))).collect();
+        let sums: Vec<f32> = quantized.chunks(inputs).zip(&grids).map(|(row, grid)| grid.sum(row)).collect();
         let mut panels = AVec::new(0);
         for column in (0..outputs).step_by(width) {
             panels.extend_from_slice(&columns(&|output| sums[output], column));
@@ -147,7 +151,7 @@ impl Exact {
                 panels.extend_from_slice(&columns(&|output| weight[output * inputs + input], column));
             }
         }
-        (quantized, Self { factors, kept, panels })
+        (quantized, grids, Self { factors, kept, panels })
     }
 
     /// Inputs of the part in f32: the zero point, and the kept inputs.

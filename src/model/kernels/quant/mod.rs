@@ -210,6 +210,9 @@ struct Grid {
 }
 
 impl Grid {
+    /// That of bf16, which has none.
+    const UNUSED: Self = Self { zero: 0.0, scale: 1.0 };
+
     /// For values from `low` to `high`; all NaN if one of them is.
     fn over((low, high): (f32, f32)) -> Self {
         Self { zero: (low + high) / 2.0, scale: (high - low) / 254.0 }
@@ -271,20 +274,20 @@ impl Quantized {
     ) -> Self {
         let shape = kernel.shape();
         let Shape { group, width, encoding, .. } = shape;
-        let (weight, exact) = match encoding.precision() {
+        let (weight, grids, exact) = match encoding.precision() {
             Precision::Int8 => {
-                let (weight, exact) = Exact::split(weight, inputs, calibration, width);
-                (Cow::Owned(weight), Some(exact))
+                let (weight, grids, exact) = Exact::split(weight, inputs, calibration, width);
+                (weight, grids, Some(exact))
             }
-            Precision::Bf16 => (Cow::Borrowed(weight), None),
+            Precision::Bf16 => (Cow::Borrowed(weight), vec![Grid::UNUSED; outputs], None),
         };
         let depth = encoding.precision().depth(inputs);
         let columns = outputs.next_multiple_of(width);
         let groups = inputs.div_ceil(group).next_multiple_of(LINE);
         let mut scales = vec![0.0; columns];
         let mut codes = vec![0; columns * groups];
-        for ((weight, codes), scale) in weight.chunks(inputs).zip(codes.chunks_mut(groups)).zip(&mut scales) {
-            let grid = Grid::symmetric(vector::range(weight));
+        let rows = weight.chunks(inputs).zip(grids).zip(codes.chunks_mut(groups));
+        for (((weight, grid), codes), scale) in rows.zip(&mut scales) {
             *scale = grid.scale;
             kernel.encode(encoding, weight, grid, codes.as_chunks_mut().0.iter_mut());
             if encoding == Encoding::Quads {
@@ -369,10 +372,9 @@ impl Quantized {
         let shape = self.kernel.shape();
         rows.start(shape.groups(self.inputs), shape.height);
         let Some(part) = &self.exact else {
-            let unused = Grid { zero: 0.0, scale: 1.0 };
             return x
                 .chunks(self.inputs)
-                .for_each(|x| self.kernel.encode(shape.encoding, x, unused, rows.lines()));
+                .for_each(|x| self.kernel.encode(shape.encoding, x, Grid::UNUSED, rows.lines()));
         };
         scales.clear();
         exact.start(part.inputs(), shape.exact_height);

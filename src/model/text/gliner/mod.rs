@@ -10,9 +10,8 @@ mod config;
 mod head;
 mod words;
 
-use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
-use std::sync::{LazyLock, Mutex};
+use std::sync::Mutex;
 
 use candle_nn::VarBuilder;
 
@@ -22,7 +21,7 @@ use self::head::{Head, Rows};
 pub use self::words::{Place, Words};
 use super::architecture::{Architecture, Positions};
 use super::encoder::Encoder;
-use super::items::classify;
+use super::items::{classify, key};
 use super::model::{ModelError, weight_bytes};
 use super::sentence::TextSettings;
 use super::tokenize::{TokenizeError, Tokenizer};
@@ -48,17 +47,13 @@ pub struct PromptedWords {
     firsts: Vec<u32>,
 }
 
-/// Two independent hashes with random keys, so that nobody can craft two inputs with the same [`Item::key`].
-static HASHES: LazyLock<[RandomState; 2]> = LazyLock::new(|| [RandomState::new(), RandomState::new()]);
-
 impl Item for PromptedWords {
     fn cost(&self) -> u32 {
         self.ids.len() as u32
     }
 
     fn key(&self) -> Option<u128> {
-        let [high, low] = HASHES.each_ref().map(|state| state.hash_one((&self.ids, &self.firsts)));
-        Some(u128::from(high) << 64 | u128::from(low))
+        Some(key((&self.ids, &self.firsts)))
     }
 }
 
