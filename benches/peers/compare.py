@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Compares kandle with other ways to embed a file of texts: in turns, medians, ratios within each turn.
 
-    python3 benches/peers/compare.py KANDLE FOLDER [--rounds N] [--threads N] [--models a,b] [--texts a,b] [--output FILE]
+    python3 benches/peers/compare.py KANDLE FOLDER [--rounds N] [--threads N] [--models a,b] [--texts a,b]
+        [--engines "onnxruntime f32,…"] [--dtypes f32,…] [--output FILE]
 
 KANDLE is the binary, FOLDER the output of make.py. Every peer runs at the batch size that was the fastest of
 several in its first turn. Prints a table in Markdown; --output keeps every run as JSON, --plot draws it.
@@ -20,10 +21,8 @@ PEERS = [("torch", "f32"), ("torch", "bf16"), ("onnxruntime", "f32"), ("onnxrunt
          ("openvino", "bf16")] + ([("tei", "f32")] if "TEI" in os.environ else [])
 # bfloat16 only if the processor has it: otherwise it is emulated, ten times slower, or computed as f32.
 HAS_BF16 = any(name in pathlib.Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
-# Hidden size, layers, intermediate size: they give the cost of a token.
-SHAPES = {"minilm": (384, 6, 1536), "base": (768, 12, 3072)}
-# Share of the texts: a BERT-base forward costs eight times as much, and fewer texts give the same result.
-SHARE = {"minilm": 1.0, "base": 0.1}
+# Share of the texts: a forward in the shape of BERT-base costs eight times as much, and fewer texts give the same result.
+BASE_SHARE = 0.1
 
 
 def command(args, engine, dtype, model, texts, batch, output):
@@ -70,9 +69,10 @@ def peak(dtype, threads):
     return float(done.stdout) if done.returncode == 0 else float("nan")
 
 
-def operations(model, lengths):
-    """Operations of all matrix multiplications over texts of these lengths: by weights, and in attention (QKᵀ and PV)."""
-    hidden, layers, inner = SHAPES[model]
+def operations(config, lengths):
+    """Operations of all matrix multiplications that BERT needs in this shape over texts of these lengths: by weights, and in
+    attention (QKᵀ and PV)."""
+    hidden, layers, inner = (config[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     return sum(layers * (2 * n * (4 * hidden ** 2 + 2 * hidden * inner) + 4 * n * n * hidden) for n in lengths)
 
 
@@ -84,24 +84,29 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", default="minilm,base")
     parser.add_argument("--texts", default="short,long,mixed")
+    parser.add_argument("--engines", default=",".join(map(" ".join, PEERS)))
+    parser.add_argument("--dtypes", default="f32,bf16,int8")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
     results = []
-    peaks = {dtype: peak(dtype, args.threads) for dtype in ("f32", "bf16", "int8") if HAS_BF16 or dtype != "bf16"}
+    dtypes = dict.fromkeys([*args.dtypes.split(","), *(engine.split()[1] for engine in args.engines.split(","))])
+    peaks = {dtype: peak(dtype, args.threads) for dtype in dtypes if HAS_BF16 or dtype != "bf16"}
     print("peak rate of a matrix multiplication by torch:", ", ".join(f"{d} {p / 1e9:,.0f} GFLOP/s" for d, p in peaks.items()))
     from tokenizers import Tokenizer
     for model in args.models.split(","):
         for name in args.texts.split(","):
             lines = (args.folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
-            lines = lines[:max(20, int(len(lines) * SHARE[model]))]
+            config = json.loads((args.folder / model / "config.json").read_text())
+            lines = lines[:max(20, int(len(lines) * (BASE_SHARE if config["hidden_size"] > 384 else 1)))]
             texts = args.folder / f"run.{name}.jsonl"
             texts.write_text("".join(lines))
             tokenizer = Tokenizer.from_file(str(args.folder / model / "tokenizer.json"))
             tokenizer.no_padding()
             texts_read = [json.loads(line)["text"] for line in lines]
-            work = operations(model, [len(e.ids) for e in tokenizer.encode_batch(texts_read)])
-            engines = [("kandle", dtype) for dtype in ("f32", "bf16", "int8")] + PEERS
+            work = operations(config, [len(e.ids) for e in tokenizer.encode_batch(texts_read)])
+            engines = [("kandle", dtype) for dtype in args.dtypes.split(",")]
+            engines += [tuple(engine.split()) for engine in args.engines.split(",")]
             engines = [(engine, dtype) for engine, dtype in engines if HAS_BF16 or dtype != "bf16"]
             rounds, batches, cosines = {e: [] for e in engines}, {}, {}
             for turn in range(args.rounds):

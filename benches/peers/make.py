@@ -6,8 +6,9 @@
 Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): the cost of
 a forward does not depend on the weights. `modernbert` has six layers of ModernBERT-base, for scripts/gpu-check.sh: RoPE,
 and in some layers a sliding window of 64 tokens to each side. `qwen3` has four layers of Qwen3-Embedding-0.6B. `deberta`
-is DeBERTa v3 in the shape of `base`: the two differ by the terms of attention. `pairs` is a cross-encoder in the shape of
-ms-marco-MiniLM-L6-v2. Without MODEL, all but `large`, `qwen3` and `deberta`.
+is DeBERTa v3 in the shape of `base`: the two differ by the terms of attention. `albert`, `electra`, `jina` and `mpnet` have
+that shape too; `-tiny` after any of the five names is the shape of `minilm`, for benches/encoders.sh. `pairs` is a
+cross-encoder in the shape of ms-marco-MiniLM-L6-v2. Without MODEL: `minilm`, `base`, `modernbert` and `pairs`.
 The vocabulary (WordPiece) has 30,522 made-up words and word parts. Texts use the words with the frequencies of a language
 (Zipf's law); one word in twenty has several pieces. Lengths in tokens, special ones included:
 
@@ -27,8 +28,13 @@ import sys
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
-    BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel,
-    PreTrainedTokenizerFast, Qwen3Config, Qwen3Model)
+    AlbertConfig, AlbertModel, BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, DebertaV2Model,
+    ElectraConfig, ElectraModel, ModernBertConfig, ModernBertModel, MPNetConfig, MPNetModel, PreTrainedTokenizerFast,
+    Qwen3Config, Qwen3Model)
+
+# The fixtures' folder has the one implementation of JinaBERT.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tests" / "fixtures"))
+import jina
 
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -105,13 +111,23 @@ def main(folder, wanted):
     models["qwen3"] = (Qwen3Model, Qwen3Config(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, hidden_size=1024, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, pad_token_id=0, bos_token_id=2, eos_token_id=3))
-    models["deberta"] = (DebertaV2Model, DebertaV2Config(
-        vocab_size=VOCABULARY, max_position_embeddings=LIMIT, relative_attention=True, position_buckets=256,
-        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
-        type_vocab_size=0, **SHAPES["base"]))
+    for suffix, shape in {"": SHAPES["base"], "-tiny": SHAPES["minilm"]}.items():
+        shape = dict(vocab_size=VOCABULARY, **shape)
+        models["albert" + suffix] = (AlbertModel, AlbertConfig(
+            max_position_embeddings=LIMIT, embedding_size=128, hidden_act="gelu_new", pad_token_id=0, bos_token_id=2,
+            eos_token_id=3, **shape))
+        models["deberta" + suffix] = (DebertaV2Model, DebertaV2Config(
+            max_position_embeddings=LIMIT, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm",
+            share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, **shape))
+        models["electra" + suffix] = (ElectraModel, ElectraConfig(
+            max_position_embeddings=LIMIT, embedding_size=shape["hidden_size"], **shape))
+        models["jina" + suffix] = (jina.Jina, jina.configuration(max_position_embeddings=LIMIT, **shape))
+        # Positions begin behind the padding token's.
+        models["mpnet" + suffix] = (MPNetModel, MPNetConfig(
+            max_position_embeddings=LIMIT + 2, pad_token_id=0, bos_token_id=2, eos_token_id=3, **shape))
     models["pairs"] = (BertForSequenceClassification, BertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_labels=1, **SHAPES["minilm"]))
-    for name in wanted or [name for name in models if name not in ("large", "qwen3", "deberta")]:
+    for name in wanted or ["minilm", "base", "modernbert", "pairs"]:
         kind, config = models[name]
         torch.manual_seed(7)
         model = kind(config).eval()
@@ -124,10 +140,11 @@ def main(folder, wanted):
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
             {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}]))
+        hidden_size = json.loads((out / "config.json").read_text())["hidden_size"]
         (out / "1_Pooling").mkdir(exist_ok=True)
         (out / "2_Normalize").mkdir(exist_ok=True)
         (out / "1_Pooling" / "config.json").write_text(json.dumps(
-            {"word_embedding_dimension": config.hidden_size,
+            {"word_embedding_dimension": hidden_size,
              "pooling_mode_lasttoken" if name == "qwen3" else "pooling_mode_mean_tokens": True}))
         (out / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT, "do_lower_case": False}))
         print(name, sum(p.numel() for p in model.parameters()), "parameters")

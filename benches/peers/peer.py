@@ -20,6 +20,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import sys
 import time
 
 
@@ -44,15 +45,24 @@ def export(model_dir):
     if path.exists():
         return path
     import torch
-    from transformers import BertModel
+    from transformers import AutoModel
+
+    if json.loads((model_dir / "config.json").read_text()).get("position_embedding_type") == "alibi":
+        sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tests" / "fixtures"))
+        from jina import Jina
+        model = Jina.load(model_dir)
+        encode = model.encode
+    else:
+        model = AutoModel.from_pretrained(model_dir, attn_implementation="eager").eval()
+        encode = lambda ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     class Embed(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = BertModel.from_pretrained(model_dir, attn_implementation="eager").eval()
+            self.model = model
 
         def forward(self, input_ids, attention_mask):
-            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            hidden = encode(input_ids, attention_mask)
             mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * mask).sum(1) / mask.sum(1)
             return torch.nn.functional.normalize(pooled, dim=1)
