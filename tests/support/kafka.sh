@@ -79,6 +79,8 @@ transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
 auto.create.topics.enable=${CREATE_TOPICS:-false}
 message.max.bytes=20000000
+# Tests produce records with old timestamps, which retention would delete: 30 s after the start, then every 5 minutes.
+log.retention.ms=-1
 EOF
   # For a single broker: several would wait for each other's ACLs before they let each other connect.
   [ "$replicas" -gt 1 ] || cat >> "$dir/server.properties" <<EOF
