@@ -42,6 +42,9 @@ pub struct Settings {
     pub output: Output,
     /// Where records go that could not become a prediction.
     pub dead_letters: DeadLetters,
+    /// The schema registry of the formats that have schemas.
+    #[serde(default)]
+    pub registry: Registry,
     /// The delivery guarantee, and how often offsets are committed.
     #[serde(default)]
     pub delivery: Delivery,
@@ -123,13 +126,22 @@ pub struct Input {
     /// How record values are decoded.
     #[serde(default)]
     pub format: Format,
-    /// json: JSON Pointer to the text, or a list of pointers whose texts are joined with `join`.
+    /// File with the schema of all values, which then have no schema id (default: the schema of a value's id, from the
+    /// registry). avro: the writer's schema (.avsc). protobuf: a .proto file, which imports files beside it, or a
+    /// descriptor set. json_schema: a JSON Schema.
+    #[serde(default)]
+    pub schema: Option<PathBuf>,
+    /// protobuf with `schema`: the full name of the values' message.
+    #[serde(default)]
+    #[schemars(example = "shop.Ticket")]
+    pub message: Option<String>,
+    /// Formats with fields: JSON Pointer to the text, or a list of pointers whose texts are joined with `join`.
     #[serde(default)]
     pub field: Fields,
-    /// json: separator between the texts of several fields.
+    /// Formats with fields: separator between the texts of several fields.
     #[serde(default = "default_join")]
     pub join: String,
-    /// json: Jinja template over the value's fields, used instead of `field`.
+    /// Formats with fields: Jinja template over the value's fields, used instead of `field`.
     #[serde(default)]
     pub template: Option<String>,
     /// librdkafka properties for the consumer only.
@@ -157,6 +169,9 @@ pub enum Format {
     Json,
     Text,
     Bytes,
+    Avro,
+    Protobuf,
+    JsonSchema,
 }
 
 /// One JSON Pointer or several; empty if none is set.
@@ -545,6 +560,54 @@ pub struct DeadLetters {
     #[schemars(example = "tickets-dead")]
     pub topic: String,
 }
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    /// Base address of a schema registry with Confluent's API, or a list of addresses, which are tried in turn.
+    pub url: Urls,
+    /// Name for basic authentication.
+    pub username: Option<String>,
+    /// Password for basic authentication.
+    pub password: Option<String>,
+    /// Bearer token, used instead of a name and a password.
+    pub token: Option<String>,
+    /// PEM file, or its text, with the certificate authorities to trust instead of the web's.
+    pub ca: Option<String>,
+    /// PEM file, or its text, with the certificate that kandle shows to the registry, and its chain.
+    pub cert: Option<String>,
+    /// PEM file, or its text, with the private key of `cert`.
+    pub key: Option<String>,
+    /// Timeout of one request.
+    pub timeout: Wait,
+    /// Whether kandle may register a schema that a subject does not have yet.
+    pub auto_register: bool,
+    /// How long a schema id may be unknown to the registry, which may learn of it late, until records with this id
+    /// become dead letters.
+    pub unknown_id_grace: Wait,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            url: Urls::default(),
+            username: None,
+            password: None,
+            token: None,
+            ca: None,
+            cert: None,
+            key: None,
+            timeout: Wait::millis(10_000),
+            auto_register: true,
+            unknown_id_grace: Wait::millis(30_000),
+        }
+    }
+}
+
+/// One address or several; empty if none is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "units::OneOrMany", into = "units::OneOrMany")]
+pub struct Urls(pub Vec<String>);
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]

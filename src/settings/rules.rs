@@ -5,7 +5,7 @@ use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, KafkaResult};
 use serde::Serialize;
 
-use super::{Guarantee, Properties, Settings, Task};
+use super::{Format, Guarantee, Properties, Registry, Settings, Task};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
 use crate::kafka::consumer::ReaderContext;
@@ -168,6 +168,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for (key, message) in check_delivery(settings) {
         problem(key, message);
     }
+    for (key, message) in check_schema(settings).into_iter().chain(check_registry(&settings.registry)) {
+        problem(key, message);
+    }
     for (key, message) in Schedule::check(&settings.schedule) {
         problem(&key, message);
     }
@@ -208,6 +211,69 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
     if settings.property("isolation.level").is_some_and(|level| level != "read_committed") {
         let message = "isolation.level must be read_committed with guarantee: exactly_once".to_owned();
         problems.push(("input.properties", message));
+    }
+    problems
+}
+
+/// Where the schemas of the input come from.
+fn check_schema(settings: &Settings) -> Vec<(&'static str, String)> {
+    let (input, format) = (&settings.input, FormatEntry::of(settings.input.format));
+    let mut problems = Vec::new();
+    if input.schema.is_some() && format.schema.is_none() {
+        problems.push(("input.schema", format!("has no effect with input.format: {}", format.name)));
+    }
+    let of_messages = input.format == Format::Protobuf && input.schema.is_some();
+    if input.message.is_some() && !of_messages {
+        let message = "has no effect without input.format: protobuf and input.schema".to_owned();
+        problems.push(("input.message", message));
+    } else if input.message.is_none() && of_messages {
+        let message =
+            "is required with input.schema: the full name of the message, such as shop.Ticket".to_owned();
+        problems.push(("input.message", message));
+    }
+    if format.schema.is_some() && input.schema.is_none() && settings.registry.url.0.is_empty() {
+        let message = format!(
+            "is required with input.format: {}: the address of the schema registry; or set input.schema to a file, if \
+             the values have no schema id",
+            format.name
+        );
+        problems.push(("registry.url", message));
+    }
+    problems
+}
+
+fn check_registry(registry: &Registry) -> Vec<(&'static str, String)> {
+    let mut problems = Vec::new();
+    for url in &registry.url.0 {
+        // The message does not quote an address with a login.
+        let rest = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme));
+        let host = rest.and_then(|rest| rest.split(['/', '?', '#']).next()).unwrap_or_default();
+        if host.contains('@') {
+            let message =
+                "has a login in the address: set registry.username and registry.password".to_owned();
+            problems.push(("registry.url", message));
+        } else if host.is_empty() || url.contains(['?', '#']) {
+            let message = format!("{url:?} is not an address such as http://localhost:8081");
+            problems.push(("registry.url", message));
+        }
+    }
+    let mut pair = |one: &'static str, there: bool, other: &str, other_there: bool| {
+        if there && !other_there {
+            problems.push((one, format!("has no effect without {other}")));
+        }
+    };
+    let (username, password) = (registry.username.is_some(), registry.password.is_some());
+    pair("registry.username", username, "registry.password", password);
+    pair("registry.password", password, "registry.username", username);
+    let (cert, key) = (registry.cert.is_some(), registry.key.is_some());
+    pair("registry.cert", cert, "registry.key", key);
+    pair("registry.key", key, "registry.cert", cert);
+    if registry.token.is_some() && username {
+        let message = "is used instead of registry.username: set only one of them".to_owned();
+        problems.push(("registry.token", message));
+    }
+    if registry.timeout.0.is_zero() {
+        problems.push(("registry.timeout", "is zero".to_owned()));
     }
     problems
 }
