@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::{About, Compute, ComputeError, Stage, StageContext};
 use crate::codec::Decoder;
+use crate::codec::write::Writer;
 use crate::engine::{Calibration, RunError};
 use crate::failpoint;
 use crate::flow::{Encoded, Outcome, Queued};
@@ -40,6 +41,10 @@ impl Noop {
 impl Compute for Noop {
     fn about(&self) -> &About {
         &self.about
+    }
+
+    fn writer(&self) -> Option<&Writer> {
+        None
     }
 
     fn footprint(&self, _: &[u8]) -> usize {
