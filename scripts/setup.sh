@@ -3,7 +3,7 @@
 # prints the command to run.
 #
 #   setup.sh build      C and C++ compilers, make, perl (librdkafka and OpenSSL are built from source)
-#   setup.sh test       the same, plus Java and Maven (for a real Kafka), Kafka's jars and Prometheus
+#   setup.sh test       the same, plus Java and Maven (for a real Kafka and a real schema registry), their jars and Prometheus
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -38,6 +38,7 @@ fi
 
 if [ "${1:-build}" = test ]; then
   "$here/../tests/support/kafka.sh" fetch
+  "$here/../tests/support/registry.sh" fetch
   "$here/tools.sh" prometheus promtool >/dev/null
 fi
 exit 0

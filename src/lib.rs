@@ -16,6 +16,7 @@ pub mod model;
 pub mod pipeline;
 pub mod ragged;
 pub mod record;
+pub mod registry;
 pub mod schedule;
 pub mod settings;
 pub mod sink;

@@ -42,6 +42,9 @@ pub struct Settings {
     pub output: Output,
     /// Where records go that could not become a prediction.
     pub dead_letters: DeadLetters,
+    /// The schema registry of the formats that have schemas.
+    #[serde(default)]
+    pub registry: Registry,
     /// The delivery guarantee, and how often offsets are committed.
     #[serde(default)]
     pub delivery: Delivery,
@@ -564,6 +567,54 @@ pub struct DeadLetters {
     #[schemars(example = "tickets-dead")]
     pub topic: String,
 }
+
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    /// Base address of a schema registry with Confluent's API, or a list of addresses, which are tried in turn.
+    pub url: Urls,
+    /// Name for basic authentication.
+    pub username: Option<String>,
+    /// Password for basic authentication.
+    pub password: Option<String>,
+    /// Bearer token, used instead of a name and a password.
+    pub token: Option<String>,
+    /// PEM file, or its text, with the certificate authorities to trust instead of the web's.
+    pub ca: Option<String>,
+    /// PEM file, or its text, with the certificate that kandle shows to the registry, and its chain.
+    pub cert: Option<String>,
+    /// PEM file, or its text, with the private key of `cert`.
+    pub key: Option<String>,
+    /// Timeout of one request.
+    pub timeout: Wait,
+    /// Whether kandle may register a schema that a subject does not have yet.
+    pub auto_register: bool,
+    /// How long a schema id may be unknown to the registry, which may learn of it late, until records with this id
+    /// become dead letters.
+    pub unknown_id_grace: Wait,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            url: Urls::default(),
+            username: None,
+            password: None,
+            token: None,
+            ca: None,
+            cert: None,
+            key: None,
+            timeout: Wait::millis(10_000),
+            auto_register: true,
+            unknown_id_grace: Wait::millis(30_000),
+        }
+    }
+}
+
+/// One address or several; empty if none is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "units::OneOrMany", into = "units::OneOrMany")]
+pub struct Urls(pub Vec<String>);
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]

@@ -281,7 +281,10 @@ fn is_secret(key: &str) -> bool {
             let property = property.to_ascii_lowercase();
             WORDS.iter().any(|word| property.contains(word))
         }
-        None => ["password", "token", "secret"].contains(&key.rsplit('.').next().unwrap_or(key)),
+        None => {
+            key == "registry.key"
+                || ["password", "token", "secret"].contains(&key.rsplit('.').next().unwrap_or(key))
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, KafkaResult};
 use serde::Serialize;
 
-use super::{Guarantee, Properties, Settings, Task};
+use super::{Guarantee, Properties, Registry, Settings, Task};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
 use crate::codec::write;
@@ -172,6 +172,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for (key, message) in check_delivery(settings) {
         problem(key, message);
     }
+    for (key, message) in check_registry(&settings.registry) {
+        problem(key, message);
+    }
     for (key, message) in Schedule::check(&settings.schedule) {
         problem(&key, message);
     }
@@ -212,6 +215,42 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
     if settings.property("isolation.level").is_some_and(|level| level != "read_committed") {
         let message = "isolation.level must be read_committed with guarantee: exactly_once".to_owned();
         problems.push(("input.properties", message));
+    }
+    problems
+}
+
+fn check_registry(registry: &Registry) -> Vec<(&'static str, String)> {
+    let mut problems = Vec::new();
+    for url in &registry.url.0 {
+        // The message does not quote an address with a login.
+        let rest = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme));
+        let host = rest.and_then(|rest| rest.split(['/', '?', '#']).next()).unwrap_or_default();
+        if host.contains('@') {
+            let message =
+                "has a login in the address: set registry.username and registry.password".to_owned();
+            problems.push(("registry.url", message));
+        } else if host.is_empty() || url.contains(['?', '#']) {
+            let message = format!("{url:?} is not an address such as http://localhost:8081");
+            problems.push(("registry.url", message));
+        }
+    }
+    let mut pair = |one: &'static str, there: bool, other: &str, other_there: bool| {
+        if there && !other_there {
+            problems.push((one, format!("has no effect without {other}")));
+        }
+    };
+    let (username, password) = (registry.username.is_some(), registry.password.is_some());
+    pair("registry.username", username, "registry.password", password);
+    pair("registry.password", password, "registry.username", username);
+    let (cert, key) = (registry.cert.is_some(), registry.key.is_some());
+    pair("registry.cert", cert, "registry.key", key);
+    pair("registry.key", key, "registry.cert", cert);
+    if registry.token.is_some() && username {
+        let message = "is used instead of registry.username: set only one of them".to_owned();
+        problems.push(("registry.token", message));
+    }
+    if registry.timeout.0.is_zero() {
+        problems.push(("registry.timeout", "is zero".to_owned()));
     }
     problems
 }

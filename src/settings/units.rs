@@ -7,7 +7,7 @@ use std::time::Duration;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceChoice, Fields};
+use super::{DeviceChoice, Fields, Urls};
 
 /// A number of bytes: `8MiB`, `64kB`, `1048576`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -168,7 +168,7 @@ impl JsonSchema for Scalar {
     }
 }
 
-/// How [`Fields`] are written: one pointer, a list, or nothing.
+/// How [`Fields`] and [`Urls`] are written: one text, a list, or nothing.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 pub(super) enum OneOrMany {
@@ -177,39 +177,58 @@ pub(super) enum OneOrMany {
     Many(Vec<String>),
 }
 
-impl From<OneOrMany> for Fields {
+impl From<OneOrMany> for Vec<String> {
     fn from(value: OneOrMany) -> Self {
-        Self(match value {
+        match value {
             OneOrMany::None(()) => Vec::new(),
             OneOrMany::One(one) => vec![one],
             OneOrMany::Many(many) => many,
-        })
-    }
-}
-
-impl From<Fields> for OneOrMany {
-    fn from(Fields(mut fields): Fields) -> Self {
-        match fields.len() {
-            0 => OneOrMany::None(()),
-            1 => OneOrMany::One(fields.remove(0)),
-            _ => OneOrMany::Many(fields),
         }
     }
 }
 
-impl JsonSchema for Fields {
-    fn schema_name() -> Cow<'static, str> {
-        "Fields".into()
-    }
-
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": ["string", "array", "null"], "items": { "type": "string" } })
+impl From<Vec<String>> for OneOrMany {
+    fn from(mut texts: Vec<String>) -> Self {
+        match texts.len() {
+            0 => OneOrMany::None(()),
+            1 => OneOrMany::One(texts.remove(0)),
+            _ => OneOrMany::Many(texts),
+        }
     }
 }
+
+macro_rules! one_or_many {
+    ($name:ident) => {
+        impl From<OneOrMany> for $name {
+            fn from(value: OneOrMany) -> Self {
+                Self(value.into())
+            }
+        }
+
+        impl From<$name> for OneOrMany {
+            fn from(texts: $name) -> Self {
+                texts.0.into()
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": ["string", "array", "null"], "items": { "type": "string" } })
+            }
+        }
+    };
+}
+
+one_or_many!(Fields);
+one_or_many!(Urls);
 
 impl TryFrom<String> for DeviceChoice {
     type Error = String;

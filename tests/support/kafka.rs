@@ -222,7 +222,7 @@ pub fn tool(class: &str, arguments: &[&str]) {
 }
 
 /// The first of two adjacent free ports, below the ephemeral ports.
-fn free_ports() -> u16 {
+pub fn free_ports() -> u16 {
     use std::sync::atomic::{AtomicU16, Ordering};
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
