@@ -20,7 +20,9 @@ fn settings(kind: &str, format: &str) -> Settings {
     ];
     let mut set: Vec<String> = set.map(str::to_owned).to_vec();
     set.extend([format!("task.kind={kind}"), format!("output.format={format}")]);
-    settings::load(&Sources { set, ..Sources::default() }).unwrap_or_else(|faults| panic!("{faults:?}")).settings
+    settings::load(&Sources { set, ..Sources::default() })
+        .unwrap_or_else(|faults| panic!("{faults:?}"))
+        .settings
 }
 
 /// A number like a score or a value of a vector: with as many digits as an f32 has.

@@ -235,7 +235,9 @@ fn show_output_schema(loaded: Loaded) -> anyhow::Result<()> {
     let record = write::Record::of(&settings);
     if record.fields.is_empty() {
         let kind = settings.task.kind.name();
-        anyhow::bail!("task.kind: {kind} publishes the value unchanged: its predictions have no schema of their own");
+        anyhow::bail!(
+            "task.kind: {kind} publishes the value unchanged: its predictions have no schema of their own"
+        );
     }
     outln!("{}", write::schema_text(settings.output.format, &record).trim_end());
     Ok(())

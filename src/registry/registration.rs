@@ -56,10 +56,9 @@ impl OutputSchema {
             Err(RegistryError::NotFound { .. }) if auto_register => {
                 Ok(registry.register(&self.subject, self.kind, &self.text)?)
             }
-            Err(error @ RegistryError::NotFound { .. }) => Err(RegistrationError::Missing {
-                subject: self.subject.clone(),
-                reason: error.to_string(),
-            }),
+            Err(error @ RegistryError::NotFound { .. }) => {
+                Err(RegistrationError::Missing { subject: self.subject.clone(), reason: error.to_string() })
+            }
             Err(error) => Err(error.into()),
         }
     }

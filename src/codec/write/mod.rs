@@ -149,6 +149,10 @@ pub fn problems(settings: &Settings) -> Vec<(&'static str, String)> {
         }
         return problems;
     }
+    if settings.registry.url.0.is_empty() {
+        let message = format!("is required for output.format: {name}, such as http://registry:8081");
+        problems.push(("registry.url", message));
+    }
     let record = Record::of(settings);
     if record.fields.is_empty() {
         let message = format!(
@@ -220,13 +224,13 @@ mod tests {
     #[test]
     fn avro_is_as_specified() {
         let full: &[&[u8]] = &[
-            b"\x02a",                      // label: length 1
-            b"\x00\x00\x00\x3f",          // score
+            b"\x02a",                         // label: length 1
+            b"\x00\x00\x00\x3f",              // score
             b"\x02\x02a\x00\x00\x00\x3f\x00", // scores: one entry, the end
-            b"\x04\x02\x03\x00",          // counts: two items, 1, -2, the end
-            b"\x02\x02x",                 // id: the second branch
-            b"\x02\x02\x02y\x00",         // tokens
-            b"\x04\xd8\x04\x00\x00",      // found: 300 is 600 in zigzag
+            b"\x04\x02\x03\x00",              // counts: two items, 1, -2, the end
+            b"\x02\x02x",                     // id: the second branch
+            b"\x02\x02\x02y\x00",             // tokens
+            b"\x04\xd8\x04\x00\x00",          // found: 300 is 600 in zigzag
         ];
         assert_eq!(written(OutputFormat::Avro, FULL).unwrap(), full.concat());
         let least = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -268,7 +272,8 @@ mod tests {
             ("null", None),
         ];
         for (value, want) in cases {
-            let json = format!(r#"{{"label":"","score":0,"scores":{{}},"counts":[],"id":{value},"found":[]}}"#);
+            let json =
+                format!(r#"{{"label":"","score":0,"scores":{{}},"counts":[],"id":{value},"found":[]}}"#);
             let got = written(OutputFormat::Avro, &json).unwrap();
             let mut text = vec![0; 7];
             match want {
