@@ -16,7 +16,8 @@ mod run;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::cli::output::outln;
 use crate::codec::write;
@@ -142,7 +143,12 @@ pub fn main() -> ExitCode {
         Command::Model(ModelCommand::Pull(configuration)) => with(&configuration, model::pull),
         Command::Model(ModelCommand::Show(configuration)) => with(&configuration, model::show),
         Command::Config(ConfigCommand::Show(configuration)) => with(&configuration, show_config),
-        Command::Config(ConfigCommand::Schema { output: false, .. }) => {
+        Command::Config(ConfigCommand::Schema { output: false, configuration }) => {
+            if !configuration.files.is_empty() || !configuration.set.is_empty() {
+                let message = "-c and --set have an effect only with --output: the configuration's own schema does not \
+                               depend on a configuration\n";
+                Cli::command().error(ErrorKind::ArgumentConflict, message).exit();
+            }
             outln!("{}", pretty(&settings::schema()));
             Ok(())
         }
