@@ -30,6 +30,7 @@ use crossbeam_channel::{bounded, unbounded};
 use crate::compute::{About, Compute, ComputeError, Stage, StageContext};
 use crate::flow::{CommitSoon, Encoded, Queued, Report};
 use crate::kafka::cluster::Topics;
+use crate::registry::registration::{self, RegistrationError};
 use crate::schedule::Schedule;
 use crate::settings::{Guarantee, Settings};
 use crate::sink::{self, PublishError, Publisher};
@@ -89,6 +90,9 @@ pub enum PipelineError {
     Compute(#[from] ComputeError),
     #[error("publish: {0}")]
     Publish(#[from] PublishError),
+    /// The schema of the predictions is not in the registry.
+    #[error("output.format: {0}")]
+    Registration(#[from] RegistrationError),
     #[error("thread {name}: {error}")]
     Thread { name: &'static str, error: std::io::Error },
     /// A stage requested a graceful shutdown for this reason; everything in flight was published.
@@ -129,6 +133,11 @@ pub fn run(
     describe(compute.about(), shared);
     let about = compute.about().clone();
     let (metrics, health) = (&shared.metrics, &shared.health);
+    if let Some(writer) = compute.writer()
+        && !registration::register(settings, writer, metrics, health, &shared.stop)?
+    {
+        return Ok(());
+    }
     let failed = Arc::new(AtomicBool::new(false));
     let commit_soon = Arc::new(CommitSoon::default());
     let source = Source::new(

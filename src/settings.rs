@@ -506,9 +506,14 @@ pub struct Output {
     /// The topic of the predictions.
     #[schemars(example = "tickets-predictions")]
     pub topic: String,
-    /// How predictions are written.
+    /// How predictions are written: json, or avro, protobuf or json_schema with a schema that is in the registry and is
+    /// made from the task and `include`.
     #[serde(default)]
     pub format: OutputFormat,
+    /// avro, protobuf, json_schema: the subject of the predictions' schema. topic: the topic with -value. record: the
+    /// schema's name, such as kandle.TextClassification. topic_record: the topic, - and that name.
+    #[serde(default)]
+    pub subject: SubjectName,
     /// JSON Pointers to values that are copied from the input into the prediction, each under its pointer's last name.
     #[serde(default)]
     pub include: Vec<String>,
@@ -529,6 +534,20 @@ pub struct Output {
 pub enum OutputFormat {
     #[default]
     Json,
+    Avro,
+    Protobuf,
+    JsonSchema,
+}
+
+/// How the registry's subject is named, as Confluent's TopicNameStrategy, RecordNameStrategy and
+/// TopicRecordNameStrategy do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SubjectName {
+    #[default]
+    Topic,
+    Record,
+    TopicRecord,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

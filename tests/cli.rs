@@ -352,6 +352,7 @@ fn a_closed_pipe_ends_every_command_quietly() {
         &["replay", "--from", "offset:0", "--to", "offset:10", "--dry-run"],
         &["model", "show"],
         &["config", "show"],
+        &["config", "schema", "--output"],
     ];
     let plain: &[&[&str]] = &[
         &["bench", "engine", "--model", "bundled", "--input", "demo/tickets.jsonl"],

@@ -11,11 +11,13 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::{AlreadyReported, drain};
 use crate::cli::output::outln;
+use crate::codec::write::Record;
 use crate::codec::{FormatEntry, SchemaEntry, tokens};
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
 use crate::model::{Checkpoint, Files, Output};
+use crate::registry::registration::OutputSchema;
 use crate::registry::{Registry, RegistryError, Version};
 use crate::settings::{Guarantee, Loaded, Settings};
 use crate::task::{self, Kind};
@@ -56,6 +58,7 @@ pub fn check(loaded: Loaded) -> anyhow::Result<()> {
     lines.say("configuration", Ok("every key is known, every rule holds".to_owned()));
     kafka(&settings, &mut lines);
     schemas(&settings, &mut lines);
+    output_schema(&settings, &mut lines);
     model(&settings, &mut lines);
     if lines.failed { Err(AlreadyReported.into()) } else { Ok(()) }
 }
@@ -273,6 +276,32 @@ fn selected(entry: &SchemaEntry, version: &Version, pointers: &[String]) -> Resu
         "{name} lacks {}: set input.field, input.template, output.include or the task's pointers to its fields",
         absent.join(", ")
     ))
+}
+
+/// Whether the registry has the predictions' schema, or would take it. Nothing is registered.
+fn output_schema(settings: &Settings, lines: &mut Lines) {
+    let Some(schema) = OutputSchema::new(settings, &Record::of(settings)) else { return };
+    let what = format!("output schema, subject {}", schema.subject);
+    let registry = match Registry::new(&settings.registry) {
+        Ok(Some(registry)) => registry,
+        Ok(None) => return lines.skip(&what, "no registry is set"),
+        Err(error) => return lines.say(&what, Err(error.to_string())),
+    };
+    let found = match schema.known(&registry) {
+        Ok(id) => Ok(format!("is in the registry, id {id}")),
+        Err(RegistryError::NotFound { .. }) if !settings.registry.auto_register => Err(
+            "is not in the registry, and registry.auto_register is false: register what `kandle config schema --output` \
+             prints"
+                .to_owned(),
+        ),
+        Err(RegistryError::NotFound { .. }) => match schema.objection(&registry) {
+            Ok(None) => Ok("is not in the registry yet; it is compatible, and `run` will register it".to_owned()),
+            Ok(Some(reason)) => Err(format!("is not compatible with the subject's latest version: {reason}")),
+            Err(error) => Err(error.to_string()),
+        },
+        Err(error) => Err(error.to_string()),
+    };
+    lines.say(&what, found);
 }
 
 fn model(settings: &Settings, lines: &mut Lines) {

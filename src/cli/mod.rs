@@ -16,9 +16,11 @@ mod run;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::cli::output::outln;
+use crate::codec::write;
 use crate::kafka::range::RangeError;
 use crate::settings::{self, Loaded, Sources};
 
@@ -110,8 +112,15 @@ enum ModelCommand {
 enum ConfigCommand {
     /// Show the effective settings and where each came from; secrets are hidden
     Show(Configuration),
-    /// Print the JSON Schema of the configuration
-    Schema,
+    /// Print the JSON Schema of the configuration; with --output, the schema of the predictions that it leads to
+    Schema {
+        /// Print the schema of the predictions: in Avro, Protobuf or JSON Schema, as output.format says (json: JSON
+        /// Schema)
+        #[arg(long)]
+        output: bool,
+        #[command(flatten)]
+        configuration: Configuration,
+    },
 }
 
 pub fn main() -> ExitCode {
@@ -134,9 +143,17 @@ pub fn main() -> ExitCode {
         Command::Model(ModelCommand::Pull(configuration)) => with(&configuration, model::pull),
         Command::Model(ModelCommand::Show(configuration)) => with(&configuration, model::show),
         Command::Config(ConfigCommand::Show(configuration)) => with(&configuration, show_config),
-        Command::Config(ConfigCommand::Schema) => {
+        Command::Config(ConfigCommand::Schema { output: false, configuration }) => {
+            if !configuration.files.is_empty() || !configuration.set.is_empty() {
+                let message = "-c and --set have an effect only with --output: the configuration's own schema does not \
+                               depend on a configuration\n";
+                Cli::command().error(ErrorKind::ArgumentConflict, message).exit();
+            }
             outln!("{}", pretty(&settings::schema()));
             Ok(())
+        }
+        Command::Config(ConfigCommand::Schema { output: true, configuration }) => {
+            with(&configuration, show_output_schema)
         }
         Command::Bench(command) => bench::bench(command),
         Command::Demo(options) => demo::demo(&options),
@@ -216,6 +233,20 @@ fn with(
 
 fn pretty(value: &serde_json::Value) -> String {
     serde_json::to_string_pretty(value).expect("a JSON value can be written as text")
+}
+
+/// Prints the schema of the predictions.
+fn show_output_schema(loaded: Loaded) -> anyhow::Result<()> {
+    let settings = loaded.settings;
+    let record = write::Record::of(&settings);
+    if record.fields.is_empty() {
+        let kind = settings.task.kind.name();
+        anyhow::bail!(
+            "task.kind: {kind} publishes the value unchanged: its predictions have no schema of their own"
+        );
+    }
+    outln!("{}", write::schema_text(settings.output.format, &record).trim_end());
+    Ok(())
 }
 
 /// Prints YAML that `-c` can read, each value followed by its origin as a comment.

@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 
 use super::json::Document;
 use super::selected::{Selected, unescape};
+use super::write::schema::Field;
 use super::{FORMATS, FormatEntry, Value};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, Fields, Settings, check_pointer};
@@ -70,7 +71,7 @@ impl Template {
 }
 
 /// The name that a pointer's value has in a prediction: the pointer's last reference token.
-fn last_name(pointer: &str) -> String {
+pub(super) fn last_name(pointer: &str) -> String {
     unescape(pointer.rsplit('/').next().unwrap_or_default())
 }
 
@@ -184,7 +185,7 @@ fn holds_text(input: &settings::Input, pointer: &str) -> bool {
 }
 
 /// The problems of the settings that select values: keys and messages. `fields`: members of the task's prediction.
-pub fn problems(settings: &Settings, fields: &[&str]) -> Vec<(&'static str, String)> {
+pub fn problems(settings: &Settings, fields: &[Field]) -> Vec<(&'static str, String)> {
     let (input, include) = (&settings.input, &settings.output.include);
     let mut problems = Vec::new();
     let mut problem = |key, message: String| problems.push((key, message));
@@ -225,9 +226,8 @@ pub fn problems(settings: &Settings, fields: &[&str]) -> Vec<(&'static str, Stri
             }
         }
     }
-    let mut names: Vec<String> = fields.iter().map(|&field| field.to_owned()).collect();
+    let mut names: Vec<String> = fields.iter().map(|field| field.name.clone()).collect();
     if settings.task.redact {
-        names.push("text".to_owned());
         for pointer in include.iter().filter(|pointer| holds_text(input, pointer)) {
             problem("output.include", format!("{pointer} has the text, which task.redact must not publish"));
         }

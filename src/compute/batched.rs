@@ -10,7 +10,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
 use super::{About, Compute, ComputeError, Pace, Stage, StageContext, drop_windows};
-use crate::codec::{Decoder, Input, Waiting, write};
+use crate::codec::write::{self, Writer};
+use crate::codec::{Decoder, Input, Waiting};
 use crate::engine::{Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError};
 use crate::failpoint;
 use crate::flow::{Encoded, Outcome, Queued, Report};
@@ -35,6 +36,7 @@ where
 {
     pub about: About,
     pub decoder: Decoder,
+    pub writer: Writer,
     pub task: T,
     pub engine: Engine<M>,
     pub pace: Pace,
@@ -186,23 +188,31 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             State::Pending(pending) => Some(pending),
             State::Tombstone | State::Failed(_) => None,
         });
-        let (mut memory, mut start, mut predictions) = (Vec::new(), 0, Vec::with_capacity(states.len()));
+        let (mut json, mut start, mut predictions) = (Vec::new(), 0, Vec::with_capacity(states.len()));
+        // Without an encoding, what the tasks write is what is published.
+        let encoding = self.writer.encoding();
+        let mut memory = Vec::new();
         let records: Vec<_> = pending.clone().map(|of| (&of.kept, answers.rows(of.items.clone()))).collect();
         let mut includes = pending.map(|of| of.include.as_str());
-        self.task.predict_all(&records, &mut memory, &mut |result, memory| {
+        self.task.predict_all(&records, &mut json, &mut |result, json| {
             let include = includes.next().unwrap_or_default();
+            let mut written = json;
+            let mut result = result.map(|()| write::include(include, written));
+            if let Some(encoding) = encoding {
+                result = result.and_then(|()| encoding.write(written, &mut memory));
+                written.clear();
+                written = &mut memory;
+            }
             predictions.push(match result {
-                Ok(()) => {
-                    write::include(include, memory);
-                    Outcome::Prediction { part, bytes: start as u32..memory.len() as u32 }
-                }
+                Ok(()) => Outcome::Prediction { part, bytes: start as u32..written.len() as u32 },
                 Err(error) => {
-                    memory.truncate(start);
+                    written.truncate(start);
                     Outcome::Dead(error)
                 }
             });
-            start = memory.len();
+            start = written.len();
         });
+        let memory = if encoding.is_some() { memory } else { json };
         let mut predictions = predictions.into_iter();
         let outcome = |state| match state {
             State::Tombstone => Outcome::Tombstone,
@@ -287,6 +297,10 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
 impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T, M> {
     fn about(&self) -> &About {
         &self.about
+    }
+
+    fn writer(&self) -> Option<&Writer> {
+        Some(&self.writer)
     }
 
     fn footprint(&self, value: &[u8]) -> usize {

@@ -21,6 +21,7 @@ pub use batched::Batched;
 pub use noop::Noop;
 pub use pace::Pace;
 
+use crate::codec::write::Writer;
 use crate::engine::{Calibration, EngineError, RunError};
 use crate::flow::{Encoded, Queued, Report};
 use crate::model::Digest;
@@ -82,6 +83,9 @@ pub type ComputeError = EngineError<()>;
 /// A task with its model, ready to run.
 pub trait Compute: Send + Sync {
     fn about(&self) -> &About;
+
+    /// Encodes its predictions; `None` if they are the values, unchanged.
+    fn writer(&self) -> Option<&Writer>;
 
     /// Approximate bytes that a record takes until it is published, beside its own: items, answers, the prediction.
     fn footprint(&self, value: &[u8]) -> usize;

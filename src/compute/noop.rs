@@ -6,6 +6,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::{About, Compute, ComputeError, Stage, StageContext, drop_windows};
+use crate::codec::write::Writer;
 use crate::codec::{Decoder, Waiting};
 use crate::engine::{Calibration, RunError};
 use crate::failpoint;
@@ -40,6 +41,10 @@ impl Noop {
 impl Compute for Noop {
     fn about(&self) -> &About {
         &self.about
+    }
+
+    fn writer(&self) -> Option<&Writer> {
+        None
     }
 
     fn footprint(&self, _: &[u8]) -> usize {

@@ -5,6 +5,7 @@
 //! The API: <https://docs.confluent.io/platform/current/schema-registry/develop/api.html>
 
 mod http;
+pub mod registration;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -121,6 +122,13 @@ struct Registered {
     id: u32,
 }
 
+#[derive(Deserialize)]
+struct Compatibility {
+    is_compatible: bool,
+    messages: Option<Vec<String>>,
+    reason: Option<String>,
+}
+
 pub struct Registry {
     http: Http,
 }
@@ -189,15 +197,35 @@ impl Registry {
         Ok(registered.id)
     }
 
-    /// The id of a schema that a subject has.
+    /// The id of a schema that a subject has, also if the two differ only in what the registry normalizes, such as white
+    /// space.
     ///
     /// # Errors
     /// See [`RegistryError`]. `NotFound` if the subject does not have this schema.
     pub fn lookup(&self, subject: &str, kind: SchemaKind, text: &str) -> Result<u32, RegistryError> {
-        let path = format!("/subjects/{}", http::encode(subject));
+        let path = format!("/subjects/{}?normalize=true", http::encode(subject));
         let what = format!("such schema of subject {subject}");
         let registered: Registered = self.http.post(&path, &body(kind, text), &what)?;
         Ok(registered.id)
+    }
+
+    /// Why a subject's compatibility rule forbids a schema; `None` if it allows it. Changes nothing.
+    ///
+    /// # Errors
+    /// See [`RegistryError`]. `NotFound` if there is no such subject.
+    pub fn compatible(
+        &self,
+        subject: &str,
+        kind: SchemaKind,
+        text: &str,
+    ) -> Result<Option<String>, RegistryError> {
+        let path = format!("/compatibility/subjects/{}/versions/latest?verbose=true", http::encode(subject));
+        let what = format!("schema to compare for subject {subject}");
+        let answer: Compatibility = self.http.post(&path, &body(kind, text), &what)?;
+        // Confluent's registry gives a list of messages, Apicurio one reason.
+        let reasons =
+            answer.messages.into_iter().flatten().chain(answer.reason).collect::<Vec<_>>().join("; ");
+        Ok((!answer.is_compatible).then_some(reasons))
     }
 
     fn with_references(&self, answer: Answer, what: &str) -> Result<Schema, RegistryError> {

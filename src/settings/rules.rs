@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{Format, Guarantee, Properties, Registry, Settings, Task};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
+use crate::codec::write;
 use crate::kafka::consumer::ReaderContext;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
@@ -108,7 +109,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         problem("input.group", "is empty".to_owned());
     }
     let entry = Kind::of(settings.task.kind);
-    for (key, message) in select::problems(settings, entry.fields) {
+    for (key, message) in select::problems(settings, &(entry.fields)(&settings.task)) {
+        problem(key, message);
+    }
+    for (key, message) in write::problems(settings) {
         problem(key, message);
     }
     if entry.output.is_none() {

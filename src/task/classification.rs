@@ -5,6 +5,7 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 use super::kinds::{CHUNKS, Kind, NEEDS_CHUNKS, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask};
 use super::{NUMBER, to_json};
+use crate::codec::write::schema::{Field, Type};
 use crate::model::{self, Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, ChunkScores, Overflow, TaskKind};
@@ -12,7 +13,7 @@ use crate::settings::{self, ChunkScores, Overflow, TaskKind};
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-classification"),
     prediction: "`{\"label\":…,\"score\":…,\"scores\":{…}}`",
-    fields: &["label", "score", "scores"],
+    fields,
     keys: &["top_k", "overflow", "stride", "chunk_scores", "cache"],
     pointers: &[],
     overflow: CHUNKS,
@@ -31,6 +32,15 @@ pub(super) const KIND: Kind = Kind {
         })
     },
 };
+
+/// Of text-classification and what predicts alike.
+pub(super) fn fields(_: &settings::Task) -> Vec<Field> {
+    vec![
+        Field::new(1, "label", Type::Text, "The label with the highest score"),
+        Field::new(2, "score", Type::Float, "The score of that label"),
+        Field::new(3, "scores", Type::map(Type::Float), "The scores of the best labels, the highest first"),
+    ]
+}
 
 pub struct Classification {
     labels: Vec<String>,

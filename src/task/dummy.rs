@@ -5,6 +5,8 @@ use std::sync::Arc;
 use super::Task;
 use super::kinds::Kind;
 use crate::codec::Input;
+use crate::codec::write::Writer;
+use crate::codec::write::schema::{Field, Type};
 use crate::compute::{About, Batched, Pace};
 use crate::engine::{self, Engine, Item, Limits, Place, Rows, RunError};
 use crate::model::Digest;
@@ -15,7 +17,9 @@ use crate::settings::TaskKind;
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("dummy"),
     prediction: "`{\"letters\":[…]}`: how often each word has the letter e",
-    fields: &["letters"],
+    fields: |_| {
+        vec![Field::new(1, "letters", Type::list(Type::Float), "How often each word has the letter e")]
+    },
     keys: &["top_k"],
     pointers: &[],
     overflow: &[],
@@ -45,6 +49,7 @@ pub(super) const KIND: Kind = Kind {
         Ok(Arc::new(Batched {
             about,
             decoder: Kind::decoder(settings)?,
+            writer: Writer::new(settings),
             task: Dummy { most: settings.task.top_k.unwrap_or(usize::MAX) },
             engine: Engine::new(Arc::new(Letters), place, limits, Arc::clone(metrics)),
             pace: Pace::new(1e-6),

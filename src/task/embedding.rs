@@ -6,6 +6,7 @@ use super::TaskError;
 use super::encoding::Encoder;
 use super::kinds::{CHUNKS, Kind, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask};
+use crate::codec::write::schema::{Field, Type};
 use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, Encoding, TaskKind};
@@ -13,7 +14,14 @@ use crate::settings::{self, Encoding, TaskKind};
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-embedding"),
     prediction: "`{\"embedding\":[…]}`, pooled and normalised as the model's own `modules.json` says",
-    fields: &["embedding"],
+    fields: |task| {
+        let of = match task.encoding {
+            Encoding::Float => Type::list(Type::Float),
+            Encoding::Base64 => Type::Text,
+            Encoding::Int8 | Encoding::Ubinary => Type::list(Type::Integer),
+        };
+        vec![Field::new(1, "embedding", of, "The vector of the text, as task.encoding says")]
+    },
     keys: &["prompt", "prompt_name", "dimensions", "encoding", "ranges", "overflow", "stride", "cache"],
     pointers: &[],
     overflow: CHUNKS,

@@ -3,7 +3,32 @@
 use serde::Serialize;
 
 use super::to_json;
+use crate::codec::write::schema::{Field, Type};
 use crate::record::RecordError;
+
+/// Fields of a prediction.
+pub(super) fn fields(redact: bool) -> Vec<Field> {
+    let mut entity = vec![
+        Field::new(1, "label", Type::Text, "What it is"),
+        Field::new(
+            2,
+            "start",
+            Type::Integer,
+            "Place of its first character in the text, in Unicode characters",
+        ),
+        Field::new(3, "end", Type::Integer, "Place after its last character"),
+        Field::new(4, "text", Type::Text, "Its text").optional(),
+        Field::new(5, "score", Type::Float, "The score of the label"),
+    ];
+    if redact {
+        entity.retain(|field| field.name != "text");
+    }
+    let entities =
+        Field::new(1, "entities", Type::objects("Entity", entity), "The entities of the text, in its order");
+    let text =
+        Field::new(2, "text", Type::Text, "The text with each entity replaced by its label").optional();
+    if redact { vec![text, entities] } else { vec![entities] }
+}
 
 /// An entity; `start` and `end` in Unicode characters of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

@@ -11,6 +11,7 @@ use super::kinds::labels_rule;
 use super::text::{SEQUENCE, Source, not_loaded, not_tokens, start, stride};
 use super::{Kind, Task, TaskError};
 use crate::codec::Input;
+use crate::codec::write::Writer;
 use crate::compute::{Batched, Compute};
 use crate::engine::Rows;
 use crate::model::{Candidate, Gliner, Place, PromptedWords};
@@ -94,6 +95,7 @@ pub(super) fn load(
     let (is_cpu, longest) = (model.placement.is_cpu(), model.max_tokens());
     let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, settings, metrics)?;
     let decoder = Kind::decoder(settings)?;
+    let writer = Writer::new(settings);
     let task = LabelledSpans {
         labels: task.labels.clone(),
         overflow: Kind::of(task.kind).overflow(task),
@@ -103,7 +105,7 @@ pub(super) fn load(
         model,
         metrics: Arc::clone(metrics),
     };
-    Ok(Arc::new(Batched { about, decoder, task, engine, pace, metrics: Arc::clone(metrics) }))
+    Ok(Arc::new(Batched { about, decoder, writer, task, engine, pace, metrics: Arc::clone(metrics) }))
 }
 
 /// Finds spans of words for labels.

@@ -9,6 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{KINDS, TaskError};
+use crate::codec::write::schema::Field;
 use crate::codec::{Decoder, DecoderError, Select};
 use crate::compute::Compute;
 use crate::model::Output;
@@ -22,8 +23,8 @@ pub struct Kind {
     pub kind: TaskKind,
     /// Its prediction, as Markdown for the table in the README.
     pub prediction: &'static str,
-    /// Members of the prediction.
-    pub fields: &'static [&'static str],
+    /// Members of the prediction, in the order in which the task writes them; none if it is the value, unchanged.
+    pub fields: fn(&Task) -> Vec<Field>,
     /// Keys of `task` that have an effect, beside `kind`.
     pub keys: &'static [&'static str],
     /// The subset of `keys` that hold a JSON Pointer into the record.

@@ -12,7 +12,7 @@ use crate::telemetry::Metrics;
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("noop"),
     prediction: "the input value, unchanged: no model, for benchmarks",
-    fields: &[],
+    fields: |_| Vec::new(),
     keys: &[],
     pointers: &[],
     overflow: &[],

@@ -12,6 +12,7 @@ use super::classification::{scores, softmax};
 use super::kinds::{BEGINNING, Kind};
 use super::text::{self, SEQUENCE, Texts, not_tokens};
 use super::{NUMBER, Task, TaskError, to_json};
+use crate::codec::write::schema::{Field, Type};
 use crate::codec::{Input, json};
 use crate::engine::Rows;
 use crate::model::{Output, PairPrompt, Scores, Shorten, Tokens};
@@ -21,7 +22,14 @@ use crate::settings::{self, TaskKind};
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("reranking"),
     prediction: "`{\"results\":[{\"index\":…,\"score\":…},…]}`: a record's documents, ranked by how well they answer its query",
-    fields: &["results"],
+    fields: |_| {
+        let result = vec![
+            Field::new(1, "index", Type::Integer, "Place of the document in the record, from 0"),
+            Field::new(2, "id", Type::Json, "The document's own id").optional(),
+            Field::new(3, "score", Type::Float, "How well the document answers the query"),
+        ];
+        vec![Field::new(1, "results", Type::objects("Result", result), "The documents, the best first")]
+    },
     keys: &["documents", "instruction", "top_k", "overflow", "cache"],
     pointers: &["documents"],
     overflow: BEGINNING,

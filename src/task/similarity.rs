@@ -10,6 +10,7 @@ use super::embedding::{Vectors, normalized, prompt_rule};
 use super::kinds::{CHUNKS, Kind, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask};
 use super::{NUMBER, TaskError, Written, to_json};
+use crate::codec::write::schema::{Field, Type};
 use crate::engine::Engine;
 use crate::model::kernels::nearest::Found;
 use crate::model::vectors::is_file_of_vectors;
@@ -20,7 +21,18 @@ use crate::settings::{self, TaskKind};
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("similarity"),
     prediction: "`{\"matches\":[{\"id\":…,\"score\":…},…]}`: the nearest candidates of a file",
-    fields: &["matches"],
+    fields: |_| {
+        let found = vec![
+            Field::new(1, "id", Type::Text, "The candidate's id"),
+            Field::new(2, "score", Type::Float, "Cosine of the two vectors"),
+        ];
+        vec![Field::new(
+            1,
+            "matches",
+            Type::objects("Match", found),
+            "The nearest candidates, the nearest first",
+        )]
+    },
     keys: &[
         "top_k",
         "candidates",

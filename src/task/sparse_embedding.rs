@@ -9,6 +9,7 @@ use super::embedding::prompt_rule;
 use super::kinds::{CHUNKS, Kind, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask, Texts};
 use super::{NUMBER, TaskError, to_json};
+use crate::codec::write::schema::{Field, Type};
 use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, Overflow, TaskKind};
@@ -16,7 +17,17 @@ use crate::settings::{self, Overflow, TaskKind};
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("sparse-embedding"),
     prediction: "`{\"indices\":[…],\"values\":[…]}`: the weights of the vocabulary's tokens that are not 0, by SPLADE or BGE-M3",
-    fields: &["indices", "values", "tokens"],
+    fields: |task| {
+        let tokens = "The texts of the tokens that indices names";
+        let mut fields = vec![
+            Field::new(1, "indices", Type::list(Type::Integer), "Ids of tokens, increasing"),
+            Field::new(2, "values", Type::list(Type::Float), "The weight of each of the tokens"),
+        ];
+        if task.tokens {
+            fields.push(Field::new(3, "tokens", Type::list(Type::Text), tokens).optional());
+        }
+        fields
+    },
     keys: &["top_k", "tokens", "prompt", "prompt_name", "overflow", "stride", "cache"],
     pointers: &[],
     overflow: CHUNKS,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::prompt::Choice;
 use super::{Kind, TaskError};
 use crate::codec::Input;
+use crate::codec::write::Writer;
 use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::{self, Calibrations, Engine, Limits, Place, Response, Rows};
 use crate::model::{Digest, Files, Model, ModelError, Output, Placement, TokenizeError, Tokens};
@@ -149,9 +150,10 @@ impl TextModel {
     ) -> Result<Batched<T, Model>, TaskError> {
         let Self { about, texts, engine, pace, metrics } = self;
         let decoder = Kind::decoder(settings)?;
+        let writer = Writer::new(settings);
         let task = task(texts, &engine)?;
         let about = About { host_memory: about.host_memory + task.memory() as u64, ..about };
-        Ok(Batched { about, decoder, task, engine, pace, metrics })
+        Ok(Batched { about, decoder, writer, task, engine, pace, metrics })
     }
 }
 

@@ -20,7 +20,7 @@ use crate::telemetry::Metrics;
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("token-classification"),
     prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text; with `redact`, `{\"text\":…,\"entities\":[…]}`: the text with `[LABEL]` for each entity, and the entities without their texts",
-    fields: &["entities"],
+    fields: |task| entities::fields(task.redact),
     keys: &[
         "aggregation",
         "labels",

@@ -18,7 +18,7 @@ use crate::settings::{self, TaskKind};
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("zero-shot-classification"),
     prediction: "as `text-classification`, with labels that the configuration or the record names",
-    fields: &["label", "score", "scores"],
+    fields: classification::fields,
     keys: &["labels", "labels_field", "hypothesis", "multi_label", "top_k", "overflow", "cache"],
     pointers: &["labels_field"],
     overflow: BEGINNING,

@@ -10,7 +10,7 @@ use kandle::compute::Compute;
 use kandle::flow::Outcome;
 use kandle::lease::Lease;
 use kandle::record::{Arrival, Partition};
-use kandle::settings::{self, Sources};
+use kandle::settings::{self, Settings, Sources};
 use kandle::task;
 use kandle::telemetry::Metrics;
 use kandle::window::{ClosedBy, Gatherer, Limits};
@@ -46,8 +46,8 @@ pub fn golden<T: for<'a> Deserialize<'a>>(model: &Path, file: &str) -> Vec<T> {
     serde_json::from_slice(&std::fs::read(model.join(file)).expect(file)).expect(file)
 }
 
-/// Loads a task with its model; `set` is added to the usual settings.
-pub fn load(kind: &str, model: &Path, set: &[String]) -> Result<Arc<dyn Compute>, String> {
+/// The settings of a task with its model; `set` is added to the usual ones.
+pub fn settings(kind: &str, model: &Path, set: &[String]) -> Settings {
     let device = std::env::var("KANDLE_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
     let mut all = vec![
         "kafka.brokers=none:1".to_owned(),
@@ -63,8 +63,12 @@ pub fn load(kind: &str, model: &Path, set: &[String]) -> Result<Arc<dyn Compute>
     ];
     all.extend(set.iter().cloned());
     let sources = Sources { set: all, ..Sources::default() };
-    let settings = settings::load(&sources).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
-    task::load(&settings, &Arc::new(Metrics::new())).map_err(|e| e.to_string())
+    settings::load(&sources).unwrap_or_else(|faults| panic!("{faults:?}")).settings
+}
+
+/// Loads a task with its model; `set` is added to the usual settings.
+pub fn load(kind: &str, model: &Path, set: &[String]) -> Result<Arc<dyn Compute>, String> {
+    task::load(&settings(kind, model, set), &Arc::new(Metrics::new())).map_err(|e| e.to_string())
 }
 
 /// The outcome of each record, all in one window: its prediction, or the fault and its message.

@@ -89,6 +89,22 @@ impl Registry {
     }
 }
 
+impl Registry {
+    /// The JSON that it answers to a GET.
+    pub fn get(&self, path: &str) -> Value {
+        let mut answer = ureq::get(format!("{}{path}", self.url)).call().expect("an answer");
+        serde_json::from_str(&answer.body_mut().read_to_string().expect("a text")).expect("JSON")
+    }
+
+    /// Sets a subject's compatibility rule, such as BACKWARD. The subject must exist.
+    pub fn compatibility(&self, subject: &str, rule: &str) {
+        ureq::put(format!("{}/config/{subject}", self.url))
+            .header("content-type", "application/vnd.schemaregistry.v1+json")
+            .send(json!({ "compatibility": rule }).to_string())
+            .expect("the rule is set");
+    }
+}
+
 /// A value in Confluent's wire format: a zero byte, the schema's id, the data.
 pub fn framed(id: u32, data: &[u8]) -> Vec<u8> {
     [&[0], &id.to_be_bytes()[..], data].concat()

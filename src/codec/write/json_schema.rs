@@ -1,0 +1,47 @@
+//! `json_schema`: the JSON Schema of a prediction, in draft 7, which every registry knows.
+
+use serde_json::{Map, Value, json};
+
+use super::schema::{Record, Type};
+
+/// The schema. It allows no other members, so that members which a later version adds are a compatible change: a
+/// registry takes them for new ones, not for ones whose values might have had any type.
+pub fn schema(record: &Record) -> Value {
+    let mut schema = json!({
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": record.full_name(),
+    });
+    if let (Value::Object(schema), Value::Object(object)) = (&mut schema, object(record)) {
+        schema.extend(object);
+    }
+    schema
+}
+
+fn object(record: &Record) -> Value {
+    let property = |field: &super::schema::Field| {
+        let mut property = of(&field.of);
+        property["description"] = field.doc.clone().into();
+        (field.name.clone(), property)
+    };
+    let properties: Map<String, Value> = record.fields.iter().map(property).collect();
+    let required: Vec<&str> =
+        record.fields.iter().filter(|field| !field.optional).map(|field| field.name.as_str()).collect();
+    json!({
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": false,
+    })
+}
+
+fn of(of: &Type) -> Value {
+    match of {
+        Type::Text => json!({ "type": "string" }),
+        Type::Float => json!({ "type": "number" }),
+        Type::Integer => json!({ "type": "integer" }),
+        Type::List(of) => json!({ "type": "array", "items": self::of(of) }),
+        Type::Map(of) => json!({ "type": "object", "additionalProperties": self::of(of) }),
+        Type::Object(record) => object(record),
+        Type::Json => json!({}),
+    }
+}

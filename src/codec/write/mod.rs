@@ -1,0 +1,340 @@
+//! Encodes predictions. A task writes its prediction as a JSON object; `output.format` says what becomes of it:
+//!
+//! ```text
+//! json          the JSON
+//! json_schema   frame ─▶ the JSON
+//! avro          frame ─▶ Avro's binary encoding    ┐ by a walk over the JSON
+//! protobuf      frame ─▶ Protobuf's encoding       ┘ along the fields of the task table
+//! ```
+//!
+//! The frame is that of Confluent's serializers: a zero byte, the schema's id in the registry as four bytes, the most
+//! significant first, and for Protobuf the path of the message in its file, which is one zero byte for the first message.
+
+mod avro;
+mod json_schema;
+mod protobuf;
+pub mod schema;
+mod transcode;
+
+use std::sync::OnceLock;
+
+pub use schema::Record;
+
+use crate::record::{Fault, RecordError};
+use crate::settings::{OutputFormat, Settings, SubjectName};
+
+/// Adds members (`,"name":value`…) to the JSON object at the end of `out`.
+pub fn include(members: &str, out: &mut Vec<u8>) {
+    if !members.is_empty() {
+        out.pop();
+        out.extend_from_slice(members.as_bytes());
+        out.push(b'}');
+    }
+}
+
+/// Encodes the predictions of one task.
+#[derive(Debug)]
+pub struct Writer {
+    format: OutputFormat,
+    record: Record,
+    /// The schema's id in the registry.
+    id: OnceLock<u32>,
+}
+
+impl Writer {
+    pub fn new(settings: &Settings) -> Self {
+        Self { format: settings.output.format, record: Record::of(settings), id: OnceLock::new() }
+    }
+
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// From now on, predictions are written in `output.format`, with this schema id. Until then they stay JSON, as
+    /// `kandle predict` prints them. Only the first call has an effect.
+    pub fn set_schema_id(&self, id: u32) {
+        // A schema that is registered again keeps its id.
+        let _ = self.id.set(id);
+    }
+
+    /// How to encode predictions; `None`: they are published as the task writes them.
+    pub fn encoding(&self) -> Option<Encoding<'_>> {
+        let id = self.id.get()?;
+        (self.format != OutputFormat::Json).then_some(Encoding { writer: self, id: *id })
+    }
+}
+
+/// An encoding other than plain JSON.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoding<'a> {
+    writer: &'a Writer,
+    id: u32,
+}
+
+impl Encoding<'_> {
+    /// Appends the frame and the prediction that `json` holds.
+    ///
+    /// # Errors
+    /// The format cannot hold the prediction. What was appended must be discarded.
+    pub fn write(&self, json: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        out.push(0);
+        out.extend_from_slice(&self.id.to_be_bytes());
+        let record = &self.writer.record;
+        let written = match self.writer.format {
+            OutputFormat::Json | OutputFormat::JsonSchema => {
+                out.extend_from_slice(json);
+                Ok(())
+            }
+            OutputFormat::Avro => {
+                text(json).and_then(|json| transcode::transcode(json, record, &mut avro::Avro(out)))
+            }
+            OutputFormat::Protobuf => {
+                out.push(0);
+                text(json).and_then(|json| transcode::transcode(json, record, &mut protobuf::Protobuf(out)))
+            }
+        };
+        written.map_err(|error| {
+            let name = name_of(self.writer.format);
+            RecordError::new(
+                Fault::Encode,
+                format!("output.format: {name} cannot hold the prediction: {error}"),
+            )
+        })
+    }
+}
+
+fn text(json: &[u8]) -> serde_json::Result<&str> {
+    std::str::from_utf8(json).map_err(serde::de::Error::custom)
+}
+
+/// The format's name in the configuration.
+fn name_of(format: OutputFormat) -> &'static str {
+    match format {
+        OutputFormat::Json => "json",
+        OutputFormat::Avro => "avro",
+        OutputFormat::Protobuf => "protobuf",
+        OutputFormat::JsonSchema => "json_schema",
+    }
+}
+
+/// The schema of the settings' predictions, as text that a registry takes. That of `json` is its JSON Schema.
+pub fn schema_text(format: OutputFormat, record: &Record) -> String {
+    let pretty = |schema| serde_json::to_string_pretty(&schema).expect("a JSON value can be written as text");
+    match format {
+        OutputFormat::Avro => pretty(avro::schema(record)),
+        OutputFormat::Protobuf => protobuf::schema(record),
+        OutputFormat::Json | OutputFormat::JsonSchema => pretty(json_schema::schema(record)),
+    }
+}
+
+/// The subject under which the registry has the schema.
+pub fn subject(settings: &Settings, record: &Record) -> String {
+    let (topic, name) = (&settings.output.topic, record.full_name());
+    match settings.output.subject {
+        SubjectName::Topic => format!("{topic}-value"),
+        SubjectName::Record => name,
+        SubjectName::TopicRecord => format!("{topic}-{name}"),
+    }
+}
+
+/// Problems of the settings that say how predictions are written: keys and messages.
+pub fn problems(settings: &Settings) -> Vec<(&'static str, String)> {
+    let output = &settings.output;
+    let mut problems = Vec::new();
+    let name = name_of(output.format);
+    if output.format == OutputFormat::Json {
+        if output.subject != SubjectName::default() {
+            let message = "has no effect with output.format: json, which has no schema in a registry";
+            problems.push(("output.subject", message.to_owned()));
+        }
+        return problems;
+    }
+    if settings.registry.url.0.is_empty() {
+        let message = format!("is required for output.format: {name}, such as http://registry:8081");
+        problems.push(("registry.url", message));
+    }
+    let record = Record::of(settings);
+    if record.fields.is_empty() {
+        let message = format!(
+            "{name} has no effect with task.kind: {}, which publishes the value unchanged",
+            settings.task.kind.name()
+        );
+        problems.push(("output.format", message));
+    }
+    if output.format != OutputFormat::JsonSchema
+        && let Some((one, other)) = record.clash()
+    {
+        let message = format!(
+            "{one:?} and {other:?} would be one field in {name}, where both are {:?}",
+            schema::identifier(other)
+        );
+        problems.push(("output.include", message));
+    }
+    problems
+}
+
+/// Appends a number in base 128, the least significant digit first (LEB128): what Avro and Protobuf call a varint.
+fn varint(mut number: u64, out: &mut Vec<u8>) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+/// Puts bytes before what begins at `at`.
+fn insert(out: &mut Vec<u8>, at: usize, bytes: &[u8]) {
+    let end = out.len();
+    out.resize(end + bytes.len(), 0);
+    out.copy_within(at..end, at + bytes.len());
+    out[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::schema::{Field, Type};
+    use super::*;
+
+    fn record() -> Record {
+        let fields = vec![
+            Field::new(1, "label", Type::Text, ""),
+            Field::new(2, "score", Type::Float, ""),
+            Field::new(3, "scores", Type::map(Type::Float), ""),
+            Field::new(4, "counts", Type::list(Type::Integer), ""),
+            Field::new(5, "id", Type::Json, "").optional(),
+            Field::new(6, "tokens", Type::list(Type::Text), "").optional(),
+            Field::new(7, "found", Type::objects("Found", vec![Field::new(1, "at", Type::Integer, "")]), ""),
+        ];
+        Record { name: "X".to_owned(), fields }
+    }
+
+    fn written(format: OutputFormat, json: &str) -> Result<Vec<u8>, String> {
+        let writer = Writer { format, record: record(), id: OnceLock::from(7) };
+        let mut out = vec![9];
+        let encoding = writer.encoding().unwrap();
+        encoding.write(json.as_bytes(), &mut out).map_err(|error| error.message)?;
+        assert_eq!(out[..6], [9, 0, 0, 0, 0, 7], "the frame follows what was there");
+        Ok(out.split_off(6))
+    }
+
+    const FULL: &str = r#"{"label":"a","score":0.5,"scores":{"a":0.5},"counts":[1,-2],"id":"x","tokens":["y"],"found":[{"at":300},{"at":0}]}"#;
+    const LEAST: &str = r#"{"label":"","score":0,"scores":{},"counts":[],"found":[]}"#;
+
+    /// By hand, after the specification.
+    #[test]
+    fn avro_is_as_specified() {
+        let full: &[&[u8]] = &[
+            b"\x02a",                         // label: length 1
+            b"\x00\x00\x00\x3f",              // score
+            b"\x02\x02a\x00\x00\x00\x3f\x00", // scores: one entry, the end
+            b"\x04\x02\x03\x00",              // counts: two items, 1, -2, the end
+            b"\x02\x02x",                     // id: the second branch
+            b"\x02\x02\x02y\x00",             // tokens
+            b"\x04\xd8\x04\x00\x00",          // found: 300 is 600 in zigzag
+        ];
+        assert_eq!(written(OutputFormat::Avro, FULL).unwrap(), full.concat());
+        let least = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(written(OutputFormat::Avro, LEAST).unwrap(), least);
+    }
+
+    #[test]
+    fn protobuf_is_as_specified() {
+        let full: &[&[u8]] = &[
+            b"\x00", // the first message
+            b"\x0a\x01a",
+            b"\x15\x00\x00\x00\x3f",
+            b"\x1a\x08\x0a\x01a\x15\x00\x00\x00\x3f",
+            b"\x22\x0b\x01\xfe\xff\xff\xff\xff\xff\xff\xff\xff\x01", // packed
+            b"\x2a\x01x",
+            b"\x32\x01y",
+            b"\x3a\x03\x08\xac\x02\x3a\x00", // the second object has only defaults
+        ];
+        assert_eq!(written(OutputFormat::Protobuf, FULL).unwrap(), full.concat());
+        assert_eq!(written(OutputFormat::Protobuf, LEAST).unwrap(), [0]);
+    }
+
+    #[test]
+    fn json_is_framed_unchanged() {
+        assert_eq!(written(OutputFormat::JsonSchema, FULL).unwrap(), FULL.as_bytes());
+        let writer = Writer { format: OutputFormat::Avro, record: record(), id: OnceLock::new() };
+        assert!(writer.encoding().is_none(), "there is no encoding before the schema has an id");
+    }
+
+    /// What `output.include` copies: any JSON, with escapes and all digits.
+    #[test]
+    fn values_without_a_type_become_texts() {
+        let cases = [
+            (r#""x\u00e9\n""#, Some("x\u{e9}\n")),
+            (r#""""#, Some("")),
+            ("123456789012345678901.10", Some("123456789012345678901.10")),
+            (r#"{ "a" : ["b", 1.0] }"#, Some(r#"{ "a" : ["b", 1.0] }"#)),
+            ("true", Some("true")),
+            ("null", None),
+        ];
+        for (value, want) in cases {
+            let json =
+                format!(r#"{{"label":"","score":0,"scores":{{}},"counts":[],"id":{value},"found":[]}}"#);
+            let got = written(OutputFormat::Avro, &json).unwrap();
+            let mut text = vec![0; 7];
+            match want {
+                None => text.push(0),
+                Some(want) => {
+                    text.extend([2, 2 * want.len() as u8]);
+                    text.extend(want.as_bytes());
+                }
+            }
+            text.extend([0, 0]);
+            assert_eq!(got, text, "{value}");
+            let protobuf = written(OutputFormat::Protobuf, &json).unwrap();
+            assert_eq!(protobuf.len(), 1 + want.map_or(0, |want| 2 + want.len()), "{value}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_match_the_schema_is_refused() {
+        let part = |json: &str| written(OutputFormat::Avro, json).unwrap_err();
+        for (json, said) in [
+            ("{}", "\"label\" is missing"),
+            (r#"{"label":"a","scores":{}}"#, "\"score\" is missing"),
+            (r#"{"label":"a","score":0,"label":"b"}"#, "\"label\" is not in the schema"),
+            (r#"{"label":"a","score":null}"#, "null"),
+            (r#"{"label":7}"#, "integer `7`"),
+            (r#"{"label":"a","score":0,"scores":{},"counts":[2147483648]}"#, "2147483648"),
+            (r#"{"label":"a","score":0,"scores":{},"counts":[],"id":"\ud800","found":[]}"#, "escape"),
+        ] {
+            let error = part(json);
+            assert!(error.contains(said) && error.contains("output.format: avro"), "{json}: {error}");
+        }
+    }
+
+    /// Subjects as Confluent's strategies name them.
+    #[test]
+    fn subjects() {
+        let set = |subject: &str| {
+            let set = [
+                "kafka.brokers=none:1",
+                "input.topics=in",
+                "input.group=g",
+                "input.field=/text",
+                "task.kind=text-classification",
+                "model.source=bundled",
+                "output.topic=out",
+                "output.format=avro",
+                "registry.url=http://none:1",
+                "dead_letters.topic=dead",
+            ];
+            let mut set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
+            set.push(format!("output.subject={subject}"));
+            let sources = crate::settings::Sources { set, ..Default::default() };
+            crate::settings::load(&sources).unwrap().settings
+        };
+        for (strategy, want) in [
+            ("topic", "out-value"),
+            ("record", "kandle.TextClassification"),
+            ("topic_record", "out-kandle.TextClassification"),
+        ] {
+            let settings = set(strategy);
+            assert_eq!(subject(&settings, &Record::of(&settings)), want);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The predictions' schema in the registry: registered, or only looked up, before anything is consumed. A registry that
+//! is away is waited for.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{Registry, RegistryError, SchemaKind};
+use crate::codec::write::{self, Record, Writer};
+use crate::settings::{OutputFormat, Settings};
+use crate::telemetry::{Health, Metrics};
+
+/// Shortest and longest wait between two attempts.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+
+/// A schema that predictions are written with, and where the registry has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputSchema {
+    pub subject: String,
+    pub kind: SchemaKind,
+    pub text: String,
+}
+
+/// Why predictions cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistrationError {
+    #[error("{0}; the schema of the predictions is what `kandle config schema --output` prints")]
+    Registry(#[from] RegistryError),
+    /// Only with `registry.auto_register: false`.
+    #[error(
+        "subject {subject} does not have the schema of the predictions, and registry.auto_register is false: register \
+         what `kandle config schema --output` prints ({reason})"
+    )]
+    Missing { subject: String, reason: String },
+}
+
+impl OutputSchema {
+    /// `None` if predictions are plain JSON, without a schema.
+    pub fn new(settings: &Settings, record: &Record) -> Option<Self> {
+        let kind = match settings.output.format {
+            OutputFormat::Json => return None,
+            OutputFormat::Avro => SchemaKind::Avro,
+            OutputFormat::Protobuf => SchemaKind::Protobuf,
+            OutputFormat::JsonSchema => SchemaKind::Json,
+        };
+        let text = write::schema_text(settings.output.format, record);
+        Some(Self { subject: write::subject(settings, record), kind, text })
+    }
+
+    /// The schema's id.
+    ///
+    /// # Errors
+    /// The registry does not have the schema and does not take it, or is away.
+    pub fn id(&self, registry: &Registry, auto_register: bool) -> Result<u32, RegistrationError> {
+        match self.known(registry) {
+            Ok(id) => Ok(id),
+            Err(RegistryError::NotFound { .. }) if auto_register => {
+                Ok(registry.register(&self.subject, self.kind, &self.text)?)
+            }
+            Err(error @ RegistryError::NotFound { .. }) => {
+                Err(RegistrationError::Missing { subject: self.subject.clone(), reason: error.to_string() })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The id, if the subject has the schema already.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`] if it does not; the registry is away or refuses the login.
+    pub fn known(&self, registry: &Registry) -> Result<u32, RegistryError> {
+        registry.lookup(&self.subject, self.kind, &self.text)
+    }
+
+    /// What would keep the subject from taking the schema; `None` if nothing would. Changes nothing.
+    ///
+    /// # Errors
+    /// The registry is away, or refuses to say.
+    pub fn objection(&self, registry: &Registry) -> Result<Option<String>, RegistryError> {
+        match registry.compatible(&self.subject, self.kind, &self.text) {
+            // A subject that does not exist yet takes any schema.
+            Err(RegistryError::NotFound { .. }) => Ok(None),
+            answer => answer,
+        }
+    }
+}
+
+/// Gets the id of the schema that the settings ask for and gives it to the writer. False if asked to stop while the
+/// registry was away.
+///
+/// # Errors
+/// The registry does not have the schema and does not take it.
+pub fn register(
+    settings: &Settings,
+    writer: &Writer,
+    metrics: &Metrics,
+    health: &Health,
+    stop: &AtomicBool,
+) -> Result<bool, RegistrationError> {
+    let Some(schema) = OutputSchema::new(settings, writer.record()) else { return Ok(true) };
+    let Some(registry) = Registry::new(&settings.registry)? else { return Ok(true) };
+    let mut backoff = BACKOFF.0;
+    loop {
+        let error = match schema.id(&registry, settings.registry.auto_register) {
+            Ok(id) => {
+                let (subject, kind) = (&schema.subject, schema.kind.name());
+                tracing::info!(subject, kind, id, "the predictions' schema is in the registry");
+                writer.set_schema_id(id);
+                return Ok(true);
+            }
+            Err(RegistrationError::Registry(error @ RegistryError::Away { .. })) => error,
+            Err(error) => return Err(error),
+        };
+        let retry_in = humantime::format_duration(backoff);
+        tracing::error!(%error, %retry_in, "the schema registry is away, and the predictions' schema must be there before records are read: trying again");
+        health.error(&error.to_string());
+        metrics.retries.with_label_values(&["registry"]).inc();
+        let until = Instant::now() + backoff;
+        while Instant::now() < until {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+        backoff = (backoff * 2).min(BACKOFF.1);
+    }
+}
