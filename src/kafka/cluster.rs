@@ -13,6 +13,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaErrorCode;
 
+use super::login::{self, Client, Side};
 use super::topic_rules::TopicRules;
 use super::topics::TopicFilter;
 use crate::settings::Settings;
@@ -102,19 +103,19 @@ impl LastClientError {
 pub struct Cluster<'a> {
     settings: &'a Settings,
     /// Client whose requests change nothing on the cluster.
-    client: BaseConsumer<LastClientError>,
+    client: Client<BaseConsumer<LastClientError>>,
     /// Client whose metadata requests make a broker create a missing topic, if it creates topics on demand.
-    creator: Option<BaseConsumer<LastClientError>>,
-    admin: AdminClient<LastClientError>,
+    creator: Option<Client<BaseConsumer<LastClientError>>>,
+    admin: Client<AdminClient<LastClientError>>,
 }
 
 impl<'a> Cluster<'a> {
     /// Creates the clients. None of their requests changes anything on the cluster.
     pub fn connect(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
-        let admin = config.create_with_context(LastClientError::default())?;
+        let admin = login::create(&config, LastClientError::default())?;
         config.set("allow.auto.create.topics", "false");
-        let client = config.create_with_context(LastClientError::default())?;
+        let client = login::create(&config, LastClientError::default())?;
         Ok(Self { settings, client, creator: None, admin })
     }
 
@@ -123,16 +124,14 @@ impl<'a> Cluster<'a> {
     fn connect_and_create(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
         config.set("allow.auto.create.topics", "true");
-        let creator = Some(config.create_with_context(LastClientError::default())?);
+        let creator = Some(login::create(&config, LastClientError::default())?);
         Ok(Self { creator, ..Self::connect(settings)? })
     }
 
     fn config(settings: &Settings) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", &settings.kafka.brokers).set("client.id", "kandle");
-        for (name, value) in &settings.kafka.properties {
-            config.set(name, &value.0);
-        }
+        login::configure(&mut config, settings, Side::Both);
         config
     }
 

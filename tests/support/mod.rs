@@ -5,6 +5,7 @@
 pub mod kafka;
 pub mod ledger;
 pub mod prometheus;
+pub mod secure;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
