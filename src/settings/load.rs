@@ -287,7 +287,8 @@ fn is_secret(key: &str) -> bool {
     match key.split_once(".properties.") {
         Some((_, property)) => {
             let property = property.to_ascii_lowercase();
-            WORDS.iter().any(|word| property.contains(word))
+            // An address, not a token.
+            property != "sasl.oauthbearer.token.endpoint.url" && WORDS.iter().any(|word| property.contains(word))
         }
         None => ["password", "token", "secret"].contains(&key.rsplit('.').next().unwrap_or(key)),
     }
