@@ -288,7 +288,8 @@ fn is_secret(key: &str) -> bool {
         Some((_, property)) => {
             let property = property.to_ascii_lowercase();
             // An address, not a token.
-            property != "sasl.oauthbearer.token.endpoint.url" && WORDS.iter().any(|word| property.contains(word))
+            property != "sasl.oauthbearer.token.endpoint.url"
+                && WORDS.iter().any(|word| property.contains(word))
         }
         None => ["password", "token", "secret"].contains(&key.rsplit('.').next().unwrap_or(key)),
     }
