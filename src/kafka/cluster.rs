@@ -21,6 +21,9 @@ use crate::telemetry::{Health, Metrics};
 
 /// Timeout of one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for another error of the client, and how many to look at, when it could not reach the brokers.
+const ERROR_WAIT: Duration = Duration::from_millis(100);
+const MOST_ERRORS: usize = 20;
 /// First and longest wait between attempts; it doubles each time.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
@@ -76,8 +79,12 @@ pub enum ClusterError {
 pub struct LastClientError(Mutex<Option<String>>);
 
 impl ClientContext for LastClientError {
-    fn error(&self, _: KafkaError, reason: &str) {
-        self.keep(reason);
+    fn error(&self, error: KafkaError, reason: &str) {
+        // It follows the errors that say why.
+        let is_summary = error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown);
+        if !is_summary || self.last().is_none() {
+            self.keep(reason);
+        }
     }
 
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, _: &str, message: &str) {
@@ -150,8 +157,12 @@ impl<'a> Cluster<'a> {
     }
 
     fn unreachable(&self, error: &KafkaError) -> ClusterError {
-        // The client passes errors to its context only while it is polled.
-        self.client.poll(Duration::ZERO);
+        // The client passes errors to its context only while it is polled. More than one event may be queued.
+        for _ in 0..MOST_ERRORS {
+            if self.client.poll(ERROR_WAIT).is_none() {
+                break;
+            }
+        }
         let reason = self.client.context().last().unwrap_or_else(|| error.to_string());
         ClusterError::Unreachable { brokers: self.settings.kafka.brokers.clone(), reason }
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rdkafka::ClientConfig;
 use rdkafka::bindings::rd_kafka_AclOperation_t as AclOperation;
 use rdkafka::consumer::{CommitMode, Consumer};
+use rdkafka::error::KafkaError;
 use rdkafka::producer::{BaseProducer, DefaultProducerContext, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
@@ -163,6 +164,10 @@ pub fn probe(
     needed.iter().map(held).collect()
 }
 
+/// How long to wait for an event of the client, and how many to look at.
+const EVENT_WAIT: Duration = Duration::from_millis(100);
+const MOST_EVENTS: usize = 20;
+
 /// A partition that no topic has.
 const NO_PARTITION: i32 = i32::MAX - 1;
 
@@ -172,22 +177,26 @@ fn group(settings: &Settings, config: &ClientConfig, timeout: Duration) -> Held 
     let Some(topic) = named_inputs(settings).next() else {
         return Held::Unknown("input.topics is a pattern".to_owned());
     };
-    let asked = reader_with(config).and_then(|client| {
-        // A user without any permission on the group is refused here. The commit below would wait for longer.
-        let mut list = TopicPartitionList::new();
-        list.add_partition(topic, 0);
-        super::cluster::committed(&client, &list, timeout)?;
+    let client = match reader_with(config) {
+        Ok(client) => client,
+        Err(error) => return Held::Unknown(error.to_string()),
+    };
+    let mut list = TopicPartitionList::new();
+    list.add_partition(topic, 0);
+    // A user without any permission on the group gets no coordinator. The commit below would wait for one for longer.
+    let asked = super::cluster::committed(&client, &list, timeout).and_then(|_| {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(topic, NO_PARTITION, Offset::Offset(0))?;
         client.commit(&list, CommitMode::Sync)
     });
-    match asked {
-        Ok(()) => Held::Yes,
-        Err(error) => match error.rdkafka_error_code() {
-            Some(UnknownTopicOrPartition | UnknownPartition) => Held::Yes,
-            Some(GroupAuthorizationFailed) => Held::No,
-            _ => Held::Unknown(error.to_string()),
-        },
+    let Err(error) = asked else { return Held::Yes };
+    // The refusal of a coordinator is an event; the call itself only times out.
+    let events = || std::iter::from_fn(|| client.poll(EVENT_WAIT)).take(MOST_EVENTS);
+    let refused = |error: &KafkaError| error.rdkafka_error_code() == Some(GroupAuthorizationFailed);
+    match error.rdkafka_error_code() {
+        Some(UnknownTopicOrPartition | UnknownPartition) => Held::Yes,
+        _ if refused(&error) || events().any(|event| event.is_err_and(|e| refused(&e))) => Held::No,
+        _ => Held::Unknown(error.to_string()),
     }
 }
 
@@ -200,14 +209,15 @@ fn transactional_id(id: &str, config: &ClientConfig, timeout: Duration) -> Held 
     use RDKafkaErrorCode::{InvalidTransactionTimeout, TransactionalIdAuthorizationFailed};
     let mut config = config.clone();
     config.set("transactional.id", id).set("transaction.timeout.ms", LONGEST_TRANSACTION_MS);
-    let asked = login::create(&config, DefaultProducerContext)
-        .and_then(|producer: Client<BaseProducer>| producer.init_transactions(timeout));
-    match asked {
-        Ok(()) => Held::Yes,
-        Err(error) => match error.rdkafka_error_code() {
-            Some(InvalidTransactionTimeout) => Held::Yes,
-            Some(TransactionalIdAuthorizationFailed) => Held::No,
-            _ => Held::Unknown(error.to_string()),
-        },
+    let producer: Client<BaseProducer> = match login::create(&config, DefaultProducerContext) {
+        Ok(producer) => producer,
+        Err(error) => return Held::Unknown(error.to_string()),
+    };
+    let Err(error) = producer.init_transactions(timeout) else { return Held::Yes };
+    let fatal = producer.client().fatal_error().map(|(code, _)| code);
+    match fatal.or(error.rdkafka_error_code()) {
+        Some(InvalidTransactionTimeout) => Held::Yes,
+        Some(TransactionalIdAuthorizationFailed) => Held::No,
+        _ => Held::Unknown(error.to_string()),
     }
 }
