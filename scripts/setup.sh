@@ -3,7 +3,8 @@
 # prints the command to run.
 #
 #   setup.sh build      C and C++ compilers, make, perl (librdkafka and OpenSSL are built from source)
-#   setup.sh test       the same, plus Java and Maven (for a real Kafka and a real schema registry), their jars and Prometheus
+#   setup.sh test       the same, plus Java and Maven (for a real Kafka and a real schema registry), Node.js (for a real identity
+#                       provider), openssl, their packages and Prometheus
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -22,6 +23,9 @@ if [ "${1:-build}" = test ]; then
   want java default-jre-headless
   want mvn maven
   want python3 python3
+  want openssl openssl
+  want node nodejs
+  want npm npm
 fi
 
 if [ ${#packages[@]} -gt 0 ]; then

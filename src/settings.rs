@@ -14,7 +14,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use load::{Loaded, Sources, escape, load};
+pub use load::{Loaded, Sources, escape, interpolate, load};
 pub use problems::Problem;
 pub(crate) use rules::check_pointer;
 pub use units::{ByteSize, Scalar, Wait};
@@ -66,6 +66,9 @@ pub struct Settings {
     /// Cost of running kandle, for a drain's report.
     #[serde(default)]
     pub cost: Cost,
+    /// Properties with placeholders as they are written, by key, so that a file can be read again.
+    #[serde(skip)]
+    pub templates: BTreeMap<String, String>,
 }
 
 impl Settings {

@@ -329,6 +329,114 @@ fn keda_gets_values_that_it_can_resolve() {
     refused(with("${env:HOST}:9092", "t"), "cannot read config.kafka.brokers");
 }
 
+/// Values with this login.
+fn login(properties: Value) -> Value {
+    json!({ "keda": { "enabled": true }, "config": { "kafka": { "properties": properties } } })
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn keda_logs_in_as_the_pods_do() {
+    let plain = rendered(json!({ "keda": { "enabled": true, "excludePersistentLag": true } }));
+    let trigger = &one(&plain, "ScaledObject")["spec"]["triggers"][0];
+    assert_eq!(trigger["metadata"]["excludePersistentLag"], "true");
+    assert_eq!((&trigger["metadata"]["sasl"], &trigger["authenticationRef"]), (&Value::Null, &Value::Null));
+
+    let mut scram = login(json!({
+        "security.protocol": "SASL_SSL",
+        "ssl.ca.location": "/run/secrets/kafka/ca.crt",
+        "sasl.mechanism": "SCRAM-SHA-512",
+        "sasl.username": "kan$$dle",
+        "sasl.password": "${env:SASL_PASSWORD}",
+        "ssl.key.password": "${env:KEY_PASSWORD}",
+    }));
+    scram["secretEnv"] = json!([{ "name": "SASL_PASSWORD", "secret": "login", "key": "password" }]);
+    scram["secretFiles"] = json!([{ "secret": "tls", "mountPath": "/run/secrets/kafka" }]);
+    let all = rendered(scram.clone());
+    let trigger = &one(&all, "ScaledObject")["spec"]["triggers"][0];
+    assert_eq!(
+        (&trigger["metadata"]["sasl"], &trigger["metadata"]["tls"]),
+        (&json!("scram_sha512"), &json!("enable"))
+    );
+    let authentication = one(&all, "TriggerAuthentication");
+    assert_eq!(trigger["authenticationRef"]["name"], authentication["metadata"]["name"]);
+    let own = one(&all, "Secret");
+    assert_eq!(own["stringData"], json!({ "username": "kan$dle" }));
+    assert_eq!(
+        authentication["spec"]["secretTargetRef"],
+        json!([
+            { "parameter": "ca", "name": "tls", "key": "ca.crt" },
+            { "parameter": "password", "name": "login", "key": "password" },
+            { "parameter": "username", "name": own["metadata"]["name"], "key": "username" },
+        ])
+    );
+    assert_eq!(
+        authentication["spec"]["env"],
+        json!([{ "parameter": "keyPassword", "name": "KEY_PASSWORD", "containerName": "kandle" }])
+    );
+    scram["keda"]["authenticationRef"] = json!("mine");
+    let all = rendered(scram);
+    assert!(!kinds(&all).contains(&"TriggerAuthentication".to_owned()));
+    assert_eq!(one(&all, "ScaledObject")["spec"]["triggers"][0]["authenticationRef"]["name"], "mine");
+
+    let mut iam = login(json!({ "sasl.mechanism": "AWS_MSK_IAM" }));
+    iam["config"]["kafka"]["brokers"] = json!("b-1.demo.x.c2.kafka.eu-central-1.amazonaws.com:9098");
+    let all = rendered(iam);
+    let metadata = &one(&all, "ScaledObject")["spec"]["triggers"][0]["metadata"];
+    assert_eq!((&metadata["sasl"], &metadata["awsRegion"]), (&json!("aws_msk_iam"), &json!("eu-central-1")));
+    assert_eq!(one(&all, "TriggerAuthentication")["spec"]["podIdentity"]["provider"], "aws");
+
+    let sasl = |name: &str, value: &str| {
+        let mut properties = json!({ "security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN" });
+        properties[name] = json!(value);
+        login(properties)
+    };
+    refused(sasl("sasl.mechanism", "GSSAPI"), "no counterpart of sasl.mechanism GSSAPI");
+    refused(sasl("sasl.password", "${file:/elsewhere/password}"), "cannot read /elsewhere/password");
+    refused(sasl("sasl.password", "a${env:B}"), "cannot read sasl.password");
+    refused(sasl("security.protocol", "${env:PROTOCOL}"), "cannot read security.protocol");
+}
+
+#[test]
+#[ignore = "make chart-test"]
+fn a_strimzi_user_logs_the_pods_and_keda_in() {
+    let with = |authentication: &str| {
+        let strimzi = json!({ "user": "kandle", "cluster": "demo", "authentication": authentication });
+        json!({ "strimzi": strimzi, "keda": { "enabled": true } })
+    };
+    let all = rendered(with("scram-sha-512"));
+    let config = one(&all, "ConfigMap")["data"]["kandle.yaml"].as_str().expect("a file");
+    let config: Value = serde_saphyr::from_str(config).expect("YAML");
+    let properties = &config["kafka"]["properties"];
+    assert_eq!(properties["sasl.password"], "${file:/run/secrets/strimzi/user/password}");
+    assert_eq!(
+        (&properties["sasl.username"], &properties["security.protocol"]),
+        (&json!("kandle"), &json!("SASL_SSL"))
+    );
+    let pod = &one(&all, "Deployment")["spec"]["template"]["spec"];
+    let secrets: Vec<&Value> = pod["volumes"]
+        .as_array()
+        .expect("volumes")
+        .iter()
+        .map(|volume| &volume["secret"]["secretName"])
+        .filter(|name| !name.is_null())
+        .collect();
+    assert_eq!(secrets, ["kandle", "demo-cluster-ca-cert"]);
+    let references = &one(&all, "TriggerAuthentication")["spec"]["secretTargetRef"];
+    assert_eq!(references[0], json!({ "parameter": "ca", "name": "demo-cluster-ca-cert", "key": "ca.crt" }));
+    assert_eq!(references[1], json!({ "parameter": "password", "name": "kandle", "key": "password" }));
+
+    let all = rendered(with("tls"));
+    let references = &one(&all, "TriggerAuthentication")["spec"]["secretTargetRef"];
+    assert_eq!(references[1], json!({ "parameter": "cert", "name": "kandle", "key": "user.crt" }));
+    assert_eq!(references[2], json!({ "parameter": "key", "name": "kandle", "key": "user.key" }));
+
+    refused(json!({ "strimzi": { "user": "kandle" } }), "strimzi.cluster");
+    let mut both = with("tls");
+    both["config"] = json!({ "kafka": { "properties": { "security.protocol": "SSL" } } });
+    refused(both, "is set by strimzi.user");
+}
+
 #[test]
 #[ignore = "make chart-test"]
 fn the_network_policy_allows_the_ports_of_the_configuration() {

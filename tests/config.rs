@@ -121,8 +121,21 @@ fn default_yaml_the_schema_and_the_struct_agree() {
 fn the_examples_are_valid_configurations() {
     for entry in std::fs::read_dir(root().join("config/examples")).expect("examples") {
         let path = entry.expect("an example").path();
-        if let Err(problems) = load(std::slice::from_ref(&path), &[], &[("KAFKA_PASSWORD", "x")]) {
+        let variables = [
+            ("KAFKA_PASSWORD", "x"),
+            ("CONFLUENT_API_KEY", "x"),
+            ("CONFLUENT_API_SECRET", "x"),
+            ("EVENT_HUBS_CONNECTION_STRING", "Endpoint=sb://namespace/;SharedAccessKey=a+b/c="),
+        ];
+        let read = load(std::slice::from_ref(&path), &[], &variables);
+        if path.ends_with("msk-iam.yaml") && !cfg!(feature = "msk-iam") {
+            let problems = read.expect_err("a mechanism that this build lacks");
+            assert!(problems[0].to_string().contains("cargo feature msk-iam"), "{problems:#?}");
+        } else if let Err(problems) = read {
             panic!("{}: {problems:#?}", path.display());
+        } else if path.ends_with("event-hubs.yaml") {
+            let properties = read.expect("a configuration").settings.kafka.properties;
+            assert_eq!(properties["sasl.username"].0, "$ConnectionString");
         }
     }
 }
@@ -466,9 +479,30 @@ fn security_settings_that_the_build_lacks_are_refused() {
     one_problem(&sasl(""), &["kafka.properties.security.protocol", "GSSAPI"]);
     one_problem(&sasl(", sasl.mechanism: GSSAPI"), &["kafka.properties.sasl.mechanism", "GSSAPI"]);
     one_problem(&sasl(", sasl.mechanisms: PLAIN"), &["kafka.properties.sasl.mechanisms", "sasl.username"]);
+    if !cfg!(feature = "kerberos") {
+        one_problem(&sasl(", sasl.mechanism: GSSAPI"), &["cargo feature kerberos"]);
+    }
+    if !cfg!(feature = "msk-iam") {
+        let iam = "kafka: { properties: { sasl.mechanism: AWS_MSK_IAM } }";
+        one_problem(iam, &["kafka.properties.sasl.mechanism", "cargo feature msk-iam"]);
+    }
+    let oidc = ", sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.method: oidc";
     one_problem(
-        &sasl(", sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.method: oidc"),
-        &["kafka.properties.sasl.oauthbearer.method", "not supported in this build"],
+        &sasl(oidc),
+        &["kafka.properties.sasl.oauthbearer.method", "needs sasl.oauthbearer.client.id"],
+    );
+    one_problem(&sasl(", sasl.mechanism: OAUTHBEARER"), &["kafka.properties.sasl.mechanism", "needs"]);
+    let whole = format!(
+        "{oidc}, sasl.oauthbearer.client.id: me, sasl.oauthbearer.token.endpoint.url: 'https://idp/token'"
+    );
+    let secret = ", sasl.oauthbearer.client.secret: s";
+    assert!(problems(&sasl(&format!("{whole}{secret}"))).is_empty(), "{:?}", problems(&sasl(&whole)));
+    // The consumer's and the producer's own properties complete it, each for its client.
+    let own = format!("{}\ninput: {{ properties: {{ sasl.oauthbearer.client.secret: s }} }}", sasl(&whole));
+    one_problem(&own, &["sasl.oauthbearer.method", "needs sasl.oauthbearer.client.secret"]);
+    one_problem(
+        &sasl(", sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.assertion.file: /x"),
+        &["kafka.properties.sasl.oauthbearer.assertion.file", "not supported in this build"],
     );
     let scram = ", sasl.mechanism: SCRAM-SHA-512, sasl.username: u, sasl.password: p";
     assert!(problems(&sasl(scram)).is_empty(), "{:?}", problems(&sasl(scram)));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
-use rdkafka::producer::{BaseProducer, Producer};
+use rdkafka::producer::{BaseProducer, DefaultProducerContext, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::{AlreadyReported, drain};
@@ -16,10 +16,13 @@ use crate::codec::{FormatEntry, SchemaEntry, tokens};
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
+use crate::kafka::login::{self, Client, Side};
+use crate::kafka::permissions::{self, Held};
 use crate::model::{Checkpoint, Files, Output};
 use crate::registry::registration::OutputSchema;
 use crate::registry::{Registry, RegistryError, Version};
 use crate::settings::{Guarantee, Loaded, Settings};
+use crate::sink;
 use crate::task::{self, Kind};
 use crate::telemetry::Metrics;
 
@@ -78,7 +81,9 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     let what = format!("brokers {} ({transport})", settings.kafka.brokers);
     lines.say(&what, reached.map(|count| format!("{count} in the cluster")).map_err(|e| e.to_string()));
     if away {
-        for what in ["topics", "group", "producer", "transaction", "largest message", "retention"] {
+        for what in
+            ["topics", "group", "producer", "permissions", "transaction", "largest message", "retention"]
+        {
             lines.skip(what, "the brokers cannot be reached");
         }
         return;
@@ -107,6 +112,7 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     }
     lines.say(&format!("group {}", settings.input.group), group(settings));
     lines.say("producer", producer(settings));
+    permissions(settings, lines);
     transaction(&cluster, settings, lines);
     largest(&cluster, settings, lines);
     retention(&cluster, settings, lines);
@@ -128,11 +134,8 @@ fn retention(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
 
 /// Reads the group's offsets, which needs permission to read the group.
 fn group(settings: &Settings) -> Result<String, String> {
-    let mut config = base(settings);
+    let mut config = base(settings, Side::Input);
     config.set("group.id", &settings.input.group);
-    for (name, value) in &settings.input.properties {
-        config.set(name, &value.0);
-    }
     let consumer = consumer::reader_with(&config).map_err(|e| e.to_string())?;
     let mut list = TopicPartitionList::new();
     for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
@@ -151,13 +154,11 @@ fn group(settings: &Settings) -> Result<String, String> {
 
 /// Gets an idempotent producer's id, which needs permission to write. Nothing is written.
 fn producer(settings: &Settings) -> Result<String, String> {
-    let mut config = base(settings);
+    let mut config = base(settings, Side::Output);
     config.set("enable.idempotence", "true");
-    for (name, value) in &settings.output.properties {
-        config.set(name, &value.0);
-    }
     config.set("allow.auto.create.topics", "false");
-    let producer: BaseProducer = config.create().map_err(|e| e.to_string())?;
+    let producer: Client<BaseProducer> =
+        login::create(&config, DefaultProducerContext).map_err(|e| e.to_string())?;
     producer.client().fetch_metadata(Some(&settings.output.topic), ATTEMPT).map_err(|e| e.to_string())?;
     // The client requests the id in the background, and a refusal is a fatal error of the client.
     producer.poll(Duration::from_millis(500));
@@ -167,12 +168,37 @@ fn producer(settings: &Settings) -> Result<String, String> {
     }
 }
 
-fn base(settings: &Settings) -> ClientConfig {
+/// Names each permission that is missing, and how to grant it.
+fn permissions(settings: &Settings, lines: &mut Lines) {
+    let id = match sink::first_transactional_id(settings) {
+        Ok(id) => id,
+        Err(error) => return lines.say("permissions", Err(error.to_string())),
+    };
+    let needed = permissions::needed(settings, &id);
+    let mut input = base(settings, Side::Input);
+    input.set("group.id", &settings.input.group).set("enable.auto.commit", "false");
+    let output = base(settings, Side::Output);
+    let held = permissions::probe(settings, &needed, (&input, &output), ATTEMPT);
+    let mut found = Vec::new();
+    for (permission, held) in needed.iter().zip(held) {
+        let what = format!("permission {permission}");
+        let grant = permission.grant(&settings.kafka.brokers);
+        match (held, permission.optional) {
+            (Held::Yes, _) => found.push(permission.to_string()),
+            (Held::No, None) => lines.say(&what, Err(format!("is missing; grant it: {grant}"))),
+            (Held::No, Some(lost)) => lines.warn(&what, &format!("is missing: {lost}; grant it: {grant}")),
+            (Held::Unknown(reason), _) => lines.skip(&what, &reason),
+        }
+    }
+    if !found.is_empty() {
+        lines.say("permissions", Ok(found.join(", ")));
+    }
+}
+
+fn base(settings: &Settings, side: Side) -> ClientConfig {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", &settings.kafka.brokers);
-    for (name, value) in &settings.kafka.properties {
-        config.set(name, &value.0);
-    }
+    login::configure(&mut config, settings, side);
     config
 }
 

@@ -13,6 +13,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaErrorCode;
 
+use super::login::{self, Client, Side};
 use super::topic_rules::TopicRules;
 use super::topics::TopicFilter;
 use crate::settings::Settings;
@@ -20,6 +21,9 @@ use crate::telemetry::{Health, Metrics};
 
 /// Timeout of one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for another error of the client, and how many to look at, when it could not reach the brokers.
+const ERROR_WAIT: Duration = Duration::from_millis(100);
+const MOST_ERRORS: usize = 20;
 /// First and longest wait between attempts; it doubles each time.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
@@ -75,8 +79,12 @@ pub enum ClusterError {
 pub struct LastClientError(Mutex<Option<String>>);
 
 impl ClientContext for LastClientError {
-    fn error(&self, _: KafkaError, reason: &str) {
-        self.keep(reason);
+    fn error(&self, error: KafkaError, reason: &str) {
+        // It follows the errors that say why.
+        let is_summary = error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown);
+        if !is_summary || self.last().is_none() {
+            self.keep(reason);
+        }
     }
 
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, _: &str, message: &str) {
@@ -102,19 +110,19 @@ impl LastClientError {
 pub struct Cluster<'a> {
     settings: &'a Settings,
     /// Client whose requests change nothing on the cluster.
-    client: BaseConsumer<LastClientError>,
+    client: Client<BaseConsumer<LastClientError>>,
     /// Client whose metadata requests make a broker create a missing topic, if it creates topics on demand.
-    creator: Option<BaseConsumer<LastClientError>>,
-    admin: AdminClient<LastClientError>,
+    creator: Option<Client<BaseConsumer<LastClientError>>>,
+    admin: Client<AdminClient<LastClientError>>,
 }
 
 impl<'a> Cluster<'a> {
     /// Creates the clients. None of their requests changes anything on the cluster.
     pub fn connect(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
-        let admin = config.create_with_context(LastClientError::default())?;
+        let admin = login::create(&config, LastClientError::default())?;
         config.set("allow.auto.create.topics", "false");
-        let client = config.create_with_context(LastClientError::default())?;
+        let client = login::create(&config, LastClientError::default())?;
         Ok(Self { settings, client, creator: None, admin })
     }
 
@@ -123,16 +131,14 @@ impl<'a> Cluster<'a> {
     fn connect_and_create(settings: &'a Settings) -> Result<Self, KafkaError> {
         let mut config = Self::config(settings);
         config.set("allow.auto.create.topics", "true");
-        let creator = Some(config.create_with_context(LastClientError::default())?);
+        let creator = Some(login::create(&config, LastClientError::default())?);
         Ok(Self { creator, ..Self::connect(settings)? })
     }
 
     fn config(settings: &Settings) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", &settings.kafka.brokers).set("client.id", "kandle");
-        for (name, value) in &settings.kafka.properties {
-            config.set(name, &value.0);
-        }
+        login::configure(&mut config, settings, Side::Both);
         config
     }
 
@@ -151,8 +157,12 @@ impl<'a> Cluster<'a> {
     }
 
     fn unreachable(&self, error: &KafkaError) -> ClusterError {
-        // The client passes errors to its context only while it is polled.
-        self.client.poll(Duration::ZERO);
+        // The client passes errors to its context only while it is polled. More than one event may be queued.
+        for _ in 0..MOST_ERRORS {
+            if self.client.poll(ERROR_WAIT).is_none() {
+                break;
+            }
+        }
         let reason = self.client.context().last().unwrap_or_else(|| error.to_string());
         ClusterError::Unreachable { brokers: self.settings.kafka.brokers.clone(), reason }
     }

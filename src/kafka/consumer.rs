@@ -9,6 +9,7 @@ use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::{ClientConfig, Statistics};
 
 use crate::kafka::log;
+use crate::kafka::login::{self, Client, Side};
 use crate::settings::{Guarantee, Settings};
 
 /// How long a partition's fetcher pauses once enough is prefetched. With librdkafka's default of one second, a fast
@@ -90,7 +91,7 @@ impl Role {
 }
 
 /// A client that looks offsets and records up and joins no group.
-pub type Reader = BaseConsumer<ReaderContext>;
+pub type Reader = Client<BaseConsumer<ReaderContext>>;
 
 /// Context of a [`Reader`]. It logs errors only for debugging: they are returned to the caller, which reports them.
 pub struct ReaderContext;
@@ -116,7 +117,7 @@ pub fn reader(settings: &Settings) -> KafkaResult<Reader> {
 
 /// Like [`reader`], with the properties of a group member.
 pub fn reader_with(config: &ClientConfig) -> KafkaResult<Reader> {
-    reader_config(config).create_with_context(ReaderContext)
+    login::create(&reader_config(config), ReaderContext)
 }
 
 /// A reader that reports an error instead of skipping offsets that do not exist and batches that cannot be read.
@@ -125,7 +126,7 @@ pub fn prober(config: &ClientConfig) -> KafkaResult<Reader> {
     config.set("auto.offset.reset", "error").set("check.crcs", "true");
     // It reads at a single offset and should learn quickly if nothing is there.
     config.set("fetch.wait.max.ms", "20");
-    config.create_with_context(ReaderContext)
+    login::create(&config, ReaderContext)
 }
 
 /// A reader that gets the group's committed offsets at once: it waits neither for a rebalance, as a member's requests
@@ -133,7 +134,7 @@ pub fn prober(config: &ClientConfig) -> KafkaResult<Reader> {
 pub fn offset_reader(config: &ClientConfig) -> KafkaResult<Reader> {
     let mut config = reader_config(config);
     config.set("isolation.level", "read_uncommitted");
-    config.create_with_context(ReaderContext)
+    login::create(&config, ReaderContext)
 }
 
 fn reader_config(config: &ClientConfig) -> ClientConfig {
@@ -172,17 +173,15 @@ pub fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) ->
         // after the last one's commit.
         config.set("isolation.level", "read_committed");
     }
-    let own = settings.kafka.properties.iter().chain(&settings.input.properties);
+    let mut own = settings.kafka.properties.iter().chain(&settings.input.properties);
     // With the new protocol (KIP-848) the broker chooses the assignor.
     let new_protocol = |(name, value): (&String, &crate::settings::Scalar)| {
         name == "group.protocol" && value.0.eq_ignore_ascii_case("consumer")
     };
-    if !own.clone().any(new_protocol) {
+    if !own.any(new_protocol) {
         config.set("partition.assignment.strategy", "cooperative-sticky");
     }
-    for (name, value) in own {
-        config.set(name, &value.0);
-    }
+    login::configure(&mut config, settings, Side::Input);
     config
 }
 

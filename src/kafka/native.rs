@@ -1,4 +1,4 @@
-//! librdkafka functions that the rdkafka crate does not wrap: topic ids, and errors with their offsets.
+//! librdkafka functions that the rdkafka crate does not wrap: topic ids, permissions, and errors with their offsets.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char};
@@ -7,10 +7,12 @@ use std::ptr;
 use std::time::Duration;
 
 use rdkafka::bindings::{
-    rd_kafka_AdminOptions_destroy, rd_kafka_AdminOptions_new, rd_kafka_AdminOptions_set_broker,
+    rd_kafka_AclOperation_t as RDKafkaAclOperation, rd_kafka_AdminOptions_destroy, rd_kafka_AdminOptions_new,
+    rd_kafka_AdminOptions_set_broker, rd_kafka_AdminOptions_set_include_authorized_operations,
     rd_kafka_AdminOptions_set_request_timeout, rd_kafka_DescribeTopics,
     rd_kafka_DescribeTopics_result_topics, rd_kafka_TopicCollection_destroy,
-    rd_kafka_TopicCollection_of_topic_names, rd_kafka_TopicDescription_error, rd_kafka_TopicDescription_name,
+    rd_kafka_TopicCollection_of_topic_names, rd_kafka_TopicDescription_authorized_operations,
+    rd_kafka_TopicDescription_error, rd_kafka_TopicDescription_name, rd_kafka_TopicDescription_t,
     rd_kafka_TopicDescription_topic_id, rd_kafka_Uuid_base64str, rd_kafka_Uuid_least_significant_bits,
     rd_kafka_Uuid_most_significant_bits, rd_kafka_consumer_poll, rd_kafka_error_code,
     rd_kafka_event_DescribeTopics_result, rd_kafka_event_destroy, rd_kafka_event_error,
@@ -66,9 +68,46 @@ pub fn identities<C: ConsumerContext>(
     topics: &[String],
     timeout: Duration,
 ) -> Result<BTreeMap<String, Identity>, KafkaError> {
+    // SAFETY: `describe` passes valid topics.
+    let found = describe(client, topics, timeout, false, |topic| unsafe { identity(topic) })?;
+    Ok(found.into_iter().collect())
+}
+
+/// What this user may do with a topic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Allowed {
+    Operations(Vec<RDKafkaAclOperation>),
+    /// Not even describe it.
+    Nothing,
+    /// The broker does not tell (before Kafka 2.3), or the topic does not exist.
+    Unknown,
+}
+
+/// Asks what this user may do with each topic (KIP-430).
+///
+/// # Errors
+/// No broker answers in time.
+pub fn allowed<C: ConsumerContext>(
+    client: &BaseConsumer<C>,
+    topics: &[String],
+    timeout: Duration,
+) -> Result<BTreeMap<String, Allowed>, KafkaError> {
+    // SAFETY: `describe` passes valid topics.
+    let found = describe(client, topics, timeout, true, |topic| unsafe { operations(topic) })?;
+    Ok(found.into_iter().collect())
+}
+
+/// Describes topics. `read` takes what it needs from each description, which is valid only during the call.
+fn describe<C: ConsumerContext, T>(
+    client: &BaseConsumer<C>,
+    topics: &[String],
+    timeout: Duration,
+    with_operations: bool,
+    read: impl Fn(*const rd_kafka_TopicDescription_t) -> T,
+) -> Result<Vec<T>, KafkaError> {
     let names: Vec<CString> = topics.iter().filter_map(|name| CString::new(name.as_str()).ok()).collect();
     if names.is_empty() {
-        return Ok(BTreeMap::new());
+        return Ok(Vec::new());
     }
     // Any broker can describe topics. Unless one is given, librdkafka waits for the controller, which may be
     // unavailable while all topics can be read.
@@ -83,6 +122,7 @@ pub fn identities<C: ConsumerContext>(
     unsafe {
         let options = rd_kafka_AdminOptions_new(rk, RDKafkaAdminOp::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS);
         rd_kafka_AdminOptions_set_request_timeout(options, ms, ptr::null_mut(), 0);
+        rd_kafka_AdminOptions_set_include_authorized_operations(options, i32::from(with_operations));
         if let Some(broker) = broker {
             rd_kafka_AdminOptions_set_broker(options, broker, ptr::null_mut(), 0);
         }
@@ -100,7 +140,7 @@ pub fn identities<C: ConsumerContext>(
                     let mut count = 0;
                     let result = rd_kafka_event_DescribeTopics_result(event);
                     let topics = rd_kafka_DescribeTopics_result_topics(result, &mut count);
-                    Ok((0..count).map(|i| identity(*topics.add(i))).collect())
+                    Ok((0..count).map(|i| read(*topics.add(i))).collect())
                 }
                 error => Err(error.into()),
             };
@@ -114,20 +154,49 @@ pub fn identities<C: ConsumerContext>(
     }
 }
 
-/// Name and identity of a described topic.
+/// Name and error of a described topic.
 ///
 /// # Safety
 /// `topic` must be valid during the call.
-unsafe fn identity(topic: *const rdkafka::bindings::rd_kafka_TopicDescription_t) -> (String, Identity) {
+unsafe fn name_and_error(topic: *const rd_kafka_TopicDescription_t) -> (String, RDKafkaRespErr) {
     // SAFETY: the caller guarantees that the topic is valid; everything borrowed lives as long as the topic.
     unsafe {
         let name = CStr::from_ptr(rd_kafka_TopicDescription_name(topic)).to_string_lossy().into_owned();
         let error = rd_kafka_TopicDescription_error(topic);
-        let code = if error.is_null() {
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR
-        } else {
-            rd_kafka_error_code(error)
+        let none = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
+        (name, if error.is_null() { none } else { rd_kafka_error_code(error) })
+    }
+}
+
+/// Name of a described topic, and what this user may do with it.
+///
+/// # Safety
+/// `topic` must be valid during the call.
+unsafe fn operations(topic: *const rd_kafka_TopicDescription_t) -> (String, Allowed) {
+    // SAFETY: the caller guarantees that the topic is valid; the list has `count` values and lives as long as it.
+    unsafe {
+        let (name, error) = name_and_error(topic);
+        let mut count = 0;
+        let list = rd_kafka_TopicDescription_authorized_operations(topic, &mut count);
+        let allowed = match error {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED => Allowed::Nothing,
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR if !list.is_null() && count > 0 => {
+                Allowed::Operations(std::slice::from_raw_parts(list, count).to_vec())
+            }
+            _ => Allowed::Unknown,
         };
+        (name, allowed)
+    }
+}
+
+/// Name and identity of a described topic.
+///
+/// # Safety
+/// `topic` must be valid during the call.
+unsafe fn identity(topic: *const rd_kafka_TopicDescription_t) -> (String, Identity) {
+    // SAFETY: the caller guarantees that the topic is valid; everything borrowed lives as long as the topic.
+    unsafe {
+        let (name, code) = name_and_error(topic);
         let id = rd_kafka_TopicDescription_topic_id(topic);
         let none = id.is_null()
             || (rd_kafka_Uuid_most_significant_bits(id) == 0

@@ -65,10 +65,11 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Problem>> {
         origins: BTreeMap::new(),
         secrets: Vec::new(),
         problems: Vec::new(),
+        templates: BTreeMap::new(),
         environment: &sources.environment,
     };
     let mut value = tree.value(&merged.cache, &schema, "");
-    let Tree { origins, secrets, mut problems, .. } = tree;
+    let Tree { origins, secrets, mut problems, templates, .. } = tree;
     fill_defaults(&mut value, &schema);
     let unread: Vec<String> = problems.iter().map(|problem| problem.key.clone()).collect();
     for problem in check(&value, &schema, &origins, &secrets) {
@@ -79,7 +80,8 @@ pub fn load(sources: &Sources) -> Result<Loaded, Vec<Problem>> {
     }
     replace_faulty(&mut value, &schema, &problems);
     match serde_json::from_value::<Settings>(value.clone()) {
-        Ok(settings) => {
+        Ok(mut settings) => {
+            settings.templates = templates;
             for problem in rules::check(&settings) {
                 // Report only one problem per key.
                 if !problems.iter().any(|f| covers(&f.key, &problem.0)) {
@@ -189,6 +191,8 @@ struct Tree<'a> {
     /// Keys whose values must not be shown.
     secrets: Vec<String>,
     problems: Vec<Problem>,
+    /// librdkafka properties with placeholders, as they are written.
+    templates: BTreeMap<String, String>,
     environment: &'a [(String, String)],
 }
 
@@ -242,7 +246,8 @@ impl Tree<'_> {
         if verbatim {
             return text.into();
         }
-        let (text, replaced) = match interpolate(text, self.environment) {
+        let written = text;
+        let (text, replaced) = match replace(text, self.environment) {
             Ok(done) => done,
             Err(message) => {
                 self.problems.push(given(&message));
@@ -251,6 +256,9 @@ impl Tree<'_> {
         };
         if replaced {
             self.secrets.push(key.to_owned());
+            if key.contains(".properties.") {
+                self.templates.insert(key.to_owned(), written.to_owned());
+            }
         }
         let typed =
             replaced || origin.is_some_and(|o| o.starts_with("environment ") || o.starts_with("--set "));
@@ -279,7 +287,9 @@ fn is_secret(key: &str) -> bool {
     match key.split_once(".properties.") {
         Some((_, property)) => {
             let property = property.to_ascii_lowercase();
-            WORDS.iter().any(|word| property.contains(word))
+            // An address, not a token.
+            property != "sasl.oauthbearer.token.endpoint.url"
+                && WORDS.iter().any(|word| property.contains(word))
         }
         None => {
             key == "registry.key"
@@ -302,7 +312,7 @@ pub(super) fn property<'a>(schema: &'a Value, name: &str) -> &'a Value {
 ///
 /// # Errors
 /// The variable is not set, the file cannot be read, or a placeholder has no closing `}`.
-fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, bool), String> {
+fn replace(text: &str, environment: &[(String, String)]) -> Result<(String, bool), String> {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     let mut replaced = false;
@@ -340,6 +350,15 @@ fn interpolate(text: &str, environment: &[(String, String)]) -> Result<(String, 
     }
     out.push_str(rest);
     Ok((out, replaced))
+}
+
+/// Replaces the placeholders of a text again, with the process's environment and what the files hold now.
+///
+/// # Errors
+/// As when the settings were loaded.
+pub fn interpolate(text: &str) -> Result<String, String> {
+    let environment: Vec<(String, String)> = std::env::vars().collect();
+    replace(text, &environment).map(|(text, _)| text)
 }
 
 /// Escapes `$` in `text`, so that `interpolate` returns `text` itself.

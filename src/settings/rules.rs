@@ -1,15 +1,13 @@
 //! Rules that the schema cannot express: between keys, and about the librdkafka properties that kandle manages.
 
 use rdkafka::ClientConfig;
-use rdkafka::consumer::BaseConsumer;
-use rdkafka::error::{KafkaError, KafkaResult};
 use serde::Serialize;
 
 use super::{Format, Guarantee, Properties, Registry, Settings, Task};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
 use crate::codec::write;
-use crate::kafka::consumer::ReaderContext;
+use crate::kafka::login;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
 use crate::task::Kind;
@@ -323,8 +321,11 @@ fn check_properties(section: &str, properties: &Properties) -> Vec<(String, Stri
             problems.push((key, format!("is managed by kandle: {reason}")));
             continue;
         }
+        if login::is_own(name) {
+            continue;
+        }
         if let Err(e) = ClientConfig::new().set(name, &value.0).create_native_config() {
-            problems.push((key, reason(e)));
+            problems.push((key, login::reason(e)));
         }
     }
     problems
@@ -366,41 +367,16 @@ fn check_aliases(settings: &Settings) -> Vec<(String, String)> {
     problems
 }
 
-/// librdkafka's message, without the value, which may be a secret.
-fn reason(error: KafkaError) -> String {
-    match error {
-        KafkaError::ClientConfig(_, reason, ..) | KafkaError::ClientCreation(reason) => reason,
-        error => error.to_string(),
-    }
-}
-
-/// Creates a client to let librdkafka check the SASL settings: the mechanisms depend on the build, and some need more
-/// properties. Without brokers it connects to nothing.
+/// Checks how each client logs in. A problem is reported under the section that sets its property.
 fn check_login(settings: &Settings) -> Vec<(String, String)> {
     let mut problems: Vec<(String, String)> = Vec::new();
     for sections in clients(settings) {
-        let all =
-            || sections.into_iter().flat_map(|(section, set)| set.iter().map(move |pair| (section, pair)));
-        let last = |name: &str| all().rfind(|(_, (key, _))| *key == name);
-        let Some((protocol_in, (_, protocol))) = last("security.protocol") else { continue };
-        if !protocol.0.to_ascii_uppercase().starts_with("SASL_") {
-            continue;
-        }
-        let mut config = ClientConfig::new();
-        config.set("security.protocol", "SASL_PLAINTEXT").set("log_level", "0");
-        for (_, (name, value)) in all().filter(|(_, (name, _))| name.contains("sasl.")) {
-            // `check_properties` reports properties that do not exist.
-            if ClientConfig::new().set(name, &value.0).create_native_config().is_ok() {
-                config.set(name, &value.0);
-            }
-        }
-        let made: KafkaResult<BaseConsumer<ReaderContext>> = config.create_with_context(ReaderContext);
-        if let Err(error) = made {
-            let (section, name) = ["sasl.mechanism", "sasl.mechanisms"]
-                .iter()
-                .find_map(|name| last(name).map(|(section, _)| (section, *name)))
-                .unwrap_or((protocol_in, "security.protocol"));
-            let problem = (format!("{section}.{name}"), reason(error));
+        let all = sections.into_iter().flat_map(|(_, set)| set);
+        let properties = all.map(|(name, value)| (name.as_str(), value.0.as_str())).collect();
+        for (name, message) in login::check(&properties, &settings.kafka.brokers) {
+            let setter = sections.into_iter().rfind(|(_, set)| set.contains_key(&name));
+            let section = setter.map_or("kafka.properties", |(section, _)| section);
+            let problem = (format!("{section}.{name}"), message);
             if !problems.contains(&problem) {
                 problems.push(problem);
             }

@@ -25,3 +25,4 @@ mod window;
 
 pub use error::{PublishError, TransactionalIdError};
 pub use publisher::{Context, Publisher};
+pub use transactional_id::first as first_transactional_id;

@@ -16,6 +16,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::{Arrived, Reports, Ticket};
 use super::compose::Composed;
+use crate::kafka::login::{self, Client, Side};
 use crate::settings::{Guarantee, Settings};
 use crate::telemetry::Health;
 
@@ -60,9 +61,7 @@ pub(super) fn config(settings: &Settings, limits: ProducerLimits) -> ClientConfi
         // Sends nothing after a refused batch, so that no later message overtakes it.
         config.set("enable.gapless.guarantee", "true");
     }
-    for (name, value) in settings.kafka.properties.iter().chain(&settings.output.properties) {
-        config.set(name, &value.0);
-    }
+    login::configure(&mut config, settings, Side::Output);
     if limits.one_request_at_a_time {
         config.set("max.in.flight.requests.per.connection", "1");
     }
@@ -114,7 +113,7 @@ impl Drop for TopicSettings {
 pub(super) struct RecordProducer {
     /// Settings of the dead-letter topic. Declared first, because it must be dropped before the client.
     _dead_letters: Option<TopicSettings>,
-    pub client: Arc<BaseProducer<Reports>>,
+    pub client: Arc<Client<BaseProducer<Reports>>>,
     /// Messages in flight.
     pub unacknowledged: usize,
     /// Bytes of the messages in flight.
@@ -135,7 +134,7 @@ pub(super) enum NotTaken {
 impl RecordProducer {
     /// Creates the client. It connects later, so unreachable brokers cause no error here.
     pub fn new(config: &ClientConfig, settings: &Settings, health: &Arc<Health>) -> KafkaResult<Self> {
-        let client: BaseProducer<Reports> = config.create_with_context(Reports::new(Arc::clone(health)))?;
+        let client: Client<BaseProducer<Reports>> = login::create(config, Reports::new(Arc::clone(health)))?;
         // Compress dead letters, so that a large record's bytes still fit into one.
         let dead_letters = match compresses(settings) {
             true => None,

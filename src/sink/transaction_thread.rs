@@ -14,6 +14,7 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::Reports;
+use crate::kafka::login::Client;
 
 /// How long to wait for the result between two polls of the producer.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
@@ -62,7 +63,7 @@ pub(super) struct TransactionThread {
 }
 
 impl TransactionThread {
-    pub fn start(producer: Arc<BaseProducer<Reports>>, timeout: Duration) -> std::io::Result<Self> {
+    pub fn start(producer: Arc<Client<BaseProducer<Reports>>>, timeout: Duration) -> std::io::Result<Self> {
         let (calls, to_make) = bounded::<Call>(1);
         let (answer, answers) = bounded(1);
         std::thread::Builder::new().name("kandle-txn".to_owned()).spawn(move || {

@@ -22,16 +22,27 @@ impl TransactionalId {
     /// Takes `delivery.transactional_id` if it is set; else the group with `group.instance.id`, which only one member
     /// can have; else the group with the host name and the lowest number that no other process here holds.
     pub fn take(settings: &Settings) -> Result<Self, TransactionalIdError> {
-        if let Some(id) = &settings.delivery.transactional_id {
-            return Ok(Self { text: id.clone(), _held: None });
+        if let Some(id) = configured(settings) {
+            return Ok(Self { text: id, _held: None });
         }
-        let group = &settings.input.group;
-        if let Some(instance) = settings.property("group.instance.id") {
-            return Ok(Self { text: format!("{group}-{instance}"), _held: None });
-        }
-        let host = host()?;
+        let (group, host) = (&settings.input.group, host()?);
         let (number, held) = slot(&std::env::temp_dir(), &format!("{}/{group}", settings.kafka.brokers))?;
         Ok(Self { text: format!("{group}-{host}-{number}"), _held: Some(held) })
+    }
+}
+
+/// The id that the settings name.
+fn configured(settings: &Settings) -> Option<String> {
+    let instance = || settings.property("group.instance.id");
+    let of_instance = || Some(format!("{}-{}", settings.input.group, instance()?));
+    settings.delivery.transactional_id.clone().or_else(of_instance)
+}
+
+/// The id that a single member on this machine would take.
+pub fn first(settings: &Settings) -> Result<String, TransactionalIdError> {
+    match configured(settings) {
+        Some(id) => Ok(id),
+        None => Ok(format!("{}-{}-0", settings.input.group, host()?)),
     }
 }
 

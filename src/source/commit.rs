@@ -10,6 +10,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::callbacks::{Callbacks, Event};
+use crate::kafka::login::Client;
 
 pub(super) struct Committer {
     /// Jobs for the thread; `None` once closed.
@@ -27,7 +28,7 @@ enum Job {
 
 impl Committer {
     /// Starts the thread. Outcomes arrive as [`Event::Committed`].
-    pub fn start(consumer: &Arc<BaseConsumer<Callbacks>>) -> std::io::Result<Self> {
+    pub fn start(consumer: &Arc<Client<BaseConsumer<Callbacks>>>) -> std::io::Result<Self> {
         let (jobs, todo) = unbounded();
         let consumer = Arc::clone(consumer);
         let thread = std::thread::Builder::new().name("kandle-commit".to_owned()).spawn(move || {

@@ -18,6 +18,7 @@ use super::drain::committed_offsets_of;
 use super::start::{Begin, StartOf, start_of};
 use crate::kafka::cluster::committed;
 use crate::kafka::consumer::{self, Reader};
+use crate::kafka::login::Client;
 use crate::kafka::metadata::{Metadata, add_offset};
 use crate::kafka::native::{self, First, Identity};
 use crate::kafka::range::{self, Edge, REQUEST_TIMEOUT, RangeError};
@@ -163,7 +164,7 @@ pub(super) struct Setup {
 }
 
 impl Lookup {
-    pub fn start(member: &Arc<BaseConsumer<Callbacks>>, setup: Setup) -> std::io::Result<Self> {
+    pub fn start(member: &Arc<Client<BaseConsumer<Callbacks>>>, setup: Setup) -> std::io::Result<Self> {
         let (urgent, first) = unbounded();
         let (questions, asked) = unbounded();
         let (assignment, closed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
@@ -214,7 +215,7 @@ impl Drop for Lookup {
 }
 
 struct Thread {
-    member: Weak<BaseConsumer<Callbacks>>,
+    member: Weak<Client<BaseConsumer<Callbacks>>>,
     setup: Setup,
     assignment: Arc<AtomicU64>,
     closed: Arc<AtomicBool>,

@@ -34,6 +34,7 @@ use super::subscription::Subscription;
 use crate::compute::Compute;
 use crate::flow::{CommitSoon, Published, Queued, Report};
 use crate::kafka::consumer::{self, Group};
+use crate::kafka::login::{self, Client};
 use crate::record::Partition;
 use crate::schedule::Schedule;
 use crate::settings::{OnChange, Settings};
@@ -105,7 +106,7 @@ pub struct Context {
 pub struct Source {
     /// Dropped before the consumer, which it shares.
     pub(super) offsets: Offsets,
-    pub(super) consumer: Arc<BaseConsumer<Callbacks>>,
+    pub(super) consumer: Arc<Client<BaseConsumer<Callbacks>>>,
     pub(super) lookup: Lookup,
     pub(super) context: Context,
     pub(super) subscription: Subscription,
@@ -138,8 +139,8 @@ impl Source {
     pub fn new(settings: &Settings, context: Context) -> Result<Self, SourceError> {
         let role = if context.drain.is_some() { consumer::Role::Drain } else { consumer::Role::Run };
         let config = consumer::config(settings, role, &context.digest, context.partitions);
-        let consumer: BaseConsumer<Callbacks> =
-            config.create_with_context(Callbacks::default()).map_err(SourceError::Client)?;
+        let consumer: Client<BaseConsumer<Callbacks>> =
+            login::create(&config, Callbacks::default()).map_err(SourceError::Client)?;
         let consumer = Arc::new(consumer);
         let fatal = |error: &dyn std::fmt::Display| SourceError::Fatal(error.to_string());
         let committer = Committer::start(&consumer).map_err(|e| fatal(&e))?;

@@ -17,12 +17,17 @@ pub struct Kafka {
     options: Options,
 }
 
-#[derive(Clone, Copy, Default)]
-struct Options {
+#[derive(Clone, Default)]
+pub struct Options {
     /// Topics are created on first use, which is the broker's default.
-    creates_topics: bool,
+    pub creates_topics: bool,
     /// Files are removed when a broker ends, so that it cannot be restarted.
-    removes_files: bool,
+    pub removes_files: bool,
+    /// More lines of server.properties, which win over kafka.sh's.
+    pub properties: String,
+    /// Arguments of Kafka's StorageTool, one per line.
+    pub format_arguments: String,
+    pub java_options: String,
 }
 
 struct Node {
@@ -60,7 +65,14 @@ impl Kafka {
 
     /// Starts a broker that lives as long as this process; returns its address.
     pub fn start_for_process() -> String {
-        let kafka = Self::new(1, None, Options { removes_files: true, ..Options::default() });
+        Self::start_for_process_with(|_| Options::default())
+    }
+
+    /// Like [`Self::start_for_process`]. `options` gets the broker's port; the port after it is the controller's.
+    pub fn start_for_process_with(options: impl FnOnce(u16) -> Options) -> String {
+        let port = free_ports();
+        let options = Options { removes_files: true, ..options(port) };
+        let kafka = Self::on_ports(vec![port], None, options);
         let brokers = kafka.brokers.clone();
         // The broker ends when its standard input closes, with this process. No destructor runs then: the script
         // removes the files.
@@ -69,9 +81,13 @@ impl Kafka {
     }
 
     fn new(count: usize, file_kib: Option<u32>, options: Options) -> Self {
+        Self::on_ports((0..count).map(|_| free_ports()).collect(), file_kib, options)
+    }
+
+    fn on_ports(ports: Vec<u16>, file_kib: Option<u32>, options: Options) -> Self {
+        let count = ports.len();
         let fetched = Command::new(script()).arg("fetch").status().expect("kafka.sh runs");
         assert!(fetched.success(), "kafka.sh fetch failed");
-        let ports: Vec<u16> = (0..count).map(|_| free_ports()).collect();
         let voters: Vec<String> =
             ports.iter().enumerate().map(|(i, port)| format!("{}@127.0.0.1:{}", i + 1, port + 1)).collect();
         let brokers: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
@@ -131,6 +147,9 @@ impl Kafka {
             .env("REPLICAS", self.nodes.len().to_string())
             .env("CREATE_TOPICS", self.options.creates_topics.to_string())
             .env("REMOVE", self.options.removes_files.to_string())
+            .env("PROPERTIES", &self.options.properties)
+            .env("FORMAT_ARGUMENTS", &self.options.format_arguments)
+            .env("JAVA_OPTIONS", &self.options.java_options)
             .env("FILE_KIB", file_kib.map(|kib| kib.to_string()).unwrap_or_default())
             .stdin(Stdio::piped())
             .spawn()

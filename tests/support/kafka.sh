@@ -10,6 +10,8 @@
 # CREATE_TOPICS=true: topics are created on first use, which is the broker's default.
 # TOOL_HEAP=512m: a tool may use more memory than 128 MiB.
 # FILE_KIB=20000: no file may grow larger, which the broker takes for a full disk.
+# PROPERTIES: more lines of server.properties, which win over those below. FORMAT_ARGUMENTS: one argument of Kafka's
+# StorageTool on each line. JAVA_OPTIONS: the broker's own.
 # REMOVE=true: DIR is removed when the broker has ended, and the folder that holds it if that is then empty.
 # One of several brokers: NODE=2 VOTERS=1@127.0.0.1:9093,2@… REPLICAS=3, each with a DIR of its own.
 set -euo pipefail
@@ -87,6 +89,9 @@ EOF
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 allow.everyone.if.no.acl.found=true
 EOF
+  [ -z "${PROPERTIES:-}" ] || printf '%s\n' "$PROPERTIES" >> "$dir/server.properties"
+  local format=()
+  [ -z "${FORMAT_ARGUMENTS:-}" ] || mapfile -t format <<<"$FORMAT_ARGUMENTS"
   cat > "$dir/log4j2.properties" <<EOF
 rootLogger.level=warn
 rootLogger.appenderRef.out.ref=out
@@ -96,10 +101,11 @@ appender.out.layout.type=PatternLayout
 appender.out.layout.pattern=%d %p %c: %m%n
 EOF
   local java=(java -Xmx512m -XX:+UseSerialGC "-Dlog4j2.configurationFile=$dir/log4j2.properties" -cp "$libs/*")
-  [ -e "$dir/data/meta.properties" ] || "${java[@]}" kafka.tools.StorageTool format -t kandle-tests-0000000000 -c "$dir/server.properties" >"$dir/format.log" 2>&1 </dev/null \
+  [ -e "$dir/data/meta.properties" ] || "${java[@]}" kafka.tools.StorageTool format -t kandle-tests-0000000000 -c "$dir/server.properties" "${format[@]}" >"$dir/format.log" 2>&1 </dev/null \
     || { cat "$dir/format.log" >&2; exit 1; }
   [ -z "${FILE_KIB:-}" ] || ulimit -f "$FILE_KIB"
-  "${java[@]}" kafka.Kafka "$dir/server.properties" >>"$dir/server.log" 2>&1 </dev/null &
+  # shellcheck disable=SC2086 # Several options are several words.
+  "${java[@]}" ${JAVA_OPTIONS:-} kafka.Kafka "$dir/server.properties" >>"$dir/server.log" 2>&1 </dev/null &
   broker=$!
   echo $broker > "$dir/pid"
   trap stop EXIT
@@ -113,5 +119,5 @@ case ${1:-} in
   fetch) fetch ;;
   run) run "$2" "$3" ;;
   tool) shift; exec java "-Xmx${TOOL_HEAP:-128m}" -cp "$libs/*" "$@" ;;
-  *) sed -n '2,14p' "$0"; exit 2 ;;
+  *) sed -n '2,16p' "$0"; exit 2 ;;
 esac

@@ -6,6 +6,7 @@ pub mod kafka;
 pub mod ledger;
 pub mod prometheus;
 pub mod registry;
+pub mod secure;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -76,13 +76,54 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- if kindIs "string" . }}{{ . }}{{ else }}{{ int64 . }}{{ end }}
 {{- end }}
 
+{{/* Secrets mounted as files, those of strimzi included, as JSON: [{"secret":…,"mountPath":…}]. */}}
+{{- define "kandle.secretFiles" -}}
+{{- $files := .Values.secretFiles }}
+{{- with .Values.strimzi }}
+{{- if .user }}
+{{- $ca := required "strimzi.user needs strimzi.cluster: the name of the Kafka cluster, whose CA signs the brokers' certificates" .cluster }}
+{{- $files = append $files (dict "secret" .user "mountPath" "/run/secrets/strimzi/user") }}
+{{- $files = append $files (dict "secret" (printf "%s-cluster-ca-cert" $ca) "mountPath" "/run/secrets/strimzi/cluster-ca") }}
+{{- end }}
+{{- end }}
+{{- toJson $files }}
+{{- end }}
+
+{{/* `config` with the properties that strimzi adds, as JSON. */}}
+{{- define "kandle.effectiveConfig" -}}
+{{- $config := deepCopy .Values.config }}
+{{- with .Values.strimzi }}
+{{- if .user }}
+{{- $added := dict "ssl.ca.location" "/run/secrets/strimzi/cluster-ca/ca.crt" }}
+{{- if eq .authentication "tls" }}
+{{- $_ := set $added "security.protocol" "SSL" }}
+{{- $_ := set $added "ssl.certificate.location" "/run/secrets/strimzi/user/user.crt" }}
+{{- $_ := set $added "ssl.key.location" "/run/secrets/strimzi/user/user.key" }}
+{{- else }}
+{{- $_ := set $added "security.protocol" "SASL_SSL" }}
+{{- $_ := set $added "sasl.mechanism" "SCRAM-SHA-512" }}
+{{- $_ := set $added "sasl.username" .user }}
+{{- $_ := set $added "sasl.password" "${file:/run/secrets/strimzi/user/password}" }}
+{{- end }}
+{{- $own := $config.kafka.properties | default dict }}
+{{- range $name, $value := $added }}
+{{- if hasKey $own $name }}
+{{- fail (printf "config.kafka.properties.%s is set by strimzi.user: remove one of them" $name) }}
+{{- end }}
+{{- end }}
+{{- $_ := set $config.kafka "properties" (merge (dict) $added $own) }}
+{{- end }}
+{{- end }}
+{{- toJson $config }}
+{{- end }}
+
 {{/* The configuration file. Refuses a property that looks like a secret and is not ${env:…} or ${file:…}. */}}
 {{- define "kandle.config" -}}
-{{- $config := .Values.config }}
+{{- $config := include "kandle.effectiveConfig" . | fromJson }}
 {{- range list "kafka" "input" "output" }}
 {{- $section := . }}
 {{- range $name, $value := (get $config $section | default dict).properties | default dict }}
-{{- if and (regexMatch "(?i)(password|passphrase|secret|token|credential|jaas|key\\.pem|sasl\\.oauthbearer\\.config)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value | replace "$$" ""))) }}
+{{- if and (ne $name "sasl.oauthbearer.token.endpoint.url") (regexMatch "(?i)(password|passphrase|secret|token|credential|jaas|key\\.pem|sasl\\.oauthbearer\\.config)" $name) (not (regexMatch "\\$\\{(env|file):" (toString $value | replace "$$" ""))) }}
 {{- fail (printf "config.%s.properties.%s would be stored in a ConfigMap: refer to it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" $section $name) }}
 {{- end }}
 {{- if or (and (kindIs "float64" $value) (ne (floor $value) $value)) (and (kindIs "float64" $value) (ge $value 9e15)) }}
@@ -256,7 +297,7 @@ annotations: {{- include "kandle.toYaml" . | nindent 2 }}
 - name: cache
   emptyDir: { sizeLimit: 64Mi }
 {{- end }}
-{{- range $i, $file := .Values.secretFiles }}
+{{- range $i, $file := include "kandle.secretFiles" . | fromJsonArray }}
 - name: secret-{{ $i }}
   secret: { secretName: {{ $file.secret }} }
 {{- end }}
@@ -269,7 +310,7 @@ annotations: {{- include "kandle.toYaml" . | nindent 2 }}
 - { name: config, mountPath: /etc/kandle, readOnly: true }
 - { name: tmp, mountPath: /tmp }
 - { name: cache, mountPath: /var/cache/kandle }
-{{- range $i, $file := .Values.secretFiles }}
+{{- range $i, $file := include "kandle.secretFiles" . | fromJsonArray }}
 - { name: secret-{{ $i }}, mountPath: {{ $file.mountPath }}, readOnly: true }
 {{- end }}
 {{- with .Values.extraVolumeMounts }}
