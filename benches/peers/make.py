@@ -5,9 +5,9 @@
 
 Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): the cost of
 a forward does not depend on the weights. `modernbert` has six layers of ModernBERT-base, for scripts/gpu-check.sh: RoPE,
-and in some layers a sliding window of 64 tokens to each side. `qwen3` has four layers of Qwen3-Embedding-0.6B. `deberta`
-is DeBERTa v3 in the shape of `base`: the two differ by the terms of attention. `pairs` is a cross-encoder in the shape of
-ms-marco-MiniLM-L6-v2. Without MODEL, all but `large`, `qwen3` and `deberta`.
+and in some layers a sliding window of 64 tokens to each side. `qwen3` has four layers of Qwen3-Embedding-0.6B, `gemma` six of
+EmbeddingGemma-300m. `deberta` is DeBERTa v3 in the shape of `base`: the two differ by the terms of attention. `pairs` is a cross-encoder in the shape of
+ms-marco-MiniLM-L6-v2. Without MODEL, all but `large`, `qwen3`, `gemma` and `deberta`.
 The vocabulary (WordPiece) has 30,522 made-up words and word parts. Texts use the words with the frequencies of a language
 (Zipf's law); one word in twenty has several pieces. Lengths in tokens, special ones included:
 
@@ -27,8 +27,8 @@ import sys
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
-    BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel,
-    PreTrainedTokenizerFast, Qwen3Config, Qwen3Model)
+    BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, DebertaV2Model, Gemma3TextConfig, Gemma3TextModel,
+    ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model)
 
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -105,13 +105,17 @@ def main(folder, wanted):
     models["qwen3"] = (Qwen3Model, Qwen3Config(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, hidden_size=1024, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, pad_token_id=0, bos_token_id=2, eos_token_id=3))
+    models["gemma"] = (Gemma3TextModel, Gemma3TextConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=LIMIT, hidden_size=768, num_hidden_layers=6, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=256, intermediate_size=1152, use_bidirectional_attention=True, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3))
     models["deberta"] = (DebertaV2Model, DebertaV2Config(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, relative_attention=True, position_buckets=256,
         norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
         type_vocab_size=0, **SHAPES["base"]))
     models["pairs"] = (BertForSequenceClassification, BertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, num_labels=1, **SHAPES["minilm"]))
-    for name in wanted or [name for name in models if name not in ("large", "qwen3", "deberta")]:
+    for name in wanted or [name for name in models if name not in ("large", "qwen3", "gemma", "deberta")]:
         kind, config = models[name]
         torch.manual_seed(7)
         model = kind(config).eval()
