@@ -193,6 +193,8 @@ pub fn attend(
         *attention;
     let longest = batch.lengths().max().unwrap_or(0);
     let launch = AttentionLaunch::new(longest, width, qkv.dtype() != DType::F32);
+    // No architecture has DeBERTa's terms together with what decoders do, or with another bias.
+    let alone = keys == heads && norms.is_none() && rotation.is_none() && distances.is_none();
     let name = match (disentangled, width, launch.short) {
         (None, 32, false) => "attend_32",
         (None, 32, true) => "attend_short_32",
@@ -200,9 +202,8 @@ pub fn attend(
         (None, 64, true) => "attend_short_64",
         (None, 128, _) => "attend_128",
         (None, 256, _) => "attend_256",
-        // No architecture has DeBERTa's terms together with what decoders do, or with another bias.
-        (Some(_), 32, _) if keys == heads && distances.is_none() => "attend_apart_32",
-        (Some(_), 64, _) if keys == heads && distances.is_none() => "attend_apart_64",
+        (Some(_), 32, _) if alone => "attend_apart_32",
+        (Some(_), 64, _) if alone => "attend_apart_64",
         _ => return Ok(None),
     };
     let (before, after) = mask.bounds(longest);
@@ -249,8 +250,8 @@ pub fn attend(
         let Some(tables) = terms.on_gpu() else { return Ok(None) };
         // Unlike elsewhere, a bias of keys matters: it is multiplied with the queries of distances.
         let qkv = match bias {
-            Some(bias) if of_queries.is_some() => &add_activate(qkv, Some(bias), None)?,
-            _ => qkv,
+            Some(_) => &add_activate(qkv, bias, None)?,
+            None => qkv,
         };
         out.inplace_op1(&Kernel {
             name,
