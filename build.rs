@@ -8,11 +8,10 @@ fn main() {
 
 #[cfg(feature = "cuda")]
 fn kernels() {
-    const SOURCE: &str = "src/model/kernels/cuda/kernels.cu";
-    println!("cargo::rerun-if-changed={SOURCE}");
-    println!("cargo::rerun-if-changed=src/model/kernels/cuda/device.h");
+    let file = |name: &str| format!("src/model/kernels/cuda/{name}");
     cudaforge::KernelBuilder::new()
-        .source_files([SOURCE])
+        .source_files([file("kernels.cu")])
+        .watch(["attention.h", "device.h", "disentangled.h", "elements.h", "rows.h"].map(file))
         .args(["-std=c++17", "-O3"])
         .build_ptx()
         .expect("cannot compile kernels.cu with nvcc; the feature `cuda` needs the CUDA toolkit");

@@ -1,36 +1,49 @@
 #!/usr/bin/env bash
-# Tests and measures the engine on a GPU: the golden tests, the cosine of its embeddings to a CPU's, its speed, the share
-# of a large matrix multiplication's rate that it reaches, and sentence-transformers for comparison.
+# Tests and measures the engine on a GPU: each kernel against a CPU, every architecture and task in f32, bf16 and f16, the
+# cosine of its embeddings to a CPU's, its speed, the share of a large matrix multiplication's rate that it reaches, and
+# sentence-transformers for comparison.
 #
-#   scripts/gpu-check.sh build            on any machine: puts binaries and CUDA's libraries into target/gpu-check
-#   scripts/gpu-check.sh run [FOLDER]     on the GPU machine: FOLDER holds models and texts of benches/peers/make.py
+#   scripts/gpu-check.sh build            on any machine: puts binaries and CUDA's libraries into target/gpu-check, and the
+#                                         binaries packed into target/gpu-check/carry.tar.xz, which is all that a machine
+#                                         with PyTorch needs: python3 -m tarfile -e carry.tar.xz target/gpu-check
+#   scripts/gpu-check.sh test             on the GPU machine: the tests, two minutes
+#   scripts/gpu-check.sh run [FOLDER]     on the GPU machine: the tests, then what was measured; FOLDER holds models and
+#                                         texts of benches/peers/make.py
 #   scripts/gpu-check.sh profile FOLDER   on the GPU machine: the device's time per kernel (Nsight Compute's ncu)
 #
 # Prints JSON lines to standard output. Without FOLDER it uses the bundled model and its tickets. DEVICE=cpu runs the same
-# on a CPU. CASES selects what to measure: "MODEL TEXTS DTYPE", separated by commas. PEERS=no skips sentence-transformers.
+# on a CPU, without the kernels. CASES selects what to measure: "MODEL TEXTS DTYPE", separated by commas. PEERS=no skips
+# sentence-transformers. PROFILE=dev builds faster, to try this script on a CPU.
 # CUDA's libraries are looked up where `build` put them, then in python3's packages.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 out=${GPU_CHECK:-$target/gpu-check}
 device=${DEVICE:-cuda}
+profile=${PROFILE:-release}
 
 build() {
   . "$root/scripts/cuda-env.sh"
   mkdir -p "$out/lib" "$out/stub"
-  options=(--release --manifest-path "$root/Cargo.toml" --target-dir "$target/cuda" --features cuda)
+  options=(--profile "$profile" --manifest-path "$root/Cargo.toml" --target-dir "$target/cuda" --features cuda)
+  local built=$target/cuda/${profile/dev/debug}
   cargo build "${options[@]}" --lib
-  driver_stub "$target/cuda/release/deps"
+  driver_stub "$built/deps"
   cargo build "${options[@]}"
-  strip -o "$out/kandle" "$target/cuda/release/kandle"
-  for tests in golden tasks; do
-    strip -o "$out/$tests" "$(cargo test "${options[@]}" --test "$tests" --no-run --message-format=json |
-      sed -n "s/.*\"executable\":\"\([^\"]*$tests-[^\"]*\)\".*/\1/p" | tail -1)"
-  done
+  strip -o "$out/kandle" "$built/kandle"
+  test_binary gpu --test gpu
+  test_binary kernels --lib
   # For DEVICE=cpu on machines without a driver.
   cp "$stub/libcuda.so.1" "$out/stub/"
   cp -L "$CUDA_HOME"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.[0-9]* "$out/lib/"
-  echo "built: $out ($(du -sh "$out" | cut -f1))" >&2
+  # The binaries have much in common, which a dictionary as large as all of them finds.
+  tar -C "$out" -c kandle gpu kernels | xz --lzma2=preset=6,dict=128MiB > "$out/carry.tar.xz"
+  echo "built: $out ($(du -sh "$out" | cut -f1)), to carry: $(du -h "$out/carry.tar.xz" | cut -f1)" >&2
+}
+
+test_binary() { # NAME, and what selects it
+  strip -o "$out/$1" "$(cargo test "${options[@]}" "${@:2}" --no-run --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1)"
 }
 
 # Finds the libraries that kandle links to: those from `build`, or those of a Python with PyTorch.
@@ -40,6 +53,7 @@ libraries() {
   [ "$device" != cpu ] || folders=$out/stub:$folders
   export LD_LIBRARY_PATH="$out/lib:$folders${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
   work=$(mktemp -d)
+  touch "$work/log"
   trap 'status=$?; [ $status = 0 ] || cat "$work/log" >&2; rm -rf "$work"' EXIT
 }
 
@@ -70,13 +84,23 @@ inputs() { # FOLDER MODEL TEXTS: sets path and texts, and makes the larger file
   [ -e "$large" ] || enlarge "$texts" $((14000000 / $(wc -c < "$texts") + 1)) > "$large"
 }
 
-run() {
+check() {
   libraries
+  cd "$root"
+  export CARGO_MANIFEST_DIR=$root KANDLE_TEST_DEVICE=$device
+  if [ "$device" != cpu ]; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >&2
+    "$out/kernels" --ignored tests::device >&2
+  fi
+  "$out/gpu" >&2
+  echo "gpu-check: the tests passed on $device" >&2
+}
+
+run() {
+  check
   folder=${1:-}
-  [ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >&2
-  for tests in golden tasks; do (cd "$root" && KANDLE_TEST_DEVICE=$device "$out/$tests") >&2; done
   default="bundled tickets auto"
-  [ -z "$folder" ] || default="minilm mixed bf16,minilm long bf16,base mixed bf16,base long bf16,base long f16,base long f32,modernbert long bf16,large long bf16"
+  [ -z "$folder" ] || default="qwen3 long bf16,gemma long bf16,deberta long bf16,deberta long f16,minilm mixed bf16,minilm long bf16,base mixed bf16,base long bf16,base long f16,base long f32,modernbert long bf16,large long bf16"
   IFS=, read -ra cases <<< "${CASES:-$default}"
   for case in "${cases[@]}"; do
     read -r model name dtype <<< "$case"
@@ -114,7 +138,8 @@ profile() {
 
 case "${1:-}" in
   build) build ;;
+  test) check ;;
   run) run "${2:-}" ;;
   profile) profile "${2:?a folder of benches/peers/make.py}" ;;
-  *) sed -n '2,11p' "$0"; exit 2 ;;
+  *) sed -n '2,19p' "$0"; exit 2 ;;
 esac

@@ -5,8 +5,8 @@
 
 Random weights in the shapes of all-MiniLM-L6-v2 (`minilm`), BERT-base (`base`) and BERT-large (`large`): the cost of
 a forward does not depend on the weights. `modernbert` has six layers of ModernBERT-base, for scripts/gpu-check.sh: RoPE,
-and in some layers a sliding window of 64 tokens to each side. `qwen3` has four layers of Qwen3-Embedding-0.6B. `deberta`
-is DeBERTa v3 in the shape of `base`: the two differ by the terms of attention. `albert`, `electra`, `jina` and `mpnet` have
+and in some layers a sliding window of 64 tokens to each side. `qwen3` has four layers of Qwen3-Embedding-0.6B, `gemma` six
+of EmbeddingGemma-300m. `deberta` is DeBERTa v3 in the shape of `base`: the two differ by the terms of attention. `albert`, `electra`, `jina` and `mpnet` have
 that shape too; `-tiny` after any of the five names is the shape of `minilm`, for benches/encoders.sh. `pairs` is a
 cross-encoder in the shape of ms-marco-MiniLM-L6-v2. Without MODEL: `minilm`, `base`, `modernbert` and `pairs`.
 The vocabulary (WordPiece) has 30,522 made-up words and word parts. Texts use the words with the frequencies of a language
@@ -29,8 +29,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AlbertConfig, AlbertModel, BertConfig, BertForSequenceClassification, BertModel, DebertaV2Config, DebertaV2Model,
-    ElectraConfig, ElectraModel, ModernBertConfig, ModernBertModel, MPNetConfig, MPNetModel, PreTrainedTokenizerFast,
-    Qwen3Config, Qwen3Model)
+    ElectraConfig, ElectraModel, Gemma3TextConfig, Gemma3TextModel, ModernBertConfig, ModernBertModel, MPNetConfig,
+    MPNetModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model)
 
 # The fixtures' folder has the one implementation of JinaBERT.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tests" / "fixtures"))
@@ -111,6 +111,10 @@ def main(folder, wanted):
     models["qwen3"] = (Qwen3Model, Qwen3Config(
         vocab_size=VOCABULARY, max_position_embeddings=LIMIT, hidden_size=1024, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, pad_token_id=0, bos_token_id=2, eos_token_id=3))
+    models["gemma"] = (Gemma3TextModel, Gemma3TextConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=LIMIT, hidden_size=768, num_hidden_layers=6, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=256, intermediate_size=1152, use_bidirectional_attention=True, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3))
     for suffix, shape in {"": SHAPES["base"], "-tiny": SHAPES["minilm"]}.items():
         shape = dict(vocab_size=VOCABULARY, **shape)
         models["albert" + suffix] = (AlbertModel, AlbertConfig(

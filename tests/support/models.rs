@@ -17,8 +17,10 @@ use kandle::window::{ClosedBy, Gatherer, Limits};
 use serde::Deserialize;
 use serde_json::Value;
 
+/// Cargo sets the variable when it runs tests. scripts/gpu-check.sh does so too: it runs them where they were not built.
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    let root = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_owned());
+    Path::new(&root).join("tests/fixtures").join(name)
 }
 
 /// Copies a folder's files, and those of its folders.

@@ -206,15 +206,6 @@ impl Attention {
         (self.heads + 2 * self.keys) * self.width
     }
 
-    /// Whether this is attention as in [`Attention::new`], maybe with a bias by distance.
-    #[cfg(feature = "cuda")]
-    pub(super) fn is_plain(&self) -> bool {
-        let Self { heads, keys, width, scale, .. } = *self;
-        // Within rounding: the scale of an architecture is computed in f64.
-        let scaled = (scale * (width as f32).sqrt() - 1.0).abs() < 1e-6;
-        self.norms.is_none() && self.disentangled.is_none() && keys == heads && scaled
-    }
-
     /// `[tokens, (heads + 2 × keys) × width]`, each row the queries, the keys and the values of all heads, to
     /// `[tokens, heads × width]`. `bias`, one row, is the one that
     /// [`Linear::product`](super::Linear::product) has not added.

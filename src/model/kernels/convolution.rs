@@ -1,5 +1,6 @@
 //! Convolution along the tokens of a sequence, as one multiplication: a token's row is put together from its neighbours'
-//! rows, with zeros before the first token and after the last.
+//! rows, with zeros before the first token and after the last. On a GPU Candle's operations gather the rows: it is once a
+//! model, beside the first layer.
 
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;

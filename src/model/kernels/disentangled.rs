@@ -82,8 +82,26 @@ enum Tables {
         queries: Option<AVec<f32>>,
         stride: usize,
     },
-    /// `[heads, width, 2 × span]`, for devices that use Candle's matrix multiplication.
-    Tensors { keys: Option<Tensor>, queries: Option<Tensor> },
+    /// `[heads, 2 × span, width]`, for other devices.
+    Tensors {
+        keys: Option<Tensor>,
+        queries: Option<Tensor>,
+        /// [`Buckets::rows`].
+        #[cfg(any(feature = "cuda", test))]
+        rows: Tensor,
+    },
+}
+
+/// A layer's tables on a device, as the CUDA kernel reads them.
+#[cfg(any(feature = "cuda", test))]
+pub(super) struct OnDevice<'a> {
+    /// `[heads, 2 × span, width]`.
+    pub keys: Option<&'a Tensor>,
+    pub queries: Option<&'a Tensor>,
+    /// The row of each distance from `-(longest - 1)` to `longest - 1`.
+    pub rows: &'a Tensor,
+    pub longest: usize,
+    pub span: usize,
 }
 
 impl Disentangled {
@@ -101,7 +119,7 @@ impl Disentangled {
         Ok(new)
     }
 
-    fn on_device(
+    pub(super) fn on_device(
         heads: usize,
         keys: Option<&Tensor>,
         queries: Option<&Tensor>,
@@ -109,27 +127,34 @@ impl Disentangled {
     ) -> Result<Self> {
         let by_head = |table: &Tensor| {
             let (rows, hidden) = table.dims2()?;
-            table.reshape((rows, heads, hidden / heads))?.permute((1, 2, 0))?.contiguous()
+            table.reshape((rows, heads, hidden / heads))?.transpose(0, 1)?.contiguous()
         };
         let terms = 1 + usize::from(keys.is_some()) + usize::from(queries.is_some());
-        let (keys, queries) = (keys.map(by_head).transpose()?, queries.map(by_head).transpose()?);
-        Ok(Self { buckets, terms, tables: Tables::Tensors { keys, queries } })
+        #[cfg(any(feature = "cuda", test))]
+        let rows = upload(&buckets.rows, keys.or(queries).map_or(&candle_core::Device::Cpu, Tensor::device))?;
+        let tables = Tables::Tensors {
+            keys: keys.map(by_head).transpose()?,
+            queries: queries.map(by_head).transpose()?,
+            #[cfg(any(feature = "cuda", test))]
+            rows,
+        };
+        Ok(Self { buckets, terms, tables })
     }
 
     fn on_host(&self) -> Result<Tables> {
-        let Tables::Tensors { keys, queries } = &self.tables else {
+        let Tables::Tensors { keys, queries, .. } = &self.tables else {
             candle_core::bail!("the tables are on the host already")
         };
         let rows = 2 * self.buckets.span;
         // A line more than needed: the last panel may begin at any line, and rows that are a power of two apart would
         // share few sets of the L1 cache.
         let stride = rows.next_multiple_of(LINE) + LINE;
-        let keys = keys.as_ref().map(|table| host(&table.transpose(1, 2)?)).transpose()?;
+        let keys = keys.as_ref().map(host).transpose()?;
         let queries = match queries {
             Some(table) => {
-                let scale = self.scale(table.dim(1)?);
+                let scale = self.scale(table.dim(2)?);
                 let mut padded = AVec::with_capacity(0, table.elem_count() / rows * stride);
-                for row in host(table)?.chunks(rows) {
+                for row in host(&table.transpose(1, 2)?)?.chunks(rows) {
                     row.iter().for_each(|x| padded.push(x * scale));
                     padded.resize(padded.len() + stride - rows, 0.0);
                 }
@@ -148,7 +173,7 @@ impl Disentangled {
     /// Adds the terms to `scores`, `[sequences, heads, length, length]`, by Candle's own operations; `q` and `k` are
     /// `[sequences, heads, length, width]`.
     pub(super) fn add(&self, scores: Tensor, q: &Tensor, k: &Tensor) -> Result<Tensor> {
-        let Tables::Tensors { keys, queries } = &self.tables else {
+        let Tables::Tensors { keys, queries, .. } = &self.tables else {
             candle_core::bail!("the tables of positions are on the CPU, but queries are not")
         };
         let length = q.dim(2)?;
@@ -157,7 +182,7 @@ impl Disentangled {
         let rows = self.buckets.of(length);
         let (low, high) = (rows[0] as usize, rows[rows.len() - 1] as usize);
         let product = |x: &Tensor, table: &Tensor, rows: &[u32]| {
-            let table = table.narrow(2, low, high + 1 - low)?.unsqueeze(0)?;
+            let table = table.narrow(1, low, high + 1 - low)?.transpose(1, 2)?.unsqueeze(0)?;
             let product = (x.broadcast_matmul(&table)? * scale)?;
             diagonals(&product.index_select(&upload(rows, x.device())?, D::Minus1)?)
         };
@@ -171,6 +196,14 @@ impl Disentangled {
             scores = (scores + product(k, queries, &ascending)?.transpose(2, 3)?)?;
         }
         Ok(scores)
+    }
+
+    /// The tables, unless they are on the host.
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn on_gpu(&self) -> Option<OnDevice<'_>> {
+        let Tables::Tensors { keys, queries, rows } = &self.tables else { return None };
+        let Buckets { longest, span, .. } = *self.buckets;
+        Some(OnDevice { keys: keys.as_ref(), queries: queries.as_ref(), rows, longest, span })
     }
 
     /// The tables of one head, if they are on the host.

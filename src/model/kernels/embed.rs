@@ -1,5 +1,7 @@
 //! Token ids to the first layer's input: the sum of embedding rows, scaled and normalised where the model does so here.
 
+#[cfg(feature = "cuda")]
+use candle_core::DType;
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Storage, Tensor};
 
 use super::norm::Norm;
@@ -38,10 +40,8 @@ impl Embedding {
             }
             None => {
                 #[cfg(feature = "cuda")]
-                if self.word.device().is_cuda()
-                    && let (Some(norm), None) = (&self.norm, self.scale)
-                {
-                    return super::cuda::embed(self, norm, batch);
+                if self.word.device().is_cuda() && self.norm.as_ref().is_none_or(Norm::is_layer) {
+                    return super::cuda::embed(self, batch);
                 }
                 self.tensors(batch, self.word.device())
             }
@@ -53,6 +53,17 @@ impl Embedding {
         match &self.positions {
             Some((table, first)) => table.narrow(0, *first, table.dim(0)? - first).map(Some),
             None => Ok(None),
+        }
+    }
+
+    /// The factor in the table's type, as in transformers.
+    #[cfg(feature = "cuda")]
+    pub(super) fn rounded_scale(&self) -> f32 {
+        let scale = self.scale.unwrap_or(1.0);
+        match self.word.dtype() {
+            DType::BF16 => half::bf16::from_f64(scale).to_f32(),
+            DType::F16 => half::f16::from_f64(scale).to_f32(),
+            _ => scale as f32,
         }
     }
 

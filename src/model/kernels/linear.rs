@@ -161,21 +161,15 @@ impl Linear {
         let mut y = x.matmul(weight)?;
         #[cfg(feature = "cuda")]
         if y.device().is_cuda() {
-            use super::cuda::{add_activate, add_norm};
+            use super::cuda::{add_activate, add_norm, norm_add};
             let bias = bias.as_ref();
             return match epilogue {
                 Epilogue::Nothing if bias.is_none() => Ok(y),
                 Epilogue::Nothing => add_activate(&y, bias, None),
                 Epilogue::Activate(activation) => add_activate(&y, bias, Some(activation)),
                 Epilogue::Add(residual) => add_norm(&y, bias, Some(residual), None),
-                Epilogue::AddNorm(residual, norm) if norm.is_layer() => {
-                    add_norm(&y, bias, Some(residual), Some(norm))
-                }
-                Epilogue::AddNorm(residual, norm) => norm.tensor(&add_norm(&y, bias, Some(residual), None)?),
-                Epilogue::NormAdd(norm, residual) => {
-                    let y = if bias.is_some() { add_activate(&y, bias, None)? } else { y };
-                    norm.tensor(&y)? + residual
-                }
+                Epilogue::AddNorm(residual, norm) => add_norm(&y, bias, Some(residual), Some(norm)),
+                Epilogue::NormAdd(norm, residual) => norm_add(norm, &y, bias, residual),
             };
         }
         if let Some(bias) = bias {

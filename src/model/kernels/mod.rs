@@ -2,7 +2,8 @@
 //!
 //! On a CPU each operation is fused and writes to memory that is reused from batch to batch ([`Workspace`]). It
 //! runs on one core; other cores run other batches. On a CUDA GPU each operation is a kernel ([`cuda`]), except for
-//! matrix multiplication, which is Candle's. On other devices each is made of Candle's own operations.
+//! matrix multiplication, which is Candle's, and what few models have: LSTMs, the scores of spans, and DeBERTa's
+//! convolution. On other devices each is made of Candle's own operations.
 
 mod activation;
 mod attention;
@@ -42,7 +43,7 @@ pub use pool::{Pooling, pool};
 pub use quant::{Calibration, Expected, Precision};
 pub use reduce::{Reduction, Saturation};
 pub use spans::{count_spans, span_logits, spans};
-pub use transfer::{Transfer, upload};
+pub use transfer::{KeptMemory, Transfer, upload};
 
 /// The buffer of a [`Workspace`] that an operation writes to, named by its place in a layer. Results that are needed
 /// at the same time never share a slot.

@@ -72,9 +72,7 @@ impl Norm {
                 Ok(y)
             }
             #[cfg(feature = "cuda")]
-            None if x.device().is_cuda() && self.is_layer() => {
-                super::cuda::add_norm(x, None, None, Some(self))
-            }
+            None if x.device().is_cuda() => super::cuda::add_norm(x, None, None, Some(self)),
             None => self.tensor(x),
         }
     }
@@ -90,7 +88,7 @@ impl Norm {
             return Ok(x);
         }
         #[cfg(feature = "cuda")]
-        if x.device().is_cuda() && self.is_layer() {
+        if x.device().is_cuda() {
             return super::cuda::add_norm(&x, None, Some(residual), Some(self));
         }
         self.tensor(&(x + residual)?)
@@ -101,7 +99,7 @@ impl Norm {
         dispatch(Rows { out, residual: None, size: self.weight.elem_count(), norm: self });
     }
 
-    /// Whether this is LayerNorm, which alone has a CUDA kernel.
+    /// Whether this is LayerNorm.
     #[cfg(feature = "cuda")]
     pub(super) fn is_layer(&self) -> bool {
         matches!(self.kind, NormKind::Layer { .. })

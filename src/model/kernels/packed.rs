@@ -40,6 +40,8 @@ pub struct Indices {
     pub positions: Tensor,
     /// `[sequences + 1]`: index on the token axis where each sequence begins, then where the last one ends.
     pub starts: Tensor,
+    /// `[sequences]`: how many first tokens a pooling leaves out, if any.
+    pub skipped: Option<Tensor>,
 }
 
 impl Packed {
@@ -118,13 +120,19 @@ impl Packed {
         }
         // One copy to the device for all of them.
         let types = self.type_ids().unwrap_or_default();
-        let all = upload(&[&self.ids, &positions, &starts, types].concat(), device)?;
-        let types = self.type_ids().map(|_| all.narrow(0, 2 * tokens + starts.len(), tokens));
+        let skipped: Vec<u32> = self.skipped.iter().map(|&skipped| skipped as u32).collect();
+        let all = upload(&[&self.ids, &positions, &starts, types, &skipped].concat(), device)?;
+        let after = 2 * tokens + starts.len();
+        let types = self.type_ids().map(|_| all.narrow(0, after, tokens));
+        let skipped = self
+            .skips()
+            .then(|| all.narrow(0, after + self.type_ids().map_or(0, <[u32]>::len), skipped.len()));
         let indices = Indices {
             ids: all.narrow(0, 0, tokens)?,
             types: types.transpose()?,
             positions: all.narrow(0, tokens, tokens)?,
             starts: all.narrow(0, 2 * tokens, starts.len())?,
+            skipped: skipped.transpose()?,
         };
         Ok(self.on_device.get_or_init(|| indices))
     }

@@ -57,7 +57,7 @@ impl Pooling {
 
     fn on_device(self, x: &Tensor, batch: &Packed) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if x.device().is_cuda() && !batch.skips() {
+        if x.device().is_cuda() {
             return super::cuda::pool(x, batch, self);
         }
         self.tensors(x, batch)

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use pulp::{Simd, WithSimd};
 
 use super::simd::dispatch;
@@ -45,16 +45,21 @@ const ON_DEVICE: usize = 2048;
 
 impl Reduction {
     /// One row per sequence, `[sequences, columns]` in f32, in the order of the token axis. `logits` gives those of a range
-    /// of the token axis, `[tokens, columns]`. [`Reduction::Max`] may give 0 instead of a negative number.
+    /// of the token axis, `[tokens, columns]`, on `device`. [`Reduction::Max`] may give 0 instead of a negative number.
     pub fn rows(
         self,
         batch: &Packed,
         columns: usize,
+        device: &Device,
         out: Out<'_>,
         mut logits: impl FnMut(Range<usize>) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let Some(rows) = out.view(batch.order().len(), columns)? else {
-            return self.on_device(batch, ON_DEVICE, logits);
+            return match device {
+                #[cfg(feature = "cuda")]
+                Device::Cuda(_) => self.by_kernel(batch, columns, device, logits),
+                _ => self.on_device(batch, ON_DEVICE, logits),
+            };
         };
         let ends: Vec<usize> = ends(batch);
         for start in (0..batch.tokens()).step_by(ON_CPU) {
@@ -77,9 +82,26 @@ impl Reduction {
         Ok(rows)
     }
 
+    /// By the CUDA kernel, which takes the tokens of several sequences of any lengths at a time.
+    #[cfg(feature = "cuda")]
+    fn by_kernel(
+        self,
+        batch: &Packed,
+        columns: usize,
+        device: &Device,
+        mut logits: impl FnMut(Range<usize>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let rows = Tensor::zeros((batch.order().len(), columns), DType::F32, device)?;
+        for start in (0..batch.tokens()).step_by(ON_DEVICE) {
+            let tokens = start..(start + ON_DEVICE).min(batch.tokens());
+            super::cuda::reduce(&rows, self, &logits(tokens.clone())?, tokens, batch)?;
+        }
+        Ok(rows)
+    }
+
     /// By Candle's own operations: as many sequences of equal length at a time as have at most `most` tokens, or so many
     /// tokens of one.
-    fn on_device(
+    pub(super) fn on_device(
         self,
         batch: &Packed,
         most: usize,
@@ -176,8 +198,6 @@ fn maximum<S: Simd>(simd: S, row: &mut [f32], other: &[f32]) {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::super::matmul::tests::random;
     use super::super::{Slot, Workspace};
     use super::*;
@@ -196,8 +216,9 @@ mod tests {
         let of = |twice| Reduction::Sum(Saturation { twice });
         for reduction in [Reduction::Max, of(false), of(true)] {
             let workspace = Workspace::default();
-            let fused =
-                reduction.rows(&batch, columns, workspace.at(Slot::Pooled, x.device()), logits).unwrap();
+            let fused = reduction
+                .rows(&batch, columns, x.device(), workspace.at(Slot::Pooled, x.device()), logits)
+                .unwrap();
             for most in [7, 50, 2048] {
                 let want = reduction.on_device(&batch, most, logits).unwrap();
                 let error = (&fused - want.relu().unwrap()).unwrap().abs().unwrap().max_all().unwrap();
@@ -219,7 +240,7 @@ mod tests {
         for reduction in [Reduction::Max, Reduction::Sum(Saturation { twice: false })] {
             let workspace = Workspace::default();
             let out = workspace.at(Slot::Pooled, x.device());
-            let rows = reduction.rows(&batch, columns, out, |_| Ok(x.clone())).unwrap();
+            let rows = reduction.rows(&batch, columns, x.device(), out, |_| Ok(x.clone())).unwrap();
             let rows: Vec<f32> = rows.flatten_all().unwrap().to_vec1().unwrap();
             let found: Vec<usize> = (0..columns).filter(|&at| rows[at].is_nan()).collect();
             assert_eq!(found, [1, 34], "{reduction:?}");

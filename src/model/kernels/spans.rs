@@ -1,4 +1,5 @@
-//! Scores of spans of words for labels: relu(start + end) · label, plus a number of the label's own.
+//! Scores of spans of words for labels: relu(start + end) · label, plus a number of the label's own. On a GPU that is by
+//! Candle's operations: most of the time goes into a multiplication, which is Candle's in any case.
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use pulp::{Simd, WithSimd};

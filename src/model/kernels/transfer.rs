@@ -1,4 +1,4 @@
-//! Copies to and from the device that a batch runs on.
+//! Copies to and from the device that a batch runs on, and the memory that it keeps.
 
 use candle_core::{Device, Result, Tensor};
 
@@ -8,6 +8,28 @@ pub fn upload(numbers: &[u32], device: &Device) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => super::cuda::upload(numbers, device),
         _ => Tensor::from_slice(numbers, numbers.len(), device),
+    }
+}
+
+/// Memory that a CUDA GPU keeps when a batch frees it, for the next batches, until this is dropped. A model has one, as its
+/// last field: it is dropped after the tensors. Other devices keep none.
+pub struct KeptMemory {
+    #[cfg(feature = "cuda")]
+    _pool: Option<super::cuda::MemoryPool>,
+}
+
+impl KeptMemory {
+    /// # Errors
+    /// The driver fails.
+    pub fn on(device: &Device) -> Result<Self> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Self { _pool: super::cuda::MemoryPool::on(device)? }),
+            _ => Ok(Self {
+                #[cfg(feature = "cuda")]
+                _pool: None,
+            }),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use super::question::{Question, is_language_model};
 use super::sentence::{Embedding, Splade, TextSettings, cross_encoder_scores, prompts_and_limit};
 use super::sparse::{LEXICAL, SparseHead};
 use super::tokenize::{TokenizeError, Tokenizer, Tokens};
-use crate::model::kernels::{Packed, Precision, Transfer};
+use crate::model::kernels::{KeptMemory, Packed, Precision, Transfer};
 use crate::model::message;
 use crate::model::placement::Placement;
 use crate::model::store::{Files, FilesError};
@@ -157,8 +157,7 @@ pub struct Model {
     /// finish late.
     queueing: Mutex<()>,
     /// The last field, so that it is dropped after all others.
-    #[cfg(feature = "cuda")]
-    _kept: Option<crate::model::kernels::cuda::MemoryPool>,
+    _kept_memory: KeptMemory,
 }
 
 impl Model {
@@ -254,13 +253,7 @@ impl Model {
             (Output::Logits | Output::PairLogits, None) => a.classifier.padding,
             _ => None,
         };
-        #[cfg(feature = "cuda")]
-        let kept = match encoder.device() {
-            candle_core::Device::Cuda(device) => {
-                crate::model::kernels::cuda::MemoryPool::on(device).map_err(weights)?
-            }
-            _ => None,
-        };
+        let kept_memory = KeptMemory::on(encoder.device()).map_err(weights)?;
         let scores = match output {
             Output::PairLogits => cross_encoder_scores(&files, &config, question.is_some())?,
             _ => Scores::of(&config, labels.len())?,
@@ -286,8 +279,7 @@ impl Model {
             width,
             padding,
             queueing: Mutex::default(),
-            #[cfg(feature = "cuda")]
-            _kept: kept,
+            _kept_memory: kept_memory,
         })
     }
 

@@ -158,7 +158,7 @@ impl Vocabulary {
                 let x = hidden.narrow(0, tokens.start, tokens.len())?;
                 linear.forward(&x, Epilogue::Nothing, out(Slot::Logits))
             };
-            let rows = self.splade.reduction.rows(batch, *columns, out(Slot::Pooled), logits)?;
+            let rows = self.splade.reduction.rows(batch, *columns, x.device(), out(Slot::Pooled), logits)?;
             let rows: Vec<f32> = rows.flatten_all()?.to_vec1()?;
             for (row, found) in rows.chunks(*columns).zip(&mut found) {
                 for (id, &x) in (first..).zip(row) {

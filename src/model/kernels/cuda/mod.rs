@@ -9,11 +9,11 @@ mod stream;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(super) use launch::{add_activate, add_norm, attend, embed, gated, pool};
+pub(super) use launch::{add_activate, add_norm, attend, embed, gated, norm_add, pool, reduce};
 #[cfg(feature = "cuda")]
 pub use stream::{Download, MemoryPool, open, upload};
 
-use super::{Activation, Gate, Pooling};
+use super::{Activation, Gate, Pooling, Reduction, Saturation};
 
 /// The activation's number in kernels.cu.
 fn activation_code(activation: Option<Activation>) -> i32 {
@@ -46,11 +46,19 @@ fn pooling_code(pooling: Pooling) -> i32 {
     }
 }
 
+fn reduction_code(reduction: Reduction) -> i32 {
+    match reduction {
+        Reduction::Max => 0,
+        Reduction::Sum(Saturation { twice: false }) => 1,
+        Reduction::Sum(Saturation { twice: true }) => 2,
+    }
+}
+
 /// The launch configuration of attention over a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct AttentionLaunch {
-    /// Whether the kernel for short sequences runs: it reads keys 32 at a time instead of 64, and more blocks fit on a
-    /// multiprocessor.
+    /// Whether the kernel for short sequences runs, where the width of a head has one: it reads keys 32 at a time instead
+    /// of 64, and more blocks fit on a multiprocessor.
     short: bool,
     /// Blocks for each head of each sequence.
     blocks: usize,
@@ -58,16 +66,17 @@ struct AttentionLaunch {
 }
 
 impl AttentionLaunch {
-    /// For sequences of at most `longest` tokens. In 16 bits a warp has 16 queries and a block has at most four warps,
-    /// which share the keys that the block loads. In f32 a thread has one query.
-    fn new(longest: usize, bits16: bool) -> Self {
+    /// For sequences of at most `longest` tokens and heads of `width` elements. In 16 bits a warp has 16 queries and a
+    /// block has at most four warps, which share the keys that the block loads. In f32 a thread has at most 64 elements of
+    /// one query.
+    fn new(longest: usize, width: usize, bits16: bool) -> Self {
         const QUERIES: usize = 64;
         let blocks = longest.div_ceil(QUERIES);
         if !bits16 {
-            return Self { short: false, blocks, threads: QUERIES as u32 };
+            return Self { short: false, blocks, threads: (QUERIES * width.div_ceil(64)) as u32 };
         }
         let warps = longest.div_ceil(blocks).div_ceil(16);
-        Self { short: longest <= 32, blocks, threads: 32 * warps as u32 }
+        Self { short: longest <= 32 && width <= 64, blocks, threads: 32 * warps as u32 }
     }
 }
 

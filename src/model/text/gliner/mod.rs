@@ -27,7 +27,7 @@ use super::sentence::TextSettings;
 use super::tokenize::{TokenizeError, Tokenizer};
 use crate::engine::{self, Item, RunError};
 use crate::failpoint;
-use crate::model::kernels::{Packed, Transfer, count_spans, spans};
+use crate::model::kernels::{KeptMemory, Packed, Transfer, count_spans, spans};
 use crate::model::message;
 use crate::model::placement::Placement;
 use crate::model::store::Files;
@@ -110,8 +110,7 @@ pub struct Gliner {
     /// Held while a batch is queued on a GPU, which has one queue.
     queueing: Mutex<()>,
     /// The last field, so that it is dropped after all others.
-    #[cfg(feature = "cuda")]
-    _kept: Option<crate::model::kernels::cuda::MemoryPool>,
+    _kept_memory: KeptMemory,
 }
 
 impl Gliner {
@@ -161,13 +160,7 @@ impl Gliner {
         let head = Head::load(&config, &root).map_err(failed)?;
         let encoder =
             Encoder::load(config.backbone, &root.pp(backbone), placement.precision).map_err(failed)?;
-        #[cfg(feature = "cuda")]
-        let kept = match encoder.device() {
-            candle_core::Device::Cuda(device) => {
-                crate::model::kernels::cuda::MemoryPool::on(device).map_err(failed)?
-            }
-            _ => None,
-        };
+        let kept_memory = KeptMemory::on(encoder.device()).map_err(failed)?;
         let (mut prompt, mut places) = (Vec::new(), Vec::new());
         for label in labels {
             let at = tokenizer.leading() + prompt.len();
@@ -196,8 +189,7 @@ impl Gliner {
             threshold,
             plain,
             queueing: Mutex::default(),
-            #[cfg(feature = "cuda")]
-            _kept: kept,
+            _kept_memory: kept_memory,
         })
     }
 

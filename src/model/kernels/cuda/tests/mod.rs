@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
@@ -11,9 +11,7 @@ use half::bf16;
 use super::super::activation::gated;
 use super::super::attention::tests::batch;
 use super::super::matmul::tests::random;
-use super::super::{
-    Attention, DistanceBias, Embedding, Mask, Norm, NormKind, Out, Packed, Rope, Rotation, host,
-};
+use super::super::{Embedding, Norm, NormKind, Out, Packed, host};
 use super::*;
 
 const CPU: Device = Device::Cpu;
@@ -57,6 +55,11 @@ macro_rules! call {
         }
     }};
 }
+
+// After the macro, which they use.
+mod attention;
+#[cfg(feature = "cuda")]
+mod device;
 
 fn tensor(rows: usize, width: usize, seed: u32) -> Tensor {
     Tensor::from_vec(random(rows * width, seed), (rows, width), &CPU).unwrap()
@@ -104,9 +107,12 @@ fn embeddings() {
             scale: None,
             norm,
         };
-        for tables in [true, false] {
+        for (tables, normed) in [(true, true), (false, true), (false, false)] {
             if !tables {
                 (embedding.positions, embedding.types) = (None, None);
+            }
+            if !normed {
+                (embedding.norm, embedding.scale) = (None, Some(4.5));
             }
             let table = |table: Option<&Tensor>| table.map(|table| host(table).unwrap());
             let word = host(&word).unwrap();
@@ -119,7 +125,9 @@ fn embeddings() {
                 packed.type_ids().map_or(null(), <[u32]>::as_ptr) => *const u32, word.as_ptr() => *const f32,
                 position.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
                 types.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
-                weight.as_ptr() => *const f32, bias.as_ptr() => *const f32, eps => f32, width as i32 => i32
+                if normed { weight.as_ptr() } else { null() } => *const f32,
+                if normed { bias.as_ptr() } else { null() } => *const f32,
+                embedding.scale.unwrap_or(1.0) as f32 => f32, eps => f32, width as i32 => i32
             );
             near(&out, &embedding.tensors(&packed, &CPU).unwrap());
         }
@@ -145,6 +153,53 @@ fn sums_and_norms() {
             );
             near(&out, &if normed { norm.tensor(&sum).unwrap() } else { sum.clone() });
         }
+    }
+}
+
+fn rms(width: usize, seed: u32) -> Norm {
+    let weight = Tensor::from_vec(random(width, seed), width, &CPU).unwrap();
+    let tensors = [("weight".to_owned(), weight)].into_iter().collect();
+    Norm::load(width, NormKind::RmsPlusOne, 1e-6, VarBuilder::from_tensors(tensors, DType::F32, &CPU))
+        .unwrap()
+}
+
+/// RMSNorm of a sum, with the residual added before or after it.
+#[test]
+fn sums_and_rms_norms() {
+    let tokens = 5;
+    for width in WIDTHS {
+        let [x, residual] = [1, 2].map(|seed| tensor(tokens, width, seed));
+        let (added, norm) = (tensor(1, width, 3), rms(width, 4));
+        let [x, residual, added, weight] = [&x, &residual, &added, &norm.weight].map(|x| host(x).unwrap());
+        let rows = |numbers: &[f32]| Tensor::from_slice(numbers, (tokens, width), &CPU).unwrap();
+        let sum = rows(&x).broadcast_add(&Tensor::new(&added[..], &CPU).unwrap()).unwrap();
+        for (with_residual, after) in [(false, 0), (true, 0), (true, 1)] {
+            let mut out = vec![f32::NAN; tokens * width];
+            call!(c"host_rms_norm",
+                tokens as u32 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
+                x.as_ptr() => *const f32, added.as_ptr() => *const f32,
+                if with_residual { residual.as_ptr() } else { null() } => *const f32,
+                weight.as_ptr() => *const f32, norm.eps => f32, after => i32, width as i32 => i32
+            );
+            let want = match (with_residual, after) {
+                (false, _) => norm.tensor(&sum),
+                (true, 0) => norm.tensor(&(&sum + rows(&residual)).unwrap()),
+                (true, _) => norm.tensor(&sum).unwrap() + rows(&residual),
+            };
+            near(&out, &want.unwrap());
+        }
+    }
+    for width in [20, 32, 384] {
+        let (x, residual, norm) = (tensor(tokens, width, 1), tensor(tokens, width, 2), rms(width, 4));
+        let (x, residual, weight) = (rounded(&x), rounded(&residual), host(&norm.weight).unwrap());
+        let mut out = vec![bf16::NAN; tokens * width];
+        call!(c"host_rms_norm_bf16",
+            tokens as u32 => u32, threads(2, width) => u32, out.as_mut_ptr() => *mut bf16,
+            x.as_ptr() => *const bf16, null() => *const bf16, residual.as_ptr() => *const bf16,
+            weight.as_ptr() => *const f32, norm.eps => f32, 1 => i32, width as i32 => i32
+        );
+        let want = (norm.tensor(&widened(&x, width)).unwrap() + widened(&residual, width)).unwrap();
+        near_bf16(&out, &want, 2.0);
     }
 }
 
@@ -182,18 +237,65 @@ fn activations() {
 
 #[test]
 fn pools() {
-    let packed = batch(&[1, 2, 17, 33]);
+    for skipped in [[0; 4], [2; 4], [1, 0, 40, 5]] {
+        let packed = batch(&[1, 2, 17, 33]).skipping(&skipped);
+        let (starts, _) = places(&packed);
+        let skipped: Option<Vec<u32>> =
+            packed.on(&CPU).unwrap().skipped.as_ref().map(|x| x.to_vec1().unwrap());
+        for width in WIDTHS {
+            let x = tensor(packed.tokens(), width, 1);
+            for pooling in Pooling::ALL {
+                let mut out = vec![f32::NAN; 4 * width];
+                call!(c"host_pool",
+                    4 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
+                    host(&x).unwrap().as_ptr() => *const f32, starts.as_ptr() => *const u32,
+                    skipped.as_ref().map_or(null(), |skipped| skipped.as_ptr()) => *const u32,
+                    pooling_code(pooling) => i32, width as i32 => i32
+                );
+                near(&out, &pooling.tensors(&x, &packed).unwrap());
+            }
+        }
+    }
+}
+
+/// Blocks of tokens that end within, at the end of and beyond a sequence.
+#[test]
+fn reductions() {
+    let packed = batch(&[1, 3, 3, 17, 40]);
     let (starts, _) = places(&packed);
-    for width in WIDTHS {
-        let x = tensor(packed.tokens(), width, 1);
-        for pooling in Pooling::ALL {
-            let mut out = vec![f32::NAN; 4 * width];
-            call!(c"host_pool",
-                4 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
-                host(&x).unwrap().as_ptr() => *const f32, starts.as_ptr() => *const u32,
-                pooling_code(pooling) => i32, width as i32 => i32
-            );
-            near(&out, &pooling.tensors(&x, &packed).unwrap());
+    let (tokens, sequences) = (packed.tokens(), 5);
+    for columns in [7, 96] {
+        let x = rounded(&(tensor(tokens, columns, 3) * 3.0).unwrap());
+        let wide = widened(&x, columns);
+        let numbers = host(&wide).unwrap();
+        let of = |twice| Reduction::Sum(Saturation { twice });
+        for reduction in [Reduction::Max, of(false), of(true)] {
+            let want = reduction.on_device(&packed, 2048, |range| wide.narrow(0, range.start, range.len()));
+            let want = want.unwrap().relu().unwrap();
+            for (most, bits16) in [(2048, false), (7, false), (4, true)] {
+                let mut out = vec![0.0; sequences * columns];
+                for first in (0..tokens).step_by(most) {
+                    let count = most.min(tokens - first);
+                    let place = (0..sequences).position(|at| starts[at + 1] as usize > first).unwrap();
+                    let end =
+                        (0..sequences).rposition(|at| (starts[at] as usize) < first + count).unwrap() + 1;
+                    macro_rules! reduce {
+                        ($name:literal, $type:ty, $from:expr, $size:literal) => {
+                            call!($name,
+                                pieces($size, columns).div_ceil(32) as u32 => u32, (end - place) as u32 => u32, 32 => u32,
+                                out.as_mut_ptr() => *mut f32, $from.as_ptr() => *const $type,
+                                starts.as_ptr() => *const u32, first as i32 => i32, count as i32 => i32,
+                                place as i32 => i32, reduction_code(reduction) => i32, columns as i32 => i32
+                            )
+                        };
+                    }
+                    match bits16 {
+                        true => reduce!(c"host_reduce_bf16", bf16, x[first * columns..], 2),
+                        false => reduce!(c"host_reduce", f32, numbers[first * columns..], 4),
+                    }
+                }
+                near(&out, &want);
+            }
         }
     }
 }
@@ -264,139 +366,4 @@ fn near_bf16(got: &[bf16], want: &Tensor, steps: f32) {
         let allowed = steps * want.abs().max(1.0) / 512.0;
         assert!((got.to_f32() - want).abs() <= allowed, "[{i}]: {got}, not {want}");
     }
-}
-
-/// Lengths around the number of queries and of keys that are processed at a time.
-const LENGTHS: [usize; 7] = [1, 2, 33, 63, 64, 65, 150];
-
-#[test]
-fn attention() {
-    let packed = batch(&LENGTHS);
-    let (starts, positions) = places(&packed);
-    for (heads, width) in [(2, 32), (1, 64)] {
-        let hidden = heads * width;
-        let (qkv, bias) = (tensor(packed.tokens(), 3 * hidden, 5), tensor(1, 3 * hidden, 6));
-        let with_bias = qkv.broadcast_add(&bias).unwrap();
-        let bias = host(&bias).unwrap();
-        let rope = Rope { theta: 10_000.0, scaling_factor: 1.0 };
-        let rotation = Rotation::new(rope, 150, width, DType::F32, &CPU).unwrap();
-        for rotation in [None, Some(&rotation)] {
-            let mut turned = host(&qkv).unwrap();
-            if let Some(rotation) = rotation {
-                call!(c"host_rotate",
-                    packed.tokens() as u32 => u32, threads(4, hidden) => u32,
-                    turned.as_mut_ptr() => *mut f32, bias.as_ptr() => *const f32,
-                    positions.as_ptr() => *const u32, host(&rotation.cos).unwrap().as_ptr() => *const f32,
-                    host(&rotation.sin).unwrap().as_ptr() => *const f32, heads as i32 => i32, width as i32 => i32
-                );
-            }
-            let query_bias = if rotation.is_some() { null() } else { bias.as_ptr() };
-            let plain =
-                [Mask::Full, Mask::Window(3), Mask::Window(70), Mask::Causal].map(|mask| (mask, None));
-            let biased = [Mask::Full, Mask::Window(3)].map(|mask| (mask, Some(distance_bias(heads))));
-            for (mask, distances) in plain.into_iter().chain(biased) {
-                let (before, after) = mask.bounds(150);
-                let table = distances.as_ref().map(|bias| host(&bias.table).unwrap());
-                let mut out = vec![f32::NAN; packed.tokens() * hidden];
-                let launch = AttentionLaunch::new(150, false);
-                call!(c"host_attend",
-                    launch.blocks as u32 => u32, launch.threads => u32, LENGTHS.len() as u32 => u32, out.as_mut_ptr() => *mut f32,
-                    turned.as_ptr() => *const f32, query_bias => *const f32,
-                    bias[2 * hidden..].as_ptr() => *const f32, starts.as_ptr() => *const u32,
-                    table.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
-                    heads as i32 => i32, width as i32 => i32, before as i32 => i32, after as i32 => i32, SPAN as i32 => i32
-                );
-                let attention =
-                    Attention { distances: distances.clone(), ..Attention::new(heads, width, mask) };
-                near(&out, &attention.tensors(&with_bias, rotation, &packed).unwrap());
-            }
-        }
-    }
-}
-
-/// The longest sequence of [`distance_bias`].
-const SPAN: usize = 150;
-
-fn distance_bias(heads: usize) -> Arc<DistanceBias> {
-    Arc::new(DistanceBias::new(&tensor(32, heads, 9), 128, SPAN).unwrap())
-}
-
-fn attend_bf16(attention: &Attention, qkv: &[bf16], bias: Option<&[bf16]>, batch: &Packed) -> Vec<bf16> {
-    let Attention { heads, width, mask, ref distances, .. } = *attention;
-    let table = distances.as_ref().map(|bias| host(&bias.table).unwrap());
-    let span = distances.as_ref().map_or(0, |bias| bias.span);
-    let (hidden, (starts, _)) = (heads * width, places(batch));
-    let longest = batch.lengths().max().unwrap();
-    let (before, after) = mask.bounds(longest);
-    let at = |start: usize| bias.map_or(null(), |bias| bias[start..].as_ptr());
-    let mut out = vec![bf16::NAN; batch.tokens() * hidden];
-    let launch = AttentionLaunch::new(longest, true);
-    call!(c"host_attend_bf16",
-        launch.blocks as u32 => u32, launch.threads => u32, launch.short => bool, batch.order().len() as u32 => u32, out.as_mut_ptr() => *mut bf16,
-        qkv.as_ptr() => *const bf16, at(0) => *const bf16, at(2 * hidden) => *const bf16,
-        starts.as_ptr() => *const u32, table.as_ref().map_or(null(), |table| table.as_ptr()) => *const f32,
-        heads as i32 => i32, width as i32 => i32, before as i32 => i32, after as i32 => i32, span as i32 => i32
-    );
-    out
-}
-
-/// Tensor core instructions, which host.h emulates with the fragment layouts of the PTX ISA.
-#[test]
-fn attention_by_warps() {
-    // Each of these sets of lengths has a different launch.
-    for lengths in [&LENGTHS[..], &[1, 33, 80, 97], &[1, 16, 17, 31, 32], &[1, 5, 16]] {
-        let packed = batch(lengths);
-        for (heads, width) in [(2, 32), (1, 64)] {
-            let hidden = heads * width;
-            // Scores are far enough apart for a wrong one to show.
-            let qkv = (tensor(packed.tokens(), 3 * hidden, 5) * 2.0).unwrap();
-            let bias = tensor(1, 3 * hidden, 6);
-            let (qkv, bias) = (rounded(&qkv), rounded(&bias));
-            for with_bias in [false, true] {
-                let all = match with_bias {
-                    true => widened(&qkv, 3 * hidden).broadcast_add(&widened(&bias, 3 * hidden)).unwrap(),
-                    false => widened(&qkv, 3 * hidden),
-                };
-                let masks = [Mask::Full, Mask::Window(0), Mask::Window(3), Mask::Window(70), Mask::Causal];
-                let biased = [Mask::Full, Mask::Window(3)].map(|mask| (mask, Some(distance_bias(heads))));
-                for (mask, distances) in masks.map(|mask| (mask, None)).into_iter().chain(biased) {
-                    // Queries with their bias, weights and results are rounded to bf16; a bias by distance makes
-                    // few keys heavy, so that their rounding errors average out less.
-                    let steps = if distances.is_some() { 8.0 } else { 6.0 };
-                    let attention = Attention { distances, ..Attention::new(heads, width, mask) };
-                    let out = attend_bf16(&attention, &qkv, with_bias.then_some(&bias[..]), &packed);
-                    near_bf16(&out, &attention.tensors(&all, None, &packed).unwrap(), steps);
-                }
-            }
-        }
-    }
-}
-
-/// Every query has a warp, and no block more threads than the kernels are compiled for.
-#[test]
-fn attention_launches() {
-    for longest in 1..=1000 {
-        let launch = AttentionLaunch::new(longest, true);
-        let queries = launch.blocks * launch.threads as usize / 2;
-        assert!(queries >= longest && queries < longest + 16 * launch.blocks, "{longest}: {launch:?}");
-        let most = |short: bool| -> u32 { call!(c"host_attention_threads" => u32, short => bool) };
-        assert!(launch.threads <= most(launch.short), "{longest}: {launch:?}");
-        let launch = AttentionLaunch::new(longest, false);
-        assert!(launch.blocks * launch.threads as usize >= longest, "{longest}: {launch:?}");
-        assert!(launch.threads <= most(launch.short), "{longest}: {launch:?}");
-    }
-}
-
-/// The memory behind a sequence belongs to the next one and must not affect it, even if it is NaN.
-#[test]
-fn attention_ignores_other_sequences() {
-    let packed = batch(&[5, 70]);
-    let width = 64;
-    let mut qkv = rounded(&tensor(packed.tokens(), 3 * width, 7));
-    let attention = Attention::new(1, width, Mask::Full);
-    let before = attend_bf16(&attention, &qkv, None, &packed);
-    qkv[5 * 3 * width..].fill(bf16::NAN);
-    let after = attend_bf16(&attention, &qkv, None, &packed);
-    assert_eq!(before[..5 * width], after[..5 * width]);
-    assert!(after[5 * width..].iter().all(|x| x.is_nan()), "NaN stays NaN");
 }
