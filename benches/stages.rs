@@ -94,7 +94,13 @@ fn formats(c: &mut Criterion) {
     let is_text = |i: usize| i % 4 == 2;
     let words = |i: usize| text.repeat(if i == 10 { 8 } else { 3 });
     let fields: Vec<String> = (0..20)
-        .map(|i| if is_text(i) { format!("\"field_{i}\":{:?}", words(i)) } else { format!("\"field_{i}\":{}", i * 12345) })
+        .map(|i| {
+            if is_text(i) {
+                format!("\"field_{i}\":{:?}", words(i))
+            } else {
+                format!("\"field_{i}\":{}", i * 12345)
+            }
+        })
         .collect();
     let json = format!("{{{}}}", fields.join(","));
 
@@ -126,11 +132,14 @@ fn formats(c: &mut Criterion) {
     let json_decoder = decoder(&[]);
     let schema = format!("input.schema={}", schema.display());
     let avro_decoder = decoder(&["input.format=avro", &schema]);
-    let (a, b) = (json_decoder.decode(json.as_bytes()).expect("JSON"), avro_decoder.decode(&avro).expect("Avro"));
+    let (a, b) =
+        (json_decoder.decode(json.as_bytes()).expect("JSON"), avro_decoder.decode(&avro).expect("Avro"));
     assert_eq!((&a.text, &a.include), (&b.text, &b.include));
 
     let mut group = c.benchmark_group("decode");
-    group.bench_function(format!("json, {} bytes", json.len()), |b| b.iter(|| json_decoder.decode(json.as_bytes())));
+    group.bench_function(format!("json, {} bytes", json.len()), |b| {
+        b.iter(|| json_decoder.decode(json.as_bytes()))
+    });
     group.bench_function(format!("avro, {} bytes", avro.len()), |b| b.iter(|| avro_decoder.decode(&avro)));
     group.finish();
 }
