@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use kandle::codec::Decoder;
 use kandle::engine::{Planned, plan};
 use kandle::lease::Lease;
 use kandle::model::Output;
 use kandle::record::{Arrival, Partition};
 use kandle::settings::{self, Sources};
+use kandle::task::Kind;
 use kandle::task::classification::Classification;
 use kandle::task::text::{TextModel, TextTask, Texts};
 use kandle::telemetry::Metrics;
@@ -67,5 +69,80 @@ fn stages(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, stages);
+/// Settings that decode a record with 20 fields: a text and two fields to include.
+fn decoder(format: &[&str]) -> Decoder {
+    let set = [
+        "kafka.brokers=none:1",
+        "input.topics=in",
+        "input.group=g",
+        "input.field=/field_10",
+        "task.kind=text-classification",
+        "model.source=bundled",
+        "output.topic=out",
+        "output.include=/field_0,/field_13",
+        "dead_letters.topic=dead",
+    ];
+    let set = set.iter().chain(format).map(|&assignment| assignment.to_owned()).collect();
+    let sources = Sources { set, ..Sources::default() };
+    let settings = settings::load(&sources).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
+    Kind::decoder(&settings).expect("a decoder")
+}
+
+/// A record of about 1 KB with 20 fields, from JSON and from Avro.
+fn formats(c: &mut Criterion) {
+    let text = "The parcel has not arrived; please look. ";
+    let is_text = |i: usize| i % 4 == 2;
+    let words = |i: usize| text.repeat(if i == 10 { 8 } else { 3 });
+    let fields: Vec<String> = (0..20)
+        .map(|i| {
+            if is_text(i) {
+                format!("\"field_{i}\":{:?}", words(i))
+            } else {
+                format!("\"field_{i}\":{}", i * 12345)
+            }
+        })
+        .collect();
+    let json = format!("{{{}}}", fields.join(","));
+
+    let zigzag = |value: usize, out: &mut Vec<u8>| {
+        let mut rest = value * 2;
+        while rest >= 0x80 {
+            out.push(rest as u8 | 0x80);
+            rest >>= 7;
+        }
+        out.push(rest as u8);
+    };
+    let mut avro = Vec::new();
+    for i in 0..20 {
+        if is_text(i) {
+            zigzag(words(i).len(), &mut avro);
+            avro.extend_from_slice(words(i).as_bytes());
+        } else {
+            zigzag(i * 12345, &mut avro);
+        }
+    }
+    let types: Vec<String> = (0..20)
+        .map(|i| format!(r#"{{"name":"field_{i}","type":"{}"}}"#, if is_text(i) { "string" } else { "long" }))
+        .collect();
+    let folder = tempfile::tempdir().expect("a directory");
+    let schema = folder.path().join("record.avsc");
+    let record = format!(r#"{{"type":"record","name":"R","fields":[{}]}}"#, types.join(","));
+    std::fs::write(&schema, record).expect("written");
+
+    let json_decoder = decoder(&[]);
+    let schema = format!("input.schema={}", schema.display());
+    let avro_decoder = decoder(&["input.format=avro", &schema]);
+    let (a, b) =
+        (json_decoder.decode(json.as_bytes()).expect("JSON"), avro_decoder.decode(&avro).expect("Avro"));
+    assert_eq!((&a.text, &a.include), (&b.text, &b.include));
+
+    let mut group = c.benchmark_group("decode");
+    group.bench_function(format!("json, {} bytes", json.len()), |b| {
+        b.iter(|| json_decoder.decode(json.as_bytes()))
+    });
+    group.bench_function(format!("avro, {} bytes", avro.len()), |b| b.iter(|| avro_decoder.decode(&avro)));
+    group.finish();
+}
+
+criterion_group!(benches, stages, formats);
 criterion_main!(benches);

@@ -183,7 +183,8 @@ pub fn run(
         let shared = shared.clone();
         Box::new(move |verdict: &str| shared.end(verdict))
     };
-    let wires = StageContext { windows, encoded, reports: report, health: Arc::clone(health), end };
+    let stop = Arc::clone(&shared.stop);
+    let wires = StageContext { windows, encoded, reports: report, health: Arc::clone(health), stop, end };
     let mut stages: Vec<Stage<PipelineError>> = compute.stages(wires).into_iter().map(Stage::into).collect();
     let source = Box::new(move || source.serve(gathered, &reports));
     let publish = Box::new(move || publisher.serve(&to_publish));

@@ -126,13 +126,22 @@ pub struct Input {
     /// How record values are decoded.
     #[serde(default)]
     pub format: Format,
-    /// json: JSON Pointer to the text, or a list of pointers whose texts are joined with `join`.
+    /// File with the schema of all values, which then have no schema id (default: the schema of a value's id, from the
+    /// registry). avro: the writer's schema (.avsc). protobuf: a .proto file, which imports files beside it, or a
+    /// descriptor set. json_schema: a JSON Schema.
+    #[serde(default)]
+    pub schema: Option<PathBuf>,
+    /// protobuf with `schema`: the full name of the values' message.
+    #[serde(default)]
+    #[schemars(example = "shop.Ticket")]
+    pub message: Option<String>,
+    /// Formats with fields: JSON Pointer to the text, or a list of pointers whose texts are joined with `join`.
     #[serde(default)]
     pub field: Fields,
-    /// json: separator between the texts of several fields.
+    /// Formats with fields: separator between the texts of several fields.
     #[serde(default = "default_join")]
     pub join: String,
-    /// json: Jinja template over the value's fields, used instead of `field`.
+    /// Formats with fields: Jinja template over the value's fields, used instead of `field`.
     #[serde(default)]
     pub template: Option<String>,
     /// librdkafka properties for the consumer only.
@@ -160,6 +169,9 @@ pub enum Format {
     Json,
     Text,
     Bytes,
+    Avro,
+    Protobuf,
+    JsonSchema,
 }
 
 /// One JSON Pointer or several; empty if none is set.

@@ -143,6 +143,11 @@ impl Window {
         record.value.clone().map(|range| &self.memory[range])
     }
 
+    /// The values of its records, without tombstones.
+    pub fn values(&self) -> impl Iterator<Item = &[u8]> {
+        self.records.iter().filter_map(|record| self.value(record))
+    }
+
     pub fn position(&self, record: &Record) -> Position {
         Position { partition: self.spans[record.span as usize].partition.clone(), offset: record.offset }
     }

@@ -12,12 +12,13 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::{AlreadyReported, drain};
 use crate::cli::output::outln;
 use crate::codec::write::Record;
+use crate::codec::{FormatEntry, SchemaEntry, tokens};
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
 use crate::model::{Checkpoint, Files, Output};
 use crate::registry::registration::OutputSchema;
-use crate::registry::{Registry, RegistryError};
+use crate::registry::{Registry, RegistryError, Version};
 use crate::settings::{Guarantee, Loaded, Settings};
 use crate::task::{self, Kind};
 use crate::telemetry::Metrics;
@@ -56,6 +57,7 @@ pub fn check(loaded: Loaded) -> anyhow::Result<()> {
     let mut lines = Lines::default();
     lines.say("configuration", Ok("every key is known, every rule holds".to_owned()));
     kafka(&settings, &mut lines);
+    schemas(&settings, &mut lines);
     output_schema(&settings, &mut lines);
     model(&settings, &mut lines);
     if lines.failed { Err(AlreadyReported.into()) } else { Ok(()) }
@@ -223,6 +225,57 @@ fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
         note.push_str("; dead letters of larger records have only kandle's headers, no key or value");
     }
     lines.say("largest message", Ok(note));
+}
+
+/// The latest schema of each input topic must have what the settings select.
+fn schemas(settings: &Settings, lines: &mut Lines) {
+    let format = FormatEntry::of(settings.input.format);
+    let Some(entry) = format.schema.filter(|_| settings.input.schema.is_none()) else { return };
+    let registry = match Registry::new(&settings.registry) {
+        Ok(Some(registry)) => registry,
+        Ok(None) => return,
+        Err(error) => return lines.say("schema registry", Err(error.to_string())),
+    };
+    let pointers = Kind::select(settings).map(|select| select.pointers()).unwrap_or_default();
+    for topic in &settings.input.topics {
+        let subject = format!("{topic}-value");
+        let what = format!("schema of {subject}");
+        if topic.starts_with('^') {
+            lines.skip(&what, "a pattern: its topics may have different schemas");
+            continue;
+        }
+        match registry.latest(&subject) {
+            // The producers may name their subjects in another way.
+            Err(RegistryError::NotFound { .. }) => {
+                lines.warn(
+                    &what,
+                    &format!("{} has no such subject; records are read by their schema ids", registry.name()),
+                );
+            }
+            Err(error) => lines.say(&what, Err(error.to_string())),
+            Ok(version) => lines.say(&what, selected(&entry, &version, &pointers)),
+        }
+    }
+}
+
+/// Looks up what is selected in a topic's latest schema.
+fn selected(entry: &SchemaEntry, version: &Version, pointers: &[String]) -> Result<String, String> {
+    let Version { id, version, schema } = version;
+    let name = format!("version {version}, schema id {id}");
+    if schema.kind != entry.kind {
+        return Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name()));
+    }
+    let tokens: Vec<Vec<String>> = pointers.iter().map(|pointer| tokens(pointer)).collect();
+    let has = (entry.has)(schema, &tokens).map_err(|error| format!("{name} cannot be used: {error}"))?;
+    let absent: Vec<&str> =
+        pointers.iter().zip(has).filter(|(_, has)| !has).map(|(pointer, _)| pointer.as_str()).collect();
+    if absent.is_empty() {
+        return Ok(format!("{name} has {}", pointers.join(", ")));
+    }
+    Err(format!(
+        "{name} lacks {}: set input.field, input.template, output.include or the task's pointers to its fields",
+        absent.join(", ")
+    ))
 }
 
 /// Whether the registry has the predictions' schema, or would take it. Nothing is registered.

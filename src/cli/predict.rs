@@ -7,15 +7,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use clap::Args;
 
 use super::output::Output;
 use super::progress::{self, Rate, Reporter};
+use crate::codec::FormatEntry;
 use crate::compute::Compute;
 use crate::flow::Outcome;
 use crate::lease::Lease;
 use crate::record::{Arrival, Partition};
-use crate::settings::Loaded;
+use crate::settings::{Format, Loaded};
 use crate::task;
 use crate::telemetry::{Metrics, logging};
 use crate::window::{ClosedBy, Gatherer, Limits, Window};
@@ -23,7 +26,7 @@ use crate::window::{ClosedBy, Gatherer, Limits, Window};
 #[derive(Args)]
 #[group(id = "predict")]
 pub struct Options {
-    /// Files of records, one per line; standard input if none is given
+    /// Files of records, one per line (in base64 if input.format is binary); standard input if none is given
     inputs: Vec<PathBuf>,
     /// Exit with 3 if a line got no prediction
     #[arg(long)]
@@ -53,12 +56,29 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     });
     let (partition, lease) = (Partition::new("line", 0), Lease::new(0));
     let (mut number, mut failed) = (0, 0);
+    // A value in a binary format may have line feeds.
+    let format = FormatEntry::of(settings.input.format);
+    let in_base64 =
+        format.schema.is_some() && !(format.format == Format::JsonSchema && settings.input.schema.is_some());
     let mut feed = |reader: &mut dyn BufRead| -> anyhow::Result<()> {
         let mut line = Vec::new();
         while reader.read_until(b'\n', &mut line)? > 0 {
             read.bytes.fetch_add(line.len() as u64, Ordering::Relaxed);
             let value = line.strip_suffix(b"\n").unwrap_or(&line);
             let value = value.strip_suffix(b"\r").unwrap_or(value);
+            let decoded;
+            let value = if in_base64 {
+                decoded = STANDARD.decode(value).with_context(|| {
+                    format!(
+                        "line {} is not base64, in which a record of input.format: {} is read",
+                        number + 1,
+                        format.name
+                    )
+                })?;
+                decoded.as_slice()
+            } else {
+                value
+            };
             let footprint = compute.footprint(value);
             let arrival = Arrival { offset: number, value: Some(value), footprint, ..Arrival::default() };
             number += 1;

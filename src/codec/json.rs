@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::selected::unescape;
 use super::{Reader, Value};
 use crate::record::{Fault, RecordError};
 
@@ -30,11 +31,11 @@ fn not_json(bytes: &[u8], error: &serde_json::Error) -> RecordError {
         }
         [0, _, _, _, _, b'{' | b'[' | b'"', ..] => {
             "; it begins with a schema registry header (a zero byte and a schema ID): the producer uses a JSON Schema \
-             serializer"
+             serializer; set input.format: json_schema"
         }
         [0, _, _, _, _, ..] => {
             "; it begins with a zero byte, like a schema registry header: the producer may use an Avro or Protobuf \
-             serializer"
+             serializer; set input.format: avro or protobuf"
         }
         _ => "",
     };
@@ -63,7 +64,7 @@ impl<'a> Document<'a> {
         let Some(path) = pointer.strip_prefix('/') else { return pointer.is_empty().then_some(self.whole) };
         let mut found: Option<&'a RawValue> = None;
         for token in path.split('/') {
-            let name = token.replace("~1", "/").replace("~0", "~");
+            let name = unescape(token);
             found = match found {
                 None => self.members.as_ref().and_then(|members| members.get(&name)),
                 Some(value) => members(value).and_then(|members| members.get(&name)),
@@ -133,15 +134,22 @@ pub fn list<'a>(pointer: &str, found: Option<&'a RawValue>) -> Result<Vec<&'a Ra
 }
 
 /// The number of strings in a JSON text, names included, and the length of the longest in bytes: an upper bound on a
-/// record's items that needs no parsing.
+/// record's items that needs no parsing. Of a value in a binary format it is an estimate.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Strings {
     pub count: usize,
     pub longest: usize,
 }
 
+/// Bytes per string of a value in a binary format, for an estimate.
+const BYTES_PER_STRING: usize = 16;
+
 impl Strings {
     pub fn of(json: &[u8]) -> Self {
+        if json.contains(&0) {
+            // No JSON has a zero byte, and every schema id has one.
+            return Self { count: 1 + json.len() / BYTES_PER_STRING, longest: json.len() };
+        }
         let (mut strings, mut at) = (Self::default(), 0);
         let mut begin = None;
         while let Some(found) = memchr::memchr2(b'"', b'\\', &json[at..]) {
@@ -228,5 +236,6 @@ mod tests {
         assert_eq!(of("[1, 2]"), Strings::default());
         assert_eq!(of(r#"["cut"#), Strings::default());
         assert_eq!(of("\"\\"), Strings::default());
+        assert_eq!(of("\0\0\0\0\u{7}").count, 1, "a binary format");
     }
 }

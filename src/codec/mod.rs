@@ -2,17 +2,30 @@
 //!
 //! ```text
 //! bytes ─▶ Reader (a file per format) ─▶ Value ─▶ Select ─▶ Input ─▶ the task ─▶ write ─▶ bytes
+//!            ▲
+//!            └─ schemas: fetched from the registry before a window is decoded
 //! ```
 
+mod avro;
 mod bytes;
+mod frame;
 pub mod json;
+mod json_schema;
+mod protobuf;
+mod schemas;
 pub mod select;
+mod selected;
 mod text;
 pub mod write;
 
+use std::path::PathBuf;
+
+pub use schemas::{SchemaError, Stopped, Waiting};
 pub use select::{Input, Select};
+pub use selected::{Selected, tokens};
 
 use crate::record::RecordError;
+use crate::registry::{RegistryError, Schema, SchemaKind};
 use crate::settings::{Format, Settings};
 
 /// A record's value, parsed by its format.
@@ -22,6 +35,8 @@ pub enum Value<'a> {
     Bytes(&'a [u8]),
     /// Has members, which pointers and templates select from.
     Tree(json::Document<'a>),
+    /// The same, of a value in another format, as JSON text. Members that are not selected may be absent.
+    Transcoded(String),
 }
 
 /// Parses values of one format.
@@ -31,6 +46,33 @@ pub trait Reader: Send + Sync {
     /// # Errors
     /// The bytes are not valid in the format.
     fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError>;
+
+    /// Fetches what reading these values needs, and waits while it cannot be fetched. Called before they are read.
+    ///
+    /// # Errors
+    /// The process is asked to stop.
+    fn fetch(&self, _: &mut dyn Iterator<Item = &[u8]>, _: &Waiting<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+}
+
+/// Why there is no decoder.
+#[derive(Debug, thiserror::Error)]
+pub enum DecoderError {
+    #[error("input.template: {0}")]
+    Template(#[from] minijinja::Error),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error("input.schema: {}: {error}", .path.display())]
+    SchemaFile { path: PathBuf, error: SchemaFileError },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaFileError {
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
 }
 
 /// A value of `input.format`.
@@ -39,19 +81,28 @@ pub struct FormatEntry {
     pub name: &'static str,
     /// Values are trees: `input.field`, `input.template` and `output.include` select from them.
     pub has_members: bool,
-    reader: fn(&Settings) -> Box<dyn Reader>,
+    /// Set if values are read by a schema: from the registry, or from the file `input.schema`.
+    pub schema: Option<SchemaEntry>,
+    reader: fn(&Settings, &Selected) -> Result<Box<dyn Reader>, DecoderError>,
+}
+
+/// What `kandle check` does with the schema of a topic.
+#[derive(Clone, Copy)]
+pub struct SchemaEntry {
+    pub kind: SchemaKind,
+    /// For each pointer, as its tokens, whether the schema has such a member.
+    pub has: fn(&Schema, &[Vec<String>]) -> Result<Vec<bool>, SchemaError>,
 }
 
 /// All formats. To add one, add a file here, a line in this table and a value of [`Format`].
+#[rustfmt::skip]
 pub const FORMATS: &[FormatEntry] = &[
-    FormatEntry { format: Format::Json, name: "json", has_members: true, reader: |_| Box::new(json::Json) },
-    FormatEntry { format: Format::Text, name: "text", has_members: false, reader: |_| Box::new(text::Text) },
-    FormatEntry {
-        format: Format::Bytes,
-        name: "bytes",
-        has_members: false,
-        reader: |_| Box::new(bytes::Bytes),
-    },
+    FormatEntry { format: Format::Json, name: "json", has_members: true, schema: None, reader: |_, _| Ok(Box::new(json::Json)) },
+    FormatEntry { format: Format::Text, name: "text", has_members: false, schema: None, reader: |_, _| Ok(Box::new(text::Text)) },
+    FormatEntry { format: Format::Bytes, name: "bytes", has_members: false, schema: None, reader: |_, _| Ok(Box::new(bytes::Bytes)) },
+    FormatEntry { format: Format::Avro, name: "avro", has_members: true, schema: Some(avro::SCHEMA), reader: avro::reader },
+    FormatEntry { format: Format::Protobuf, name: "protobuf", has_members: true, schema: Some(protobuf::SCHEMA), reader: protobuf::reader },
+    FormatEntry { format: Format::JsonSchema, name: "json_schema", has_members: true, schema: Some(json_schema::SCHEMA), reader: json_schema::reader },
 ];
 
 impl FormatEntry {
@@ -71,16 +122,26 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// `pointers`: the task's own, as JSON Pointers.
-    ///
     /// # Errors
-    /// `input.template` is not a valid template.
-    pub fn new(settings: &Settings, pointers: Vec<String>) -> Result<Self, minijinja::Error> {
-        let reader = (FormatEntry::of(settings.input.format).reader)(settings);
-        Ok(Self { reader, select: Select::new(settings, pointers)? })
+    /// A file or certificate cannot be read, or a schema is not valid.
+    pub fn new(settings: &Settings, select: Select) -> Result<Self, DecoderError> {
+        let reader = (FormatEntry::of(settings.input.format).reader)(settings, &select.selected())?;
+        Ok(Self { reader, select })
     }
 
-    /// Never called with a tombstone.
+    /// Fetches what decoding these values needs, and waits while it cannot be fetched.
+    ///
+    /// # Errors
+    /// The process is asked to stop.
+    pub fn fetch<'a>(
+        &self,
+        mut values: impl Iterator<Item = &'a [u8]>,
+        waiting: &Waiting<'_>,
+    ) -> Result<(), Stopped> {
+        self.reader.fetch(&mut values, waiting)
+    }
+
+    /// Never called with a tombstone. [`Decoder::fetch`] was called with the value before.
     ///
     /// # Errors
     /// The value is not valid in the format, or a selected value is missing or has the wrong type.

@@ -4,11 +4,13 @@
 //! `output.include` copies bytes, so that numbers keep all digits and strings keep their escapes.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
 use minijinja::{Environment, UndefinedBehavior};
 use serde_json::value::RawValue;
 
 use super::json::Document;
+use super::selected::{Selected, unescape};
 use super::write::schema::Field;
 use super::{FORMATS, FormatEntry, Value};
 use crate::record::{Fault, RecordError};
@@ -19,9 +21,18 @@ use crate::settings::{self, Fields, Settings, check_pointer};
 pub struct Input<'a> {
     pub text: Cow<'a, str>,
     /// The values at the task's own pointers, in the order of the pointers; `None` if missing.
-    pub values: Vec<Option<&'a RawValue>>,
+    pub values: Vec<Option<Cow<'a, RawValue>>>,
     /// The fields of `output.include` as JSON members, each written as `,"name":value`.
     pub include: String,
+}
+
+impl Input<'_> {
+    fn into_owned(self) -> Input<'static> {
+        let Input { text, values, include } = self;
+        let owned = |value: Option<Cow<'_, RawValue>>| value.map(|value| Cow::Owned(value.into_owned()));
+        let values = values.into_iter().map(owned).collect();
+        Input { text: Cow::Owned(text.into_owned()), values, include }
+    }
 }
 
 /// The selection that the settings configure.
@@ -49,6 +60,11 @@ impl Template {
         Ok(Self(environment))
     }
 
+    /// Names that it uses of the value's members.
+    fn names(&self) -> HashSet<String> {
+        self.0.get_template("input").map(|template| template.undeclared_variables(false)).unwrap_or_default()
+    }
+
     fn render(&self, value: &serde_json::Value) -> Result<String, minijinja::Error> {
         self.0.get_template("input")?.render(minijinja::value::Serde(value))
     }
@@ -56,7 +72,7 @@ impl Template {
 
 /// The name that a pointer's value has in a prediction: the pointer's last reference token.
 pub(super) fn last_name(pointer: &str) -> String {
-    pointer.rsplit('/').next().unwrap_or_default().replace("~1", "/").replace("~0", "~")
+    unescape(pointer.rsplit('/').next().unwrap_or_default())
 }
 
 impl Select {
@@ -83,7 +99,33 @@ impl Select {
             // For tasks that read text, invalid UTF-8 becomes replacement characters, so that no value is refused.
             Value::Bytes(bytes) => return Ok(whole(String::from_utf8_lossy(bytes))),
             Value::Tree(document) => document,
+            Value::Transcoded(text) => {
+                let whole: &RawValue = serde_json::from_str(&text)
+                    .map_err(|e| RecordError::new(Fault::Decode, format!("the value cannot be read: {e}")))?;
+                return Ok(self.select_from(&Document::new(whole))?.into_owned());
+            }
         };
+        self.select_from(&document)
+    }
+
+    /// Everything that is selected.
+    pub fn selected(&self) -> Selected {
+        Selected::new(self.pointers().iter().map(String::as_str))
+    }
+
+    /// The pointers to everything that is selected; of a template, to the members that it names.
+    pub fn pointers(&self) -> Vec<String> {
+        let escape = |name: String| format!("/{}", name.replace('~', "~0").replace('/', "~1"));
+        let mut all: Vec<String> = match &self.text {
+            TextFrom::Fields { pointers, .. } => pointers.clone(),
+            TextFrom::Template(template) => template.names().into_iter().map(escape).collect(),
+        };
+        all.extend(self.values.iter().cloned());
+        all.extend(self.include.iter().map(|(pointer, _)| pointer.clone()));
+        all
+    }
+
+    fn select_from<'a>(&self, document: &Document<'a>) -> Result<Input<'a>, RecordError> {
         let mut include = String::new();
         for (pointer, name) in &self.include {
             if let Some(found) = document.at(pointer) {
@@ -93,8 +135,8 @@ impl Select {
                 include.push_str(found.get());
             }
         }
-        let text = self.text(&document)?;
-        let values = self.values.iter().map(|pointer| document.at(pointer)).collect();
+        let text = self.text(document)?;
+        let values = self.values.iter().map(|pointer| document.at(pointer).map(Cow::Borrowed)).collect();
         Ok(Input { text, values, include })
     }
 
@@ -138,9 +180,8 @@ fn holds_text(input: &settings::Input, pointer: &str) -> bool {
         return input.field.0.iter().any(|field| within(field, pointer) || within(pointer, field));
     };
     let Ok(template) = Template::new(source) else { return false };
-    let names = template.0.get_template("input").map(|template| template.undeclared_variables(false));
     let first = pointer.trim_start_matches('/').split('/').next().unwrap_or_default();
-    names.is_ok_and(|names| names.contains(&first.replace("~1", "/").replace("~0", "~")))
+    template.names().contains(&unescape(first))
 }
 
 /// The problems of the settings that select values: keys and messages. `fields`: members of the task's prediction.

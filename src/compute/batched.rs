@@ -3,14 +3,15 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
-use super::{About, Compute, ComputeError, Pace, Stage, StageContext};
+use super::{About, Compute, ComputeError, Pace, Stage, StageContext, drop_windows};
 use crate::codec::write::{self, Writer};
-use crate::codec::{Decoder, Input};
+use crate::codec::{Decoder, Input, Waiting};
 use crate::engine::{Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError};
 use crate::failpoint;
 use crate::flow::{Encoded, Outcome, Queued, Report};
@@ -226,11 +227,22 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         &self,
         windows: &Receiver<Queued<Window>>,
         requests: &Sender<Queued<RequestOf<T>>>,
+        reports: &Sender<Report>,
         health: &Health,
+        stop: &AtomicBool,
     ) {
+        let waiting = Waiting {
+            stop: Some(stop),
+            health: Some((health, health::Stage::Prepare)),
+            metrics: &self.metrics,
+        };
         for window in windows {
             health.busy(health::Stage::Prepare);
-            let request = self.prepare(window.take(&self.metrics, "wait_decode"));
+            let window = window.take(&self.metrics, "wait_decode");
+            if self.decoder.fetch(window.values(), &waiting).is_err() {
+                return drop_windows(window, windows, reports);
+            }
+            let request = self.prepare(window);
             health.idle(health::Stage::Prepare);
             if requests.send(Queued::new(request)).is_err() {
                 return;
@@ -304,7 +316,8 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
     }
 
     fn stages(self: Arc<Self>, wires: StageContext) -> Vec<Stage<ComputeError>> {
-        let StageContext { windows, encoded, reports, health, end } = wires;
+        let StageContext { windows, encoded, reports, health, stop, end } = wires;
+        let dropped = reports.clone();
         let (to_infer, requests) = bounded(1);
         let (to_predict, responses) = bounded(1);
         let [preparer, inferrer, predictor] = [Arc::clone(&self), Arc::clone(&self), self];
@@ -314,7 +327,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
             stage(
                 "prepare",
                 Box::new(move || {
-                    preparer.prepare_all(&windows, &to_infer, &of_prepare);
+                    preparer.prepare_all(&windows, &to_infer, &dropped, &of_prepare, &stop);
                     Ok(())
                 }),
             ),
@@ -330,6 +343,9 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
     }
 
     fn answer(&self, window: Window) -> Result<Encoded, ComputeError> {
+        let waiting = Waiting { stop: None, health: None, metrics: &self.metrics };
+        // Never stopped.
+        let _ = self.decoder.fetch(window.values(), &waiting);
         let response = self.engine.answer(self.prepare(window)).map_err(EngineError::without_window)?;
         Ok(self.predict(response))
     }

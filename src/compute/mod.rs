@@ -13,6 +13,7 @@ mod noop;
 mod pace;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crossbeam_channel::{Receiver, Sender};
 
@@ -50,8 +51,23 @@ pub struct StageContext {
     pub encoded: Sender<Queued<Encoded>>,
     pub reports: Sender<Report>,
     pub health: Arc<Health>,
+    /// Set when the process is asked to stop.
+    pub stop: Arc<AtomicBool>,
     /// Shuts the pipeline down gracefully and makes the process exit with this error message.
     pub end: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+/// Drops a window, and those that come after it: the process is asked to stop, and they cannot be decoded. Nothing of them
+/// is published or committed, so the next start reads them again.
+fn drop_windows(window: Window, windows: &Receiver<Queued<Window>>, reports: &Sender<Report>) {
+    tracing::info!(
+        "stopped while the schema registry was away: the records that wait for a schema are read again by the next start"
+    );
+    let rest = windows.iter().map(Queued::into_inner);
+    for window in std::iter::once(window).chain(rest) {
+        // Without the source, nobody counts what is in flight.
+        let _ = reports.send(Report::Dropped { load: window.load() });
+    }
 }
 
 /// A thread of the pipeline; `E` is the error that ends it early.

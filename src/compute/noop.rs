@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
-use super::{About, Compute, ComputeError, Stage, StageContext};
-use crate::codec::Decoder;
+use super::{About, Compute, ComputeError, Stage, StageContext, drop_windows};
 use crate::codec::write::Writer;
+use crate::codec::{Decoder, Waiting};
 use crate::engine::{Calibration, RunError};
 use crate::failpoint;
 use crate::flow::{Encoded, Outcome, Queued};
@@ -61,10 +61,17 @@ impl Compute for Noop {
 
     fn stages(self: Arc<Self>, wires: StageContext) -> Vec<Stage<ComputeError>> {
         let work = move || {
-            for window in wires.windows {
+            for window in &wires.windows {
                 wires.health.busy(health::Stage::Encode);
                 failpoint::pass("encode");
-                let encoded = self.encoded(window.take(&self.metrics, "wait_decode"));
+                let window = window.take(&self.metrics, "wait_decode");
+                let health = Some((&*wires.health, health::Stage::Encode));
+                let waiting = Waiting { stop: Some(&wires.stop), health, metrics: &self.metrics };
+                if self.decoder.fetch(window.values(), &waiting).is_err() {
+                    drop_windows(window, &wires.windows, &wires.reports);
+                    break;
+                }
+                let encoded = self.encoded(window);
                 wires.health.idle(health::Stage::Encode);
                 if wires.encoded.send(Queued::new(encoded)).is_err() {
                     break;
@@ -76,6 +83,9 @@ impl Compute for Noop {
     }
 
     fn answer(&self, window: Window) -> Result<Encoded, ComputeError> {
+        let waiting = Waiting { stop: None, health: None, metrics: &self.metrics };
+        // Never stopped.
+        let _ = self.decoder.fetch(window.values(), &waiting);
         Ok(self.encoded(window))
     }
 

@@ -39,8 +39,7 @@ impl Pace {
 
     /// Updates the estimate with the device time that a window took.
     pub fn observe(&self, window: &Window, took: Duration) {
-        let values = window.records.iter().filter_map(|record| window.value(record));
-        let units: usize = values.map(|value| units(value.len())).sum();
+        let units: usize = window.values().map(|value| units(value.len())).sum();
         self.observe_units(units, took);
     }
 

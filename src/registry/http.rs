@@ -181,7 +181,7 @@ fn pem(
     value: &str,
 ) -> Result<(Vec<Certificate<'static>>, Vec<PrivateKey<'static>>), RegistryError> {
     let read;
-    let text = if value.trim_start().starts_with("-----BEGIN") {
+    let text: &[u8] = if value.trim_start().starts_with("-----BEGIN") {
         value.as_bytes()
     } else {
         read = std::fs::read(value).map_err(|e| setting(key, format!("{value}: {e}")))?;

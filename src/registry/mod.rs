@@ -57,7 +57,7 @@ impl Schema {
             for (name, schema) in &schema.references {
                 if !found.iter().any(|(known, _)| known == name) {
                     visit(schema, found);
-                    found.push((name, schema));
+                    found.push((name.as_str(), &**schema));
                 }
             }
         }

@@ -35,9 +35,6 @@ impl fmt::Display for Problem {
 /// Key and value of what is planned but not in this version.
 const PLANNED: &[(&str, &str)] = &[
     ("input.format", "image"),
-    ("input.format", "avro"),
-    ("input.format", "protobuf"),
-    ("input.format", "json_schema"),
     ("task.kind", "image-classification"),
     ("task.kind", "image-embedding"),
     ("task.kind", "tensor"),

@@ -5,7 +5,7 @@ use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::{KafkaError, KafkaResult};
 use serde::Serialize;
 
-use super::{Guarantee, Properties, Registry, Settings, Task};
+use super::{Format, Guarantee, Properties, Registry, Settings, Task};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
 use crate::codec::write;
@@ -172,7 +172,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for (key, message) in check_delivery(settings) {
         problem(key, message);
     }
-    for (key, message) in check_registry(&settings.registry) {
+    for (key, message) in check_schema(settings).into_iter().chain(check_registry(&settings.registry)) {
         problem(key, message);
     }
     for (key, message) in Schedule::check(&settings.schedule) {
@@ -215,6 +215,33 @@ fn check_delivery(settings: &Settings) -> Vec<(&'static str, String)> {
     if settings.property("isolation.level").is_some_and(|level| level != "read_committed") {
         let message = "isolation.level must be read_committed with guarantee: exactly_once".to_owned();
         problems.push(("input.properties", message));
+    }
+    problems
+}
+
+/// Where the schemas of the input come from.
+fn check_schema(settings: &Settings) -> Vec<(&'static str, String)> {
+    let (input, format) = (&settings.input, FormatEntry::of(settings.input.format));
+    let mut problems = Vec::new();
+    if input.schema.is_some() && format.schema.is_none() {
+        problems.push(("input.schema", format!("has no effect with input.format: {}", format.name)));
+    }
+    let of_messages = input.format == Format::Protobuf && input.schema.is_some();
+    if input.message.is_some() && !of_messages {
+        let message = "has no effect without input.format: protobuf and input.schema".to_owned();
+        problems.push(("input.message", message));
+    } else if input.message.is_none() && of_messages {
+        let message =
+            "is required with input.schema: the full name of the message, such as shop.Ticket".to_owned();
+        problems.push(("input.message", message));
+    }
+    if format.schema.is_some() && input.schema.is_none() && settings.registry.url.0.is_empty() {
+        let message = format!(
+            "is required with input.format: {}: the address of the schema registry; or set input.schema to a file, if \
+             the values have no schema id",
+            format.name
+        );
+        problems.push(("registry.url", message));
     }
     problems
 }

@@ -9,8 +9,8 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{KINDS, TaskError};
-use crate::codec::Decoder;
 use crate::codec::write::schema::Field;
+use crate::codec::{Decoder, DecoderError, Select};
 use crate::compute::Compute;
 use crate::model::Output;
 use crate::settings::{Overflow, Settings, Task, TaskKind};
@@ -73,9 +73,17 @@ impl Kind {
     /// The decoder of the settings' format, which selects what the task reads.
     ///
     /// # Errors
+    /// `input.template` is not a valid template, or a file or certificate cannot be read.
+    pub fn decoder(settings: &Settings) -> Result<Decoder, DecoderError> {
+        Decoder::new(settings, Self::select(settings)?)
+    }
+
+    /// What the task reads of a value.
+    ///
+    /// # Errors
     /// `input.template` is not a valid template.
-    pub fn decoder(settings: &Settings) -> Result<Decoder, minijinja::Error> {
-        Decoder::new(settings, Self::of(settings.task.kind).pointers_of(&settings.task))
+    pub fn select(settings: &Settings) -> Result<Select, minijinja::Error> {
+        Select::new(settings, Self::of(settings.task.kind).pointers_of(&settings.task))
     }
 
     /// The JSON Pointers that are set, in the order of [`Kind::pointers`]. [`crate::codec::Input::values`] has their

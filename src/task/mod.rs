@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub use kinds::Kind;
 pub use suited::suited;
 
-use crate::codec::Input;
+use crate::codec::{DecoderError, Input};
 use crate::compute::Compute;
 use crate::engine::{Item, Rows, Value};
 use crate::model::{FilesError, ModelError, PlacementError};
@@ -93,8 +93,8 @@ pub enum TaskError {
     /// A setting does not fit the model.
     #[error("{key}: {message}")]
     Setting { key: &'static str, message: String },
-    #[error("input.template: {0}")]
-    Template(#[from] minijinja::Error),
+    #[error(transparent)]
+    Decoder(#[from] DecoderError),
 }
 
 /// Declares the tasks' modules and makes the table of their entries.

@@ -144,7 +144,7 @@ impl Task for Reranking {
     type Kept = Ids;
 
     fn prepare(&self, input: &Input<'_>, items: &mut Vec<Tokens>) -> Result<Ids, RecordError> {
-        let documents = self.documents(input.values.first().copied().flatten())?;
+        let documents = self.documents(input.values.first().and_then(Option::as_deref))?;
         let tokenizer = &self.texts.model.tokenizer;
         let first = items.len();
         match &self.prompt {

@@ -134,9 +134,9 @@ impl ZeroShot {
     }
 
     /// A record's own labels.
-    fn labels_of<'a>(&self, input: &Input<'a>, pointer: &str) -> Result<Vec<Cow<'a, str>>, RecordError> {
+    fn labels_of<'a>(&self, input: &'a Input<'_>, pointer: &str) -> Result<Vec<Cow<'a, str>>, RecordError> {
         let field = |message: String| RecordError::new(Fault::Field, message);
-        let values = json::list(pointer, input.values.first().copied().flatten())?;
+        let values = json::list(pointer, input.values.first().and_then(Option::as_deref))?;
         let label = |(index, value)| json::text(value, || format!("{pointer}/{index}"));
         let labels = values.into_iter().enumerate().map(label).collect::<Result<Vec<_>, _>>()?;
         if labels.is_empty() {

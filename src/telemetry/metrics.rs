@@ -53,7 +53,7 @@ pub const TABLE: &[Row] = &[
     ("kandle_input_wait_seconds_total", C, &[], "Time with no records in flight, spent waiting for records from Kafka."),
     ("kandle_memory_bytes", G, &["kind"], "Bytes held: fetched by the consumer but not read yet (prefetched), in windows that are not published yet, the open one included (windows), predictions waiting for acknowledgement (predictions), task.cache (cache)."),
     ("kandle_memory_limit_bytes", G, &[], "The setting memory.limit."),
-    ("kandle_retries_total", C, &["cause"], "Operations retried: commit, produce, refused (a batch that the broker refused), topics (looking them up), transaction."),
+    ("kandle_retries_total", C, &["cause"], "Operations retried: commit, produce, refused (a batch that the broker refused), registry (fetching schemas while it is away), topics (looking them up), transaction."),
     ("kandle_rebalances_total", C, &["cause"], "Changes of the assignment: assigned, revoked, lost."),
     ("kandle_oom_splits_total", C, &["cause"], "Batches that did not fit the device's memory: several inputs are halved (batch), a single one is retried alone (item)."),
     ("kandle_bisections_total", C, &[], "Failed batches halved to find the record at fault."),
@@ -191,7 +191,7 @@ impl Metrics {
         for cause in ["assigned", "revoked", "lost"] {
             self.rebalances.with_label_values(&[cause]);
         }
-        for cause in ["commit", "produce", "refused", "topics", "transaction"] {
+        for cause in ["commit", "produce", "refused", "registry", "topics", "transaction"] {
             self.retries.with_label_values(&[cause]);
         }
         self.deadline.set(f64::INFINITY);

@@ -1,0 +1,68 @@
+//! `avro`: values in Avro's binary encoding, in Confluent's wire format or, with `input.schema`, plain.
+//!
+//! The JSON of a value is what one would write by hand: a union is its plain value, an enum its symbol, bytes and fixed
+//! are base64, decimals exact numbers, times in the forms of RFC 3339; NaN and infinities are null. docs/formats.md has
+//! the whole table.
+
+mod decode;
+mod logical;
+mod plan;
+
+use std::path::Path;
+
+use plan::Plan;
+
+use super::schemas::{Compile, Plans, expect_kind};
+use super::{
+    DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
+};
+use crate::record::{Fault, RecordError};
+use crate::registry::{Schema, SchemaKind};
+use crate::settings::Settings;
+
+/// Compiles a schema to a plan for what is selected.
+struct Compiler(Selected);
+
+impl Compile for Compiler {
+    type Plan = Plan;
+
+    fn compile(&self, schema: &Schema) -> Result<Plan, SchemaError> {
+        expect_kind(schema, SchemaKind::Avro)?;
+        Plan::new(schema, &self.0)
+    }
+
+    fn compile_file(&self, path: &Path) -> Result<Plan, SchemaFileError> {
+        let text = std::fs::read_to_string(path)?;
+        Ok(self.compile(&Schema::new(SchemaKind::Avro, text))?)
+    }
+}
+
+pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Avro, has };
+
+fn has(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<bool>, SchemaError> {
+    let plan = Plan::new(schema, &Selected::Whole)?;
+    Ok(pointers.iter().map(|tokens| plan.has(plan.root, tokens)).collect())
+}
+
+struct Avro(Plans<Compiler>);
+
+pub(super) fn reader(settings: &Settings, selected: &Selected) -> Result<Box<dyn Reader>, DecoderError> {
+    Ok(Box::new(Avro(Plans::new(settings, Compiler(selected.clone()))?)))
+}
+
+impl Reader for Avro {
+    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
+        let (plan, data) = self.0.of(bytes)?;
+        let json = decode::to_json(&plan, data);
+        json.map(Value::Transcoded).map_err(|error| {
+            RecordError::new(Fault::Decode, format!("the value does not match its Avro schema: {error}"))
+        })
+    }
+
+    fn fetch(&self, values: &mut dyn Iterator<Item = &[u8]>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
+        self.0.fetch(values, waiting)
+    }
+}
+
+#[cfg(test)]
+mod tests;
