@@ -83,15 +83,18 @@ pub struct FormatEntry {
     pub has_members: bool,
     /// Set if values are read by a schema: from the registry, or from the file `input.schema`.
     pub schema: Option<SchemaEntry>,
-    reader: fn(&Settings, &Selected) -> Result<Box<dyn Reader>, DecoderError>,
+    reader: MakeReader,
 }
+
+type MakeReader = fn(&Settings, &Selected) -> Result<Box<dyn Reader>, DecoderError>;
+/// For each pointer, as its tokens, whether the schema has such a member.
+type HasMembers = fn(&Schema, &[Vec<String>]) -> Result<Vec<bool>, SchemaError>;
 
 /// What `kandle check` does with the schema of a topic.
 #[derive(Clone, Copy)]
 pub struct SchemaEntry {
     pub kind: SchemaKind,
-    /// For each pointer, as its tokens, whether the schema has such a member.
-    pub has: fn(&Schema, &[Vec<String>]) -> Result<Vec<bool>, SchemaError>,
+    pub has: HasMembers,
 }
 
 /// All formats. To add one, add a file here, a line in this table and a value of [`Format`].

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // Each test binary uses only part of it.
 
+use apache_avro::reader::datum::GenericDatumReader;
 use kandle::codec::write::schema::{Field, Record, Type};
 use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
 use serde_json::{Map, Value};
@@ -24,7 +25,8 @@ pub fn decoded(format: &str, schema: &str, bytes: &[u8]) -> Value {
 
 fn avro(schema: &str, mut bytes: &[u8]) -> Value {
     let schema = apache_avro::Schema::parse_str(schema).expect("an Avro schema");
-    let value = apache_avro::from_avro_datum(&schema, &mut bytes, None).expect("a value of the schema");
+    let reader = GenericDatumReader::builder(&schema).build().expect("a reader");
+    let value = reader.read_value(&mut bytes).expect("a value of the schema");
     assert!(bytes.is_empty(), "{} bytes follow the value", bytes.len());
     value.try_into().expect("JSON")
 }

@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn fields_that_clash_are_found() {
-        let field = |pointer| Field::included(pointer);
+        let field = Field::included;
         let record = |fields| Record { name: "X".to_owned(), fields };
         assert_eq!(record(vec![field("/a-b"), field("/x"), field("/y/a.b")]).clash(), Some(("a-b", "a.b")));
         assert_eq!(record(vec![field("/a"), field("/b")]).clash(), None);

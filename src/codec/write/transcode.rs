@@ -80,10 +80,11 @@ impl<'de, E: Encode> DeserializeSeed<'de> for Object<'_, E> {
 
 impl<E: Encode> Object<'_, E> {
     fn absent<X: Error>(&mut self, field: &Field) -> Result<(), X> {
-        match field.optional {
-            true => Ok(self.out.absent()),
-            false => Err(X::custom(format_args!("{:?} is missing", field.name))),
+        if !field.optional {
+            return Err(X::custom(format_args!("{:?} is missing", field.name)));
         }
+        self.out.absent();
+        Ok(())
     }
 }
 
@@ -202,8 +203,14 @@ impl<'de, E: Encode> DeserializeSeed<'de> for Of<'_, E> {
         let Self { of, at, out } = self;
         match of {
             Type::Text => deserializer.deserialize_str(Text(|text: &str| out.text(at, text))),
-            Type::Float => Ok(out.float(at, f32::deserialize(deserializer)?)),
-            Type::Integer => Ok(out.integer(at, i32::deserialize(deserializer)?)),
+            Type::Float => {
+                out.float(at, f32::deserialize(deserializer)?);
+                Ok(())
+            }
+            Type::Integer => {
+                out.integer(at, i32::deserialize(deserializer)?);
+                Ok(())
+            }
             Type::List(of) => deserializer.deserialize_seq(List { of, at, out }),
             Type::Map(of) => deserializer.deserialize_map(Entries { of, at, out }),
             Type::Object(record) => Object { record, at, out }.deserialize(deserializer),

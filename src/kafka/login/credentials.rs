@@ -298,7 +298,7 @@ impl Handle {
         // SAFETY: as in `set_token`; an error, if there is one, is destroyed once.
         unsafe {
             let error = rd_kafka_sasl_set_credentials(self.0, username.as_ptr(), password.as_ptr());
-            if error != ptr::null_mut() {
+            if !error.is_null() {
                 rd_kafka_error_destroy(error);
             }
         }
