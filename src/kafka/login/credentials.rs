@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char};
 use std::path::PathBuf;
-use std::ptr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -298,7 +297,7 @@ impl Handle {
         // SAFETY: as in `set_token`; an error, if there is one, is destroyed once.
         unsafe {
             let error = rd_kafka_sasl_set_credentials(self.0, username.as_ptr(), password.as_ptr());
-            if error != ptr::null_mut() {
+            if !error.is_null() {
                 rd_kafka_error_destroy(error);
             }
         }
