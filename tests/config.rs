@@ -501,7 +501,7 @@ fn security_settings_that_the_build_lacks_are_refused() {
     let own = format!("{}\ninput: {{ properties: {{ sasl.oauthbearer.client.secret: s }} }}", sasl(&whole));
     one_problem(&own, &["sasl.oauthbearer.method", "needs sasl.oauthbearer.client.secret"]);
     one_problem(
-        &sasl(", sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.assertion.file: /x"),
+        &sasl(&format!("{whole}{secret}, sasl.oauthbearer.assertion.file: /x")),
         &["kafka.properties.sasl.oauthbearer.assertion.file", "not supported in this build"],
     );
     let scram = ", sasl.mechanism: SCRAM-SHA-512, sasl.username: u, sasl.password: p";

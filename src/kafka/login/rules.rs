@@ -144,7 +144,7 @@ fn check_oauth<'a>(get: impl Fn(&str) -> Option<&'a str>, chosen: &str) -> Vec<(
     {
         return at(GRANT_TYPE, format!("{grant:?} is not supported; allowed: client_credentials"));
     }
-    let needed = [(&CLIENT_ID[..]), (&CLIENT_SECRET[..]), (&[TOKEN_URL])];
+    let needed = [&CLIENT_ID[..], &CLIENT_SECRET[..], &[TOKEN_URL]];
     let missing = needed.iter().filter(|names| names.iter().all(|name| get(name).is_none_or(str::is_empty)));
     let missing: Vec<&str> = missing.map(|names| names[0]).collect();
     if !missing.is_empty() {
