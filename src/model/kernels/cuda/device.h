@@ -5,15 +5,17 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the kernels need a GPU of compute capability 8.0 or more (CUDA_COMPUTE_CAP=80)"
+#endif
+
 // Whether tensor cores multiply matrices of T.
 template <typename T>
 constexpr bool TENSOR_CORES = false;
-#if __CUDA_ARCH__ >= 800
 template <>
 constexpr bool TENSOR_CORES<__half> = true;
 template <>
 constexpr bool TENSOR_CORES<__nv_bfloat16> = true;
-#endif
 
 // Two elements in 32 bits, the first in the low half.
 template <typename T>

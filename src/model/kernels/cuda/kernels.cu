@@ -88,13 +88,18 @@ constexpr int MOST_THREADS = TENSOR_CORES<T> ? THREADS : 64 * SHARES<WIDTH>;
   ATTEND(T, attend_64_##NAME, 64, 64, ATTENTION_THREADS, 4)                                                          \
   ATTEND(T, attend_128_##NAME, 128, 32, ATTENTION_THREADS, 3)                                                        \
   ATTEND(T, attend_256_##NAME, 256, 16, ATTENTION_THREADS, 2)                                                        \
-  ATTEND(T, attend_short_32_##NAME, 32, 32, SHORT_ATTENTION_THREADS, 14)                                             \
-  ATTEND(T, attend_short_64_##NAME, 64, 32, SHORT_ATTENTION_THREADS, 10)                                             \
   ATTEND_APART(T, attend_apart_32_##NAME, 32, 4)                                                                     \
   ATTEND_APART(T, attend_apart_64_##NAME, 64, 4)
 
+// For short sequences, on tensor cores.
+#define SHORT(T, NAME)                                                                                               \
+  ATTEND(T, attend_short_32_##NAME, 32, 32, SHORT_ATTENTION_THREADS, 14)                                             \
+  ATTEND(T, attend_short_64_##NAME, 64, 32, SHORT_ATTENTION_THREADS, 10)
+
 EACH(float, f32)
+EACH(__nv_bfloat16, bf16)
+SHORT(__nv_bfloat16, bf16)
 #ifdef __CUDACC__
 EACH(__half, f16)
+SHORT(__half, f16)
 #endif
-EACH(__nv_bfloat16, bf16)

@@ -17,8 +17,10 @@ const LENGTHS: [usize; 8] = [1, 2, 17, 33, 63, 64, 65, 300];
 /// The longest sequence of the tables.
 const SPAN: usize = 300;
 
+/// One device for all tests: each would compile the kernels anew.
 fn gpu() -> Device {
-    super::super::open(0).expect("a CUDA device")
+    static GPU: OnceLock<Device> = OnceLock::new();
+    GPU.get_or_init(|| super::super::open(0).expect("a CUDA device")).clone()
 }
 
 /// Numbers that all types represent exactly.
