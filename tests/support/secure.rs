@@ -190,13 +190,13 @@ listener.name.sasl.scram-sha-256.connections.max.reauth.ms=4000
 listener.name.oauth.sasl.enabled.mechanisms=OAUTHBEARER
 listener.name.oauth.oauthbearer.sasl.jaas.config={modules}.oauthbearer.OAuthBearerLoginModule required;
 listener.name.oauth.oauthbearer.sasl.server.callback.handler.class={modules}.oauthbearer.OAuthBearerValidatorCallbackHandler
-listener.name.oauth.oauthbearer.sasl.oauthbearer.jwks.endpoint.url={jwks}
+listener.name.oauth.oauthbearer.sasl.oauthbearer.jwks.endpoint.url=http://{idp}/jwks
 listener.name.oauth.oauthbearer.sasl.oauthbearer.expected.audience=kafka
 listener.name.oauth.oauthbearer.connections.max.reauth.ms=60000",
                 controller = port + 1,
                 store = files.text("server-store.pem"),
                 ca = files.text("ca.pem"),
-                jwks = format!("http://{}/jwks", provider.address),
+                idp = provider.address,
             );
             let scram = |mechanism: &str, user: &str, password: &str| {
                 // The tool takes what is between the outer quotes as it is.
