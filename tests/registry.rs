@@ -208,8 +208,13 @@ fn json_schema_records_are_validated() {
     let registry = Registry::start();
     let place = Place::new("json-schema", 1);
     let subject = format!("{}-text", place.input);
-    registry.register(&subject, "JSON", r#"{"type":"string","minLength":1}"#, &[]);
-    let schema = r#"{"type":"object","properties":{"text":{"$ref":"text.json"},"id":{"type":"integer"}},"required":["text"]}"#;
+    registry.register(
+        &subject,
+        "JSON",
+        r#"{"$schema":"http://json-schema.org/draft-07/schema#","type":"string","minLength":1}"#,
+        &[],
+    );
+    let schema = r#"{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{"text":{"$ref":"text.json"},"id":{"type":"integer"}},"required":["text"]}"#;
     let id = registry.register(&format!("{}-value", place.input), "JSON", schema, &[("text.json", &subject)]);
     place.produce([
         Sent::new(0, framed(id, br#"{"text":"My invoice is wrong","id":1.5}"#)),
