@@ -12,8 +12,8 @@
 #   scripts/gpu-check.sh profile FOLDER   on the GPU machine: the device's time per kernel (Nsight Compute's ncu)
 #
 # Prints JSON lines to standard output. Without FOLDER it uses the bundled model and its tickets. DEVICE=cpu runs the same
-# on a CPU, without the kernels. CASES selects what to measure: "MODEL TEXTS DTYPE", separated by commas. PEERS=no skips
-# sentence-transformers. PROFILE=dev builds faster, to try this script on a CPU.
+# on a CPU, without the kernels. CASES selects what to measure: "MODEL TEXTS DTYPE", separated by commas. PEERS=yes adds
+# sentence-transformers, which takes longer than all else. PROFILE=dev builds faster, to try this script on a CPU.
 # CUDA's libraries are looked up where `build` put them, then in python3's packages.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -97,8 +97,8 @@ check() {
 }
 
 run() {
+  folder=${1:+$(realpath "$1")}
   check
-  folder=${1:-}
   default="bundled tickets auto"
   [ -z "$folder" ] || default="qwen3 long bf16,gemma long bf16,deberta long bf16,deberta long f16,minilm mixed bf16,minilm long bf16,base mixed bf16,base long bf16,base long f16,base long f32,modernbert long bf16,large long bf16"
   IFS=, read -ra cases <<< "${CASES:-$default}"
@@ -111,7 +111,7 @@ run() {
     nearest=$(least_cosine "$work/there.jsonl" "$work/$model.$name.cpu")
     there=$(measure "$path" "$large" "$device" "$dtype" --rounds 5)
     echo "{\"model\": \"$model\", \"texts\": \"$name\", \"dtype\": \"$dtype\", \"least_cosine\": $nearest, \"kandle\": $there}"
-    if [ "${PEERS:-yes}" = yes ] && [ "$device" != cpu ] && [ -n "$folder" ]; then
+    if [ "${PEERS:-no}" = yes ] && [ "$device" != cpu ] && [ -n "$folder" ]; then
       peer=$(python3 "$root/benches/peers/peer.py" torch "$dtype" --device cuda --model "$path" --input "$large" --threads "$(nproc)" 2>> "$work/log")
       echo "{\"model\": \"$model\", \"texts\": \"$name\", \"dtype\": \"$dtype\", \"sentence_transformers\": $peer}"
     fi
