@@ -191,11 +191,11 @@ fn group(settings: &Settings, config: &ClientConfig, timeout: Duration) -> Held 
     });
     let Err(error) = asked else { return Held::Yes };
     // The refusal of a coordinator is an event; the call itself only times out.
-    let events = || std::iter::from_fn(|| client.poll(EVENT_WAIT)).take(MOST_EVENTS);
+    let mut events = std::iter::from_fn(|| client.poll(EVENT_WAIT)).take(MOST_EVENTS);
     let refused = |error: &KafkaError| error.rdkafka_error_code() == Some(GroupAuthorizationFailed);
     match error.rdkafka_error_code() {
         Some(UnknownTopicOrPartition | UnknownPartition) => Held::Yes,
-        _ if refused(&error) || events().any(|event| event.is_err_and(|e| refused(&e))) => Held::No,
+        _ if refused(&error) || events.any(|event| event.is_err_and(|e| refused(&e))) => Held::No,
         _ => Held::Unknown(error.to_string()),
     }
 }
