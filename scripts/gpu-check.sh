@@ -6,7 +6,7 @@
 #   scripts/gpu-check.sh build            on any machine: puts binaries and CUDA's libraries into target/gpu-check, and the
 #                                         binaries packed into target/gpu-check/carry.tar.xz, which is all that a machine
 #                                         with PyTorch needs: python3 -m tarfile -e carry.tar.xz target/gpu-check
-#   scripts/gpu-check.sh test             on the GPU machine: the tests, two minutes
+#   scripts/gpu-check.sh test             on the GPU machine: the tests alone
 #   scripts/gpu-check.sh run [FOLDER]     on the GPU machine: the tests, then what was measured; FOLDER holds models and
 #                                         texts of benches/peers/make.py
 #   scripts/gpu-check.sh profile FOLDER   on the GPU machine: the device's time per kernel (Nsight Compute's ncu)
@@ -141,5 +141,5 @@ case "${1:-}" in
   test) check ;;
   run) run "${2:-}" ;;
   profile) profile "${2:?a folder of benches/peers/make.py}" ;;
-  *) sed -n '2,19p' "$0"; exit 2 ;;
+  *) sed -n '2,17p' "$0"; exit 2 ;;
 esac
