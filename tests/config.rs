@@ -289,7 +289,7 @@ fn rules_between_keys() {
     );
     one_problem(
         "task: { kind: reranking, documents: /d }\ninput: { format: text, field: null }",
-        &["task.documents", "needs input.format: json, not text"],
+        &["task.documents", "needs one of input.format: json, avro, protobuf, json_schema; not text"],
     );
     let zero_shot = |keys: &str| format!("task: {{ kind: zero-shot-classification, {keys} }}");
     one_problem(&zero_shot("top_k: 2"), &["task.labels", "needs labels, or labels_field"]);

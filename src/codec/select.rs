@@ -169,7 +169,7 @@ impl Select {
 pub fn needs_members(format: &FormatEntry) -> String {
     let with: Vec<&str> =
         FORMATS.iter().filter(|format| format.has_members).map(|format| format.name).collect();
-    format!("needs input.format: {}, not {}", with.join(" or "), format.name)
+    format!("needs one of input.format: {}; not {}", with.join(", "), format.name)
 }
 
 /// Whether the value at a pointer has some of the text: it is a field of the text, or has one, or is in one.

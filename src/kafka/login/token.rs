@@ -32,7 +32,7 @@ impl fmt::Debug for Token {
 pub(super) enum TokenError {
     #[error("{url}: {reason}")]
     Unreachable { url: String, reason: String },
-    #[error("{url} answers {status}{reason}: check sasl.oauthbearer.client.id, its secret and scope")]
+    #[error("{url} answers {status}{reason}{}", hint(*.status))]
     Refused { url: String, status: u16, reason: String },
     #[error("the answer of {url} {problem}")]
     Answer { url: String, problem: &'static str },
@@ -43,4 +43,12 @@ pub(super) enum TokenError {
     #[cfg(feature = "msk-iam")]
     #[error("no AWS credentials that sign a token: {0}")]
     Aws(String),
+}
+
+/// What to do after a refusal; an error of the provider's own (5xx) passes.
+fn hint(status: u16) -> &'static str {
+    match status {
+        400..500 => ": check sasl.oauthbearer.client.id, its secret and scope",
+        _ => "",
+    }
 }
