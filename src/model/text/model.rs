@@ -424,11 +424,7 @@ impl Model {
 /// Bytes that a model's weights take on their device. `copied`: weights of which the head has a copy in another layout.
 pub(super) fn weight_bytes(a: &Architecture, parameters: usize, copied: usize, placement: &Placement) -> u64 {
     let whole = placement.dtype.size_in_bytes();
-    let quantized = match placement.precision {
-        Some(Precision::Int8) => 1,
-        Some(Precision::Bf16) => 2,
-        None => whole,
-    };
+    let quantized = placement.precision.map_or(whole, Precision::weight_bytes);
     // Only the matrices of the layers, and before them, are quantized.
     let of_layer = a.layer_weights();
     let projection = a.embeddings.projection.map_or(0, |_| a.embeddings.width * a.hidden);

@@ -190,6 +190,11 @@ impl Encoding {
 }
 
 impl Precision {
+    /// Bytes that a weight takes on this processor: more than the precision's own if it lacks the instructions.
+    pub fn weight_bytes(self) -> usize {
+        size_of::<u32>() / Kernel::choose(self).shape().group
+    }
+
     /// Inputs per part of a panel; the last part may have fewer. They fill whole lines in every encoding, so that parts
     /// are the same for every kernel. At most 768 for int8, whose sums are then exact in an f32; at most 512 for bf16,
     /// of which 32 columns are 32 KiB and fit in the L1 cache.
