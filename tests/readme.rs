@@ -103,6 +103,16 @@ fn every_command_runs() {
 fn linked_files_exist() {
     let text = std::fs::read_to_string(root().join("README.md")).expect("README.md");
     for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
-        assert!(link.starts_with("https://") || root().join(link).exists(), "{link}");
+        if link.starts_with("https://") {
+            continue;
+        }
+        let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+        assert!(root().join(file).exists(), "{link}");
+        let of_line = |line: &str| line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
+        let has = |text: String| text.lines().any(|line| line.starts_with('#') && of_line(line) == heading);
+        assert!(
+            heading.is_empty() || std::fs::read_to_string(root().join(file)).is_ok_and(has),
+            "{link}: there is no such heading"
+        );
     }
 }
