@@ -10,12 +10,12 @@ ARG CUDA=13.0.2
 
 # Build image of each variant.
 FROM rust:${RUST}-bookworm AS build-cpu
-ENV FEATURES="msk-iam"
+ENV FEATURES=""
 FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04 AS build-cuda
 ARG RUST
 # Compute capability of the target GPU: 80 for A100, 89 for L4, 90 for H100.
 ARG CUDA_COMPUTE_CAP=80
-ENV FEATURES="cuda,msk-iam" CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP} PATH=/root/.cargo/bin:${PATH}
+ENV FEATURES="cuda" CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP} PATH=/root/.cargo/bin:${PATH}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential ca-certificates curl perl pkg-config \

@@ -104,10 +104,7 @@ fn check_msk_iam(name: &str, protocol: &str, brokers: &str) -> Vec<(String, Stri
     #[cfg(not(feature = "msk-iam"))]
     {
         let _ = (protocol, brokers);
-        at(
-            name,
-            "AWS_MSK_IAM needs a kandle that was built with the cargo feature msk-iam, as kandle's image is",
-        )
+        at(name, "AWS_MSK_IAM needs a kandle that was built with the cargo feature msk-iam")
     }
     #[cfg(feature = "msk-iam")]
     {
