@@ -91,8 +91,9 @@ fn each_is_needed(guarantee: &str, headings: &[&str], tested: impl Fn(&Place) ->
     settle(&place, produce(20), once);
     for (rule, missing) in tested(&place) {
         let rule = &rules[rule];
-        acl(&place, "--remove", rule);
+        // The refusal may be logged, once, before the tool has ended.
         let before = daemon.log().len();
+        acl(&place, "--remove", rule);
         let count = produce(20);
         until("the refusal", || {
             let ended = daemon.ended().is_some();
