@@ -3,6 +3,7 @@
 // Standard output may be a closed pipe: print with cli::output.
 #![deny(clippy::print_stdout)]
 
+pub mod backoff;
 pub mod cli;
 pub mod clock;
 pub mod codec;
@@ -13,6 +14,7 @@ pub mod flow;
 pub mod kafka;
 pub mod lease;
 pub mod model;
+pub mod pem;
 pub mod pipeline;
 pub mod ragged;
 pub mod record;

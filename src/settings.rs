@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{Loaded, Sources, escape, interpolate, load};
 pub use problems::Problem;
-pub(crate) use rules::check_pointer;
+pub(crate) use rules::{authority, check_pointer};
 pub use units::{ByteSize, Scalar, Wait};
 
 /// The settings of one kandle job.

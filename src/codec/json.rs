@@ -95,16 +95,23 @@ pub fn missing(place: &str) -> RecordError {
 /// # Errors
 /// The value is not a string, or an escape is invalid.
 pub fn text(value: &RawValue, place: impl Fn() -> String) -> Result<Cow<'_, str>, RecordError> {
-    match value.get().strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
+    match string(value.get()) {
         None => {
             let message = format!("{:?} is {}, not a string", place(), what_is(value));
             Err(RecordError::new(Fault::Field, message))
         }
-        Some(inner) if !inner.contains('\\') => Ok(Cow::Borrowed(inner)),
-        Some(_) => serde_json::from_str(value.get())
-            .map(Cow::Owned)
-            .map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", place()))),
+        Some(text) => text.map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", place()))),
     }
+}
+
+/// The text of a JSON string as it is written, borrowed if it has no escapes; `None` if the value is not a string.
+pub(super) fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
+    let inner = json.strip_prefix('"')?.strip_suffix('"')?;
+    Some(if inner.contains('\\') {
+        serde_json::from_str(json).map(Cow::Owned)
+    } else {
+        Ok(Cow::Borrowed(inner))
+    })
 }
 
 /// The kind of a JSON value, for messages.

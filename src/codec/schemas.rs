@@ -15,6 +15,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 
 use super::frame::Framed;
 use super::{DecoderError, SchemaFileError};
+use crate::backoff::{Backoff, pause};
 use crate::record::{Fault, RecordError};
 use crate::registry::{Registry, RegistryError, Schema, SchemaKind};
 use crate::settings::Settings;
@@ -40,11 +41,10 @@ pub struct Waiting<'a> {
     pub metrics: &'a Metrics,
 }
 
-/// Interval between two looks at `stop`.
+/// Interval between two looks at `stop` while a request runs.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// Delays between two requests to a registry that is away.
-const FIRST_DELAY: Duration = Duration::from_millis(200);
-const LONGEST_DELAY: Duration = Duration::from_secs(5);
+/// First and longest delay between two requests to a registry that is away.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// Delay between two requests for an id that the registry does not know.
 const UNKNOWN_DELAY: Duration = Duration::from_secs(1);
 /// Interval at which an id is looked up again whose grace has passed.
@@ -62,14 +62,9 @@ impl Waiting<'_> {
     }
 
     fn pause(&self, delay: Duration) -> Result<(), Stopped> {
-        let until = Instant::now() + delay;
-        loop {
-            self.pass()?;
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(());
-            }
-            std::thread::park_timeout(left.min(POLL_INTERVAL));
+        match pause(delay, || self.pass().is_ok()) {
+            true => Ok(()),
+            false => Err(Stopped),
         }
     }
 }
@@ -217,7 +212,7 @@ impl<C: Compile> Schemas<C> {
             let ids = values.filter_map(|value| Framed::read(value).ok()).map(|framed| framed.id);
             ids.filter(|id| known.get(id).is_none_or(|known| self.is_due(known))).collect::<BTreeSet<u32>>()
         };
-        let mut delay = FIRST_DELAY;
+        let mut backoff = Backoff::new(BACKOFF);
         while !missing.is_empty() {
             let answers = self.ask(missing.iter().copied().collect());
             let mut away = None;
@@ -247,12 +242,11 @@ impl<C: Compile> Schemas<C> {
             match away {
                 Some(error) => {
                     self.say_away(&error, waiting);
-                    waiting.pause(delay)?;
-                    delay = (delay * 2).min(LONGEST_DELAY);
+                    waiting.pause(backoff.take())?;
                 }
                 None => {
                     self.say_back();
-                    delay = FIRST_DELAY;
+                    backoff.reset();
                     if left {
                         waiting.pause(UNKNOWN_DELAY.min(self.grace))?;
                     }

@@ -16,6 +16,7 @@ use rdkafka::types::RDKafkaErrorCode;
 use super::login::{self, Client, Side};
 use super::topic_rules::TopicRules;
 use super::topics::TopicFilter;
+use crate::backoff::{Backoff, pause};
 use crate::settings::Settings;
 use crate::telemetry::{Health, Metrics};
 
@@ -349,7 +350,7 @@ pub fn wait(
     missing: Missing,
 ) -> Result<Option<Topics>, WaitError> {
     let cluster = Cluster::connect_and_create(settings)?;
-    let mut backoff = BACKOFF.0;
+    let mut backoff = Backoff::new(BACKOFF);
     loop {
         let problems = match cluster.reach() {
             Ok(_) => match cluster.topics() {
@@ -363,23 +364,18 @@ pub fn wait(
             .partition(|problem| missing == Missing::Fail && matches!(problem, ClusterError::Missing { .. }));
         // A broker that creates topics on demand at first answers that the topic does not exist.
         if let Some(problem) = gone.first()
-            && backoff >= AUTO_CREATE_WAIT
+            && backoff.delay() >= AUTO_CREATE_WAIT
         {
             return Err(WaitError::Missing(problem.to_string()));
         }
         for problem in problems.iter().chain(&gone) {
-            let retry_in = humantime::format_duration(backoff);
+            let retry_in = humantime::format_duration(backoff.delay());
             tracing::error!(error = %problem, %retry_in, "the cluster is not ready: trying again");
             health.error(&problem.to_string());
         }
         metrics.retries.with_label_values(&["topics"]).inc();
-        let until = Instant::now() + backoff;
-        while Instant::now() < until {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            std::thread::park_timeout(Duration::from_millis(50));
+        if !pause(backoff.take(), || !stop.load(Ordering::Relaxed)) {
+            return Ok(None);
         }
-        backoff = (backoff * 2).min(BACKOFF.1);
     }
 }

@@ -68,9 +68,7 @@ pub fn identities<C: ConsumerContext>(
     topics: &[String],
     timeout: Duration,
 ) -> Result<BTreeMap<String, Identity>, KafkaError> {
-    // SAFETY: `describe` passes valid topics.
-    let found = describe(client, topics, timeout, false, |topic| unsafe { identity(topic) })?;
-    Ok(found.into_iter().collect())
+    describe(client, topics, timeout, false, identity)
 }
 
 /// What this user may do with a topic.
@@ -92,22 +90,20 @@ pub fn allowed<C: ConsumerContext>(
     topics: &[String],
     timeout: Duration,
 ) -> Result<BTreeMap<String, Allowed>, KafkaError> {
-    // SAFETY: `describe` passes valid topics.
-    let found = describe(client, topics, timeout, true, |topic| unsafe { operations(topic) })?;
-    Ok(found.into_iter().collect())
+    describe(client, topics, timeout, true, operations)
 }
 
-/// Describes topics. `read` takes what it needs from each description, which is valid only during the call.
+/// Describes topics. `read` takes the name and what it needs from each description, which is valid only during the call.
 fn describe<C: ConsumerContext, T>(
     client: &BaseConsumer<C>,
     topics: &[String],
     timeout: Duration,
     with_operations: bool,
-    read: impl Fn(*const rd_kafka_TopicDescription_t) -> T,
-) -> Result<Vec<T>, KafkaError> {
+    read: unsafe fn(*const rd_kafka_TopicDescription_t) -> (String, T),
+) -> Result<BTreeMap<String, T>, KafkaError> {
     let names: Vec<CString> = topics.iter().filter_map(|name| CString::new(name.as_str()).ok()).collect();
     if names.is_empty() {
-        return Ok(Vec::new());
+        return Ok(BTreeMap::new());
     }
     // Any broker can describe topics. Unless one is given, librdkafka waits for the controller, which may be
     // unavailable while all topics can be read.

@@ -9,9 +9,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::http::{Request, Response};
-use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig};
+use ureq::tls::{ClientCert, RootCerts, TlsConfig};
 
 use super::RegistryError;
+use crate::pem::Pem;
 use crate::settings::Registry;
 
 /// Largest answer in bytes.
@@ -39,13 +40,11 @@ impl Http {
     pub fn new(settings: &Registry) -> Result<Self, RegistryError> {
         let mut tls = TlsConfig::builder();
         if let Some(ca) = &settings.ca {
-            let (certificates, _) = pem("ca", ca)?;
-            tls = tls.root_certs(RootCerts::new_with_certs(&certificates));
+            tls = tls.root_certs(RootCerts::new_with_certs(&pem("ca", ca)?.certificates));
         }
         if let (Some(cert), Some(key)) = (&settings.cert, &settings.key) {
-            let (chain, _) = pem("cert", cert)?;
-            let (_, keys) = pem("key", key)?;
-            let key = keys.into_iter().next();
+            let chain = pem("cert", cert)?.certificates;
+            let key = pem("key", key)?.keys.into_iter().next();
             let key = key.ok_or_else(|| setting("key", "there is no private key in it"))?;
             tls = tls.client_cert(Some(ClientCert::new_with_certs(&chain, key)));
         }
@@ -177,10 +176,7 @@ fn setting(key: &'static str, message: impl Into<String>) -> RegistryError {
 }
 
 /// The certificates and private keys of a PEM file, or of its text.
-fn pem(
-    key: &'static str,
-    value: &str,
-) -> Result<(Vec<Certificate<'static>>, Vec<PrivateKey<'static>>), RegistryError> {
+fn pem(key: &'static str, value: &str) -> Result<Pem, RegistryError> {
     let read;
     let text: &[u8] = if value.trim_start().starts_with("-----BEGIN") {
         value.as_bytes()
@@ -188,18 +184,11 @@ fn pem(
         read = std::fs::read(value).map_err(|e| setting(key, format!("{value}: {e}")))?;
         &read
     };
-    let (mut certificates, mut keys) = (Vec::new(), Vec::new());
-    for item in ureq::tls::parse_pem(text) {
-        match item.map_err(|e| setting(key, e.to_string()))? {
-            PemItem::Certificate(certificate) => certificates.push(certificate),
-            PemItem::PrivateKey(private) => keys.push(private),
-            _ => {}
-        }
-    }
-    if key != "key" && certificates.is_empty() {
+    let pem = Pem::parse(text).map_err(|e| setting(key, e.to_string()))?;
+    if key != "key" && pem.certificates.is_empty() {
         return Err(setting(key, "there is no certificate in it"));
     }
-    Ok((certificates, keys))
+    Ok(pem)
 }
 
 /// Characters that are encoded in a part of a path: all but the unreserved ones (RFC 3986, 2.3).

@@ -2,11 +2,12 @@
 //! is away is waited for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Registry, RegistryError, SchemaKind};
-use crate::codec::write::{self, Record, Writer};
-use crate::settings::{OutputFormat, Settings};
+use crate::backoff::{Backoff, pause};
+use crate::codec::write::{self, OutputEntry, Record, Writer};
+use crate::settings::Settings;
 use crate::telemetry::{Health, Metrics};
 
 /// Shortest and longest wait between two attempts.
@@ -36,14 +37,12 @@ pub enum RegistrationError {
 impl OutputSchema {
     /// `None` if predictions are plain JSON, without a schema.
     pub fn new(settings: &Settings, record: &Record) -> Option<Self> {
-        let kind = match settings.output.format {
-            OutputFormat::Json => return None,
-            OutputFormat::Avro => SchemaKind::Avro,
-            OutputFormat::Protobuf => SchemaKind::Protobuf,
-            OutputFormat::JsonSchema => SchemaKind::Json,
-        };
-        let text = write::schema_text(settings.output.format, record);
-        Some(Self { subject: write::subject(settings, record), kind, text })
+        let entry = OutputEntry::of(settings.output.format);
+        Some(Self {
+            subject: write::subject(settings, record),
+            kind: entry.kind?,
+            text: (entry.schema)(record),
+        })
     }
 
     /// The schema's id.
@@ -98,7 +97,7 @@ pub fn register(
 ) -> Result<bool, RegistrationError> {
     let Some(schema) = OutputSchema::new(settings, writer.record()) else { return Ok(true) };
     let Some(registry) = Registry::new(&settings.registry)? else { return Ok(true) };
-    let mut backoff = BACKOFF.0;
+    let mut backoff = Backoff::new(BACKOFF);
     loop {
         let error = match schema.id(&registry, settings.registry.auto_register) {
             Ok(id) => {
@@ -110,17 +109,12 @@ pub fn register(
             Err(RegistrationError::Registry(error @ RegistryError::Away { .. })) => error,
             Err(error) => return Err(error),
         };
-        let retry_in = humantime::format_duration(backoff);
+        let retry_in = humantime::format_duration(backoff.delay());
         tracing::error!(%error, %retry_in, "the schema registry is away, and the predictions' schema must be there before records are read: trying again");
         health.error(&error.to_string());
         metrics.retries.with_label_values(&["registry"]).inc();
-        let until = Instant::now() + backoff;
-        while Instant::now() < until {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(false);
-            }
-            std::thread::park_timeout(Duration::from_millis(50));
+        if !pause(backoff.take(), || !stop.load(Ordering::Relaxed)) {
+            return Ok(false);
         }
-        backoff = (backoff * 2).min(BACKOFF.1);
     }
 }

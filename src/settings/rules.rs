@@ -244,17 +244,22 @@ fn check_schema(settings: &Settings) -> Vec<(&'static str, String)> {
     problems
 }
 
+/// Host and port of an http or https address, behind a login if it has one (RFC 3986, 3.2); `None` if there is no host.
+pub(crate) fn authority(url: &str) -> Option<&str> {
+    let rest = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme))?;
+    rest.split(['/', '?', '#']).next().filter(|authority| !authority.is_empty())
+}
+
 fn check_registry(registry: &Registry) -> Vec<(&'static str, String)> {
     let mut problems = Vec::new();
     for url in &registry.url.0 {
         // The message does not quote an address with a login.
-        let rest = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme));
-        let host = rest.and_then(|rest| rest.split(['/', '?', '#']).next()).unwrap_or_default();
-        if host.contains('@') {
+        let authority = authority(url);
+        if authority.is_some_and(|authority| authority.contains('@')) {
             let message =
                 "has a login in the address: set registry.username and registry.password".to_owned();
             problems.push(("registry.url", message));
-        } else if host.is_empty() || url.contains(['?', '#']) {
+        } else if authority.is_none() || url.contains(['?', '#']) {
             let message = format!("{url:?} is not an address such as http://localhost:8081");
             problems.push(("registry.url", message));
         }

@@ -18,16 +18,8 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 libs=${KANDLE_KAFKA_LIBS:-$here/../../.cache/kafka/4.1.0}
 
-need() {
-  command -v "$1" >/dev/null && return
-  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-    echo "kafka.sh: installing $2" >&2
-    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$2"; } >&2
-  else
-    echo "kafka.sh: $1 is missing; type: sudo apt-get install -y $2" >&2
-    exit 1
-  fi
-}
+# shellcheck source=tests/support/service.sh
+. "$here/service.sh"
 
 fetch() {
   [ -e "$libs/.complete" ] && return
@@ -39,8 +31,7 @@ fetch() {
 }
 
 stop() {
-  kill -9 $broker 2>/dev/null || true
-  wait $broker 2>/dev/null || true
+  end $broker
   if [ "${REMOVE:-}" = true ]; then
     rm -rf "$dir"
     rmdir --ignore-fail-on-non-empty "$(dirname "$dir")"
@@ -109,10 +100,7 @@ EOF
   broker=$!
   echo $broker > "$dir/pid"
   trap stop EXIT
-  # Ends when the other end of standard input is closed, or the broker dies.
-  while kill -0 $broker 2>/dev/null; do
-    if read -r -t 1; then continue; elif [ $? -le 128 ]; then break; fi
-  done
+  hold $broker
 }
 
 case ${1:-} in

@@ -9,16 +9,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 version=2.6.13.Final
 home=${KANDLE_REGISTRY_HOME:-$here/../../.cache/registry/$version}
 
-need() {
-  command -v "$1" >/dev/null && return
-  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-    echo "registry.sh: installing $2" >&2
-    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$2"; } >&2
-  else
-    echo "registry.sh: $1 is missing; type: sudo apt-get install -y $2" >&2
-    exit 1
-  fi
-}
+# shellcheck source=tests/support/service.sh
+. "$here/service.sh"
 
 fetch() {
   [ -e "$home/.complete" ] && return
@@ -36,11 +28,6 @@ fetch() {
   touch "$home/.complete"
 }
 
-stop() {
-  kill -9 $registry 2>/dev/null || true
-  wait $registry 2>/dev/null || true
-}
-
 run() {
   local dir=$1 port=$2
   need java default-jre-headless
@@ -49,11 +36,8 @@ run() {
     java -Xmx300m -XX:+UseSerialGC -jar "$home"/*runner*.jar >>"$dir/registry.log" 2>&1 </dev/null &
   registry=$!
   echo $registry > "$dir/pid"
-  trap stop EXIT
-  # Ends when the other end of standard input is closed, or the registry dies.
-  while kill -0 $registry 2>/dev/null; do
-    if read -r -t 1; then continue; elif [ $? -le 128 ]; then break; fi
-  done
+  trap 'end $registry' EXIT
+  hold $registry
 }
 
 case ${1:-} in

@@ -3,14 +3,22 @@
 use serde_json::{Value, json};
 
 use super::schema::{Field, NAMESPACE, Record, Type};
-use super::transcode::{At, Encode, Mark};
-use super::{insert, varint};
+use super::transcode::{At, Encode, Mark, transcode};
+use super::{insert, pretty, varint};
 
 /// The schema, as JSON.
-pub fn schema(record: &Record) -> Value {
+pub fn schema(record: &Record) -> String {
     let mut schema = object(record);
     schema["namespace"] = NAMESPACE.into();
-    schema
+    pretty(schema)
+}
+
+/// Appends a prediction.
+///
+/// # Errors
+/// See [`transcode`].
+pub fn encode(json: &[u8], record: &Record, out: &mut Vec<u8>) -> serde_json::Result<()> {
+    transcode(json, record, &mut Avro(out))
 }
 
 fn object(record: &Record) -> Value {
@@ -38,7 +46,7 @@ fn of(of: &Type) -> Value {
 }
 
 /// Appends a prediction's values.
-pub struct Avro<'a>(pub &'a mut Vec<u8>);
+struct Avro<'a>(&'a mut Vec<u8>);
 
 /// The second branch of `["null", …]`.
 const PRESENT: u8 = 2;

@@ -21,6 +21,7 @@ use std::sync::OnceLock;
 pub use schema::Record;
 
 use crate::record::{Fault, RecordError};
+use crate::registry::SchemaKind;
 use crate::settings::{OutputFormat, Settings, SubjectName};
 
 /// Adds members (`,"name":value`…) to the JSON object at the end of `out`.
@@ -29,6 +30,37 @@ pub fn include(members: &str, out: &mut Vec<u8>) {
         out.pop();
         out.extend_from_slice(members.as_bytes());
         out.push(b'}');
+    }
+}
+
+/// A value of `output.format`.
+pub struct OutputEntry {
+    pub format: OutputFormat,
+    pub name: &'static str,
+    /// Language of the schema in the registry; `None`: predictions have no schema id.
+    pub kind: Option<SchemaKind>,
+    /// The schema of predictions, as text.
+    pub schema: fn(&Record) -> String,
+    /// Appends what follows the schema id: the prediction that the JSON holds.
+    encode: fn(&[u8], &Record, &mut Vec<u8>) -> serde_json::Result<()>,
+}
+
+/// All formats of predictions. To add one, add a file here, a line in this table and a value of [`OutputFormat`].
+#[rustfmt::skip]
+pub const OUTPUTS: &[OutputEntry] = &[
+    OutputEntry { format: OutputFormat::Json, name: "json", kind: None, schema: json_schema::schema, encode: json_schema::encode },
+    OutputEntry { format: OutputFormat::Avro, name: "avro", kind: Some(SchemaKind::Avro), schema: avro::schema, encode: avro::encode },
+    OutputEntry { format: OutputFormat::Protobuf, name: "protobuf", kind: Some(SchemaKind::Protobuf), schema: protobuf::schema, encode: protobuf::encode },
+    OutputEntry { format: OutputFormat::JsonSchema, name: "json_schema", kind: Some(SchemaKind::Json), schema: json_schema::schema, encode: json_schema::encode },
+];
+
+impl OutputEntry {
+    /// The entry of a format.
+    pub fn of(format: OutputFormat) -> &'static Self {
+        OUTPUTS
+            .iter()
+            .find(|entry| entry.format == format)
+            .expect("a unit test finds every format in the table")
     }
 }
 
@@ -59,15 +91,16 @@ impl Writer {
 
     /// How to encode predictions; `None`: they are published as the task writes them.
     pub fn encoding(&self) -> Option<Encoding<'_>> {
-        let id = self.id.get()?;
-        (self.format != OutputFormat::Json).then_some(Encoding { writer: self, id: *id })
+        let (id, entry) = (self.id.get()?, OutputEntry::of(self.format));
+        entry.kind.map(|_| Encoding { entry, record: &self.record, id: *id })
     }
 }
 
 /// An encoding other than plain JSON.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Encoding<'a> {
-    writer: &'a Writer,
+    entry: &'static OutputEntry,
+    record: &'a Record,
     id: u32,
 }
 
@@ -79,22 +112,8 @@ impl Encoding<'_> {
     pub fn write(&self, json: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
         out.push(0);
         out.extend_from_slice(&self.id.to_be_bytes());
-        let record = &self.writer.record;
-        let written = match self.writer.format {
-            OutputFormat::Json | OutputFormat::JsonSchema => {
-                out.extend_from_slice(json);
-                Ok(())
-            }
-            OutputFormat::Avro => {
-                text(json).and_then(|json| transcode::transcode(json, record, &mut avro::Avro(out)))
-            }
-            OutputFormat::Protobuf => {
-                out.push(0);
-                text(json).and_then(|json| transcode::transcode(json, record, &mut protobuf::Protobuf(out)))
-            }
-        };
-        written.map_err(|error| {
-            let name = name_of(self.writer.format);
+        (self.entry.encode)(json, self.record, out).map_err(|error| {
+            let name = self.entry.name;
             RecordError::new(
                 Fault::Encode,
                 format!("output.format: {name} cannot hold the prediction: {error}"),
@@ -103,28 +122,13 @@ impl Encoding<'_> {
     }
 }
 
-fn text(json: &[u8]) -> serde_json::Result<&str> {
-    std::str::from_utf8(json).map_err(serde::de::Error::custom)
-}
-
-/// The format's name in the configuration.
-fn name_of(format: OutputFormat) -> &'static str {
-    match format {
-        OutputFormat::Json => "json",
-        OutputFormat::Avro => "avro",
-        OutputFormat::Protobuf => "protobuf",
-        OutputFormat::JsonSchema => "json_schema",
-    }
-}
-
 /// The schema of the settings' predictions, as text that a registry takes. That of `json` is its JSON Schema.
 pub fn schema_text(format: OutputFormat, record: &Record) -> String {
-    let pretty = |schema| serde_json::to_string_pretty(&schema).expect("a JSON value can be written as text");
-    match format {
-        OutputFormat::Avro => pretty(avro::schema(record)),
-        OutputFormat::Protobuf => protobuf::schema(record),
-        OutputFormat::Json | OutputFormat::JsonSchema => pretty(json_schema::schema(record)),
-    }
+    (OutputEntry::of(format).schema)(record)
+}
+
+fn pretty(schema: serde_json::Value) -> String {
+    serde_json::to_string_pretty(&schema).expect("a JSON value can be written as text")
 }
 
 /// The subject under which the registry has the schema.
@@ -141,7 +145,7 @@ pub fn subject(settings: &Settings, record: &Record) -> String {
 pub fn problems(settings: &Settings) -> Vec<(&'static str, String)> {
     let output = &settings.output;
     let mut problems = Vec::new();
-    let name = name_of(output.format);
+    let name = OutputEntry::of(output.format).name;
     if output.format == OutputFormat::Json {
         if output.subject != SubjectName::default() {
             let message = "has no effect with output.format: json, which has no schema in a registry";
@@ -219,6 +223,16 @@ mod tests {
 
     const FULL: &str = r#"{"label":"a","score":0.5,"scores":{"a":0.5},"counts":[1,-2],"id":"x","tokens":["y"],"found":[{"at":300},{"at":0}]}"#;
     const LEAST: &str = r#"{"label":"","score":0,"scores":{},"counts":[],"found":[]}"#;
+
+    #[test]
+    fn every_format_is_in_the_table_under_its_name() {
+        let schema = serde_json::to_value(schemars::schema_for!(OutputFormat)).unwrap();
+        let names: Vec<&str> = schema["enum"].as_array().unwrap().iter().filter_map(|v| v.as_str()).collect();
+        assert_eq!(names, OUTPUTS.iter().map(|entry| entry.name).collect::<Vec<_>>());
+        for entry in OUTPUTS {
+            assert_eq!(serde_json::to_value(entry.format).unwrap(), entry.name);
+        }
+    }
 
     /// By hand, after the specification.
     #[test]

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use super::schema::{Field, NAMESPACE, Record, Type};
-use super::transcode::{At, Encode, Mark};
+use super::transcode::{At, Encode, Mark, transcode};
 use super::{insert, varint};
 
 /// The .proto file: the prediction is its first message.
@@ -12,6 +12,15 @@ pub fn schema(record: &Record) -> String {
     let mut text = format!("syntax = \"proto3\";\n\npackage {NAMESPACE};\n\n");
     message(record, 0, &mut text);
     text
+}
+
+/// Appends the path of the message in its file, which is one zero byte for the first, and a prediction.
+///
+/// # Errors
+/// See [`transcode`].
+pub fn encode(json: &[u8], record: &Record, out: &mut Vec<u8>) -> serde_json::Result<()> {
+    out.push(0);
+    transcode(json, record, &mut Protobuf(out))
 }
 
 fn message(record: &Record, depth: usize, text: &mut String) {
@@ -86,7 +95,7 @@ fn json_name(field: &Field) -> Option<String> {
 }
 
 /// Appends a prediction's fields.
-pub struct Protobuf<'a>(pub &'a mut Vec<u8>);
+struct Protobuf<'a>(&'a mut Vec<u8>);
 
 /// Wire types.
 const VARINT: u64 = 0;

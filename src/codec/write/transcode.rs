@@ -9,6 +9,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 use serde_json::value::RawValue;
 
 use super::schema::{Field, Record, Type};
+use crate::codec::json::string;
 
 /// Where a value is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +59,8 @@ pub trait Encode {
 /// # Errors
 /// The prediction does not match the record: a field is missing, unknown, out of order or of another type; or an
 /// included text has half of a surrogate pair, which only JSON can hold.
-pub fn transcode<E: Encode>(json: &str, record: &Record, out: &mut E) -> serde_json::Result<()> {
+pub fn transcode<E: Encode>(json: &[u8], record: &Record, out: &mut E) -> serde_json::Result<()> {
+    let json = std::str::from_utf8(json).map_err(serde_json::Error::custom)?;
     let mut deserializer = serde_json::Deserializer::from_str(json);
     Object { record, at: At::Root, out }.deserialize(&mut deserializer)?;
     deserializer.end()
@@ -249,10 +251,9 @@ fn json<'de, D: Deserializer<'de>, E: Encode>(deserializer: D, at: At, out: &mut
         out.absent();
         return Ok(());
     }
-    let text: Cow<'_, str> = match value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
-        None => value.into(),
-        Some(inner) if !inner.contains('\\') => inner.into(),
-        Some(_) => serde_json::from_str::<String>(value).map_err(D::Error::custom)?.into(),
+    let text = match string(value) {
+        None => Cow::Borrowed(value),
+        Some(text) => text.map_err(D::Error::custom)?,
     };
     out.text(at, &text);
     Ok(())

@@ -15,6 +15,7 @@ use rdkafka::types::{RDKafka, RDKafkaRespErr};
 
 use super::token::{Token, TokenError};
 use super::{Kind, Method, Text, oidc};
+use crate::backoff::Backoff;
 
 /// How often files are read again.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
@@ -138,7 +139,7 @@ impl Credentials {
         match tokens.source.fetch() {
             Ok(token) => {
                 let lifetime = token.lifetime();
-                tokens.backoff = BACKOFF.0;
+                tokens.backoff.reset();
                 tokens.due = Instant::now() + renew_after(lifetime);
                 tracing::debug!(lifetime_s = lifetime.as_secs(), "got an access token for the brokers");
                 let mut state = self.state();
@@ -147,10 +148,9 @@ impl Credentials {
                 state.failure.clear();
             }
             Err(error) => {
-                let retry_in = humantime::format_duration(tokens.backoff);
+                let retry_in = humantime::format_duration(tokens.backoff.delay());
                 tracing::warn!(%error, %retry_in, "got no access token for the brokers: trying again");
-                tokens.due = Instant::now() + tokens.backoff;
-                tokens.backoff = (tokens.backoff * 2).min(BACKOFF.1);
+                tokens.due = Instant::now() + tokens.backoff.take();
                 let mut state = self.state();
                 state.failure = error.to_string();
                 state.clients.values().for_each(|client| client.set_failure(&state.failure));
@@ -201,7 +201,7 @@ fn renew_after(lifetime: Duration) -> Duration {
 struct Tokens {
     source: TokenSource,
     due: Instant,
-    backoff: Duration,
+    backoff: Backoff,
 }
 
 enum TokenSource {
@@ -218,7 +218,7 @@ impl Tokens {
             #[cfg(feature = "msk-iam")]
             Kind::MskIam { region } => TokenSource::MskIam(super::msk_iam::Signer::new(region)),
         };
-        Some(Self { source, due: Instant::now(), backoff: BACKOFF.0 })
+        Some(Self { source, due: Instant::now(), backoff: Backoff::new(BACKOFF) })
     }
 }
 

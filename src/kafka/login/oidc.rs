@@ -9,11 +9,12 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use super::Text;
 use super::rules::{self, CA_LOCATION, CA_PEM, EXTENSIONS, SCOPE, TOKEN_URL, URL_ENCODE};
 use super::token::{Token, TokenError};
+use crate::pem::Pem;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an identity provider's answer that are read.
@@ -133,14 +134,10 @@ impl Provider {
 }
 
 fn certificates(key: &'static str, pem: &[u8]) -> Result<Vec<Certificate<'static>>, TokenError> {
-    let mut found = Vec::new();
-    for item in parse_pem(pem) {
-        match item.map_err(|e| TokenError::Certificate { key, reason: e.to_string() })? {
-            PemItem::Certificate(certificate) => found.push(certificate),
-            _ => continue,
-        }
+    match Pem::parse(pem) {
+        Ok(pem) => Ok(pem.certificates),
+        Err(e) => Err(TokenError::Certificate { key, reason: e.to_string() }),
     }
-    Ok(found)
 }
 
 /// Reads an identity provider's answer. `id`: whom the token names if it does not say so itself.

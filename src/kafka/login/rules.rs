@@ -8,6 +8,7 @@ use rdkafka::error::{KafkaError, KafkaResult};
 
 use super::{AWS_MSK_IAM, MECHANISM, mechanism, plain};
 use crate::kafka::consumer::ReaderContext;
+use crate::settings::authority;
 
 const METHOD: &str = "sasl.oauthbearer.method";
 const GRANT_TYPE: &str = "sasl.oauthbearer.grant.type";
@@ -153,13 +154,12 @@ fn check_oauth<'a>(get: impl Fn(&str) -> Option<&'a str>, chosen: &str) -> Vec<(
         }
     }
     if let Some(url) = get(TOKEN_URL) {
-        let rest = ["https://", "http://"].iter().find_map(|scheme| url.strip_prefix(scheme));
-        match rest.and_then(|rest| rest.split(['/', '?', '#']).next()) {
-            None | Some("") => {
+        match authority(url) {
+            None => {
                 let message = "is not an address such as https://login.example.com/oauth2/token";
                 return at(TOKEN_URL, message.to_owned());
             }
-            Some(host) if host.contains('@') => {
+            Some(authority) if authority.contains('@') => {
                 let message = format!("holds a user: set {} and {} instead", CLIENT_ID[0], CLIENT_SECRET[0]);
                 return at(TOKEN_URL, message);
             }
