@@ -260,7 +260,8 @@ pub struct Task {
     #[serde(default)]
     pub instruction: Option<String>,
     /// zero-shot-classification: the labels, the same for every record. token-classification with a GLiNER model: the
-    /// labels of the entities that it finds, such as person or phone number.
+    /// labels of the entities that it finds, such as person or phone number. tensor with as: classification: the names
+    /// of the model's classes, in their order (default: those that the model names).
     #[serde(default)]
     pub labels: Vec<String>,
     /// token-classification with `labels`: the score that an entity must exceed (default: 0.5).
@@ -322,6 +323,25 @@ pub struct Task {
     /// [[lowest, …], [highest, …]] (default, for vectors of length 1: 4 over the square root of the number of values).
     #[serde(default)]
     pub ranges: Option<PathBuf>,
+    /// tensor: where the values of the model's inputs come from, by the inputs' names: a JSON Pointer, a list of JSON
+    /// Pointers to the columns of one input, or a constant (default: each input is the member of its name).
+    #[serde(default)]
+    pub inputs: BTreeMap<String, TensorInput>,
+    /// tensor: the model's outputs that are published (default: all).
+    #[serde(default)]
+    pub outputs: Vec<String>,
+    /// tensor: values used instead of null and of missing members, by JSON Pointer, or by input for all of its values
+    /// (default: null is NaN in an input of floating-point numbers; anything else that is missing makes the record a
+    /// dead letter).
+    #[serde(default)]
+    pub defaults: BTreeMap<String, serde_json::Value>,
+    /// tensor: whether the outputs are published as they are, or as the label, score and scores of a classifier.
+    #[serde(default, rename = "as")]
+    pub form: TensorForm,
+    /// tensor with as: classification: what makes scores of the model's values. none: they are scores. softmax: for the
+    /// logits of classes that exclude each other. sigmoid: for independent logits, or one logit of two classes.
+    #[serde(default)]
+    pub activation: Activation,
     /// Bytes for a cache of the model's answers, so that an input seen recently is not computed again (default: no
     /// cache). This memory is not part of memory.limit. Equal inputs within a window are computed once in any case.
     #[serde(default)]
@@ -357,6 +377,11 @@ impl Task {
             dimensions: None,
             encoding: Encoding::default(),
             ranges: None,
+            inputs: BTreeMap::new(),
+            outputs: Vec::new(),
+            defaults: BTreeMap::new(),
+            form: TensorForm::default(),
+            activation: Activation::default(),
             cache: None,
         }
     }
@@ -403,6 +428,37 @@ pub enum ChunkScores {
     Max,
 }
 
+/// Where the values of a model's input come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum TensorInput {
+    /// A JSON Pointer to a number, a text, a boolean or nested arrays of them.
+    Pointer(String),
+    /// JSON Pointers to the columns.
+    Pointers(Vec<String>),
+    /// A constant that is or has texts.
+    Value { value: serde_json::Value },
+    /// A constant: a number, a boolean, or arrays of them.
+    Constant(serde_json::Value),
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TensorForm {
+    #[default]
+    Tensor,
+    Classification,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    #[default]
+    None,
+    Softmax,
+    Sigmoid,
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Encoding {
@@ -428,7 +484,8 @@ pub enum Aggregation {
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
     /// A hub id (`org/name`), a directory with config.json, weights (*.safetensors or pytorch_model.bin) and
-    /// tokenizer.json or a vocabulary, or `bundled`: the ticket classifier that is part of kandle.
+    /// tokenizer.json or a vocabulary, or `bundled`: the ticket classifier that is part of kandle. For the task tensor: an
+    /// ONNX file, or a directory or hub id with model.onnx or one *.onnx.
     pub source: Option<String>,
     /// Hub: branch, tag or commit (default: main). It is resolved to a commit each time the model is loaded.
     pub revision: Option<String>,

@@ -4,18 +4,19 @@ use anyhow::{Context, bail};
 
 use crate::cli::output::outln;
 use crate::model::text::architecture::Architecture;
-use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement};
+use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, Wants};
 use crate::settings::{Loaded, Settings};
 use crate::task::gliner::load_model;
 use crate::task::text::Source;
-use crate::task::{Kind, suited};
+use crate::task::{Kind, suited, tensor};
 
 fn files(loaded: &Loaded) -> anyhow::Result<Files> {
     let kind = Kind::of(loaded.settings.task.kind);
-    if kind.output.is_none() {
+    if !kind.has_model() {
         bail!("task.kind {} has no model", kind.kind.name());
     }
-    Files::find(&loaded.settings.model)
+    let wants = if kind.is_onnx() { Wants::Onnx } else { Wants::Text };
+    Files::find_for(&loaded.settings.model, wants)
         .with_context(|| format!("model {}", loaded.settings.model.source.as_deref().unwrap_or_default()))
 }
 
@@ -32,6 +33,9 @@ pub fn pull(loaded: Loaded) -> anyhow::Result<()> {
 pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     crate::telemetry::logging::start(&loaded.settings.log);
     let settings = &loaded.settings;
+    if Kind::of(settings.task.kind).is_onnx() {
+        return show_onnx(settings);
+    }
     let files = files(&loaded)?;
     if Gliner::is(&files) && Kind::of(settings.task.kind).output == Some(Output::TokenLogits) {
         return show_gliner(settings);
@@ -72,6 +76,32 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
             rows.push(("normalized", model.embedding.normalize.to_string()));
         }
         Output::Sparse => rows.push(("vocabulary", model.width().to_string())),
+    }
+    print(rows);
+    Ok(())
+}
+
+/// The rows of an ONNX model: what `task.inputs` and `task.outputs` can name.
+fn show_onnx(settings: &Settings) -> anyhow::Result<()> {
+    let tensor::Loaded { files, digest, file, graph, bytes } = tensor::Loaded::find(settings)?;
+    let inputs: Vec<String> = graph.inputs.iter().map(ToString::to_string).collect();
+    let outputs: Vec<String> = graph.outputs.iter().map(|output| output.name.clone()).collect();
+    let operators = graph.unsupported();
+    let mut rows = vec![
+        ("model", files.name()),
+        ("digest", digest.full().to_owned()),
+        ("architecture", format!("ONNX, opset {}", graph.opset())),
+        ("file", file),
+        ("made by", graph.producer()),
+        ("bytes", bytes.to_string()),
+        ("inputs", inputs.join("; ")),
+        ("outputs", outputs.join("; ")),
+    ];
+    if let Some(classes) = &graph.classes {
+        rows.push(("labels", classes.join(", ")));
+    }
+    if !operators.is_empty() {
+        rows.push(("not supported", operators.join("; ")));
     }
     print(rows);
     Ok(())

@@ -42,6 +42,26 @@ fn not_json(bytes: &[u8], error: &serde_json::Error) -> RecordError {
     RecordError::new(Fault::Decode, format!("the value is not JSON: {error}{looks}"))
 }
 
+/// A JSON Pointer in its parts, for pointers that are used on many documents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Path {
+    Whole,
+    /// The names of members or indexes of items, from the outside in.
+    Names(Vec<String>),
+    /// Not a pointer: leads nowhere.
+    Nowhere,
+}
+
+impl Path {
+    pub fn new(pointer: &str) -> Self {
+        match pointer.strip_prefix('/') {
+            Some(path) => Self::Names(path.split('/').map(unescape).collect()),
+            None if pointer.is_empty() => Self::Whole,
+            None => Self::Nowhere,
+        }
+    }
+}
+
 /// A JSON document. Its top-level members are located once.
 #[derive(Debug)]
 pub struct Document<'a> {
@@ -61,15 +81,21 @@ impl<'a> Document<'a> {
 
     /// The value at a pointer, as written; `None` if there is none.
     pub fn at(&self, pointer: &str) -> Option<&'a RawValue> {
-        let Some(path) = pointer.strip_prefix('/') else { return pointer.is_empty().then_some(self.whole) };
+        self.at_path(&Path::new(pointer))
+    }
+
+    /// The value at a pointer that was taken apart before.
+    pub fn at_path(&self, path: &Path) -> Option<&'a RawValue> {
+        let Path::Names(names) = path else {
+            return matches!(path, Path::Whole).then_some(self.whole);
+        };
         let mut found: Option<&'a RawValue> = None;
-        for token in path.split('/') {
-            let name = unescape(token);
+        for name in names {
             found = match found {
-                None => self.members.as_ref().and_then(|members| members.get(&name)),
-                Some(value) => members(value).and_then(|members| members.get(&name)),
+                None => self.members.as_ref().and_then(|members| members.get(name)),
+                Some(value) => members(value).and_then(|members| members.get(name)),
             }
-            .or_else(|| item(found.unwrap_or(self.whole), &name));
+            .or_else(|| item(found.unwrap_or(self.whole), name));
             found?;
         }
         found
@@ -97,7 +123,7 @@ pub fn missing(place: &str) -> RecordError {
 pub fn text(value: &RawValue, place: impl Fn() -> String) -> Result<Cow<'_, str>, RecordError> {
     match string(value.get()) {
         None => {
-            let message = format!("{:?} is {}, not a string", place(), what_is(value));
+            let message = format!("{:?} is {}, not a string", place(), what_is(value.get()));
             Err(RecordError::new(Fault::Field, message))
         }
         Some(text) => text.map_err(|e| RecordError::new(Fault::Decode, format!("{:?}: {e}", place()))),
@@ -115,8 +141,8 @@ pub(super) fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
 }
 
 /// The kind of a JSON value, for messages.
-fn what_is(value: &RawValue) -> &'static str {
-    match value.get().as_bytes().first() {
+pub fn what_is(json: &str) -> &'static str {
+    match json.as_bytes().first() {
         Some(b'"') => "a string",
         Some(b'n') => "null",
         Some(b't' | b'f') => "a boolean",
@@ -133,7 +159,7 @@ fn what_is(value: &RawValue) -> &'static str {
 pub fn list<'a>(pointer: &str, found: Option<&'a RawValue>) -> Result<Vec<&'a RawValue>, RecordError> {
     let found = found.ok_or_else(|| missing(pointer))?;
     if !found.get().starts_with('[') {
-        let message = format!("{pointer:?} is {}, not an array", what_is(found));
+        let message = format!("{pointer:?} is {}, not an array", what_is(found.get()));
         return Err(RecordError::new(Fault::Field, message));
     }
     serde_json::from_str(found.get())

@@ -9,12 +9,12 @@ use std::collections::HashSet;
 use minijinja::{Environment, UndefinedBehavior};
 use serde_json::value::RawValue;
 
-use super::json::Document;
+use super::json::{Document, Path};
 use super::selected::{Selected, unescape};
-use super::write::schema::Field;
 use super::{FORMATS, FormatEntry, Value};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, Fields, Settings, check_pointer};
+use crate::task::{Kind, Reads};
 
 /// A task's input from one record.
 #[derive(Debug)]
@@ -38,8 +38,8 @@ impl Input<'_> {
 /// The selection that the settings configure.
 pub struct Select {
     text: TextFrom,
-    /// The task's own pointers.
-    values: Vec<String>,
+    /// The task's own pointers, each with its parts.
+    values: Vec<(String, Path)>,
     /// Pointers to copy, each with its name in the prediction.
     include: Vec<(String, String)>,
 }
@@ -87,7 +87,8 @@ impl Select {
             None => TextFrom::Fields { pointers: input.field.0.clone(), join: input.join.clone() },
         };
         let include = include.iter().map(|pointer| (pointer.clone(), last_name(pointer))).collect();
-        Ok(Self { text, values: pointers, include })
+        let values = pointers.into_iter().map(|pointer| (pointer.clone(), Path::new(&pointer))).collect();
+        Ok(Self { text, values, include })
     }
 
     /// # Errors
@@ -120,7 +121,7 @@ impl Select {
             TextFrom::Fields { pointers, .. } => pointers.clone(),
             TextFrom::Template(template) => template.names().into_iter().map(escape).collect(),
         };
-        all.extend(self.values.iter().cloned());
+        all.extend(self.values.iter().map(|(pointer, _)| pointer.clone()));
         all.extend(self.include.iter().map(|(pointer, _)| pointer.clone()));
         all
     }
@@ -136,7 +137,7 @@ impl Select {
             }
         }
         let text = self.text(document)?;
-        let values = self.values.iter().map(|pointer| document.at(pointer).map(Cow::Borrowed)).collect();
+        let values = self.values.iter().map(|(_, path)| document.at_path(path).map(Cow::Borrowed)).collect();
         Ok(Input { text, values, include })
     }
 
@@ -184,13 +185,24 @@ fn holds_text(input: &settings::Input, pointer: &str) -> bool {
     template.names().contains(&unescape(first))
 }
 
-/// The problems of the settings that select values: keys and messages. `fields`: members of the task's prediction.
-pub fn problems(settings: &Settings, fields: &[Field]) -> Vec<(&'static str, String)> {
+/// The problems of the settings that select values: keys and messages.
+pub fn problems(settings: &Settings, task: &Kind) -> Vec<(&'static str, String)> {
     let (input, include) = (&settings.input, &settings.output.include);
     let mut problems = Vec::new();
     let mut problem = |key, message: String| problems.push((key, message));
     let format = FormatEntry::of(input.format);
-    if !format.has_members {
+    if task.reads == Reads::Tensors {
+        let name = task.kind.name();
+        if !input.field.0.is_empty() {
+            problem("input.field", format!("has no effect with task.kind: {name}; set task.inputs"));
+        }
+        if input.template.is_some() {
+            problem("input.template", format!("has no effect with task.kind: {name}; set task.inputs"));
+        }
+        if !format.has_members {
+            problem("input.format", format!("{name} {}", needs_members(format)));
+        }
+    } else if !format.has_members {
         if !input.field.0.is_empty() {
             problem("input.field", format!("has no effect with input.format: {}", format.name));
         }
@@ -226,7 +238,7 @@ pub fn problems(settings: &Settings, fields: &[Field]) -> Vec<(&'static str, Str
             }
         }
     }
-    let mut names: Vec<String> = fields.iter().map(|field| field.name.clone()).collect();
+    let mut names: Vec<String> = (task.fields)(&settings.task).into_iter().map(|field| field.name).collect();
     if settings.task.redact {
         for pointer in include.iter().filter(|pointer| holds_text(input, pointer)) {
             problem("output.include", format!("{pointer} has the text, which task.redact must not publish"));

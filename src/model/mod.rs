@@ -5,6 +5,7 @@
 //! weights     files to tensors, one at a time
 //! placement   device and precision
 //! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
+//! onnx        any ONNX graph, by tract
 //! vectors     files of vectors, for the tasks
 //! kernels     the operations of the layers, on CPUs and GPUs
 //! ```
@@ -12,6 +13,7 @@
 mod digest;
 pub mod kernels;
 mod manifest;
+pub mod onnx;
 mod placement;
 mod store;
 pub mod text;
@@ -22,7 +24,7 @@ pub use digest::Digest;
 pub(crate) use digest::hex;
 pub use kernels::{Packed, Pooling};
 pub use placement::{Placement, PlacementError};
-pub use store::{Files, FilesError};
+pub use store::{Files, FilesError, Wants};
 pub use text::{
     Candidate, Checkpoint, Embedding, Encoder, Gliner, Head, Layer, Model, ModelError, NoRoom, Output,
     PairPrompt, Part, Place, Prompt, PromptedWords, Prompts, Scores, Shorten, Span, Spans, TextSettings,

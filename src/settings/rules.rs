@@ -107,13 +107,13 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         problem("input.group", "is empty".to_owned());
     }
     let entry = Kind::of(settings.task.kind);
-    for (key, message) in select::problems(settings, &(entry.fields)(&settings.task)) {
+    for (key, message) in select::problems(settings, entry) {
         problem(key, message);
     }
     for (key, message) in write::problems(settings) {
         problem(key, message);
     }
-    if entry.output.is_none() {
+    if !entry.has_model() {
         let name = entry.kind.name();
         if !settings.output.include.is_empty() {
             problem(
@@ -125,8 +125,11 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             problem("model.source", format!("{name} runs no model"));
         }
     } else if settings.model.source.as_deref().unwrap_or_default().is_empty() {
-        let message = "is required: a hub id (org/name), a directory, or bundled".to_owned();
-        problem("model.source", message);
+        let message = match entry.is_onnx() {
+            true => "is required: an ONNX file, or a directory or hub id (org/name) that has one",
+            false => "is required: a hub id (org/name), a directory, or bundled",
+        };
+        problem("model.source", message.to_owned());
     }
     for (key, message) in check_task(&settings.task, entry, FormatEntry::of(input.format)) {
         problem(&format!("task.{key}"), message);

@@ -25,6 +25,7 @@ pub(super) const KIND: Kind = Kind {
         problems
     },
     output: Some(Output::Logits),
+    reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Logits, metrics, |texts, _| {
             let predict = Classification::new(&texts.model, &settings.task);

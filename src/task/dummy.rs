@@ -28,6 +28,7 @@ pub(super) const KIND: Kind = Kind {
         _ => Vec::new(),
     },
     output: None,
+    reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         let about = About {
             kind: settings.task.kind,

@@ -34,6 +34,7 @@ pub(super) const KIND: Kind = Kind {
         problems
     },
     output: Some(Output::Embedding),
+    reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Embedding, metrics, |texts, _| {
             let predict = Embed::new(&texts.model, &settings.task)?;

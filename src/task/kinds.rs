@@ -16,6 +16,15 @@ use crate::model::Output;
 use crate::settings::{Overflow, Settings, Task, TaskKind};
 use crate::telemetry::Metrics;
 
+/// What a task reads of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// The text that `input.field` or `input.template` selects, and the values at its own pointers.
+    Text,
+    /// Only the values at its own pointers: `task.inputs` of an ONNX model.
+    Tensors,
+}
+
 type Load = fn(&Settings, &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError>;
 
 /// One kind of task.
@@ -35,6 +44,8 @@ pub struct Kind {
     pub check: fn(&Task) -> Vec<(&'static str, String)>,
     /// The output that it needs from a text model; `None` if it runs no text model.
     pub output: Option<Output>,
+    /// What it reads of a record.
+    pub reads: Reads,
     /// Loads the model and makes the task.
     pub load: Load,
 }
@@ -63,6 +74,16 @@ impl Kind {
     pub fn of(kind: TaskKind) -> &'static Self {
         let mut entries = KINDS.iter();
         entries.find(|entry| entry.kind == kind).unwrap_or_else(|| panic!("no entry for {}", kind.name()))
+    }
+
+    /// Whether it runs a model: a text model or an ONNX graph.
+    pub fn has_model(&self) -> bool {
+        self.output.is_some() || self.is_onnx()
+    }
+
+    /// Whether its model is an ONNX graph.
+    pub fn is_onnx(&self) -> bool {
+        self.reads == Reads::Tensors
     }
 
     /// What happens to a text that is too long: the setting, or the task's default.
@@ -102,7 +123,7 @@ pub(super) fn labels_rule(task: &Task) -> Option<(&'static str, String)> {
 }
 
 /// The first label that is there twice.
-pub(super) fn twice<'a>(labels: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn twice<'a>(labels: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let mut seen = HashSet::new();
     labels.into_iter().find(|label| !seen.insert(*label))
 }

@@ -12,12 +12,13 @@ pub mod text;
 
 use std::sync::Arc;
 
-pub use kinds::Kind;
+pub use kinds::{Kind, Reads};
 pub use suited::suited;
 
 use crate::codec::{DecoderError, Input};
 use crate::compute::Compute;
 use crate::engine::{Item, Rows, Value};
+use crate::model::onnx::OnnxError;
 use crate::model::{FilesError, ModelError, PlacementError};
 use crate::record::{Fault, RecordError};
 use crate::settings::Settings;
@@ -85,6 +86,8 @@ pub enum TaskError {
     Candidates(String),
     #[error("model {model}: {error}")]
     Files { model: String, error: FilesError },
+    #[error("model {model}: {error}")]
+    Onnx { model: String, error: OnnxError },
     #[error("the model's first forward pass failed: {0}")]
     Forward(String),
     /// The model cannot do the task.
@@ -116,6 +119,7 @@ tasks! {
     reranking,
     similarity,
     sparse_embedding,
+    tensor,
     token_classification,
     zero_shot,
 }

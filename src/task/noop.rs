@@ -18,6 +18,7 @@ pub(super) const KIND: Kind = Kind {
     overflow: &[],
     check: NO_RULES,
     output: None,
+    reads: super::kinds::Reads::Text,
     load,
 };
 

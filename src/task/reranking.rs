@@ -41,6 +41,7 @@ pub(super) const KIND: Kind = Kind {
         )],
     },
     output: Some(Output::PairLogits),
+    reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         let task = |texts, _: &_| Reranking::new(texts, &settings.task);
         text::load(settings, Output::PairLogits, metrics, task)

@@ -58,6 +58,7 @@ pub(super) const KIND: Kind = Kind {
         problems
     },
     output: Some(Output::Embedding),
+    reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Embedding, metrics, |texts, engine| {
             let predict = Similarity::load(&texts.model, engine, &settings.task)?;

@@ -37,6 +37,7 @@ pub(super) const KIND: Kind = Kind {
         problems
     },
     output: Some(Output::Sparse),
+    reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Sparse, metrics, |texts, _| {
             let predict = Sparse::new(&texts, &settings.task)?;

@@ -36,6 +36,7 @@ pub(super) const KIND: Kind = Kind {
     overflow: &[Overflow::Chunk, Overflow::Truncate, Overflow::DeadLetter],
     check,
     output: Some(Output::TokenLogits),
+    reads: super::kinds::Reads::Text,
     load,
 };
 

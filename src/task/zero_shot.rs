@@ -24,6 +24,7 @@ pub(super) const KIND: Kind = Kind {
     overflow: BEGINNING,
     check,
     output: Some(Output::Logits),
+    reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         let task = |texts, _: &_| ZeroShot::new(texts, &settings.task);
         text::load(settings, Output::Logits, metrics, task)

@@ -12,6 +12,7 @@ mod convolution;
 pub(super) mod cuda;
 mod disentangled;
 mod embed;
+pub mod forest;
 mod linear;
 mod lstm;
 pub mod matmul;

@@ -1,6 +1,6 @@
 //! `model.source: bundled`: the ticket classifier that is part of the binary.
 
-use super::{FilesError, Place, Snapshot};
+use super::{FilesError, Place, Snapshot, Wants};
 use crate::settings;
 
 const FILES: &[(&str, &[u8])] = &[
@@ -10,6 +10,6 @@ const FILES: &[(&str, &[u8])] = &[
     ("model.safetensors", include_bytes!("../../../demo/model/model.safetensors")),
 ];
 
-pub fn open(_: &settings::Model, source: &str) -> Result<Option<Snapshot>, FilesError> {
-    Ok((source == "bundled").then_some(Snapshot { place: Place::Memory(FILES), revision: None }))
+pub fn open(_: &settings::Model, source: &str, _: Wants) -> Result<Option<Snapshot>, FilesError> {
+    Ok((source == "bundled").then_some(Snapshot { place: Place::Memory(FILES), revision: None, file: None }))
 }

@@ -3,10 +3,11 @@
 
 use std::path::PathBuf;
 
+use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
-use super::{FilesError, Place};
+use super::{FilesError, Place, Wants};
 use crate::model::manifest;
 use crate::model::text::GLINER_CONFIG;
 use crate::model::text::sentence::module_files;
@@ -15,18 +16,25 @@ use crate::settings;
 /// Every model has one of these files.
 const CONFIGS: [&str; 2] = ["config.json", GLINER_CONFIG];
 
+/// The usual names of an ONNX file. Another one is found only online.
+const ONNX: [&str; 2] = ["model.onnx", "onnx/model.onnx"];
+
 /// A commit's files in the cache.
 struct Snapshot {
     commit: String,
     directory: PathBuf,
 }
 
-pub fn open(model: &settings::Model, source: &str) -> Result<Option<super::Snapshot>, FilesError> {
+pub fn open(
+    model: &settings::Model,
+    source: &str,
+    wants: Wants,
+) -> Result<Option<super::Snapshot>, FilesError> {
     if !is_id(source) {
         return Ok(None);
     }
-    let Snapshot { commit, directory } = snapshot(model, source)?;
-    Ok(Some(super::Snapshot { place: Place::Directory(directory), revision: Some(commit) }))
+    let Snapshot { commit, directory } = snapshot(model, source, wants)?;
+    Ok(Some(super::Snapshot { place: Place::Directory(directory), revision: Some(commit), file: None }))
 }
 
 /// Whether a source has the form of a hub id: `name` or `org/name`.
@@ -41,22 +49,22 @@ fn is_id(source: &str) -> bool {
     parts.len() <= 2 && parts.iter().all(|part| legal(part))
 }
 
-fn snapshot(model: &settings::Model, id: &str) -> Result<Snapshot, FilesError> {
+fn snapshot(model: &settings::Model, id: &str, wants: Wants) -> Result<Snapshot, FilesError> {
     let revision = model.revision.clone().unwrap_or_else(|| "main".to_owned());
     let cache = model.cache.clone().map_or_else(Cache::from_env, Cache::new);
     let offline = model.offline
         || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
     if offline {
-        return cached(&cache, id, &revision).ok_or_else(|| {
+        return cached(&cache, id, &revision, wants).ok_or_else(|| {
             FilesError::Hub(format!(
                 "{id}@{revision} is not in the cache {}, and offline mode forbids downloads",
                 cache.path().display()
             ))
         });
     }
-    match download(model, &cache, id, &revision) {
+    match download(model, &cache, id, &revision, wants) {
         Ok(snapshot) => Ok(snapshot),
-        Err(Asked::Unreachable(reason)) => match cached(&cache, id, &revision) {
+        Err(Asked::Unreachable(reason)) => match cached(&cache, id, &revision, wants) {
             Some(snapshot) => {
                 tracing::warn!(
                     model = id,
@@ -82,7 +90,13 @@ enum Asked {
     Refused(FilesError),
 }
 
-fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) -> Result<Snapshot, Asked> {
+fn download(
+    model: &settings::Model,
+    cache: &Cache,
+    id: &str,
+    revision: &str,
+    wants: Wants,
+) -> Result<Snapshot, Asked> {
     let refused = |message: String| Asked::Refused(FilesError::Hub(message));
     let mut builder =
         ApiBuilder::from_env().with_cache_dir(cache.path().clone()).with_progress(false).with_retries(3);
@@ -103,33 +117,25 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
     })?;
     // All files are requested by commit, so that they are of one version.
     let repo = api.repo(Repo::with_revision(id.to_owned(), RepoType::Model, info.sha.clone()));
-    let there = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
     let fetch = |repo: &ApiRepo, name: &str| {
         repo.get(name).map_err(|e| Asked::Unreachable(format!("{id}/{name}: {e}")))
     };
-    let mut config = None;
-    for name in manifest::configuration(there) {
-        let path = fetch(&repo, name)?;
-        if CONFIGS.contains(&name) {
-            config = Some(path);
-        } else if name == "modules.json" {
-            for file in module_files(read_json(&path)?.as_ref(), there).map_err(Asked::Refused)? {
-                fetch(&repo, &file)?;
+    let commit = info.sha.clone();
+    let directory = match wants {
+        Wants::Onnx => {
+            let names: Vec<String> = info.siblings.iter().map(|file| file.rfilename.clone()).collect();
+            let file = manifest::onnx(&names).map_err(Asked::Refused)?;
+            // The tensors of a large model are in files beside it, such as model.onnx_data.
+            for name in names.iter().filter(|name| name.starts_with(&file) && **name != file) {
+                fetch(&repo, name)?;
             }
+            root(fetch(&repo, &file)?, &file)
         }
-    }
-    let Some(config) = config else {
-        return Err(refused(format!("{id}@{revision} has no {}", CONFIGS.join(" or "))));
+        Wants::Text => {
+            let config = text_files(&repo, &info, &fetch, &format!("{id}@{revision}"))?;
+            config.parent().map(PathBuf::from).unwrap_or_default()
+        }
     };
-    let weights = manifest::weights(there, |name| read_json(&fetch(&repo, name)?))?;
-    let Some(weights) = weights else {
-        return Err(refused(format!(
-            "{id}@{revision} has no weights that kandle reads: neither safetensors nor pytorch_model.bin"
-        )));
-    };
-    for name in weights {
-        fetch(&repo, &name)?;
-    }
     // Records the commit in the cache, so that the branch or tag also resolves offline.
     let reference = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
     if let Err(e) = reference.create_ref(&info.sha) {
@@ -139,8 +145,48 @@ fn download(model: &settings::Model, cache: &Cache, id: &str, revision: &str) ->
             "cannot record the revision's commit in the cache: it will not resolve offline"
         );
     }
-    let directory = config.parent().map(PathBuf::from).unwrap_or_default();
-    Ok(Snapshot { commit: info.sha, directory })
+    Ok(Snapshot { commit, directory })
+}
+
+/// Fetches the files of a text model. Returns where its configuration is.
+fn text_files(
+    repo: &ApiRepo,
+    info: &RepoInfo,
+    fetch: &dyn Fn(&ApiRepo, &str) -> Result<PathBuf, Asked>,
+    name: &str,
+) -> Result<PathBuf, Asked> {
+    let refused = |message: String| Asked::Refused(FilesError::Hub(message));
+    let there = |name: &str| info.siblings.iter().any(|file| file.rfilename == name);
+    let mut config = None;
+    for name in manifest::configuration(there) {
+        let path = fetch(repo, name)?;
+        if CONFIGS.contains(&name) {
+            config = Some(path);
+        } else if name == "modules.json" {
+            for file in module_files(read_json(&path)?.as_ref(), there).map_err(Asked::Refused)? {
+                fetch(repo, &file)?;
+            }
+        }
+    }
+    let Some(config) = config else {
+        return Err(refused(format!("{name} has no {}", CONFIGS.join(" or "))));
+    };
+    let weights = manifest::weights(there, |name| read_json(&fetch(repo, name)?))?;
+    let Some(weights) = weights else {
+        return Err(refused(format!(
+            "{name} has no weights that kandle reads: neither safetensors nor pytorch_model.bin"
+        )));
+    };
+    for name in weights {
+        fetch(repo, &name)?;
+    }
+    Ok(config)
+}
+
+/// The directory that `name` is relative to.
+fn root(path: PathBuf, name: &str) -> PathBuf {
+    let depth = name.split('/').count();
+    path.ancestors().nth(depth).map(PathBuf::from).unwrap_or_default()
 }
 
 fn read_json(path: &std::path::Path) -> Result<Option<serde_json::Value>, Asked> {
@@ -149,16 +195,20 @@ fn read_json(path: &std::path::Path) -> Result<Option<serde_json::Value>, Asked>
     Ok(serde_json::from_slice(&bytes).ok())
 }
 
-fn cached(cache: &Cache, id: &str, revision: &str) -> Option<Snapshot> {
+fn cached(cache: &Cache, id: &str, revision: &str, wants: Wants) -> Option<Snapshot> {
     let repo = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
-    if let Some(config) = CONFIGS.iter().find_map(|name| repo.get(name)) {
-        let directory = config.parent()?.to_owned();
+    let known = match wants {
+        Wants::Text => &CONFIGS,
+        Wants::Onnx => &ONNX,
+    };
+    if let Some((file, name)) = known.iter().find_map(|name| Some((repo.get(name)?, name))) {
+        let directory = root(file, name);
         let commit = directory.file_name()?.to_str()?.to_owned();
         return Some(Snapshot { commit, directory });
     }
     // The revision may be a commit.
     let directory = repo.pointer_path(revision);
-    let there = CONFIGS.iter().any(|name| directory.join(name).exists());
+    let there = known.iter().any(|name| directory.join(name).exists());
     there.then(|| Snapshot { commit: revision.to_owned(), directory })
 }
 

@@ -14,8 +14,17 @@ use sha2::{Digest as _, Sha256};
 
 use crate::settings;
 
+/// Which files of a model are needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wants {
+    /// Configuration, tokenizer and weights.
+    Text,
+    /// An ONNX file and those with its tensors.
+    Onnx,
+}
+
 /// Opens the model that `model.source` names; `None` if the source is not of this store's form.
-type Open = fn(&settings::Model, &str) -> Result<Option<Snapshot>, FilesError>;
+type Open = fn(&settings::Model, &str, Wants) -> Result<Option<Snapshot>, FilesError>;
 
 /// The stores, in the order in which they are tried.
 const STORES: &[Open] = &[bundled::open, directory::open, hub::open];
@@ -28,6 +37,8 @@ struct Snapshot {
     place: Place,
     /// The commit, if the store has versions.
     revision: Option<String>,
+    /// The file that the source names, if it names one.
+    file: Option<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -54,8 +65,17 @@ pub enum FilesError {
     LfsPointer { file: String },
     #[error("{file}: {message}")]
     Content { file: String, message: String },
+    #[error("there is no ONNX file{}", among(found))]
+    NoOnnx { found: Vec<String> },
+    #[error("there are several ONNX files: {}; set model.source to one of them, or name one model.onnx", found.join(", "))]
+    SeveralOnnx { found: Vec<String> },
     #[error("hub: {0}")]
     Hub(String),
+}
+
+/// What there is instead of the file that is looked for.
+fn among(found: &[String]) -> String {
+    if found.is_empty() { String::new() } else { format!("; there is {}", found.join(", ")) }
 }
 
 /// How to create a file that many checkpoints lack.
@@ -95,20 +115,38 @@ pub struct Files {
     /// The commit on the hub.
     pub revision: Option<String>,
     place: Place,
+    /// The file that `model.source` names, if it names one.
+    file: Option<String>,
+    wants: Wants,
     /// `model.ignore_config`.
     ignored_keys: Vec<String>,
 }
 
 impl Files {
-    /// Finds a model's files. From the hub, downloads those that the cache lacks.
+    /// Finds a text model's files. From the hub, downloads those that the cache lacks.
     ///
     /// # Errors
     /// `model.source` names no model, or its store fails.
     pub fn find(model: &settings::Model) -> Result<Self, FilesError> {
+        Self::find_for(model, Wants::Text)
+    }
+
+    /// Finds the files that are wanted. From the hub, downloads those that the cache lacks.
+    ///
+    /// # Errors
+    /// `model.source` names no model, or its store fails.
+    pub fn find_for(model: &settings::Model, wants: Wants) -> Result<Self, FilesError> {
         let source = model.source.clone().unwrap_or_default();
         for open in STORES {
-            if let Some(Snapshot { place, revision }) = open(model, &source)? {
-                return Ok(Self { source, revision, place, ignored_keys: model.ignore_config.clone() });
+            if let Some(Snapshot { place, revision, file }) = open(model, &source, wants)? {
+                return Ok(Self {
+                    source,
+                    revision,
+                    place,
+                    file,
+                    wants,
+                    ignored_keys: model.ignore_config.clone(),
+                });
             }
         }
         Err(FilesError::NoSuchModel)
@@ -203,6 +241,23 @@ impl Files {
         match self.open(name)? {
             Source::Memory(bytes) => Ok(Sha256::digest(bytes).into()),
             Source::File(file) => sha256(file).map_err(|error| io(name, error)),
+        }
+    }
+
+    pub(super) fn wants(&self) -> Wants {
+        self.wants
+    }
+
+    /// The ONNX file that `model.source` names.
+    pub(super) fn named(&self) -> Option<&str> {
+        self.file.as_deref()
+    }
+
+    /// The directory that has the files; `None` if the model is in memory.
+    pub fn directory(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Directory(directory) => Some(directory),
+            Place::Memory(_) => None,
         }
     }
 

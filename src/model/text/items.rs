@@ -22,7 +22,7 @@ impl Item for Tokens {
 }
 
 /// The [`Item::key`] of what an item contains.
-pub(super) fn key(content: impl Hash) -> u128 {
+pub(in crate::model) fn key(content: impl Hash) -> u128 {
     let [high, low] = HASHES.each_ref().map(|state| state.hash_one(&content));
     u128::from(high) << 64 | u128::from(low)
 }

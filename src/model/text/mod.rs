@@ -20,6 +20,7 @@ pub use encoder::Encoder;
 pub(super) use gliner::CONFIG as GLINER_CONFIG;
 pub use gliner::{Candidate, Gliner, Place, PromptedWords, Words};
 pub use head::Head;
+pub(super) use items::key;
 pub use model::{Model, ModelError, Output, Prompt, Scores};
 pub use question::Question;
 pub use sentence::{Embedding, Layer, Prompts, TextSettings};
