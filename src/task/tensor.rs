@@ -16,7 +16,7 @@ use super::kinds::{Kind, Reads, labels_rule};
 use super::{Task, TaskError};
 use crate::codec::write::Writer;
 use crate::codec::write::schema::{Field, Type};
-use crate::codec::{Decoder, Input, Select};
+use crate::codec::{Decoder, DecoderError, Input, Select};
 use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::{Calibrations, Engine, Limits, Model as _, Place, Rows};
 use crate::model::onnx::{self, Cell, Graph, OnnxError, OnnxModel, Tensors};
@@ -166,7 +166,7 @@ fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>,
     }
     Ok(Arc::new(Batched {
         about,
-        decoder: Decoder::new(settings, Select::new(settings, pointers)?)?,
+        decoder: Decoder::new(settings, Select::new(settings, pointers).map_err(DecoderError::from)?)?,
         writer: Writer::new(settings),
         task: Tensor { inputs, form },
         pace: Pace::new(first.busy.as_secs_f64()),
