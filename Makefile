@@ -22,7 +22,7 @@ demo: ## Classifies tickets with an embedded broker and the bundled model: no se
 .PHONY: test
 test: ## Unit, golden and end-to-end tests on a real Kafka (KANDLE_TEST_BROKERS=host:port uses yours)
 	@scripts/setup.sh test
-	cargo test --features failpoints
+	cargo test --workspace --features failpoints
 	$(LOOM)
 
 .PHONY: miri
@@ -30,18 +30,18 @@ miri: ## The kernels' portable code under Miri, for undefined behaviour (a night
 	rustup component add --toolchain nightly miri rust-src
 	# Miri has no vectors, so the kernels choose their portable code. What is skipped has no unsafe code of ours: it
 	# compares with Candle, whose thread pool breaks the rules that Miri checks.
-	MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --manifest-path tests/miri/Cargo.toml \
+	MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --package kandle-kernels --lib \
 	  --target-dir $${CARGO_TARGET_DIR:-target}/miri -- \
 	  --skip cuda --skip activation --skip simd --skip fused --skip a_bias
 
 .PHONY: test-repeat
 test-repeat: ## The tests 20 times in a row, with two busy loops running (N=… sets the count)
 	@scripts/setup.sh test
-	cargo test --features failpoints --no-run
+	cargo test --workspace --features failpoints --no-run
 	(while :; do :; done) & one=$$!
 	(while :; do :; done) & two=$$!
 	trap "kill $$one $$two" EXIT
-	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet --features failpoints; done
+	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet --workspace --features failpoints; done
 
 .PHONY: chaos
 chaos: ## 200 faults under each guarantee; the memory limit under long backlogs (CHAOS_SEED=… repeats a schedule)
@@ -80,10 +80,10 @@ build: ## The release binary: target/release/kandle
 
 .PHONY: lint
 lint: ## rustfmt and clippy; warnings are errors
-	cargo fmt --check
+	cargo fmt --all --check
 	# cargo fmt does not find modules that a macro declares.
 	rustfmt --check --edition 2024 src/task/*.rs
-	cargo clippy --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets -- -D warnings
 
 .PHONY: lint-deploy
 lint-deploy: ## Lints Dockerfile, compose.yaml and workflows (hadolint, check-jsonschema; needs Python)
@@ -94,7 +94,7 @@ lint-deploy: ## Lints Dockerfile, compose.yaml and workflows (hadolint, check-js
 
 .PHONY: fmt
 fmt: ## Formats the code
-	cargo fmt
+	cargo fmt --all
 	rustfmt --edition 2024 src/task/*.rs
 
 .PHONY: deps
