@@ -484,8 +484,9 @@ pub enum Aggregation {
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
     /// A hub id (`org/name`), a directory with config.json, weights (*.safetensors or pytorch_model.bin) and
-    /// tokenizer.json or a vocabulary, or `bundled`: the ticket classifier that is part of kandle. For the task tensor: an
-    /// ONNX file, or a directory or hub id with model.onnx or one *.onnx.
+    /// tokenizer.json or a vocabulary, or a model that is part of kandle: `bundled`, which routes support tickets,
+    /// `bundled:churn` (ONNX), `bundled:shapes` (images). For the task tensor: an ONNX file, or a directory or hub id with
+    /// model.onnx or one *.onnx.
     pub source: Option<String>,
     /// Hub: branch, tag or commit (default: main). It is resolved to a commit each time the model is loaded.
     pub revision: Option<String>,

@@ -394,22 +394,73 @@ fn check_reports_an_unreachable_broker_within_ten_seconds() {
 }
 
 #[test]
-fn the_demo_shows_predictions_and_a_dead_letter_and_ends() {
-    let (code, out, err) = finish(kandle().args(["demo", "--seconds", "8", "--listen", "127.0.0.1:0"]), b"");
-    assert_eq!(code, 0, "{out}{err}");
-    for part in [
-        "/metrics",
-        "dead letter from tickets/",
-        "why: decode",
-        "nothing lost",
-        "On your own Kafka",
-        "kandle check -c",
-        "kandle run -c",
-        "lag ",
-    ] {
-        assert!(out.contains(part), "{part:?} is not in\n{out}");
+fn the_demos_show_predictions_and_a_dead_letter_and_end() {
+    let cases: [(&[&str], &str, &[&str]); 3] = [
+        (&[], "tickets", &["why: decode"]),
+        (&["--table"], "customers", &["why: field", "\"/months\" is a string", "in truth: "]),
+        (&["--images"], "images", &["why: image", "drawn: "]),
+    ];
+    for (arguments, records, parts) in cases {
+        let command = [&["demo", "--seconds", "8", "--listen", "127.0.0.1:0"], arguments].concat();
+        let (code, out, err) = finish(kandle().args(command), b"");
+        assert_eq!(code, 0, "{out}{err}");
+        let (dead, all) = (format!("dead letter from {records}/"), format!("400 {records}"));
+        let common =
+            ["/metrics", "nothing lost", "On your own Kafka", "kandle check -c", "kandle run -c", "lag "];
+        for part in common.iter().chain(parts).chain([&dead.as_str(), &all.as_str()]) {
+            assert!(out.contains(part), "{part:?} is not in\n{out}");
+        }
     }
-    assert!(out.contains("400 tickets"), "{out}");
+}
+
+/// What the settings of `--set` make of the records that are part of the binary.
+#[test]
+fn the_bundled_models_are_right_about_the_bundled_records() {
+    let cases: [(&str, &str, &[&str], f64); 2] = [
+        (
+            "demo/customers.jsonl",
+            "outcome",
+            &[
+                "task.kind=tensor",
+                "task.as=classification",
+                "task.inputs.plan=/plan",
+                "task.inputs.contract=/contract",
+                "task.inputs.months=/months",
+                "task.inputs.charge=/charge",
+                "task.inputs.tickets=/tickets",
+                "task.inputs.late_payments=/late_payments",
+                "task.inputs.use_change=/use_change",
+                "model.source=bundled:churn",
+            ],
+            0.65,
+        ),
+        (
+            "demo/images.jsonl",
+            "drawn",
+            &["input.field=/image", "task.kind=image-classification", "model.source=bundled:shapes"],
+            0.9,
+        ),
+    ];
+    for (file, truth, set, least) in cases {
+        let mut command = kandle();
+        command.args(["predict", file]).current_dir(root());
+        let common = [
+            "kafka.brokers=none:1",
+            "input.topics=a",
+            "input.group=b",
+            "output.topic=c",
+            "dead_letters.topic=d",
+            &format!("output.include=/{truth}"),
+        ];
+        for set in common.iter().chain(set) {
+            command.args(["--set", set]);
+        }
+        let (code, out, err) = finish(&mut command, b"");
+        assert_eq!(code, 0, "{err}");
+        let rows: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let right = rows.iter().filter(|row| row["label"] == row[truth]).count();
+        assert!(right as f64 >= least * rows.len() as f64, "{right} of {} in {file}", rows.len());
+    }
 }
 
 /// A server for the part of the hub's protocol that a client needs: revisions, files with their

@@ -96,7 +96,7 @@ enum Command {
     /// Measure throughput and latency
     #[command(subcommand)]
     Bench(bench::Command),
-    /// Classify example tickets without any set-up: an embedded broker and the bundled model
+    /// Classify example tickets, images or customers without any set-up: an embedded broker and a bundled model
     Demo(demo::Options),
 }
 
