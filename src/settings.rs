@@ -496,6 +496,9 @@ pub struct Model {
     pub token: Option<String>,
     /// Hub: use only the cache, never the network ($HF_HUB_OFFLINE=1 does the same).
     pub offline: bool,
+    /// The digest that the model must have (`kandle model verify` prints it), or at least its first 16 digits; with any
+    /// other, nothing starts. The digest covers the model's files and the settings that change a prediction.
+    pub digest: Option<String>,
     /// Where the model runs: auto, cpu, cuda, cuda:N or metal. auto takes the best device of this build and machine.
     pub device: DeviceChoice,
     /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16 (faster than f32 on a CPU with AMX or Arm

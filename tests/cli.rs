@@ -119,6 +119,40 @@ fn embeddings_of_a_directory_with_its_own_pooling() {
 }
 
 #[test]
+fn a_pinned_model_is_the_only_one_that_runs() {
+    let config = bundled();
+    let run = |command: &[&str], digest: &str, input: &[u8]| {
+        let mut kandle = kandle();
+        kandle.args(command).arg("-c").arg(&config.path).args(["--set", "model.device=cpu"]);
+        if !digest.is_empty() {
+            kandle.args(["--set", &format!("model.digest={digest}")]);
+        }
+        finish(&mut kandle, input)
+    };
+    let (code, listed, err) = run(&["model", "verify"], "", b"");
+    assert_eq!(code, 0, "{err}");
+    let is_digest = |word: &&str| word.len() == 64 && word.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let digest = listed.split_whitespace().filter(is_digest).next_back().expect("a digest").to_owned();
+    assert!(listed.contains("model.safetensors") && listed.contains("any model is accepted"), "{listed}");
+    let ticket = br#"{"id":1,"text":"Where is my parcel?"}"#;
+    for pinned in [&digest, &digest[..16]] {
+        let (code, out, err) = run(&["model", "verify"], pinned, b"");
+        assert!(code == 0 && out.contains("it is the one in model.digest"), "{out}{err}");
+        assert_eq!(run(&["predict"], pinned, ticket).0, 0);
+    }
+    let other = "0".repeat(64);
+    for (command, input) in [(&["predict"][..], &ticket[..]), (&["model", "verify"][..], b"")] {
+        let (code, _, err) = run(command, &other, input);
+        assert!(
+            code != 0 && err.contains(&format!("its digest is {digest} and model.digest is {other}")),
+            "{err}"
+        );
+    }
+    let (code, _, err) = run(&["predict"], "ABC", ticket);
+    assert!(code != 0 && err.contains("model.digest") && err.contains("is not a digest"), "{err}");
+}
+
+#[test]
 fn check_warns_of_labels_without_names() {
     let directory = tempfile::tempdir().expect("a directory");
     let fixture = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bert");
