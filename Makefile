@@ -13,11 +13,11 @@ help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 .PHONY: demo
-demo: ## Classifies tickets with an embedded broker and the bundled model: no set-up needed
+demo: ## Classifies tickets with an embedded broker and a bundled model: no set-up needed (DEMO=--images, DEMO=--table)
 	@scripts/setup.sh build
 	# Also builds one test, so that dependencies are compiled only once, with the features that `make test` uses.
 	cargo build --quiet --features failpoints --bin kandle --test footprint
-	$${CARGO_TARGET_DIR:-target}/debug/kandle demo
+	$${CARGO_TARGET_DIR:-target}/debug/kandle demo $(DEMO)
 
 .PHONY: test
 test: ## Unit, golden and end-to-end tests on a real Kafka (KANDLE_TEST_BROKERS=host:port uses yours)
@@ -141,8 +141,10 @@ fixtures: ## Regenerates the golden tests' models and outputs (needs Python with
 	python3 tests/fixtures/make.py
 
 .PHONY: demo-model
-demo-model: ## Retrains the bundled model (needs Python with torch and transformers)
+demo-model: ## Retrains the bundled models (needs Python with torch, transformers, scikit-learn, skl2onnx)
 	python3 demo/train.py
+	python3 demo/train_table.py
+	python3 demo/train_images.py
 
 .PHONY: kafka
 kafka: ## Runs a real Kafka on 127.0.0.1:9092 until Ctrl-C

@@ -484,8 +484,9 @@ pub enum Aggregation {
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
     /// A hub id (`org/name`), a directory with config.json, weights (*.safetensors or pytorch_model.bin) and
-    /// tokenizer.json or a vocabulary, or `bundled`: the ticket classifier that is part of kandle. For the task tensor: an
-    /// ONNX file, or a directory or hub id with model.onnx or one *.onnx.
+    /// tokenizer.json or a vocabulary, or a model that is part of kandle: `bundled`, which routes support tickets,
+    /// `bundled:churn` (ONNX), `bundled:shapes` (images). For the task tensor: an ONNX file, or a directory or hub id with
+    /// model.onnx or one *.onnx.
     pub source: Option<String>,
     /// Hub: branch, tag or commit (default: main). It is resolved to a commit each time the model is loaded.
     pub revision: Option<String>,
@@ -495,6 +496,9 @@ pub struct Model {
     pub token: Option<String>,
     /// Hub: use only the cache, never the network ($HF_HUB_OFFLINE=1 does the same).
     pub offline: bool,
+    /// The digest that the model must have (`kandle model verify` prints it), or at least its first 16 digits; with any
+    /// other, nothing starts. The digest covers the model's files and the settings that change a prediction.
+    pub digest: Option<String>,
     /// Where the model runs: auto, cpu, cuda, cuda:N or metal. auto takes the best device of this build and machine.
     pub device: DeviceChoice,
     /// Precision: auto (f32 on a CPU, bf16 on CUDA, f16 on Metal), f32, bf16 (faster than f32 on a CPU with AMX or Arm

@@ -119,6 +119,40 @@ fn embeddings_of_a_directory_with_its_own_pooling() {
 }
 
 #[test]
+fn a_pinned_model_is_the_only_one_that_runs() {
+    let config = bundled();
+    let run = |command: &[&str], digest: &str, input: &[u8]| {
+        let mut kandle = kandle();
+        kandle.args(command).arg("-c").arg(&config.path).args(["--set", "model.device=cpu"]);
+        if !digest.is_empty() {
+            kandle.args(["--set", &format!("model.digest={digest}")]);
+        }
+        finish(&mut kandle, input)
+    };
+    let (code, listed, err) = run(&["model", "verify"], "", b"");
+    assert_eq!(code, 0, "{err}");
+    let is_digest = |word: &&str| word.len() == 64 && word.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let digest = listed.split_whitespace().filter(is_digest).next_back().expect("a digest").to_owned();
+    assert!(listed.contains("model.safetensors") && listed.contains("any model is accepted"), "{listed}");
+    let ticket = br#"{"id":1,"text":"Where is my parcel?"}"#;
+    for pinned in [&digest, &digest[..16]] {
+        let (code, out, err) = run(&["model", "verify"], pinned, b"");
+        assert!(code == 0 && out.contains("it is the one in model.digest"), "{out}{err}");
+        assert_eq!(run(&["predict"], pinned, ticket).0, 0);
+    }
+    let other = "0".repeat(64);
+    for (command, input) in [(&["predict"][..], &ticket[..]), (&["model", "verify"][..], b"")] {
+        let (code, _, err) = run(command, &other, input);
+        assert!(
+            code != 0 && err.contains(&format!("its digest is {digest} and model.digest is {other}")),
+            "{err}"
+        );
+    }
+    let (code, _, err) = run(&["predict"], "ABC", ticket);
+    assert!(code != 0 && err.contains("model.digest") && err.contains("is not a digest"), "{err}");
+}
+
+#[test]
 fn check_warns_of_labels_without_names() {
     let directory = tempfile::tempdir().expect("a directory");
     let fixture = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bert");
@@ -394,22 +428,73 @@ fn check_reports_an_unreachable_broker_within_ten_seconds() {
 }
 
 #[test]
-fn the_demo_shows_predictions_and_a_dead_letter_and_ends() {
-    let (code, out, err) = finish(kandle().args(["demo", "--seconds", "8", "--listen", "127.0.0.1:0"]), b"");
-    assert_eq!(code, 0, "{out}{err}");
-    for part in [
-        "/metrics",
-        "dead letter from tickets/",
-        "why: decode",
-        "nothing lost",
-        "On your own Kafka",
-        "kandle check -c",
-        "kandle run -c",
-        "lag ",
-    ] {
-        assert!(out.contains(part), "{part:?} is not in\n{out}");
+fn the_demos_show_predictions_and_a_dead_letter_and_end() {
+    let cases: [(&[&str], &str, &[&str]); 3] = [
+        (&[], "tickets", &["why: decode"]),
+        (&["--table"], "customers", &["why: field", "\"/months\" is a string", "in truth: "]),
+        (&["--images"], "images", &["why: image", "drawn: "]),
+    ];
+    for (arguments, records, parts) in cases {
+        let command = [&["demo", "--seconds", "8", "--listen", "127.0.0.1:0"], arguments].concat();
+        let (code, out, err) = finish(kandle().args(command), b"");
+        assert_eq!(code, 0, "{out}{err}");
+        let (dead, all) = (format!("dead letter from {records}/"), format!("400 {records}"));
+        let common =
+            ["/metrics", "nothing lost", "On your own Kafka", "kandle check -c", "kandle run -c", "lag "];
+        for part in common.iter().chain(parts).chain([&dead.as_str(), &all.as_str()]) {
+            assert!(out.contains(part), "{part:?} is not in\n{out}");
+        }
     }
-    assert!(out.contains("400 tickets"), "{out}");
+}
+
+/// What the settings of `--set` make of the records that are part of the binary.
+#[test]
+fn the_bundled_models_are_right_about_the_bundled_records() {
+    let cases: [(&str, &str, &[&str], f64); 2] = [
+        (
+            "demo/customers.jsonl",
+            "outcome",
+            &[
+                "task.kind=tensor",
+                "task.as=classification",
+                "task.inputs.plan=/plan",
+                "task.inputs.contract=/contract",
+                "task.inputs.months=/months",
+                "task.inputs.charge=/charge",
+                "task.inputs.tickets=/tickets",
+                "task.inputs.late_payments=/late_payments",
+                "task.inputs.use_change=/use_change",
+                "model.source=bundled:churn",
+            ],
+            0.65,
+        ),
+        (
+            "demo/images.jsonl",
+            "drawn",
+            &["input.field=/image", "task.kind=image-classification", "model.source=bundled:shapes"],
+            0.9,
+        ),
+    ];
+    for (file, truth, set, least) in cases {
+        let mut command = kandle();
+        command.args(["predict", file]).current_dir(root());
+        let common = [
+            "kafka.brokers=none:1",
+            "input.topics=a",
+            "input.group=b",
+            "output.topic=c",
+            "dead_letters.topic=d",
+            &format!("output.include=/{truth}"),
+        ];
+        for set in common.iter().chain(set) {
+            command.args(["--set", set]);
+        }
+        let (code, out, err) = finish(&mut command, b"");
+        assert_eq!(code, 0, "{err}");
+        let rows: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let right = rows.iter().filter(|row| row["label"] == row[truth]).count();
+        assert!(right as f64 >= least * rows.len() as f64, "{right} of {} in {file}", rows.len());
+    }
 }
 
 /// A server for the part of the hub's protocol that a client needs: revisions, files with their

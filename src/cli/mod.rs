@@ -96,7 +96,7 @@ enum Command {
     /// Measure throughput and latency
     #[command(subcommand)]
     Bench(bench::Command),
-    /// Classify example tickets without any set-up: an embedded broker and the bundled model
+    /// Classify example tickets, images or customers without any set-up: an embedded broker and a bundled model
     Demo(demo::Options),
 }
 
@@ -106,6 +106,8 @@ enum ModelCommand {
     Pull(Configuration),
     /// Show architecture, parameters, precision, token limit, labels and digest
     Show(Configuration),
+    /// Compare the model with model.digest; print its digest and the SHA-256 of each file
+    Verify(Configuration),
 }
 
 #[derive(Subcommand)]
@@ -142,6 +144,7 @@ pub fn main() -> ExitCode {
         }
         Command::Model(ModelCommand::Pull(configuration)) => with(&configuration, model::pull),
         Command::Model(ModelCommand::Show(configuration)) => with(&configuration, model::show),
+        Command::Model(ModelCommand::Verify(configuration)) => with(&configuration, model::verify),
         Command::Config(ConfigCommand::Show(configuration)) => with(&configuration, show_config),
         Command::Config(ConfigCommand::Schema { output: false, configuration }) => {
             if !configuration.files.is_empty() || !configuration.set.is_empty() {

@@ -1,10 +1,10 @@
-//! `model pull` and `model show`.
+//! `model pull`, `model show` and `model verify`.
 
 use anyhow::{Context, bail};
 
 use crate::cli::output::outln;
 use crate::model::text::architecture::Architecture;
-use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, Wants};
+use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, Wants, hex};
 use crate::settings::{Loaded, Settings};
 use crate::task::gliner::load_model;
 use crate::task::text::Source;
@@ -30,6 +30,28 @@ pub fn pull(loaded: Loaded) -> anyhow::Result<()> {
     Ok(())
 }
 
+pub fn verify(loaded: Loaded) -> anyhow::Result<()> {
+    crate::telemetry::logging::start(&loaded.settings.log);
+    let settings = &loaded.settings;
+    let files = files(&loaded)?;
+    let dtype = match Kind::of(settings.task.kind).is_onnx() {
+        true => tensor::DTYPE,
+        false => Placement::choose(settings.model.device, settings.model.dtype)?.dtype_name(),
+    };
+    let digest = Digest::of(Some(&files), settings, dtype)?;
+    outln!("{}", files.name());
+    for name in files.names()? {
+        outln!("  {}  {name}", hex(&files.sha256(&name)?));
+    }
+    outln!("digest of these files and of the settings that change a prediction:\n  {}", digest.full());
+    Digest::new(Some(&files), settings, dtype)?;
+    match &settings.model.digest {
+        Some(_) => outln!("it is the one in model.digest"),
+        None => outln!("model.digest is not set: any model is accepted"),
+    }
+    Ok(())
+}
+
 pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     crate::telemetry::logging::start(&loaded.settings.log);
     let settings = &loaded.settings;
@@ -43,7 +65,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let name = files.name();
     let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
     let output = Kind::of(settings.task.kind).output.context("the task has a model")?;
-    let digest = Digest::new(Some(&files), settings, placement.dtype_name())?;
+    let digest = Digest::of(Some(&files), settings, placement.dtype_name())?;
     let tasks = suited(&Checkpoint::read(&files).with_context(|| format!("model {name}"))?).join(", ");
     let model = Model::load(files, placement, output)
         .with_context(|| format!("model {name}, whose heads are for {tasks}"))?;

@@ -12,7 +12,9 @@ use rayon::prelude::*;
 use super::{About, Compute, ComputeError, Pace, Stage, StageContext, drop_windows};
 use crate::codec::write::{self, Writer};
 use crate::codec::{Decoder, Input, Waiting};
-use crate::engine::{Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError};
+use crate::engine::{
+    Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError, TOKENS,
+};
 use crate::failpoint;
 use crate::flow::{Encoded, Outcome, Queued, Report};
 use crate::record::{Fault, Position, RecordError};
@@ -122,7 +124,13 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             items.extend(of_part);
         }
         let cost: u64 = items.iter().map(|item| u64::from(item.cost())).sum();
-        self.metrics.tokens.inc_by(cost);
+        self.metrics
+            .input_units
+            .with_label_values(&[T::Item::UNIT])
+            .inc_by(items.iter().map(Item::units).sum());
+        if T::Item::UNIT == TOKENS {
+            self.metrics.tokens.inc_by(cost);
+        }
         let suspects: HashSet<usize> = (window.records.iter().zip(&states))
             .filter(|(record, _)| record.suspect)
             .flat_map(|(_, state)| match state {

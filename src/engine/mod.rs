@@ -23,7 +23,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 pub use answers::{Answers, Rows};
 pub use budget::Budget;
 pub use calibrate::{Calibration, Calibrations, Rate};
-pub use model::{Item, Model, RunError, Value};
+pub use model::{Item, Model, RunError, TOKENS, Value};
 pub use plan::{Batch, Planned, plan};
 
 use self::lanes::{BatchResult, Device, Lanes, Purpose, Work};

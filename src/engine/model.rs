@@ -2,8 +2,19 @@
 
 use crate::ragged::Ragged;
 
+/// The unit of texts.
+pub const TOKENS: &str = "tokens";
+
 /// One input of a model: a token sequence, an image, a set of tensors. A record asks for any number of them.
 pub trait Item: Send + Sync + 'static {
+    /// What [`Item::units`] counts: the label `unit` of `kandle_input_units_total`.
+    const UNIT: &'static str = TOKENS;
+
+    /// Its size as users see it.
+    fn units(&self) -> u64 {
+        u64::from(self.cost())
+    }
+
     /// Work, in the model's unit: tokens, patches, elements.
     fn cost(&self) -> u32;
 

@@ -19,7 +19,24 @@ pub struct Digest(String);
 
 impl Digest {
     /// `files` is `None` for a task without a model; `dtype` is the resolved one.
+    ///
+    /// # Errors
+    /// A file cannot be read, or the digest is not the one that `model.digest` asks for.
     pub fn new(files: Option<&Files>, settings: &Settings, dtype: &str) -> Result<Self, FilesError> {
+        let digest = Self::of(files, settings, dtype)?;
+        match &settings.model.digest {
+            Some(pinned) if !digest.0.starts_with(pinned.as_str()) => {
+                Err(FilesError::Digest { pinned: pinned.clone(), found: digest.0 })
+            }
+            _ => Ok(digest),
+        }
+    }
+
+    /// The digest, whatever `model.digest` says.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn of(files: Option<&Files>, settings: &Settings, dtype: &str) -> Result<Self, FilesError> {
         let mut lines = Vec::new();
         if let Some(files) = files {
             for name in files.names()? {

@@ -131,6 +131,14 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         };
         problem("model.source", message.to_owned());
     }
+    if let Some(digest) = &settings.model.digest
+        && (!(16..=64).contains(&digest.len())
+            || !digest.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')))
+    {
+        let message =
+            "is not a digest: set 16 to 64 lower-case hex digits, as `kandle model verify` prints them";
+        problem("model.digest", message.to_owned());
+    }
     for (key, message) in check_task(&settings.task, entry, FormatEntry::of(input.format)) {
         problem(&format!("task.{key}"), message);
     }

@@ -124,7 +124,7 @@ impl Loaded {
 }
 
 /// The precision of an ONNX model is its own.
-const DTYPE: &str = "onnx";
+pub const DTYPE: &str = "onnx";
 
 /// Cost of a batch on a CPU core, in the unit of [`Tensors`]: a thousand records of a table, or one image.
 const CORE_COST: usize = 1024;

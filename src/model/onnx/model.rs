@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Component, Path};
 use std::sync::{Arc, Mutex};
 
 use prost::Message as _;
@@ -109,16 +109,25 @@ pub(super) fn framework() -> Onnx {
 /// Names of the files beside an ONNX file that hold its tensors.
 ///
 /// # Errors
-/// The file is not an ONNX model.
+/// The file is not an ONNX model, or it names a file outside of its folder: a model file must not choose what is read.
 pub fn external_files(file: &str, bytes: &[u8]) -> Result<Vec<String>, String> {
     let proto = ModelProto::decode(bytes).map_err(|e| GraphError::NotOnnx(e.to_string()).to_string())?;
     let folder = file.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
-    let mut names: Vec<String> = (proto.graph.iter())
-        .flat_map(|graph| &graph.initializer)
-        .flat_map(|tensor| &tensor.external_data)
-        .filter(|entry| entry.key == "location")
-        .map(|entry| format!("{folder}{}", entry.value))
-        .collect();
+    let mut names = Vec::new();
+    for graph in &proto.graph {
+        let attributes = graph.node.iter().flat_map(|node| &node.attribute);
+        let tensors = graph.initializer.iter().chain(attributes.filter_map(|attribute| attribute.t.as_ref()));
+        for entry in tensors.flat_map(|tensor| &tensor.external_data).filter(|entry| entry.key == "location")
+        {
+            let is_inside = Path::new(&entry.value)
+                .components()
+                .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+            if !is_inside {
+                return Err(format!("names the file {:?}, which is not in the model's folder", entry.value));
+            }
+            names.push(format!("{folder}{}", entry.value));
+        }
+    }
     names.sort();
     names.dedup();
     Ok(names)
@@ -587,6 +596,31 @@ impl engine::Model for OnnxModel {
                 bytes: Vec::new(),
                 texts: Vec::new(),
             },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tract_onnx::pb::{GraphProto, StringStringEntryProto, TensorProto};
+
+    #[test]
+    fn a_model_does_not_choose_files_outside_of_its_folder() {
+        let of = |location: &str| {
+            let location = StringStringEntryProto { key: "location".to_owned(), value: location.to_owned() };
+            let tensor = TensorProto { external_data: vec![location], ..TensorProto::default() };
+            let graph = GraphProto { initializer: vec![tensor], ..GraphProto::default() };
+            let proto = ModelProto { graph: Some(graph), ..ModelProto::default() };
+            external_files("onnx/model.onnx", &proto.encode_to_vec())
+        };
+        assert_eq!(of("model.onnx_data"), Ok(vec!["onnx/model.onnx_data".to_owned()]));
+        assert_eq!(of("parts/1"), Ok(vec!["onnx/parts/1".to_owned()]));
+        for outside in ["/etc/passwd", "../../secret", "parts/../../secret"] {
+            assert!(
+                of(outside).is_err_and(|message| message.contains("not in the model's folder")),
+                "{outside}"
+            );
         }
     }
 }

@@ -46,6 +46,12 @@ pub struct Tensors {
 }
 
 impl Item for Tensors {
+    const UNIT: &'static str = "elements";
+
+    fn units(&self) -> u64 {
+        (0..self.layout.shapes.len()).map(|input| self.layout.elements(input) as u64).sum()
+    }
+
     fn cost(&self) -> u32 {
         self.layout.cost
     }

@@ -71,6 +71,11 @@ pub enum FilesError {
     SeveralOnnx { found: Vec<String> },
     #[error("hub: {0}")]
     Hub(String),
+    #[error(
+        "its digest is {found} and model.digest is {pinned}: the files are not those that were pinned, or a setting \
+         that changes predictions is not; `kandle model verify` lists the files with their SHA-256"
+    )]
+    Digest { pinned: String, found: String },
 }
 
 /// What there is instead of the file that is looked for.
