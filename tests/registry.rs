@@ -4,7 +4,7 @@ mod support;
 
 use std::time::Duration;
 
-use kandle::registry;
+use kandle::registry::{self, SchemaId};
 use kandle::settings::{self, Urls};
 use serde_json::{Value, json};
 use support::registry::{Registry, framed};
@@ -84,11 +84,11 @@ fn the_client_fetches_registers_and_says_what_is_wrong() {
     let ticket = server.register("ticket", "AVRO", TICKET, &[("shop.Customer", "a-customer")]);
     // The first address refuses connections.
     let client_of_two = client(&["http://127.0.0.1:1", server.url.as_str()]);
-    let schema = client_of_two.schema(ticket).expect("the schema");
+    let schema = client_of_two.schema(SchemaId::Number(ticket)).expect("the schema");
     assert_eq!(schema.kind, registry::SchemaKind::Avro);
     assert_eq!(schema.references.len(), 1);
     assert_eq!(schema.references[0].0, "shop.Customer");
-    assert_eq!(*schema.references[0].1, client_of_two.schema(customer).expect("the schema"));
+    assert_eq!(*schema.references[0].1, client_of_two.schema(SchemaId::Number(customer)).expect("the schema"));
     let latest = client_of_two.latest("ticket").expect("the latest version");
     assert_eq!((latest.id, latest.version), (ticket, 1));
     assert_eq!(latest, client_of_two.version("ticket", 1).expect("the version"));
@@ -98,7 +98,7 @@ fn the_client_fetches_registers_and_says_what_is_wrong() {
     assert_eq!(client_of_two.register("b", kind, CUSTOMER), Ok(id));
     assert_eq!(client_of_two.lookup("b", kind, CUSTOMER), Ok(id));
 
-    let not_found = client_of_two.schema(4711).expect_err("no such id");
+    let not_found = client_of_two.schema(SchemaId::Number(4711)).expect_err("no such id");
     assert!(matches!(not_found, registry::RegistryError::NotFound { .. }), "{not_found}");
     assert!(matches!(client_of_two.latest("none"), Err(registry::RegistryError::NotFound { .. })));
     assert!(matches!(
@@ -110,7 +110,7 @@ fn the_client_fetches_registers_and_says_what_is_wrong() {
     // Without the API's path, the answer is not of a registry: it says nothing about a schema.
     let base = server.url.split("/apis").next().expect("a host");
     for away in ["http://127.0.0.1:1", base] {
-        let error = client(&[away]).schema(ticket).expect_err("no registry");
+        let error = client(&[away]).schema(SchemaId::Number(ticket)).expect_err("no registry");
         assert!(matches!(error, registry::RegistryError::Away { .. }), "{error}");
     }
 }

@@ -9,11 +9,11 @@ use std::path::Path;
 use jsonschema::{Retrieve, Uri, Validator};
 
 use super::json::Json;
-use super::schemas::{Compile, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind};
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
 use crate::settings::Settings;
 
@@ -103,16 +103,16 @@ pub(super) fn reader(settings: &Settings, _: &Selected) -> Result<Box<dyn Reader
 }
 
 impl Reader for JsonSchema {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
-        let (validator, data) = self.0.of(bytes)?;
-        let document = Json.read(data)?;
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
+        let Planned { plan, data, .. } = self.0.of(value)?;
+        let document = Json.read(data.into())?;
         if let Value::Tree(tree) = &document {
-            validate(&validator, tree.whole().get())?;
+            validate(&plan, tree.whole().get())?;
         }
         Ok(document)
     }
 
-    fn fetch(&self, values: &mut dyn Iterator<Item = &[u8]>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, values: &mut dyn Iterator<Item = Raw<'_>>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
         self.0.fetch(values, waiting)
     }
 }

@@ -24,7 +24,7 @@ pub use schemas::{SchemaError, Stopped, Waiting};
 pub use select::{Input, Select};
 pub use selected::{Selected, tokens};
 
-use crate::record::RecordError;
+use crate::record::{Raw, RecordError};
 use crate::registry::{RegistryError, Schema, SchemaKind};
 use crate::settings::{Format, Settings};
 
@@ -45,13 +45,13 @@ pub trait Reader: Send + Sync {
     ///
     /// # Errors
     /// The bytes are not valid in the format.
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError>;
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError>;
 
     /// Fetches what reading these values needs, and waits while it cannot be fetched. Called before they are read.
     ///
     /// # Errors
     /// The process is asked to stop.
-    fn fetch(&self, _: &mut dyn Iterator<Item = &[u8]>, _: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, _: &mut dyn Iterator<Item = Raw<'_>>, _: &Waiting<'_>) -> Result<(), Stopped> {
         Ok(())
     }
 }
@@ -138,7 +138,7 @@ impl Decoder {
     /// The process is asked to stop.
     pub fn fetch<'a>(
         &self,
-        mut values: impl Iterator<Item = &'a [u8]>,
+        mut values: impl Iterator<Item = Raw<'a>>,
         waiting: &Waiting<'_>,
     ) -> Result<(), Stopped> {
         self.reader.fetch(&mut values, waiting)
@@ -148,8 +148,8 @@ impl Decoder {
     ///
     /// # Errors
     /// The value is not valid in the format, or a selected value is missing or has the wrong type.
-    pub fn decode<'a>(&self, value: &'a [u8]) -> Result<Input<'a>, RecordError> {
-        self.select.select(self.reader.read(value)?)
+    pub fn decode<'a>(&self, value: impl Into<Raw<'a>>) -> Result<Input<'a>, RecordError> {
+        self.select.select(self.reader.read(value.into())?)
     }
 }
 

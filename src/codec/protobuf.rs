@@ -14,11 +14,11 @@ use prost_reflect::{
 use protox::Compiler as ProtoCompiler;
 use protox::file::{ChainFileResolver, File, FileResolver, GoogleFileResolver, IncludeFileResolver};
 
-use super::schemas::{Compile, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind};
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
 use crate::settings::Settings;
 
@@ -131,12 +131,12 @@ pub(super) fn reader(settings: &Settings, _: &Selected) -> Result<Box<dyn Reader
 }
 
 impl Reader for Protobuf {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
-        let (plan, data) = self.0.of(bytes)?;
-        to_json(&plan, data).map(Value::Transcoded)
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
+        let Planned { plan, header, data } = self.0.of(value)?;
+        to_json(&plan, header, data).map(Value::Transcoded)
     }
 
-    fn fetch(&self, values: &mut dyn Iterator<Item = &[u8]>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, values: &mut dyn Iterator<Item = Raw<'_>>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
         self.0.fetch(values, waiting)
     }
 }
@@ -145,10 +145,12 @@ fn fault(message: impl Into<String>) -> RecordError {
     RecordError::new(Fault::Decode, message)
 }
 
-fn to_json(plan: &Plan, data: &[u8]) -> Result<String, RecordError> {
-    let (message, data) = match plan {
-        Plan::Message(message) => (message.clone(), data),
-        Plan::Indexed(file) => message_of(file, data)?,
+/// `header`: the message indexes, if they are not before the data but in the record's header.
+fn to_json(plan: &Plan, header: Option<&[u8]>, mut data: &[u8]) -> Result<String, RecordError> {
+    let message = match (plan, header) {
+        (Plan::Message(message), _) => message.clone(),
+        (Plan::Indexed(file), Some(mut header)) => message_of(file, &mut header)?,
+        (Plan::Indexed(file), None) => message_of(file, &mut data)?,
     };
     let any = memchr::memmem::find_iter(data, b"google.protobuf.Any").take(MAX_ANY + 1).count();
     if any > MAX_ANY {
@@ -167,19 +169,16 @@ fn to_json(plan: &Plan, data: &[u8]) -> Result<String, RecordError> {
     String::from_utf8(out).map_err(|e| not(&e))
 }
 
-/// The message that the indexes before the data name, and the data.
-fn message_of<'a>(
-    file: &FileDescriptor,
-    mut data: &'a [u8],
-) -> Result<(MessageDescriptor, &'a [u8]), RecordError> {
-    let count = zigzag(&mut data)?;
+/// Takes the indexes, and returns the message that they name.
+fn message_of(file: &FileDescriptor, data: &mut &[u8]) -> Result<MessageDescriptor, RecordError> {
+    let count = zigzag(data)?;
     if count < 0 {
         return Err(fault("the value's number of message indexes is negative"));
     }
     let mut message: Option<MessageDescriptor> = None;
     // Without indexes, it is the first message.
     for _ in 0..count.max(1) {
-        let index = if count == 0 { 0 } else { zigzag(&mut data)? };
+        let index = if count == 0 { 0 } else { zigzag(data)? };
         let at = usize::try_from(index).unwrap_or(usize::MAX);
         let found = match &message {
             None => file.messages().nth(at),
@@ -189,7 +188,7 @@ fn message_of<'a>(
         message =
             Some(found.ok_or_else(|| fault(format!("the value's schema has no message {index}{inside}")))?);
     }
-    message.map(|message| (message, data)).ok_or_else(|| fault("the value names no message"))
+    message.ok_or_else(|| fault("the value names no message"))
 }
 
 /// Takes a zigzag number.
@@ -239,7 +238,7 @@ mod tests {
     }
 
     fn json(data: &[u8]) -> Result<serde_json::Value, String> {
-        let json = to_json(&plan(), data).map_err(|error| error.message)?;
+        let json = to_json(&plan(), None, data).map_err(|error| error.message)?;
         Ok(serde_json::from_str(&json).unwrap())
     }
 
@@ -286,6 +285,18 @@ mod tests {
         assert!(json(&[1]).is_err(), "a negative number of indexes");
         // A number of indexes that nothing backs.
         assert!(json(&[0xfe, 0xff, 0xff, 0xff, 0x0f, 2]).is_err());
+    }
+
+    #[test]
+    fn the_indexes_may_be_in_the_header() {
+        let of = |header: &[u8], data: &[u8]| {
+            let json = to_json(&plan(), Some(header), data).map_err(|error| error.message)?;
+            Ok::<serde_json::Value, String>(serde_json::from_str(&json).unwrap())
+        };
+        // What follows the indexes is not the data.
+        assert_eq!(of(&[4, 2, 0, 8, 6], &[8, 5]).unwrap(), serde_json::json!({ "amount": 5 }));
+        assert_eq!(of(&[0], &field(1, b"x")).unwrap(), serde_json::json!({ "unused": "x" }));
+        assert!(of(&[], &[0, 8, 5]).unwrap_err().contains("message indexes"));
     }
 
     #[test]
@@ -346,7 +357,7 @@ mod tests {
         std::fs::write(&set, prost::Message::encode_to_vec(&compiled)).unwrap();
         for path in [proto.as_path(), set.as_path()] {
             let plan = Compiler { message: Some("a.A".to_owned()) }.compile_file(path).unwrap();
-            assert_eq!(to_json(&plan, &field(1, &field(1, b"x"))).unwrap(), r#"{"b":{"x":"x"}}"#);
+            assert_eq!(to_json(&plan, None, &field(1, &field(1, b"x"))).unwrap(), r#"{"b":{"x":"x"}}"#);
             let error = Compiler { message: Some("a.C".to_owned()) }.compile_file(path).err().unwrap();
             assert!(error.to_string().contains("no message a.C"), "{error}");
         }

@@ -12,11 +12,11 @@ use std::path::Path;
 
 use plan::Plan;
 
-use super::schemas::{Compile, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind};
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
 use crate::settings::Settings;
 
@@ -51,15 +51,15 @@ pub(super) fn reader(settings: &Settings, selected: &Selected) -> Result<Box<dyn
 }
 
 impl Reader for Avro {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
-        let (plan, data) = self.0.of(bytes)?;
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
+        let Planned { plan, data, .. } = self.0.of(value)?;
         let json = decode::to_json(&plan, data);
         json.map(Value::Transcoded).map_err(|error| {
             RecordError::new(Fault::Decode, format!("the value does not match its Avro schema: {error}"))
         })
     }
 
-    fn fetch(&self, values: &mut dyn Iterator<Item = &[u8]>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, values: &mut dyn Iterator<Item = Raw<'_>>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
         self.0.fetch(values, waiting)
     }
 }
