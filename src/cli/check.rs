@@ -19,7 +19,7 @@ use crate::kafka::consumer;
 use crate::kafka::login::{self, Client, Side};
 use crate::kafka::permissions::{self, Held};
 use crate::model::{Checkpoint, Files, Output};
-use crate::registry::registration::OutputSchema;
+use crate::registry::registration::{OutputSchema, candidates};
 use crate::registry::{Registry, RegistryError, Version};
 use crate::settings::{Guarantee, Loaded, Settings};
 use crate::sink;
@@ -313,21 +313,39 @@ fn output_schema(settings: &Settings, lines: &mut Lines) {
         Ok(None) => return lines.skip(&what, "no registry is set"),
         Err(error) => return lines.say(&what, Err(error.to_string())),
     };
-    let found = match schema.known(&registry) {
+    let candidates = match candidates(settings, &registry) {
+        Ok(candidates) => candidates,
+        Err(error) => return lines.say(&what, Err(error.to_string())),
+    };
+    let schemas = candidates.iter().filter_map(|record| OutputSchema::new(settings, record));
+    let mut found = schemas.map(|schema| taken(&schema, &registry, settings.registry.auto_register));
+    let first = found.next().unwrap_or_else(|| Err("there is none".to_owned()));
+    let found = match (first, found.next()) {
+        (Err(why), Some(Ok(found))) => {
+            lines.warn(&what, &format!("output.include keeps texts instead of the input's types: with them, it {why}"));
+            Ok(found)
+        }
+        (first, _) => first,
+    };
+    lines.say(&what, found);
+}
+
+/// Whether a subject has a schema, or would take it.
+fn taken(schema: &OutputSchema, registry: &Registry, auto_register: bool) -> Result<String, String> {
+    match schema.known(registry) {
         Ok(id) => Ok(format!("is in the registry, id {id}")),
-        Err(RegistryError::NotFound { .. }) if !settings.registry.auto_register => Err(
+        Err(RegistryError::NotFound { .. }) if !auto_register => Err(
             "is not in the registry, and registry.auto_register is false: register what `kandle config schema --output` \
              prints"
                 .to_owned(),
         ),
-        Err(RegistryError::NotFound { .. }) => match schema.objection(&registry) {
+        Err(RegistryError::NotFound { .. }) => match schema.objection(registry) {
             Ok(None) => Ok("is not in the registry yet; it is compatible, and `run` will register it".to_owned()),
             Ok(Some(reason)) => Err(format!("is not compatible with the subject's latest version: {reason}")),
             Err(error) => Err(error.to_string()),
         },
         Err(error) => Err(error.to_string()),
-    };
-    lines.say(&what, found);
+    }
 }
 
 fn model(settings: &Settings, lines: &mut Lines) {

@@ -26,7 +26,8 @@ pub use selected::{Selected, tokens};
 
 use crate::record::{Raw, RecordError};
 use crate::registry::{RegistryError, Schema, SchemaKind};
-use crate::settings::{Format, Settings};
+use crate::settings::{self, Format, Settings};
+use write::schema::Type;
 
 /// A record's value, parsed by its format.
 #[derive(Debug)]
@@ -87,14 +88,18 @@ pub struct FormatEntry {
 }
 
 type MakeReader = fn(&Settings, &Selected) -> Result<Box<dyn Reader>, DecoderError>;
-/// For each pointer, as its tokens, whether the schema has such a member.
-type HasMembers = fn(&Schema, &[Vec<String>]) -> Result<Vec<bool>, SchemaError>;
 
-/// What `kandle check` does with the schema of a topic.
+/// For each pointer, as its tokens, the type of the value there, as predictions have it; `None`: there is no such member.
+type Types<E> = Result<Vec<Option<Type>>, E>;
+
+/// What a schema says of the values that are selected: for `kandle check`, and for the schema of predictions.
 #[derive(Clone, Copy)]
 pub struct SchemaEntry {
     pub kind: SchemaKind,
-    pub has: HasMembers,
+    /// By a schema of the registry.
+    pub types: fn(&Schema, &[Vec<String>]) -> Types<SchemaError>,
+    /// By the file `input.schema`.
+    pub types_of_file: fn(&settings::Input, &[Vec<String>]) -> Types<SchemaFileError>,
 }
 
 /// All formats. To add one, add a file here, a line in this table and a value of [`Format`].

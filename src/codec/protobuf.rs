@@ -15,12 +15,13 @@ use protox::Compiler as ProtoCompiler;
 use protox::file::{ChainFileResolver, File, FileResolver, GoogleFileResolver, IncludeFileResolver};
 
 use super::schemas::{Compile, Planned, Plans, expect_kind};
+use super::write::schema::Type;
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
 use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 
 /// The name of a registry's schema among the files that it imports.
 const ROOT: &str = "kandle/value.proto";
@@ -92,34 +93,75 @@ impl Compile for Compiler {
     }
 }
 
-pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Protobuf, has };
+pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Protobuf, types, types_of_file };
 
-/// Whether any message of the schema has the members: only the values say which one they are.
-fn has(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<bool>, SchemaError> {
-    let Plan::Indexed(file) = (Compiler { message: None }).compile(schema)? else { return Ok(Vec::new()) };
-    let any = |tokens: &Vec<String>| file.messages().any(|message| has_member(&message, tokens));
-    Ok(pointers.iter().map(any).collect())
+fn types(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<Option<Type>>, SchemaError> {
+    Ok((Compiler { message: None }).compile(schema)?.types(pointers))
 }
 
-fn has_member(message: &MessageDescriptor, tokens: &[String]) -> bool {
-    let [first, rest @ ..] = tokens else { return true };
+fn types_of_file(
+    input: &settings::Input,
+    pointers: &[Vec<String>],
+) -> Result<Vec<Option<Type>>, SchemaFileError> {
+    let path = input.schema.as_deref().unwrap_or(Path::new(""));
+    Ok((Compiler { message: input.message.clone() }).compile_file(path)?.types(pointers))
+}
+
+impl Plan {
+    /// Of several messages, what those agree on that have the member: only the values say which one they are.
+    fn types(&self, pointers: &[Vec<String>]) -> Vec<Option<Type>> {
+        let types = |tokens: &Vec<String>| match self {
+            Self::Message(message) => type_at(message, tokens),
+            Self::Indexed(file) => {
+                Type::common(file.messages().filter_map(|message| type_at(&message, tokens)))
+            }
+        };
+        pointers.iter().map(types).collect()
+    }
+}
+
+/// The type that a prediction has for a member of a message; `None` if there is no such member.
+fn type_at(message: &MessageDescriptor, tokens: &[String]) -> Option<Type> {
+    let [first, rest @ ..] = tokens else { return Some(of_kind(&Kind::Message(message.clone()))) };
     if message.full_name().starts_with("google.protobuf.") {
         // Its JSON is not an object of its fields.
-        return true;
+        return Some(Type::Json);
     }
-    let Some(field) = message.get_field_by_name(first) else { return false };
-    let rest = match rest {
-        // An index or a key.
-        [_, below @ ..] if field.is_list() || field.is_map() => below,
-        all => all,
-    };
+    let field = message.get_field_by_name(first)?;
     let kind = match field.kind() {
         Kind::Message(entry) if field.is_map() => entry.map_entry_value_field().kind(),
         kind => kind,
     };
+    let rest = match rest {
+        [] if field.is_list() => return Some(Type::of_scalars(Type::list, of_kind(&kind))),
+        [] if field.is_map() => return Some(Type::of_scalars(Type::map, of_kind(&kind))),
+        // An index or a key.
+        [_, below @ ..] if field.is_list() || field.is_map() => below,
+        all => all,
+    };
     match kind {
-        Kind::Message(message) => has_member(&message, rest),
-        _ => rest.is_empty(),
+        Kind::Message(message) => type_at(&message, rest),
+        kind => rest.is_empty().then(|| of_kind(&kind)),
+    }
+}
+
+/// Of integers the widest one, so that a change of the input's schema that Protobuf allows (int32 to int64) changes
+/// nothing.
+fn of_kind(kind: &Kind) -> Type {
+    match kind {
+        Kind::Bool => Type::Boolean,
+        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 | Kind::Uint32 | Kind::Fixed32 => Type::Long { quoted: false },
+        Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => Type::Long { quoted: true },
+        Kind::Float | Kind::Double => Type::Double { quoted: true },
+        // In proto3's JSON, 64-bit integers are strings.
+        Kind::String | Kind::Bytes | Kind::Uint64 | Kind::Fixed64 => Type::Text,
+        Kind::Message(message) => match message.full_name() {
+            "google.protobuf.Timestamp" | "google.protobuf.Duration" | "google.protobuf.FieldMask" => Type::Text,
+            // A message may have more fields in the next version of its schema.
+            _ => Type::Json,
+        },
+        // A number that the schema does not name is a number in JSON too.
+        Kind::Enum(_) => Type::Json,
     }
 }
 
@@ -338,7 +380,40 @@ mod tests {
             ("/s/x", false),
             ("/none", false),
         ] {
-            assert_eq!(has(&schema, &[crate::codec::tokens(pointer)]).unwrap(), [there], "{pointer}");
+            let found = types(&schema, &[crate::codec::tokens(pointer)]).unwrap();
+            assert_eq!(found[0].is_some(), there, "{pointer}");
+        }
+    }
+
+    #[test]
+    fn included_fields_have_types() {
+        let schema = Schema::new(
+            SchemaKind::Protobuf,
+            "syntax = \"proto3\"; import \"google/protobuf/timestamp.proto\"; \
+             message A { int32 i = 1; int64 l = 2; uint64 u = 3; float f = 4; bool b = 5; bytes r = 6; E e = 7; \
+             A a = 8; repeated double ds = 9; map<int32, string> m = 10; repeated A as = 11; \
+             google.protobuf.Timestamp at = 12; string both = 13; } enum E { X = 0; } message B { bool both = 1; }",
+        );
+        let long = |quoted| Type::Long { quoted };
+        for (pointer, want) in [
+            ("/i", long(false)),
+            ("/l", long(true)),
+            ("/u", Type::Text),
+            ("/f", Type::Double { quoted: true }),
+            ("/b", Type::Boolean),
+            ("/r", Type::Text),
+            ("/e", Type::Json),
+            ("/a", Type::Json),
+            ("/a/a/l", long(true)),
+            ("/ds", Type::list(Type::Double { quoted: true })),
+            ("/ds/0", Type::Double { quoted: true }),
+            ("/m", Type::map(Type::Text)),
+            ("/as", Type::Json),
+            ("/as/0/l", long(true)),
+            ("/at", Type::Text),
+            ("/both", Type::Json),
+        ] {
+            assert_eq!(types(&schema, &[crate::codec::tokens(pointer)]).unwrap(), [Some(want)], "{pointer}");
         }
     }
 

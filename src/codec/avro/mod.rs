@@ -13,12 +13,13 @@ use std::path::Path;
 use plan::Plan;
 
 use super::schemas::{Compile, Planned, Plans, expect_kind};
+use super::write::schema::Type;
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
 use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 
 /// Compiles a schema to a plan for what is selected.
 struct Compiler(Selected);
@@ -37,11 +38,19 @@ impl Compile for Compiler {
     }
 }
 
-pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Avro, has };
+pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Avro, types, types_of_file };
 
-fn has(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<bool>, SchemaError> {
+fn types(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<Option<Type>>, SchemaError> {
     let plan = Plan::new(schema, &Selected::Whole)?;
-    Ok(pointers.iter().map(|tokens| plan.has(plan.root, tokens)).collect())
+    Ok(pointers.iter().map(|tokens| plan.type_at(plan.root, tokens)).collect())
+}
+
+fn types_of_file(
+    input: &settings::Input,
+    pointers: &[Vec<String>],
+) -> Result<Vec<Option<Type>>, SchemaFileError> {
+    let text = std::fs::read_to_string(input.schema.as_deref().unwrap_or(Path::new("")))?;
+    Ok(types(&Schema::new(SchemaKind::Avro, text), pointers)?)
 }
 
 struct Avro(Plans<Compiler>);
