@@ -12,7 +12,8 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::{AlreadyReported, drain};
 use crate::cli::output::outln;
 use crate::codec::write::Record;
-use crate::codec::{FormatEntry, SchemaEntry, tokens};
+use crate::codec::write::schema::Type;
+use crate::codec::{FormatEntry, tokens};
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
@@ -60,9 +61,9 @@ pub fn check(loaded: Loaded) -> anyhow::Result<()> {
     let mut lines = Lines::default();
     lines.say("configuration", Ok("every key is known, every rule holds".to_owned()));
     kafka(&settings, &mut lines);
-    schemas(&settings, &mut lines);
     output_schema(&settings, &mut lines);
-    model(&settings, &mut lines);
+    let pointers = model(&settings, &mut lines);
+    schemas(&settings, pointers, &mut lines);
     if lines.failed { Err(AlreadyReported.into()) } else { Ok(()) }
 }
 
@@ -253,16 +254,23 @@ fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     lines.say("largest message", Ok(note));
 }
 
-/// The latest schema of each input topic must have what the settings select.
-fn schemas(settings: &Settings, lines: &mut Lines) {
-    let format = FormatEntry::of(settings.input.format);
-    let Some(entry) = format.schema.filter(|_| settings.input.schema.is_none()) else { return };
+/// The schema of the input must have what is selected: the file `input.schema`, or the latest schema of each topic.
+/// `pointers`: what the loaded task reads; `None`: it did not load, and only what the settings name is looked up.
+fn schemas(settings: &Settings, pointers: Option<Vec<String>>, lines: &mut Lines) {
+    let Some(entry) = FormatEntry::of(settings.input.format).schema else { return };
+    let named = || Kind::select(settings).map(|select| select.pointers()).unwrap_or_default();
+    let pointers = pointers.unwrap_or_else(named);
+    let tokens: Vec<Vec<String>> = pointers.iter().map(|pointer| tokens(pointer)).collect();
+    if let Some(path) = &settings.input.schema {
+        let what = format!("schema {}", path.display());
+        let found = (entry.types_of_file)(&settings.input, &tokens).map_err(|error| error.to_string());
+        return lines.say(&what, found.and_then(|types| selected("it", &pointers, &types)));
+    }
     let registry = match Registry::new(&settings.registry) {
         Ok(Some(registry)) => registry,
         Ok(None) => return,
         Err(error) => return lines.say("schema registry", Err(error.to_string())),
     };
-    let pointers = Kind::select(settings).map(|select| select.pointers()).unwrap_or_default();
     for topic in &settings.input.topics {
         let subject = format!("{topic}-value");
         let what = format!("schema of {subject}");
@@ -279,27 +287,28 @@ fn schemas(settings: &Settings, lines: &mut Lines) {
                 );
             }
             Err(error) => lines.say(&what, Err(error.to_string())),
-            Ok(version) => lines.say(&what, selected(&entry, &version, &pointers)),
+            Ok(Version { id, version, schema }) => {
+                let name = format!("version {version}, schema id {id}");
+                let found = match schema.kind == entry.kind {
+                    true => (entry.types)(&schema, &tokens).map_err(|e| format!("{name} cannot be used: {e}")),
+                    false => Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name())),
+                };
+                lines.say(&what, found.and_then(|types| selected(&name, &pointers, &types)));
+            }
         }
     }
 }
 
-/// Looks up what is selected in a topic's latest schema.
-fn selected(entry: &SchemaEntry, version: &Version, pointers: &[String]) -> Result<String, String> {
-    let Version { id, version, schema } = version;
-    let name = format!("version {version}, schema id {id}");
-    if schema.kind != entry.kind {
-        return Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name()));
-    }
-    let tokens: Vec<Vec<String>> = pointers.iter().map(|pointer| tokens(pointer)).collect();
-    let has = (entry.has)(schema, &tokens).map_err(|error| format!("{name} cannot be used: {error}"))?;
+/// Says which of the pointers a schema has; `types`: what it says of each.
+fn selected(name: &str, pointers: &[String], types: &[Option<Type>]) -> Result<String, String> {
     let absent: Vec<&str> =
-        pointers.iter().zip(has).filter(|(_, has)| !has).map(|(pointer, _)| pointer.as_str()).collect();
+        pointers.iter().zip(types).filter(|(_, of)| of.is_none()).map(|(pointer, _)| pointer.as_str()).collect();
     if absent.is_empty() {
         return Ok(format!("{name} has {}", pointers.join(", ")));
     }
     Err(format!(
-        "{name} lacks {}: set input.field, input.template, output.include or the task's pointers to its fields",
+        "{name} lacks {}: set input.field, input.template, output.include, task.inputs or the task's other pointers to \
+         its fields",
         absent.join(", ")
     ))
 }
@@ -319,14 +328,15 @@ fn output_schema(settings: &Settings, lines: &mut Lines) {
     };
     let schemas = candidates.iter().filter_map(|record| OutputSchema::new(settings, record));
     let mut found = schemas.map(|schema| taken(&schema, &registry, settings.registry.auto_register));
-    let first = found.next().unwrap_or_else(|| Err("there is none".to_owned()));
-    let found = match (first, found.next()) {
-        (Err(why), Some(Ok(found))) => {
-            lines.warn(&what, &format!("output.include keeps texts instead of the input's types: with them, it {why}"));
+    let Some(first) = found.next() else { return };
+    let found = first.or_else(|why| match found.next() {
+        Some(Ok(found)) => {
+            let why = format!("the fields of output.include stay texts: with the input's types, it {why}");
+            lines.warn(&what, &why);
             Ok(found)
         }
-        (first, _) => first,
-    };
+        _ => Err(why),
+    });
     lines.say(&what, found);
 }
 
@@ -348,13 +358,15 @@ fn taken(schema: &OutputSchema, registry: &Registry, auto_register: bool) -> Res
     }
 }
 
-fn model(settings: &Settings, lines: &mut Lines) {
+/// Loads the model. Returns the pointers to what the task reads, if it loads.
+fn model(settings: &Settings, lines: &mut Lines) -> Option<Vec<String>> {
     let metrics = Arc::new(Metrics::new());
     let what = format!("model {}", settings.model.source.as_deref().unwrap_or("(none)"));
     match task::load(settings, &metrics) {
         Err(error) => {
             lines.say(&what, Err(error.to_string()));
             lines.skip("memory", "the model did not load");
+            None
         }
         Ok(compute) => {
             let about = compute.about();
@@ -365,6 +377,7 @@ fn model(settings: &Settings, lines: &mut Lines) {
             lines.say(&what, Ok(found));
             labels(settings, lines);
             memory(settings, about, lines);
+            Some(compute.pointers())
         }
     }
 }

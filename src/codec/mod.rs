@@ -137,6 +137,11 @@ impl Decoder {
         Ok(Self { reader, select })
     }
 
+    /// The JSON Pointers to everything that is selected.
+    pub fn pointers(&self) -> Vec<String> {
+        self.select.pointers()
+    }
+
     /// Fetches what decoding these values needs, and waits while it cannot be fetched.
     ///
     /// # Errors

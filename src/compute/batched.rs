@@ -299,6 +299,10 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
         &self.about
     }
 
+    fn pointers(&self) -> Vec<String> {
+        self.decoder.pointers()
+    }
+
     fn writer(&self) -> Option<&Writer> {
         Some(&self.writer)
     }

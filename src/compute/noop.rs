@@ -43,6 +43,10 @@ impl Compute for Noop {
         &self.about
     }
 
+    fn pointers(&self) -> Vec<String> {
+        self.decoder.pointers()
+    }
+
     fn writer(&self) -> Option<&Writer> {
         None
     }

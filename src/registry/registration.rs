@@ -152,7 +152,8 @@ pub fn register(
     health: &Health,
     stop: &AtomicBool,
 ) -> Result<bool, RegistrationError> {
-    if OutputEntry::of(settings.output.format).kind.is_none() {
+    // A later period writes as the first one.
+    if OutputEntry::of(settings.output.format).kind.is_none() || writer.encoding().is_some() {
         return Ok(true);
     }
     let Some(registry) = Registry::new(&settings.registry)? else { return Ok(true) };
