@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
 use rdkafka::producer::{BaseProducer, DefaultProducerContext, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
@@ -17,7 +16,7 @@ use crate::codec::{FormatEntry, tokens};
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
-use crate::kafka::login::{self, Client, Side};
+use crate::kafka::login::{self, Client};
 use crate::kafka::permissions::{self, Held};
 use crate::model::{Checkpoint, Files, Output};
 use crate::registry::registration::{OutputSchema, candidates};
@@ -135,8 +134,7 @@ fn retention(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
 
 /// Reads the group's offsets, which needs permission to read the group.
 fn group(settings: &Settings) -> Result<String, String> {
-    let mut config = base(settings, Side::Input);
-    config.set("group.id", &settings.input.group);
+    let (config, _) = permissions::clients(settings);
     let consumer = consumer::reader_with(&config).map_err(|e| e.to_string())?;
     let mut list = TopicPartitionList::new();
     for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
@@ -155,7 +153,7 @@ fn group(settings: &Settings) -> Result<String, String> {
 
 /// Gets an idempotent producer's id, which needs permission to write. Nothing is written.
 fn producer(settings: &Settings) -> Result<String, String> {
-    let mut config = base(settings, Side::Output);
+    let (_, mut config) = permissions::clients(settings);
     config.set("enable.idempotence", "true");
     config.set("allow.auto.create.topics", "false");
     let producer: Client<BaseProducer> =
@@ -176,9 +174,7 @@ fn permissions(settings: &Settings, lines: &mut Lines) {
         Err(error) => return lines.say("permissions", Err(error.to_string())),
     };
     let needed = permissions::needed(settings, &id);
-    let mut input = base(settings, Side::Input);
-    input.set("group.id", &settings.input.group).set("enable.auto.commit", "false");
-    let output = base(settings, Side::Output);
+    let (input, output) = permissions::clients(settings);
     let held = permissions::probe(settings, &needed, (&input, &output), ATTEMPT);
     let mut found = Vec::new();
     for (permission, held) in needed.iter().zip(held) {
@@ -194,13 +190,6 @@ fn permissions(settings: &Settings, lines: &mut Lines) {
     if !found.is_empty() {
         lines.say("permissions", Ok(found.join(", ")));
     }
-}
-
-fn base(settings: &Settings, side: Side) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", &settings.kafka.brokers);
-    login::configure(&mut config, settings, side);
-    config
 }
 
 /// A transaction with the largest window must end before the coordinator aborts it, and its timeout must not exceed the

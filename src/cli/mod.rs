@@ -10,6 +10,7 @@ mod model;
 mod output;
 mod predict;
 mod progress;
+mod refusal;
 mod replay;
 mod run;
 
