@@ -21,7 +21,7 @@ use crate::kafka::permissions::{self, Held};
 use crate::model::{Checkpoint, Files, Output};
 use crate::registry::registration::{OutputSchema, candidates};
 use crate::registry::{Registry, RegistryError, Version};
-use crate::settings::{Guarantee, Loaded, Settings};
+use crate::settings::{self, Guarantee, Loaded, Settings, TensorInput};
 use crate::sink;
 use crate::task::{self, Kind};
 use crate::telemetry::Metrics;
@@ -253,7 +253,7 @@ fn schemas(settings: &Settings, pointers: Option<Vec<String>>, lines: &mut Lines
     if let Some(path) = &settings.input.schema {
         let what = format!("schema {}", path.display());
         let found = (entry.types_of_file)(&settings.input, &tokens).map_err(|error| error.to_string());
-        return lines.say(&what, found.and_then(|types| selected("it", &pointers, &types)));
+        return lines.say(&what, found.and_then(|types| selected(settings, "it", &pointers, &types)));
     }
     let registry = match Registry::new(&settings.registry) {
         Ok(Some(registry)) => registry,
@@ -282,16 +282,24 @@ fn schemas(settings: &Settings, pointers: Option<Vec<String>>, lines: &mut Lines
                     true => (entry.types)(&schema, &tokens).map_err(|e| format!("{name} cannot be used: {e}")),
                     false => Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name())),
                 };
-                lines.say(&what, found.and_then(|types| selected(&name, &pointers, &types)));
+                lines.say(&what, found.and_then(|types| selected(settings, &name, &pointers, &types)));
             }
         }
     }
 }
 
-/// Says which of the pointers a schema has; `types`: what it says of each.
-fn selected(name: &str, pointers: &[String], types: &[Option<Type>]) -> Result<String, String> {
-    let absent: Vec<&str> =
-        pointers.iter().zip(types).filter(|(_, of)| of.is_none()).map(|(pointer, _)| pointer.as_str()).collect();
+/// Says which of the pointers a schema has; `types`: what it says of each. What has a default in `task.defaults` may be
+/// absent.
+fn selected(
+    settings: &Settings,
+    name: &str,
+    pointers: &[String],
+    types: &[Option<Type>],
+) -> Result<String, String> {
+    let absent: Vec<&str> = (pointers.iter().zip(types))
+        .filter(|(pointer, of)| of.is_none() && !has_default(&settings.task, pointer))
+        .map(|(pointer, _)| pointer.as_str())
+        .collect();
     if absent.is_empty() {
         return Ok(format!("{name} has {}", pointers.join(", ")));
     }
@@ -300,6 +308,17 @@ fn selected(name: &str, pointers: &[String], types: &[Option<Type>]) -> Result<S
          its fields",
         absent.join(", ")
     ))
+}
+
+/// Whether `task.defaults` has a value for a pointer: by the pointer, or by the input that it belongs to.
+fn has_default(task: &settings::Task, pointer: &str) -> bool {
+    let of_input = |name: &String| match task.inputs.get(name) {
+        None => tokens(pointer) == [name.as_str()],
+        Some(TensorInput::Pointer(one)) => one == pointer,
+        Some(TensorInput::Pointers(all)) => all.iter().any(|one| one == pointer),
+        Some(TensorInput::Value { .. } | TensorInput::Constant(_)) => false,
+    };
+    task.defaults.keys().any(|key| key == pointer || of_input(key))
 }
 
 /// Whether the registry has the predictions' schema, or would take it. Nothing is registered.

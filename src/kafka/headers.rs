@@ -173,7 +173,7 @@ pub fn origin(message: &BorrowedMessage<'_>) -> Option<Position> {
 }
 
 /// Reads `topic/partition/offset`.
-fn position(text: &[u8]) -> Option<Position> {
+pub fn position(text: &[u8]) -> Option<Position> {
     let mut parts = std::str::from_utf8(text).ok()?.rsplitn(3, '/');
     let offset = parts.next()?.parse().ok()?;
     let number = parts.next()?.parse().ok()?;

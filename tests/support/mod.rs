@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // Each test binary uses only part of it.
 
+pub mod gate;
 pub mod kafka;
 pub mod ledger;
 pub mod prometheus;
