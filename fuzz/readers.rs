@@ -1,6 +1,8 @@
 //! What is fuzzed: everything that reads bytes which others have produced. Each function takes any bytes and must not
 //! panic; libFuzzer (`targets/`) and `tests/fuzz.rs` limit how much it allocates.
 
+#![allow(dead_code)] // Each target uses one of them.
+
 use std::path::Path;
 use std::sync::OnceLock;
 

@@ -24,14 +24,20 @@ fn client(files: &Certificates) -> ureq::Agent {
 }
 
 /// Status, challenge and body of a GET; `None` if there is no connection.
-fn get(client: &ureq::Agent, address: &str, path: &str, authorization: Option<&str>) -> Option<(u16, String, String)> {
+fn get(
+    client: &ureq::Agent,
+    address: &str,
+    path: &str,
+    authorization: Option<&str>,
+) -> Option<(u16, String, String)> {
     let port = address.rsplit(':').next().expect("a port");
     let mut request = client.get(format!("https://localhost:{port}{path}"));
     if let Some(value) = authorization {
         request = request.header("authorization", value);
     }
     let mut answer = request.call().ok()?;
-    let challenge = answer.headers().get("www-authenticate").map(|value| format!("{value:?}")).unwrap_or_default();
+    let challenge =
+        answer.headers().get("www-authenticate").map(|value| format!("{value:?}")).unwrap_or_default();
     let body = answer.body_mut().read_to_string().ok()?;
     Some((answer.status().as_u16(), challenge, body))
 }
@@ -60,16 +66,20 @@ fn a_certificate_and_a_token_guard_the_pages_but_not_the_probes() {
     let mut daemon = Daemon::start(&config);
     let address = daemon.address();
     let trusts_first = client(&first);
-    until("readiness", || get(&trusts_first, &address, "/readyz", None).filter(|(status, ..)| *status == 200));
+    until("readiness", || {
+        get(&trusts_first, &address, "/readyz", None).filter(|(status, ..)| *status == 200)
+    });
     assert_eq!(get(&trusts_first, &address, "/livez", None).expect("an answer").0, 200);
-    for wrong in [None, Some("Bearer wrong"), Some("Bearer hunter22"), Some("Basic hunter2"), Some("hunter2")] {
+    for wrong in [None, Some("Bearer wrong"), Some("Bearer hunter22"), Some("Basic hunter2"), Some("hunter2")]
+    {
         for path in ["/metrics", "/status"] {
             let (status, challenge, body) = get(&trusts_first, &address, path, wrong).expect("an answer");
             assert_eq!((status, challenge.as_str()), (401, "\"Bearer\""), "{path} {wrong:?}");
             assert!(!body.contains("kandle_"), "{body}");
         }
     }
-    let (status, _, body) = get(&trusts_first, &address, "/metrics", Some("Bearer hunter2")).expect("an answer");
+    let (status, _, body) =
+        get(&trusts_first, &address, "/metrics", Some("Bearer hunter2")).expect("an answer");
     assert!(status == 200 && body.contains("kandle_records_total"), "{status}: {body}");
     assert_eq!(get(&trusts_first, &address, "/status", Some("Bearer hunter2")).expect("an answer").0, 200);
     assert_eq!(get(&trusts_first, &address, "/none", None).expect("an answer").0, 404);

@@ -77,7 +77,9 @@ fn change(bytes: &mut Vec<u8>, other: &[u8], random: &mut Random) {
             0 => bytes.truncate(at),
             1 => bytes.insert(at, random.next() as u8),
             // Lengths and counts are near the ends of their types.
-            2 => drop(bytes.splice(at..at, [0xff, 0xff, 0xff, 0xff, 0x7f].into_iter().take(1 + random.below(5)))),
+            2 => drop(
+                bytes.splice(at..at, [0xff, 0xff, 0xff, 0xff, 0x7f].into_iter().take(1 + random.below(5))),
+            ),
             3 if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
             4 if at < bytes.len() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff, b'"', b'{', b'\\'][random.below(8)],
             5 => {

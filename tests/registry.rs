@@ -90,7 +90,10 @@ fn the_client_fetches_registers_and_says_what_is_wrong() {
     assert_eq!(schema.kind, registry::SchemaKind::Avro);
     assert_eq!(schema.references.len(), 1);
     assert_eq!(schema.references[0].0, "shop.Customer");
-    assert_eq!(*schema.references[0].1, client_of_two.schema(SchemaId::Number(customer)).expect("the schema"));
+    assert_eq!(
+        *schema.references[0].1,
+        client_of_two.schema(SchemaId::Number(customer)).expect("the schema")
+    );
     let latest = client_of_two.latest("ticket").expect("the latest version");
     assert_eq!((latest.id, latest.version), (ticket, 1));
     assert_eq!(latest, client_of_two.version("ticket", 1).expect("the version"));
@@ -318,11 +321,14 @@ fn records_with_the_schemas_id_in_a_header_are_read() {
     let proto = registry.register("proto", "PROTOBUF", proto, &[]);
     let guid = |last: char| format!("\u{1}0123456789abcde{last}");
     let path = |last: char, id| {
-        let hex: String = format!("0123456789abcde{last}").bytes().map(|byte| format!("{byte:02x}")).collect();
+        let hex: String =
+            format!("0123456789abcde{last}").bytes().map(|byte| format!("{byte:02x}")).collect();
         let guid = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
         (format!("/schemas/guids/{guid}"), format!("/schemas/ids/{id}"))
     };
-    let rules = Rules { paths: vec![path('a', avro), path('b', proto)], ..Rules::default() };
+    // No schema has the last one.
+    let paths = vec![path('a', avro), path('b', proto), path('z', avro + 1000)];
+    let rules = Rules { paths, ..Rules::default() };
     let url = gate(&registry, &files, rules);
     let of_registry = json!({ "url": url, "ca": files.text("ca.pem"), "unknown_id_grace": "1s" }).to_string();
     let with = |value: Vec<u8>, header: String| Sent {
@@ -351,7 +357,11 @@ fn records_with_the_schemas_id_in_a_header_are_read() {
     let dead = place.dead_letters(2);
     let message = |i: usize| dead[i].header("kandle-error-message").expect("a message").to_owned();
     assert!(message(0).contains("has no schema GUID 30313233-3435-3637-3839-6162636465"), "{}", message(0));
-    assert!(message(1).contains("header __value_schema_id does not begin with a schema id"), "{}", message(1));
+    assert!(
+        message(1).contains("header __value_schema_id does not begin with a schema id"),
+        "{}",
+        message(1)
+    );
     assert_eq!(dead[0].header("__value_schema_id"), Some(guid('z').as_str()), "its headers are unchanged");
     daemon.stop();
 
@@ -396,7 +406,10 @@ fn a_registry_with_a_private_ca_and_a_login() {
     let without = fetch(&url, &trust).expect_err("no login");
     assert!(matches!(without, registry::RegistryError::Refused { status: 401, .. }), "{without}");
     let untrusted = fetch(&url, &|_| {}).expect_err("a CA that is not the web's");
-    assert!(matches!(&untrusted, registry::RegistryError::Away { reason, .. } if reason.contains("ertificate")), "{untrusted}");
+    assert!(
+        matches!(&untrusted, registry::RegistryError::Away { reason, .. } if reason.contains("ertificate")),
+        "{untrusted}"
+    );
 
     let token = Rules { authorization: Some("Bearer t0ken".to_owned()), ..Rules::default() };
     let url = gate(&server, &files, token);
@@ -465,11 +478,15 @@ fn check_looks_up_the_inputs_of_a_model() {
         json!({ "type": "record", "name": "Row", "fields": fields }).to_string()
     };
     let place = Place::new("schema-tensor", 1);
-    let model = format!("{{ source: \"{}\" }}", support::root().join("tests/fixtures/onnx-xgboost").display());
+    let model =
+        format!("{{ source: \"{}\" }}", support::root().join("tests/fixtures/onnx-xgboost").display());
     let names = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"];
     let check = |schema: &str, task: &str| {
         let schema = file("row.avsc", schema);
-        let input = format!("{{ topics: [$INPUT], group: $GROUP, format: avro, schema: \"{}\" }}", schema.path.display());
+        let input = format!(
+            "{{ topics: [$INPUT], group: $GROUP, format: avro, schema: \"{}\" }}",
+            schema.path.display()
+        );
         let yaml = place.config(&[
             ("input", &input),
             ("task", task),

@@ -279,8 +279,12 @@ fn schemas(settings: &Settings, pointers: Option<Vec<String>>, lines: &mut Lines
             Ok(Version { id, version, schema }) => {
                 let name = format!("version {version}, schema id {id}");
                 let found = match schema.kind == entry.kind {
-                    true => (entry.types)(&schema, &tokens).map_err(|e| format!("{name} cannot be used: {e}")),
-                    false => Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name())),
+                    true => {
+                        (entry.types)(&schema, &tokens).map_err(|e| format!("{name} cannot be used: {e}"))
+                    }
+                    false => {
+                        Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name()))
+                    }
                 };
                 lines.say(&what, found.and_then(|types| selected(settings, &name, &pointers, &types)));
             }

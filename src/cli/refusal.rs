@@ -17,7 +17,9 @@ pub(super) fn explain(error: anyhow::Error, settings: &Settings, needed: &[Permi
     let held = permissions::probe(settings, needed, (&input, &output), ATTEMPT);
     let missing: Vec<String> = (needed.iter().zip(held))
         .filter(|(permission, held)| *held == Held::No && permission.optional.is_none())
-        .map(|(permission, _)| format!("{permission}; grant it: {}", permission.grant(&settings.kafka.brokers)))
+        .map(|(permission, _)| {
+            format!("{permission}; grant it: {}", permission.grant(&settings.kafka.brokers))
+        })
         .collect();
     if missing.is_empty() {
         return error;
@@ -38,7 +40,9 @@ mod tests {
     #[test]
     fn only_errors_of_the_brokers_are_looked_into() {
         let of = |text: &str| may_be_a_refusal(&anyhow::Error::msg(text.to_owned()).context("reading t/0"));
-        assert!(of("Message consumption error: TopicAuthorizationFailed (Broker: Topic authorization failed)"));
+        assert!(of(
+            "Message consumption error: TopicAuthorizationFailed (Broker: Topic authorization failed)"
+        ));
         assert!(of("Local: Timed out"));
         assert!(!of("the model's first forward pass failed"));
     }

@@ -70,8 +70,7 @@ mod tests {
 
     #[test]
     fn frames_before_the_data() {
-        let read =
-            |value: &'static [u8]| Framed::read(Raw::from(value)).map_err(|error| error.message);
+        let read = |value: &'static [u8]| Framed::read(Raw::from(value)).map_err(|error| error.message);
         assert_eq!(read(b"\0\0\0\x01\x02ab"), Ok(number(258, b"ab")));
         assert_eq!(read(b"\0\xff\xff\xff\xff"), Ok(number(u32::MAX, b"")));
         let guid = *b"0123456789abcdef";
@@ -87,12 +86,16 @@ mod tests {
     fn frames_in_the_header() {
         let name = "__value_schema_id";
         let headers = |values: &[&[u8]]| {
-            let add = |headers: OwnedHeaders, value: &&[u8]| headers.insert(Header { key: name, value: Some(*value) });
+            let add = |headers: OwnedHeaders, value: &&[u8]| {
+                headers.insert(Header { key: name, value: Some(*value) })
+            };
             Headers::from(values.iter().fold(OwnedHeaders::new(), add))
         };
         let read = |headers: &Headers, bytes: &'static [u8]| {
             let framed = Framed::read(Raw { bytes, headers: Some(headers) });
-            framed.map(|framed| (framed.id, framed.header.map(<[u8]>::to_vec), framed.data)).map_err(|e| e.message)
+            framed
+                .map(|framed| (framed.id, framed.header.map(<[u8]>::to_vec), framed.data))
+                .map_err(|e| e.message)
         };
         let guid = SchemaId::Guid(*b"0123456789abcdef");
         let of_guid = headers(&[b"\x010123456789abcdef\x04"]);

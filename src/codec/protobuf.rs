@@ -150,13 +150,17 @@ fn type_at(message: &MessageDescriptor, tokens: &[String]) -> Option<Type> {
 fn of_kind(kind: &Kind) -> Type {
     match kind {
         Kind::Bool => Type::Boolean,
-        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 | Kind::Uint32 | Kind::Fixed32 => Type::Long { quoted: false },
+        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 | Kind::Uint32 | Kind::Fixed32 => {
+            Type::Long { quoted: false }
+        }
         Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => Type::Long { quoted: true },
         Kind::Float | Kind::Double => Type::Double { quoted: true },
         // In proto3's JSON, 64-bit integers are strings.
         Kind::String | Kind::Bytes | Kind::Uint64 | Kind::Fixed64 => Type::Text,
         Kind::Message(message) => match message.full_name() {
-            "google.protobuf.Timestamp" | "google.protobuf.Duration" | "google.protobuf.FieldMask" => Type::Text,
+            "google.protobuf.Timestamp" | "google.protobuf.Duration" | "google.protobuf.FieldMask" => {
+                Type::Text
+            }
             // A message may have more fields in the next version of its schema.
             _ => Type::Json,
         },

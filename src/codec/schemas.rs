@@ -218,7 +218,8 @@ impl<C: Compile> Schemas<C> {
         let mut missing = {
             let known = self.known.read().unwrap_or_else(|e| e.into_inner());
             let ids = values.filter_map(|value| Framed::read(value).ok()).map(|framed| framed.id);
-            ids.filter(|id| known.get(id).is_none_or(|known| self.is_due(known))).collect::<BTreeSet<SchemaId>>()
+            ids.filter(|id| known.get(id).is_none_or(|known| self.is_due(known)))
+                .collect::<BTreeSet<SchemaId>>()
         };
         let mut backoff = Backoff::new(BACKOFF);
         while !missing.is_empty() {
@@ -379,7 +380,9 @@ mod tests {
                 let found = request.split(' ').nth(1).unwrap_or_default().to_owned();
                 let (status, body) = match found == path {
                     true => ("200 OK", serde_json::json!({ "schema": schema }).to_string()),
-                    false => ("404 Not Found", r#"{"error_code":404,"message":"HTTP 404 Not Found"}"#.to_owned()),
+                    false => {
+                        ("404 Not Found", r#"{"error_code":404,"message":"HTTP 404 Not Found"}"#.to_owned())
+                    }
                 };
                 let _ = asked.send(found);
                 let length = body.len();
@@ -397,15 +400,17 @@ mod tests {
         Schemas::new(Registry::new(&settings).unwrap().unwrap(), Text, Duration::ZERO)
     }
 
-    const GUID: [u8; 16] = [0x89, 0x79, 0x17, 0x62, 0x23, 0x36, 0x41, 0x86, 0x96, 0x74, 0x29, 0x9b, 0x90, 0xa8, 0x02, 0xe2];
+    const GUID: [u8; 16] =
+        [0x89, 0x79, 0x17, 0x62, 0x23, 0x36, 0x41, 0x86, 0x96, 0x74, 0x29, 0x9b, 0x90, 0xa8, 0x02, 0xe2];
 
     #[test]
     fn the_schema_of_a_header_is_fetched_by_its_guid_once() {
         let (url, paths) = serve("/schemas/guids/89791762-2336-4186-9674-299b90a802e2", "\"int\"");
         let plans = Plans::Registry(schemas(url));
         let value = [&[1], &GUID[..]].concat();
-        let headers =
-            Headers::from(OwnedHeaders::new().insert(Header { key: "__value_schema_id", value: Some(&value) }));
+        let headers = Headers::from(
+            OwnedHeaders::new().insert(Header { key: "__value_schema_id", value: Some(&value) }),
+        );
         let raw = Raw { bytes: b"\x02", headers: Some(&headers) };
         let metrics = Metrics::new();
         let waiting = Waiting { stop: None, health: None, metrics: &metrics };
@@ -413,7 +418,10 @@ mod tests {
             plans.fetch(&mut [raw, raw].into_iter(), &waiting).unwrap();
         }
         let planned = plans.of(raw).unwrap();
-        assert_eq!((planned.plan.as_str(), planned.header, planned.data), ("\"int\"", Some(&[][..]), &b"\x02"[..]));
+        assert_eq!(
+            (planned.plan.as_str(), planned.header, planned.data),
+            ("\"int\"", Some(&[][..]), &b"\x02"[..])
+        );
         assert_eq!(paths.try_iter().count(), 1, "a schema is kept");
     }
 
@@ -426,11 +434,15 @@ mod tests {
         let metrics = Metrics::new();
         let stop = AtomicBool::new(true);
         let health = Health::new(Duration::from_secs(1));
-        let waiting = Waiting { stop: Some(&stop), health: Some((&health, Stage::Prepare)), metrics: &metrics };
+        let waiting =
+            Waiting { stop: Some(&stop), health: Some((&health, Stage::Prepare)), metrics: &metrics };
         let raw = Raw::from(&value);
         assert_eq!(schemas.fetch(&mut std::iter::once(raw), &waiting), Err(Stopped));
         let error = schemas.registry.schema(SchemaId::Guid(GUID)).unwrap_err();
-        assert!(matches!(&error, RegistryError::Away { reason, .. } if reason.contains("version 8")), "{error}");
+        assert!(
+            matches!(&error, RegistryError::Away { reason, .. } if reason.contains("version 8")),
+            "{error}"
+        );
         assert!(schemas.plan(SchemaId::Guid(GUID)).unwrap_err().message.contains("was not fetched"));
     }
 }

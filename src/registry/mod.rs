@@ -306,9 +306,10 @@ impl Registry {
 fn without_guids(error: RegistryError) -> RegistryError {
     match error {
         RegistryError::Away { url, reason } if reason == http::NO_SUCH_PATH => {
-            let reason = "it cannot look up a schema by its GUID, which the records' header __value_schema_id has: \
+            let reason =
+                "it cannot look up a schema by its GUID, which the records' header __value_schema_id has: \
                           Confluent's registry can from version 8 on"
-                .to_owned();
+                    .to_owned();
             RegistryError::Away { url, reason }
         }
         other => other,

@@ -237,9 +237,9 @@ mod tests {
     #[test]
     fn only_an_unchanged_value_keeps_the_id_of_its_schema() {
         let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
-        let headers = ["__key_schema_id", "__value_schema_id"].into_iter().fold(OwnedHeaders::new(), |all, key| {
-            all.insert(Header { key, value: Some("x") })
-        });
+        let headers = ["__key_schema_id", "__value_schema_id"]
+            .into_iter()
+            .fold(OwnedHeaders::new(), |all, key| all.insert(Header { key, value: Some("x") }));
         let own = headers.into();
         let has = |made: &OwnedHeaders| names(made).contains(&"__value_schema_id".to_owned());
         let changed = prediction(Some(&own), false, "t/0/1", &stamp);

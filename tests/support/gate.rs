@@ -44,7 +44,8 @@ pub fn gate(registry: &Registry, files: &Certificates, rules: Rules) -> String {
 
 fn config(files: &Certificates, mutual: bool) -> ServerConfig {
     let certificates = |name: &str| {
-        let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(files.path(name)).expect("a file").collect();
+        let all: Result<Vec<_>, _> =
+            CertificateDer::pem_file_iter(files.path(name)).expect("a file").collect();
         all.expect("certificates")
     };
     let provider = Arc::new(default_provider());

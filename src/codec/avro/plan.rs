@@ -106,7 +106,9 @@ impl Plan {
             }
             Node::Array(items) if first.parse::<usize>().is_ok() => self.type_at(*items, rest),
             Node::Map(values) => self.type_at(*values, rest),
-            Node::Duration if rest.is_empty() && ["months", "days", "milliseconds"].contains(&first.as_str()) => {
+            Node::Duration
+                if rest.is_empty() && ["months", "days", "milliseconds"].contains(&first.as_str()) =>
+            {
                 Some(Type::Long { quoted: false })
             }
             _ => None,
@@ -139,7 +141,9 @@ impl Plan {
                 Type::common(some.map(|&variant| self.type_of(variant))).unwrap_or(Type::Json)
             }
             // A record may have more members in the next version of its schema.
-            Node::Null | Node::Record(_) | Node::Decimal { .. } | Node::BigDecimal | Node::Duration => Type::Json,
+            Node::Null | Node::Record(_) | Node::Decimal { .. } | Node::BigDecimal | Node::Duration => {
+                Type::Json
+            }
         }
     }
 }

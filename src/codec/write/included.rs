@@ -2,8 +2,8 @@
 //! latest version of the input topics' subjects when kandle starts. A field is [`Type::Json`] whose type is not known, or
 //! not a scalar, or a list or map of scalars.
 
-use super::schema::{Record, Type};
 use super::OutputEntry;
+use super::schema::{Record, Type};
 use crate::codec::{FormatEntry, SchemaEntry, SchemaFileError, tokens};
 use crate::registry::{Registry, RegistryError};
 use crate::settings::Settings;

@@ -338,9 +338,10 @@ mod tests {
         ];
         assert_eq!(written(OutputFormat::Protobuf, json).unwrap(), protobuf.concat());
         // Optional values are written even if they are 0; null and what is missing are not.
-        assert_eq!(written(OutputFormat::Protobuf, r#"{"a":0,"b":0,"c":false,"d":[],"e":null}"#).unwrap(), [
-            0, 8, 0, 17, 0, 0, 0, 0, 0, 0, 0, 0, 24, 0
-        ]);
+        assert_eq!(
+            written(OutputFormat::Protobuf, r#"{"a":0,"b":0,"c":false,"d":[],"e":null}"#).unwrap(),
+            [0, 8, 0, 17, 0, 0, 0, 0, 0, 0, 0, 0, 24, 0]
+        );
         assert_eq!(written(OutputFormat::Avro, r#"{"a":null}"#).unwrap(), [0; 5]);
         for (json, said) in [
             (r#"{"a":1.5}"#, "\"a\": is a number, not a 64-bit integer"),

@@ -84,13 +84,23 @@ mod tests {
     fn only_the_token_opens() {
         let access = Access::new(Some("s3cret"), None).unwrap();
         let allows = |value: &'static [u8]| {
-            access.allows(&HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_bytes(value).unwrap())]))
+            access.allows(&HeaderMap::from_iter([(
+                header::AUTHORIZATION,
+                HeaderValue::from_bytes(value).unwrap(),
+            )]))
         };
         assert!(allows(b"Bearer s3cret"));
         assert!(allows(b"bearer  s3cret "), "the scheme has no case");
-        for wrong in
-            [&b"Bearer s3cre"[..], b"Bearer s3cret2", b"Bearer S3CRET", b"Bearer ", b"Bearer", b"Basic s3cret", b"s3cret", b""]
-        {
+        for wrong in [
+            &b"Bearer s3cre"[..],
+            b"Bearer s3cret2",
+            b"Bearer S3CRET",
+            b"Bearer ",
+            b"Bearer",
+            b"Basic s3cret",
+            b"s3cret",
+            b"",
+        ] {
             assert!(!allows(wrong), "{}", String::from_utf8_lossy(wrong));
         }
         assert!(!access.allows(&HeaderMap::new()));

@@ -70,10 +70,12 @@ fn config([cert, key]: &[PathBuf; 2], [chain, secret]: &[Vec<u8>; 2]) -> Result<
     if chain.is_empty() {
         return Err(refused("cert", cert, &"there is no certificate in it"));
     }
-    let secret = PrivateKeyDer::from_pem_slice(secret)
-        .map_err(|error| refused("key", key, &format!("it has no private key without a password: {error}")))?;
+    let secret = PrivateKeyDer::from_pem_slice(secret).map_err(|error| {
+        refused("key", key, &format!("it has no private key without a password: {error}"))
+    })?;
     let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
-    let builder = builder.with_safe_default_protocol_versions().map_err(|error| refused("cert", cert, &error))?;
+    let builder =
+        builder.with_safe_default_protocol_versions().map_err(|error| refused("cert", cert, &error))?;
     let config = builder.with_no_client_auth().with_single_cert(chain, secret);
     let mut config = config.map_err(|error| refused("cert", cert, &error))?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
