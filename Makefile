@@ -34,6 +34,16 @@ miri: ## The kernels' portable code under Miri, for undefined behaviour (a night
 	  --target-dir $${CARGO_TARGET_DIR:-target}/miri -- \
 	  --skip cuda --skip activation --skip simd --skip fused --skip a_bias
 
+.PHONY: fuzz
+fuzz: ## The readers over arbitrary bytes under libFuzzer (a nightly toolchain and cargo-fuzz; FUZZ_SECONDS for each)
+	@scripts/setup.sh build
+	for target in avro protobuf json json_schema frame headers; do
+	  # New inputs go to a folder of their own: the committed ones stay few.
+	  mkdir -p $${CARGO_TARGET_DIR:-target}/fuzz-corpus/$$target
+	  cargo +nightly fuzz run $$target $${CARGO_TARGET_DIR:-target}/fuzz-corpus/$$target fuzz/corpus/$$target -- \
+	    -max_total_time=$${FUZZ_SECONDS:-600} -max_len=4096 -malloc_limit_mb=8 -timeout=5
+	done
+
 .PHONY: test-repeat
 test-repeat: ## The tests 20 times in a row, with two busy loops running (N=… sets the count)
 	@scripts/setup.sh test

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use kandle::codec::write::Writer;
+use kandle::codec::write::{Record, Writer};
 use kandle::settings::{self, Settings, Sources};
 use serde_json::{Value, json};
 
@@ -62,7 +62,7 @@ fn encode(c: &mut Criterion) {
         });
         for format in ["json_schema", "avro", "protobuf"] {
             let writer = Writer::new(&settings(kind, format));
-            writer.set_schema_id(7);
+            writer.set_schema(Record::of(&settings(kind, format)), 7);
             let encoding = writer.encoding().expect("a schema");
             out.clear();
             encoding.write(&json, &mut out).expect("encoded");

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::kafka::headers::Headers;
+use crate::kafka::headers::{self, Headers};
 
 /// A topic's partition.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,6 +77,27 @@ impl TraceParent {
         }
         // Ids of zeros are invalid.
         (read.trace != [0; 16] && read.span != [0; 8]).then_some(read)
+    }
+}
+
+/// A record's value as it arrived: its bytes, and the record's headers, which may say by which schema to read it.
+#[derive(Debug, Clone, Copy)]
+pub struct Raw<'a> {
+    pub bytes: &'a [u8],
+    pub headers: Option<&'a Headers>,
+}
+
+impl<'a> Raw<'a> {
+    /// The value of the header that has the id of the value's schema; `None` without such a header.
+    pub fn schema_id_header(&self) -> Option<&'a [u8]> {
+        self.headers?.last(headers::VALUE_SCHEMA_ID)
+    }
+}
+
+/// A value without headers.
+impl<'a, T: AsRef<[u8]> + ?Sized> From<&'a T> for Raw<'a> {
+    fn from(bytes: &'a T) -> Self {
+        Self { bytes: bytes.as_ref(), headers: None }
     }
 }
 

@@ -66,7 +66,7 @@ pub struct Settings {
     /// Cost of running kandle, for a drain's report.
     #[serde(default)]
     pub cost: Cost,
-    /// Properties with placeholders as they are written, by key, so that a file can be read again.
+    /// Properties and `server.token` with placeholders as they are written, by key, so that a file can be read again.
     #[serde(skip)]
     pub templates: BTreeMap<String, String>,
 }
@@ -748,11 +748,25 @@ pub struct Server {
     pub listen: String,
     /// /livez fails when a stage has worked on one window for longer than this.
     pub stall_after: Wait,
+    /// PEM file with the admin server's certificate and its chain: it then speaks HTTPS only. A changed file is read
+    /// without a restart.
+    pub cert: Option<PathBuf>,
+    /// PEM file with the private key of `cert`.
+    pub key: Option<PathBuf>,
+    /// Bearer token that /metrics and /status ask for. /livez and /readyz need none. A changed ${file:/path} is read
+    /// without a restart.
+    pub token: Option<String>,
 }
 
 impl Default for Server {
     fn default() -> Self {
-        Self { listen: "0.0.0.0:9464".to_owned(), stall_after: Wait::millis(300_000) }
+        Self {
+            listen: "0.0.0.0:9464".to_owned(),
+            stall_after: Wait::millis(300_000),
+            cert: None,
+            key: None,
+            token: None,
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::kafka::headers::Headers;
 use crate::lease::Lease;
-use crate::record::{Arrival, Partition, Position, Record};
+use crate::record::{Arrival, Partition, Position, Raw, Record};
 
 /// When a window closes.
 #[derive(Debug, Clone, Copy)]
@@ -143,9 +143,14 @@ impl Window {
         record.value.clone().map(|range| &self.memory[range])
     }
 
+    /// A record's value with what says how to read it; `None` is a tombstone.
+    pub fn raw<'a>(&'a self, record: &'a Record) -> Option<Raw<'a>> {
+        Some(Raw { bytes: self.value(record)?, headers: record.headers.as_ref() })
+    }
+
     /// The values of its records, without tombstones.
-    pub fn values(&self) -> impl Iterator<Item = &[u8]> {
-        self.records.iter().filter_map(|record| self.value(record))
+    pub fn values(&self) -> impl Iterator<Item = Raw<'_>> {
+        self.records.iter().filter_map(|record| self.raw(record))
     }
 
     pub fn position(&self, record: &Record) -> Position {

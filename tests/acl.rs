@@ -17,6 +17,7 @@ fn documented(place: &Place, heading: &str) -> Vec<Vec<String>> {
         text.split(heading).nth(1).and_then(|after| after.split("```").nth(1)).expect("a block of commands");
     let names = [
         ("User:kandle", "User:limited".to_owned()),
+        ("kandle-tickets-replay-", format!("{}-replay-", place.group)),
         ("kandle-tickets-", format!("{}-", place.group)),
         ("kandle-tickets", place.group.clone()),
         ("tickets-predictions", place.output.clone()),
@@ -150,4 +151,61 @@ fn check_names_a_permission_that_only_dead_letters_need() {
     let line = out.lines().find(|line| line.starts_with("FAIL  permission ")).expect("a missing permission");
     assert!(line.contains(&format!("Write on topic {}", place.dead)), "{line}");
     assert!(line.contains("--operation Write --topic"), "{line}");
+}
+
+/// Runs a command to its end; returns its exit code and what it says.
+fn command(arguments: &[&str], config: &str) -> (i32, String) {
+    let config = file("kandle.yaml", config);
+    let (code, out, err) = finish(kandle().args(arguments).arg("-c").arg(&config.path), b"");
+    (code, out + &err)
+}
+
+fn replays_and_audits(guarantee: &str, headings: &[&str]) {
+    let place = Place::on(&secure().plaintext, "replay", 1);
+    let config = config(&place, guarantee);
+    for rule in headings.iter().flat_map(|heading| documented(&place, heading)) {
+        acl(&place, "--add", &rule);
+    }
+    place.produce((0..20).map(|i| Sent::ticket(0, i, "text")));
+    place.produce([Sent::new(0, "no JSON")]);
+    let mut daemon = Daemon::start(&config);
+    settle(&place, 20, true);
+    place.dead_letters(1);
+    daemon.stop();
+
+    let refused = |arguments: &[&str], missing: &str| {
+        let (code, out) = command(arguments, &config);
+        assert_eq!(code, 1, "{out}");
+        assert!(out.contains("a permission is missing") && out.contains(missing), "{missing}: {out}");
+        assert!(out.contains("kafka-acls.sh"), "{out}");
+    };
+    // Each rule by itself is not enough: the other one's absence is named.
+    let audit = documented(&place, "Audit, also:");
+    refused(&["audit"], &format!("Read on topic {}", place.output));
+    acl(&place, "--add", &audit[0]);
+    refused(&["audit"], &format!("Read on topic {}", place.dead));
+    acl(&place, "--add", &audit[1]);
+    let (code, out) = command(&["audit"], &config);
+    assert!(code == 0 && out.contains("21 with an outcome"), "{code}: {out}");
+
+    let replay = ["replay", "--id", "again", "--from", "offset:0", "--to", "offset:21"];
+    refused(&replay, &format!("Read on group {}-replay-again", place.group));
+    let rules = documented(&place, "Replay, also:");
+    acl(&place, "--add", &rules[0]);
+    let (code, out) = command(&replay, &config);
+    assert_eq!(code, 0, "{out}");
+    let (code, out) = command(&["audit"], &config);
+    assert!(code == 3 && out.contains("doubled 21"), "{code}: {out}");
+    let (code, out) = command(&["replay", "--dead-letters", "--id", "dead"], &config);
+    assert_eq!(code, 0, "{out}");
+}
+
+#[test]
+fn replay_and_audit_need_what_is_documented() {
+    replays_and_audits("at_least_once", &["At least once:"]);
+}
+
+#[test]
+fn replay_and_audit_in_transactions_need_what_is_documented() {
+    replays_and_audits("exactly_once", &["At least once:", "Exactly once, also:"]);
 }

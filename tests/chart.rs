@@ -562,3 +562,55 @@ fn gpus_caches_and_alerts() {
     }
     assert_eq!(dashboards.count(), 3);
 }
+
+#[test]
+#[ignore = "make chart-test"]
+fn probes_and_scrapes_follow_the_admin_servers_certificate_and_token() {
+    let plain = rendered(json!({ "podMonitor": { "enabled": true } }));
+    let endpoint = &one(&plain, "PodMonitor")["spec"]["podMetricsEndpoints"][0];
+    assert_eq!(*endpoint, json!({ "port": "metrics", "interval": "15s" }));
+    let probes = |documents: &[Value]| {
+        let container = &one(documents, "Deployment")["spec"]["template"]["spec"]["containers"][0];
+        ["startupProbe", "livenessProbe", "readinessProbe"].map(|probe| container[probe]["httpGet"].clone())
+    };
+    assert_eq!(probes(&plain)[2], json!({ "path": "/readyz", "port": "metrics" }));
+
+    let secured = |more: Value| {
+        let mut values = json!({
+            "config": { "server": {
+                "cert": "/run/secrets/admin/tls.crt", "key": "/run/secrets/admin/tls.key",
+                "token": "${file:/run/secrets/admin/token}",
+            } },
+            "secretFiles": [{ "secret": "kandle-admin", "mountPath": "/run/secrets/admin" }],
+        });
+        merge(&mut values, more);
+        values
+    };
+    let tls = json!({ "ca": { "secret": { "name": "ca", "key": "ca.crt" } }, "serverName": "kandle" });
+    let token = json!({ "name": "kandle-admin", "key": "token" });
+    for (kind, monitor, endpoints) in [
+        ("PodMonitor", "podMonitor", "podMetricsEndpoints"),
+        ("ServiceMonitor", "serviceMonitor", "endpoints"),
+    ] {
+        let values = |more: Value| {
+            let mut of = json!({ "enabled": true });
+            merge(&mut of, more);
+            secured(json!({ monitor: of }))
+        };
+        let all = rendered(values(json!({ "tlsConfig": tls, "tokenSecret": token })));
+        assert_eq!(
+            one(&all, kind)["spec"][endpoints][0],
+            json!({ "port": "metrics", "interval": "15s", "scheme": "https", "tlsConfig": tls,
+                "authorization": { "type": "Bearer", "credentials": token } })
+        );
+        assert!(probes(&all).iter().all(|get| get["scheme"] == "HTTPS"), "{:?}", probes(&all));
+        refused(values(json!({ "tokenSecret": token })), &format!("{monitor}.tlsConfig"));
+        refused(values(json!({ "tlsConfig": tls })), &format!("{monitor}.tokenSecret"));
+    }
+    // Without a monitor, nobody scrapes.
+    rendered(secured(json!({})));
+    for (section, key) in [("server", "token"), ("registry", "password"), ("registry", "token")] {
+        let plain = json!({ "config": { section: { key: "hunter2" } } });
+        refused(plain, &format!("config.{section}.{key} would be stored in a ConfigMap"));
+    }
+}

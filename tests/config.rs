@@ -308,6 +308,13 @@ fn rules_between_keys() {
     assert!(problems("task: { kind: text-embedding }\noutput: { include: [/label] }").is_empty());
     one_problem("model: { device: gpu }", &["model.device", "auto, cpu, cuda"]);
     one_problem("server: { listen: here }", &["server.listen", "address:port"]);
+    one_problem("server: { cert: a.pem }", &["server.cert", "without server.key"]);
+    one_problem("server: { key: a.pem }", &["server.key", "without server.cert"]);
+    one_problem("server: { token: ' ' }", &["server.token", "is empty"]);
+    one_problem(
+        "server: { cert: a.pem, key: '-----BEGIN PRIVATE KEY-----' }",
+        &["server.key", "not its text"],
+    );
     one_problem("window: { max_bytes: 512MiB }", &["memory.limit", "eight windows"]);
     one_problem("max_records: 5", &["max_records", "did you mean window.max_records?"]);
     one_problem("batch: { timeout: 10m }", &["batch.timeout", "not less than server.stall_after 5m"]);

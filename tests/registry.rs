@@ -4,10 +4,12 @@ use crate::support;
 
 use std::time::Duration;
 
-use kandle::registry;
+use kandle::registry::{self, SchemaId};
 use kandle::settings::{self, Urls};
 use serde_json::{Value, json};
+use support::gate::{Rules, gate};
 use support::registry::{Registry, framed};
+use support::secure::Certificates;
 use support::{Daemon, Got, Place, Sent, file, finish, kandle, until};
 
 const CUSTOMER: &str =
@@ -84,11 +86,14 @@ fn the_client_fetches_registers_and_says_what_is_wrong() {
     let ticket = server.register("ticket", "AVRO", TICKET, &[("shop.Customer", "a-customer")]);
     // The first address refuses connections.
     let client_of_two = client(&["http://127.0.0.1:1", server.url.as_str()]);
-    let schema = client_of_two.schema(ticket).expect("the schema");
+    let schema = client_of_two.schema(SchemaId::Number(ticket)).expect("the schema");
     assert_eq!(schema.kind, registry::SchemaKind::Avro);
     assert_eq!(schema.references.len(), 1);
     assert_eq!(schema.references[0].0, "shop.Customer");
-    assert_eq!(*schema.references[0].1, client_of_two.schema(customer).expect("the schema"));
+    assert_eq!(
+        *schema.references[0].1,
+        client_of_two.schema(SchemaId::Number(customer)).expect("the schema")
+    );
     let latest = client_of_two.latest("ticket").expect("the latest version");
     assert_eq!((latest.id, latest.version), (ticket, 1));
     assert_eq!(latest, client_of_two.version("ticket", 1).expect("the version"));
@@ -98,7 +103,7 @@ fn the_client_fetches_registers_and_says_what_is_wrong() {
     assert_eq!(client_of_two.register("b", kind, CUSTOMER), Ok(id));
     assert_eq!(client_of_two.lookup("b", kind, CUSTOMER), Ok(id));
 
-    let not_found = client_of_two.schema(4711).expect_err("no such id");
+    let not_found = client_of_two.schema(SchemaId::Number(4711)).expect_err("no such id");
     assert!(matches!(not_found, registry::RegistryError::NotFound { .. }), "{not_found}");
     assert!(matches!(client_of_two.latest("none"), Err(registry::RegistryError::NotFound { .. })));
     assert!(matches!(
@@ -110,7 +115,7 @@ fn the_client_fetches_registers_and_says_what_is_wrong() {
     // Without the API's path, the answer is not of a registry: it says nothing about a schema.
     let base = server.url.split("/apis").next().expect("a host");
     for away in ["http://127.0.0.1:1", base] {
-        let error = client(&[away]).schema(ticket).expect_err("no registry");
+        let error = client(&[away]).schema(SchemaId::Number(ticket)).expect_err("no registry");
         assert!(matches!(error, registry::RegistryError::Away { .. }), "{error}");
     }
 }
@@ -302,6 +307,212 @@ fn a_registry_that_is_killed_loses_no_record() {
     let (_, metrics) = daemon.get("/metrics");
     assert!(metrics.contains("kandle_dead_letters_total{error=\"decode\"} 0"), "nothing is dead-lettered");
     daemon.stop();
+}
+
+/// Apicurio 2.6 does not know GUIDs, so that the gate asks it by the schema's number.
+#[test]
+fn records_with_the_schemas_id_in_a_header_are_read() {
+    let registry = Registry::start();
+    let place = Place::new("schema-header", 1);
+    let files = Certificates::make();
+    let avro = register_ticket(&registry, &place);
+    let proto = "syntax = \"proto3\"; package shop; message Other { string x = 1; } \
+                 message Ticket { message Line { string text = 1; int64 id = 2; } }";
+    let proto = registry.register("proto", "PROTOBUF", proto, &[]);
+    let guid = |last: char| format!("\u{1}0123456789abcde{last}");
+    let path = |last: char, id| {
+        let hex: String =
+            format!("0123456789abcde{last}").bytes().map(|byte| format!("{byte:02x}")).collect();
+        let guid = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
+        (format!("/schemas/guids/{guid}"), format!("/schemas/ids/{id}"))
+    };
+    // No schema has the last one.
+    let paths = vec![path('a', avro), path('b', proto), path('z', avro + 1000)];
+    let rules = Rules { paths, ..Rules::default() };
+    let url = gate(&registry, &files, rules);
+    let of_registry = json!({ "url": url, "ca": files.text("ca.pem"), "unknown_id_grace": "1s" }).to_string();
+    let with = |value: Vec<u8>, header: String| Sent {
+        headers: vec![("__value_schema_id".to_owned(), header), ("other".to_owned(), "kept".to_owned())],
+        ..Sent::new(0, value)
+    };
+    let number = String::from_utf8([&[0], &avro.to_be_bytes()[..]].concat()).expect("a small id");
+    place.produce([
+        with(avro_ticket(1, "My parcel never arrived"), guid('a')),
+        with(avro_ticket(2, "My invoice is wrong"), number),
+        Sent::new(0, framed(avro, &avro_ticket(3, "My invoice is wrong"))),
+        with(avro_ticket(4, "x"), guid('z')),
+        with(avro_ticket(5, "x"), "\u{2}".to_owned()),
+    ]);
+    let yaml = config(&place, &registry, "avro, field: /text", &[("registry", &of_registry)]);
+    let mut daemon = Daemon::start(&yaml);
+    let predictions = place.predictions(3);
+    assert_eq!(
+        labels(&predictions),
+        [(json!(1), json!("shipping")), (json!(2), json!("billing")), (json!(3), json!("billing"))]
+    );
+    for prediction in &predictions[..2] {
+        assert_eq!(prediction.header("__value_schema_id"), None, "it is not the prediction's schema");
+        assert_eq!(prediction.header("other"), Some("kept"));
+    }
+    let dead = place.dead_letters(2);
+    let message = |i: usize| dead[i].header("kandle-error-message").expect("a message").to_owned();
+    assert!(message(0).contains("has no schema GUID 30313233-3435-3637-3839-6162636465"), "{}", message(0));
+    assert!(
+        message(1).contains("header __value_schema_id does not begin with a schema id"),
+        "{}",
+        message(1)
+    );
+    assert_eq!(dead[0].header("__value_schema_id"), Some(guid('z').as_str()), "its headers are unchanged");
+    daemon.stop();
+
+    // Protobuf's indexes are in the header too: the first message in the second one.
+    let place = Place::new("schema-header-proto", 1);
+    let text = "My parcel never arrived";
+    let line = [&[0x0a, text.len() as u8], text.as_bytes(), &[0x10, 7]].concat();
+    place.produce([with(line, guid('b') + "\u{4}\u{2}\u{0}")]);
+    let yaml = config(&place, &registry, "protobuf, field: /text", &[("registry", &of_registry)]);
+    let mut daemon = Daemon::start(&yaml);
+    let prediction = place.predictions(1).remove(0).json();
+    assert_eq!((&prediction["label"], &prediction["id"]), (&json!("shipping"), &json!("7")));
+    daemon.stop();
+}
+
+#[test]
+fn a_registry_with_a_private_ca_and_a_login() {
+    let server = Registry::start();
+    let files = Certificates::make();
+    let id = SchemaId::Number(server.register("a", "AVRO", CUSTOMER, &[]));
+    let fetch = |url: &str, set: &dyn Fn(&mut settings::Registry)| {
+        let mut settings =
+            settings::Registry { url: Urls(vec![url.to_owned()]), ..settings::Registry::default() };
+        set(&mut settings);
+        let client = registry::Registry::new(&settings).expect("usable").expect("an address");
+        client.schema(id).map(|schema| schema.kind)
+    };
+    let trust = |settings: &mut settings::Registry| settings.ca = Some(files.text("ca.pem"));
+    let basic = Rules { authorization: Some("Basic a2FuZGxlOjAxMjM0NTY=".to_owned()), ..Rules::default() };
+    let url = gate(&server, &files, basic);
+    let login = |password: &str| {
+        fetch(&url, &|settings| {
+            trust(settings);
+            settings.username = Some("kandle".to_owned());
+            settings.password = Some(password.to_owned());
+        })
+    };
+    assert_eq!(login("0123456"), Ok(registry::SchemaKind::Avro));
+    let wrong = login("123456").expect_err("a wrong password");
+    assert!(matches!(wrong, registry::RegistryError::Refused { status: 401, .. }), "{wrong}");
+    assert!(!wrong.to_string().contains("123456"), "{wrong}");
+    let without = fetch(&url, &trust).expect_err("no login");
+    assert!(matches!(without, registry::RegistryError::Refused { status: 401, .. }), "{without}");
+    let untrusted = fetch(&url, &|_| {}).expect_err("a CA that is not the web's");
+    assert!(
+        matches!(&untrusted, registry::RegistryError::Away { reason, .. } if reason.contains("ertificate")),
+        "{untrusted}"
+    );
+
+    let token = Rules { authorization: Some("Bearer t0ken".to_owned()), ..Rules::default() };
+    let url = gate(&server, &files, token);
+    let with = |token: &str| {
+        fetch(&url, &|settings| {
+            trust(settings);
+            settings.token = Some(token.to_owned());
+        })
+    };
+    assert_eq!(with("t0ken"), Ok(registry::SchemaKind::Avro));
+    assert!(matches!(with("t0kem"), Err(registry::RegistryError::Refused { status: 401, .. })));
+
+    // A certificate of the client, as files and as text.
+    let url = gate(&server, &files, Rules { mutual: true, ..Rules::default() });
+    let text = |name: &str| std::fs::read_to_string(files.path(name)).expect("a file");
+    for [ca, cert, key] in [
+        ["ca.pem", "client.pem", "client.key"].map(|name| files.text(name)),
+        ["ca.pem", "client.pem", "client.key"].map(text),
+    ] {
+        let mutual = fetch(&url, &|settings| {
+            settings.ca = Some(ca.clone());
+            settings.cert = Some(cert.clone());
+            settings.key = Some(key.clone());
+        });
+        assert_eq!(mutual, Ok(registry::SchemaKind::Avro));
+    }
+    assert!(matches!(fetch(&url, &trust), Err(registry::RegistryError::Away { .. })), "no certificate");
+}
+
+/// In and out, with a token in a file.
+#[test]
+fn records_and_predictions_go_through_a_registry_with_a_login() {
+    let registry = Registry::start();
+    let files = Certificates::make();
+    let rules = Rules { authorization: Some("Bearer t0ken".to_owned()), ..Rules::default() };
+    let url = gate(&registry, &files, rules);
+    let place = Place::new("registry-login", 1);
+    let id = register_ticket(&registry, &place);
+    place.produce([Sent::new(0, framed(id, &avro_ticket(1, "My parcel never arrived")))]);
+    let token = file("token", "t0ken\n");
+    let login = |token: &str| json!({ "url": url, "ca": files.text("ca.pem"), "token": token }).to_string();
+    let config = |token: &str| {
+        let output = "{ topic: $OUTPUT, format: avro, include: [/id] }";
+        config(&place, &registry, "avro, field: /text", &[("output", output), ("registry", &login(token))])
+    };
+    let mut daemon = Daemon::start(&config("wrong"));
+    assert_eq!(daemon.wait().code(), Some(1), "{}", daemon.log());
+    let log = daemon.log();
+    assert!(log.contains("status 401") && !log.contains("wrong"), "{log}");
+    let mut daemon = Daemon::start(&config(&format!("${{file:{}}}", token.path.display())));
+    let prediction = place.predictions(1).remove(0);
+    let value = prediction.value.as_deref().expect("a value");
+    // The last field is the included id, of the input's type: present, a long of 1.
+    assert_eq!((value[0], &value[value.len() - 2..]), (0, &[2, 2][..]), "{value:?}");
+    let log = daemon.log();
+    assert!(!log.contains("t0ken"), "{log}");
+    daemon.stop();
+}
+
+/// All that a task reads: a model's inputs by name, and those that the settings list.
+#[test]
+fn check_looks_up_the_inputs_of_a_model() {
+    let columns = |names: &[&str]| {
+        let field = |name: &&str| json!({ "name": name, "type": "double" });
+        let fields: Vec<Value> = names.iter().map(field).collect();
+        json!({ "type": "record", "name": "Row", "fields": fields }).to_string()
+    };
+    let place = Place::new("schema-tensor", 1);
+    let model =
+        format!("{{ source: \"{}\" }}", support::root().join("tests/fixtures/onnx-xgboost").display());
+    let names = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"];
+    let check = |schema: &str, task: &str| {
+        let schema = file("row.avsc", schema);
+        let input = format!(
+            "{{ topics: [$INPUT], group: $GROUP, format: avro, schema: \"{}\" }}",
+            schema.path.display()
+        );
+        let yaml = place.config(&[
+            ("input", &input),
+            ("task", task),
+            ("model", &model),
+            ("output", "{ topic: $OUTPUT }"),
+            ("memory", "{ limit: 128MiB }"),
+        ]);
+        let config = file("kandle.yaml", &yaml);
+        finish(kandle().args(["check", "-c"]).arg(&config.path), b"")
+    };
+    let pointers = names.map(|name| format!("/{name}")).join(", ");
+    let listed = format!("{{ kind: tensor, inputs: {{ input: [{pointers}] }} }}");
+    let (code, out, _) = check(&columns(&names), &listed);
+    assert_eq!(code, 0, "{out}");
+    assert!(out.contains(&format!("row.avsc: it has {pointers}")), "{out}");
+    let (code, out, _) = check(&columns(&names[..6]), &listed);
+    assert_eq!(code, 1, "{out}");
+    assert!(out.contains("it lacks /c6, /c7: set"), "{out}");
+    // A default stands in for a member that is not there.
+    let defaults = listed.replacen("] } }", "] }, defaults: { /c6: 0, /c7: 0 } }", 1);
+    let (code, out, _) = check(&columns(&names[..6]), &defaults);
+    assert_eq!(code, 0, "{out}");
+    // Without task.inputs, an input is the member of its name.
+    let (code, out, _) = check(&columns(&names), "{ kind: tensor }");
+    assert_eq!(code, 1, "{out}");
+    assert!(out.contains("it lacks /input: set"), "{out}");
 }
 
 #[test]

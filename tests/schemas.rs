@@ -145,7 +145,7 @@ fn predictions_come_back_unchanged_from_every_format() {
         for (format, of) in FORMATS {
             let settings = case.settings(format);
             let writer = Writer::new(&settings);
-            writer.set_schema_id(0x0102_0304);
+            writer.set_schema(record.clone(), 0x0102_0304);
             let schema = write::schema_text(of, &record);
             for prediction in &predictions {
                 let mut bytes = Vec::new();

@@ -8,7 +8,7 @@ use kandle::settings::{self, Sources};
 use serde_json::{Value, json};
 
 use decode::{decoded, expected, same};
-use support::registry::Registry;
+use support::registry::{Registry, framed};
 use support::{Daemon, Got, Place, Sent, file, finish, kandle};
 
 const FORMATS: [&str; 3] = ["avro", "protobuf", "json_schema"];
@@ -156,6 +156,131 @@ fn without_auto_register_the_schema_must_be_there() {
         let got = place.predictions(1);
         daemon.stop();
         assert_eq!(got[0].value.as_deref().expect("a value")[..5], [&[0], &id.to_be_bytes()[..]].concat());
+    }
+}
+
+const INPUT: &str = r#"{"type":"record","name":"Ticket","fields":[
+    {"name":"text","type":"string"}, {"name":"id","type":"int"}, {"name":"vip","type":["null","boolean"]},
+    {"name":"price","type":{"type":"bytes","logicalType":"decimal","precision":9,"scale":2}},
+    {"name":"counts","type":{"type":"array","items":"int"}}, {"name":"by","type":{"type":"record","name":"By",
+    "fields":[{"name":"rank","type":"float"}]}}
+]}"#;
+
+/// A record of [`INPUT`]; `vip`: null or true.
+fn ticket(id: u8, vip: bool) -> Vec<u8> {
+    let text = "Where is my package?";
+    let vip = if vip { &[2, 1][..] } else { &[0] };
+    // Small numbers are their doubles; the price is 12.34, the rank 0.5.
+    [&[text.len() as u8 * 2], text.as_bytes(), &[id * 2], vip, &[4, 0x04, 0xd2, 4, 2, 4, 0], &[0, 0, 0, 0x3f]]
+        .concat()
+}
+
+/// A job that reads [`INPUT`] from the registry and includes its fields.
+fn typed(place: &Place, registry: &Registry, format: &str, include: &str) -> String {
+    let input = "{ topics: [$INPUT], group: $GROUP, format: avro, field: /text }";
+    let output = format!("{{ topic: $OUTPUT, format: {format}, include: [{include}] }}");
+    let registry = format!("{{ url: \"{}\" }}", registry.url);
+    place.config(&[("input", input), ("output", &output), ("registry", &registry)])
+}
+
+const INCLUDE: &str = "/id, /vip, /price, /counts, /by/rank, /by, /counts/0";
+
+/// The included fields of `ticket(7, …)` as a format's decoder shows them. Decoders leave nulls out.
+fn included(format: &str, vip: bool) -> Value {
+    let long = |number: i64| if format == "protobuf" { json!(number.to_string()) } else { json!(number) };
+    let text = |json: &str| {
+        if format == "json_schema" { serde_json::from_str(json).expect("JSON") } else { json!(json) }
+    };
+    let mut want = json!({
+        "id": long(7), "price": text("12.34"), "counts": [long(1), long(2)], "rank": 0.5, "by": text(r#"{"rank":0.5}"#),
+        "0": long(1),
+    });
+    if vip || format == "json_schema" {
+        want["vip"] = if vip { json!(true) } else { Value::Null };
+    }
+    want
+}
+
+/// A prediction without the task's own fields.
+fn without_task(registry: &Registry, format: &str, got: &Got) -> Value {
+    let mut value = prediction(registry, format, got);
+    let members = value.as_object_mut().expect("an object");
+    ["label", "score", "scores"].iter().for_each(|own| drop(members.remove(*own).expect("a field")));
+    value
+}
+
+#[test]
+fn included_fields_have_the_types_of_the_input() {
+    let registry = Registry::start();
+    for format in FORMATS {
+        let place = Place::new("typed", 1);
+        let id = registry.register(&format!("{}-value", place.input), "AVRO", INPUT, &[]);
+        place.produce([true, false].map(|vip| Sent::new(0, framed(id, &ticket(7, vip)))));
+        let config = typed(&place, &registry, format, INCLUDE);
+        let mut daemon = Daemon::start(&config);
+        let got = place.predictions(2);
+        daemon.stop();
+        for (got, vip) in got.iter().zip([true, false]) {
+            let (value, want) = (without_task(&registry, format, got), included(format, vip));
+            assert!(same(&value, &want), "{format}:\n{value}\nis not\n{want}");
+        }
+        // What `config schema` prints is what was registered.
+        let file = file("kandle.yaml", &config);
+        let arguments = ["config", "schema", "--output", "-c"];
+        let (code, schema, log) = finish(kandle().args(arguments).arg(&file.path), b"");
+        assert_eq!(code, 0, "{log}");
+        let kind = ["AVRO", "PROTOBUF", "JSON"][FORMATS.iter().position(|f| *f == format).expect("known")];
+        let subject = format!("{}-value", place.output);
+        registry.register(&subject, kind, &schema, &[]);
+        assert_eq!(registry.get(&format!("/subjects/{subject}/versions")), json!([1]), "{format}");
+
+        // A promotion in the input's schema changes nothing; one more field is a compatible change.
+        registry.compatibility(&subject, "BACKWARD");
+        let promoted = INPUT.replace("\"int\"", "\"long\"").replace("\"float\"", "\"double\"");
+        registry.register(&format!("{}-value", place.input), "AVRO", &promoted, &[]);
+        let check = |include: &str| {
+            let file = support::file("kandle.yaml", &typed(&place, &registry, format, include));
+            let (code, out, _) = finish(kandle().args(["check", "-c"]).arg(&file.path), b"");
+            assert_eq!(code, 0, "{out}");
+            out.lines().find(|line| line.contains("output schema")).expect("a line").to_owned()
+        };
+        let line = check(INCLUDE);
+        assert!(line.starts_with("ok") && line.contains("is in the registry"), "{format}: {line}");
+        let line = check(&format!("{INCLUDE}, /text"));
+        assert!(line.starts_with("ok") && line.contains("it is compatible"), "{format}: {line}");
+    }
+}
+
+/// A subject with texts keeps them: an upgrade, or a schema that comes late, must not stop the job.
+#[test]
+fn a_subject_that_has_texts_keeps_them() {
+    let registry = Registry::start();
+    for format in FORMATS {
+        let place = Place::new("texts", 1);
+        let id = registry.register(&format!("{}-elsewhere", place.input), "AVRO", INPUT, &[]);
+        let config = typed(&place, &registry, format, "/id");
+        let mut daemon = Daemon::start(&config);
+        place.produce([Sent::new(0, framed(id, &ticket(7, true)))]);
+        let first = place.predictions(1).remove(0);
+        daemon.stop();
+        let subject = format!("{}-value", place.output);
+        registry.compatibility(&subject, "BACKWARD");
+
+        registry.register(&format!("{}-value", place.input), "AVRO", INPUT, &[]);
+        let file = file("kandle.yaml", &config);
+        let (code, out, _) = finish(kandle().args(["check", "-c"]).arg(&file.path), b"");
+        assert_eq!(code, 0, "{out}");
+        assert!(out.contains("the fields of output.include stay texts"), "{out}");
+        let mut daemon = Daemon::start(&config);
+        daemon.wait_log("so the fields stay texts");
+        place.produce([Sent::new(0, framed(id, &ticket(7, true)))]);
+        let second = place.predictions(2).remove(1);
+        daemon.stop();
+        let want = if format == "json_schema" { json!({ "id": 7 }) } else { json!({ "id": "7" }) };
+        for got in [first, second] {
+            assert_eq!(without_task(&registry, format, &got), want, "{format}");
+        }
+        assert_eq!(registry.get(&format!("/subjects/{subject}/versions")), json!([1]), "{format}");
     }
 }
 

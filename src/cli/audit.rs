@@ -9,9 +9,11 @@ use clap::Args;
 use rdkafka::message::Message;
 use serde::Serialize;
 
+use super::refusal;
 use crate::cli::output::outln;
 use crate::kafka::consumer::{self, Reader};
 use crate::kafka::headers;
+use crate::kafka::permissions;
 use crate::kafka::range::{self, Point, Range, Read};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
@@ -83,7 +85,14 @@ struct Model {
 pub fn audit(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let settings = loaded.settings;
     logging::start(&settings.log);
-    let consumer = consumer::reader(&settings)?;
+    compare_all(&settings, options).map_err(|error| {
+        let output = options.topic.as_deref().unwrap_or(&settings.output.topic);
+        refusal::explain(error, &settings, &permissions::needed_by_audit(&settings, output))
+    })
+}
+
+fn compare_all(settings: &Settings, options: &Options) -> anyhow::Result<()> {
+    let consumer = consumer::reader(settings)?;
     let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
     let input = range::resolve(&consumer, &topics, options.from, options.to, true)?;
     let mut tallies: BTreeMap<Partition, Tally> =
@@ -92,12 +101,12 @@ pub fn audit(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     for (topic, dead) in [(output, false), (&*settings.dead_letters.topic, true)] {
         read_back(&consumer, topic, options.from, dead, &input, &mut tallies)?;
     }
-    let committed = source::committed_offsets(&settings, input.keys())?;
+    let committed = source::committed_offsets(settings, input.keys())?;
     let mut all = Vec::new();
     for (partition, range) in &input {
         let tally = tallies.remove(partition).unwrap_or_default();
         let at = committed.get(partition).copied();
-        all.push(compare(&consumer, &settings, partition, range, at, tally)?);
+        all.push(compare(&consumer, settings, partition, range, at, tally)?);
     }
     if options.json {
         outln!("{}", super::pretty(&serde_json::to_value(&all)?));

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
 use rdkafka::producer::{BaseProducer, DefaultProducerContext, Producer};
 use rdkafka::topic_partition_list::TopicPartitionList;
@@ -12,16 +11,17 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 use super::{AlreadyReported, drain};
 use crate::cli::output::outln;
 use crate::codec::write::Record;
-use crate::codec::{FormatEntry, SchemaEntry, tokens};
+use crate::codec::write::schema::Type;
+use crate::codec::{FormatEntry, tokens};
 use crate::compute::About;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
-use crate::kafka::login::{self, Client, Side};
+use crate::kafka::login::{self, Client};
 use crate::kafka::permissions::{self, Held};
 use crate::model::{Checkpoint, Files, Output};
-use crate::registry::registration::OutputSchema;
+use crate::registry::registration::{OutputSchema, candidates};
 use crate::registry::{Registry, RegistryError, Version};
-use crate::settings::{Guarantee, Loaded, Settings};
+use crate::settings::{self, Guarantee, Loaded, Settings, TensorInput};
 use crate::sink;
 use crate::task::{self, Kind};
 use crate::telemetry::Metrics;
@@ -60,9 +60,9 @@ pub fn check(loaded: Loaded) -> anyhow::Result<()> {
     let mut lines = Lines::default();
     lines.say("configuration", Ok("every key is known, every rule holds".to_owned()));
     kafka(&settings, &mut lines);
-    schemas(&settings, &mut lines);
     output_schema(&settings, &mut lines);
-    model(&settings, &mut lines);
+    let pointers = model(&settings, &mut lines);
+    schemas(&settings, pointers, &mut lines);
     if lines.failed { Err(AlreadyReported.into()) } else { Ok(()) }
 }
 
@@ -134,8 +134,7 @@ fn retention(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
 
 /// Reads the group's offsets, which needs permission to read the group.
 fn group(settings: &Settings) -> Result<String, String> {
-    let mut config = base(settings, Side::Input);
-    config.set("group.id", &settings.input.group);
+    let (config, _) = permissions::clients(settings);
     let consumer = consumer::reader_with(&config).map_err(|e| e.to_string())?;
     let mut list = TopicPartitionList::new();
     for topic in settings.input.topics.iter().filter(|topic| !topic.starts_with('^')) {
@@ -154,7 +153,7 @@ fn group(settings: &Settings) -> Result<String, String> {
 
 /// Gets an idempotent producer's id, which needs permission to write. Nothing is written.
 fn producer(settings: &Settings) -> Result<String, String> {
-    let mut config = base(settings, Side::Output);
+    let (_, mut config) = permissions::clients(settings);
     config.set("enable.idempotence", "true");
     config.set("allow.auto.create.topics", "false");
     let producer: Client<BaseProducer> =
@@ -175,9 +174,7 @@ fn permissions(settings: &Settings, lines: &mut Lines) {
         Err(error) => return lines.say("permissions", Err(error.to_string())),
     };
     let needed = permissions::needed(settings, &id);
-    let mut input = base(settings, Side::Input);
-    input.set("group.id", &settings.input.group).set("enable.auto.commit", "false");
-    let output = base(settings, Side::Output);
+    let (input, output) = permissions::clients(settings);
     let held = permissions::probe(settings, &needed, (&input, &output), ATTEMPT);
     let mut found = Vec::new();
     for (permission, held) in needed.iter().zip(held) {
@@ -193,13 +190,6 @@ fn permissions(settings: &Settings, lines: &mut Lines) {
     if !found.is_empty() {
         lines.say("permissions", Ok(found.join(", ")));
     }
-}
-
-fn base(settings: &Settings, side: Side) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", &settings.kafka.brokers);
-    login::configure(&mut config, settings, side);
-    config
 }
 
 /// A transaction with the largest window must end before the coordinator aborts it, and its timeout must not exceed the
@@ -253,16 +243,23 @@ fn largest(cluster: &Cluster<'_>, settings: &Settings, lines: &mut Lines) {
     lines.say("largest message", Ok(note));
 }
 
-/// The latest schema of each input topic must have what the settings select.
-fn schemas(settings: &Settings, lines: &mut Lines) {
-    let format = FormatEntry::of(settings.input.format);
-    let Some(entry) = format.schema.filter(|_| settings.input.schema.is_none()) else { return };
+/// The schema of the input must have what is selected: the file `input.schema`, or the latest schema of each topic.
+/// `pointers`: what the loaded task reads; `None`: it did not load, and only what the settings name is looked up.
+fn schemas(settings: &Settings, pointers: Option<Vec<String>>, lines: &mut Lines) {
+    let Some(entry) = FormatEntry::of(settings.input.format).schema else { return };
+    let named = || Kind::select(settings).map(|select| select.pointers()).unwrap_or_default();
+    let pointers = pointers.unwrap_or_else(named);
+    let tokens: Vec<Vec<String>> = pointers.iter().map(|pointer| tokens(pointer)).collect();
+    if let Some(path) = &settings.input.schema {
+        let what = format!("schema {}", path.display());
+        let found = (entry.types_of_file)(&settings.input, &tokens).map_err(|error| error.to_string());
+        return lines.say(&what, found.and_then(|types| selected(settings, "it", &pointers, &types)));
+    }
     let registry = match Registry::new(&settings.registry) {
         Ok(Some(registry)) => registry,
         Ok(None) => return,
         Err(error) => return lines.say("schema registry", Err(error.to_string())),
     };
-    let pointers = Kind::select(settings).map(|select| select.pointers()).unwrap_or_default();
     for topic in &settings.input.topics {
         let subject = format!("{topic}-value");
         let what = format!("schema of {subject}");
@@ -279,29 +276,53 @@ fn schemas(settings: &Settings, lines: &mut Lines) {
                 );
             }
             Err(error) => lines.say(&what, Err(error.to_string())),
-            Ok(version) => lines.say(&what, selected(&entry, &version, &pointers)),
+            Ok(Version { id, version, schema }) => {
+                let name = format!("version {version}, schema id {id}");
+                let found = match schema.kind == entry.kind {
+                    true => {
+                        (entry.types)(&schema, &tokens).map_err(|e| format!("{name} cannot be used: {e}"))
+                    }
+                    false => {
+                        Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name()))
+                    }
+                };
+                lines.say(&what, found.and_then(|types| selected(settings, &name, &pointers, &types)));
+            }
         }
     }
 }
 
-/// Looks up what is selected in a topic's latest schema.
-fn selected(entry: &SchemaEntry, version: &Version, pointers: &[String]) -> Result<String, String> {
-    let Version { id, version, schema } = version;
-    let name = format!("version {version}, schema id {id}");
-    if schema.kind != entry.kind {
-        return Err(format!("{name} is of type {}, not {}", schema.kind.name(), entry.kind.name()));
-    }
-    let tokens: Vec<Vec<String>> = pointers.iter().map(|pointer| tokens(pointer)).collect();
-    let has = (entry.has)(schema, &tokens).map_err(|error| format!("{name} cannot be used: {error}"))?;
-    let absent: Vec<&str> =
-        pointers.iter().zip(has).filter(|(_, has)| !has).map(|(pointer, _)| pointer.as_str()).collect();
+/// Says which of the pointers a schema has; `types`: what it says of each. What has a default in `task.defaults` may be
+/// absent.
+fn selected(
+    settings: &Settings,
+    name: &str,
+    pointers: &[String],
+    types: &[Option<Type>],
+) -> Result<String, String> {
+    let absent: Vec<&str> = (pointers.iter().zip(types))
+        .filter(|(pointer, of)| of.is_none() && !has_default(&settings.task, pointer))
+        .map(|(pointer, _)| pointer.as_str())
+        .collect();
     if absent.is_empty() {
         return Ok(format!("{name} has {}", pointers.join(", ")));
     }
     Err(format!(
-        "{name} lacks {}: set input.field, input.template, output.include or the task's pointers to its fields",
+        "{name} lacks {}: set input.field, input.template, output.include, task.inputs or the task's other pointers to \
+         its fields",
         absent.join(", ")
     ))
+}
+
+/// Whether `task.defaults` has a value for a pointer: by the pointer, or by the input that it belongs to.
+fn has_default(task: &settings::Task, pointer: &str) -> bool {
+    let of_input = |name: &String| match task.inputs.get(name) {
+        None => tokens(pointer) == [name.as_str()],
+        Some(TensorInput::Pointer(one)) => one == pointer,
+        Some(TensorInput::Pointers(all)) => all.iter().any(|one| one == pointer),
+        Some(TensorInput::Value { .. } | TensorInput::Constant(_)) => false,
+    };
+    task.defaults.keys().any(|key| key == pointer || of_input(key))
 }
 
 /// Whether the registry has the predictions' schema, or would take it. Nothing is registered.
@@ -313,30 +334,51 @@ fn output_schema(settings: &Settings, lines: &mut Lines) {
         Ok(None) => return lines.skip(&what, "no registry is set"),
         Err(error) => return lines.say(&what, Err(error.to_string())),
     };
-    let found = match schema.known(&registry) {
+    let candidates = match candidates(settings, &registry) {
+        Ok(candidates) => candidates,
+        Err(error) => return lines.say(&what, Err(error.to_string())),
+    };
+    let schemas = candidates.iter().filter_map(|record| OutputSchema::new(settings, record));
+    let mut found = schemas.map(|schema| taken(&schema, &registry, settings.registry.auto_register));
+    let Some(first) = found.next() else { return };
+    let found = first.or_else(|why| match found.next() {
+        Some(Ok(found)) => {
+            let why = format!("the fields of output.include stay texts: with the input's types, it {why}");
+            lines.warn(&what, &why);
+            Ok(found)
+        }
+        _ => Err(why),
+    });
+    lines.say(&what, found);
+}
+
+/// Whether a subject has a schema, or would take it.
+fn taken(schema: &OutputSchema, registry: &Registry, auto_register: bool) -> Result<String, String> {
+    match schema.known(registry) {
         Ok(id) => Ok(format!("is in the registry, id {id}")),
-        Err(RegistryError::NotFound { .. }) if !settings.registry.auto_register => Err(
+        Err(RegistryError::NotFound { .. }) if !auto_register => Err(
             "is not in the registry, and registry.auto_register is false: register what `kandle config schema --output` \
              prints"
                 .to_owned(),
         ),
-        Err(RegistryError::NotFound { .. }) => match schema.objection(&registry) {
+        Err(RegistryError::NotFound { .. }) => match schema.objection(registry) {
             Ok(None) => Ok("is not in the registry yet; it is compatible, and `run` will register it".to_owned()),
             Ok(Some(reason)) => Err(format!("is not compatible with the subject's latest version: {reason}")),
             Err(error) => Err(error.to_string()),
         },
         Err(error) => Err(error.to_string()),
-    };
-    lines.say(&what, found);
+    }
 }
 
-fn model(settings: &Settings, lines: &mut Lines) {
+/// Loads the model. Returns the pointers to what the task reads, if it loads.
+fn model(settings: &Settings, lines: &mut Lines) -> Option<Vec<String>> {
     let metrics = Arc::new(Metrics::new());
     let what = format!("model {}", settings.model.source.as_deref().unwrap_or("(none)"));
     match task::load(settings, &metrics) {
         Err(error) => {
             lines.say(&what, Err(error.to_string()));
             lines.skip("memory", "the model did not load");
+            None
         }
         Ok(compute) => {
             let about = compute.about();
@@ -347,6 +389,7 @@ fn model(settings: &Settings, lines: &mut Lines) {
             lines.say(&what, Ok(found));
             labels(settings, lines);
             memory(settings, about, lines);
+            Some(compute.pointers())
         }
     }
 }

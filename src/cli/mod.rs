@@ -10,6 +10,7 @@ mod model;
 mod output;
 mod predict;
 mod progress;
+mod refusal;
 mod replay;
 mod run;
 
@@ -22,6 +23,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use crate::cli::output::outln;
 use crate::codec::write;
 use crate::kafka::range::RangeError;
+use crate::registry::Registry;
 use crate::settings::{self, Loaded, Sources};
 
 const FAILED: u8 = 1;
@@ -238,10 +240,11 @@ fn pretty(value: &serde_json::Value) -> String {
     serde_json::to_string_pretty(value).expect("a JSON value can be written as text")
 }
 
-/// Prints the schema of the predictions.
+/// Prints the schema of the predictions. With `output.include` and a registry, it asks for the types of the fields.
 fn show_output_schema(loaded: Loaded) -> anyhow::Result<()> {
     let settings = loaded.settings;
-    let record = write::Record::of(&settings);
+    let registry = Registry::new(&settings.registry)?;
+    let record = write::typed(&settings, registry.as_ref())?;
     if record.fields.is_empty() {
         let kind = settings.task.kind.name();
         anyhow::bail!(

@@ -10,10 +10,11 @@ use rdkafka::message::Message;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::drain;
+use super::{drain, refusal};
 use crate::cli::output::outln;
 use crate::kafka::cluster::Cluster;
 use crate::kafka::consumer;
+use crate::kafka::permissions;
 use crate::kafka::range::{self, Point, Range};
 use crate::kafka::topics::TopicFilter;
 use crate::lease::Lease;
@@ -21,6 +22,7 @@ use crate::model::hex;
 use crate::pipeline::Shared;
 use crate::record::{Arrival, Partition};
 use crate::settings::{Loaded, Settings};
+use crate::sink;
 use crate::source::{self, Drain, OriginalTopics};
 use crate::task;
 use crate::telemetry::logging;
@@ -68,7 +70,25 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     settings.input.properties.remove("group.instance.id");
     settings.kafka.properties.remove("group.instance.id");
 
-    let consumer = consumer::reader(&settings)?;
+    replay_as(&settings, options, &id, reprocess, &settings_digest).map_err(|error| {
+        match sink::first_transactional_id(&settings) {
+            Ok(transactional_id) => {
+                refusal::explain(error, &settings, &permissions::needed(&settings, &transactional_id))
+            }
+            Err(_) => error,
+        }
+    })
+}
+
+/// `settings`: with the replay's group and topics.
+fn replay_as(
+    settings: &Settings,
+    options: &Options,
+    id: &str,
+    reprocess: Option<OriginalTopics>,
+    settings_digest: &str,
+) -> anyhow::Result<()> {
+    let consumer = consumer::reader(settings)?;
     let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
     let ranges = range::resolve(&consumer, &topics, options.from, options.to, options.drain.force)?;
     let records: i64 = ranges.values().map(|range| range.to - range.from).sum();
@@ -81,18 +101,18 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
         "starting the replay"
     );
     if options.dry_run {
-        match Cluster::connect(&settings)?.topics() {
-            Ok(topics) => drain::warn_of_retention(&settings, &topics, Some(&ranges)),
+        match Cluster::connect(settings)?.topics() {
+            Ok(topics) => drain::warn_of_retention(settings, &topics, Some(&ranges)),
             Err(problems) => {
                 problems
                     .iter()
                     .for_each(|problem| tracing::warn!(error = %problem, "cannot check the topics"));
             }
         }
-        return dry_run(&settings, &consumer, &ranges, reprocess.as_ref());
+        return dry_run(settings, &consumer, &ranges, reprocess.as_ref());
     }
-    refuse_another_range(&settings, &ranges, &id)?;
-    drain::drain_and_report(&settings, Drain::between(ranges), reprocess, &settings_digest, &options.drain)
+    refuse_another_range(settings, &ranges, id)?;
+    drain::drain_and_report(settings, Drain::between(ranges), reprocess, settings_digest, &options.drain)
 }
 
 /// A digest of input, range, model and output topic. The same replay gets the same name, so that it resumes.

@@ -32,13 +32,12 @@ pub(super) fn serve(
     work: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    runtime
-        .block_on(server::serve(
-            &settings.server.listen,
-            Arc::clone(&shared.metrics),
-            Arc::clone(&shared.health),
-        ))
-        .with_context(|| format!("server.listen {}", settings.server.listen))?;
+    runtime.block_on(server::serve(
+        &settings.server,
+        settings.templates.get("server.token").map(String::as_str),
+        Arc::clone(&shared.metrics),
+        Arc::clone(&shared.health),
+    ))?;
     runtime.spawn(signals(shared.clone()));
     let result = work();
     if let Some(traces) = &shared.traces {

@@ -10,13 +10,14 @@ use serde_json::value::RawValue;
 
 use super::selected::unescape;
 use super::{Reader, Value};
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 
 pub struct Json;
 
 impl Reader for Json {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
         // RFC 8259, 8.1: a parser may ignore a byte order mark.
+        let bytes = value.bytes;
         let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
         let document: &RawValue = serde_json::from_slice(bytes).map_err(|e| not_json(bytes, &e))?;
         Ok(Value::Tree(Document::new(document)))

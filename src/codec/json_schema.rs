@@ -9,13 +9,14 @@ use std::path::Path;
 use jsonschema::{Retrieve, Uri, Validator};
 
 use super::json::Json;
-use super::schemas::{Compile, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind};
+use super::write::schema::Type;
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 
 /// Problems that a dead letter names.
 const PROBLEMS: usize = 3;
@@ -66,33 +67,68 @@ impl Compile for Compiler {
     }
 }
 
-pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Json, has };
+pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Json, types, types_of_file };
 
-fn has(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<bool>, SchemaError> {
+fn types(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<Option<Type>>, SchemaError> {
     Compiler.compile(schema)?;
     let schema = serde_json::from_str(&schema.text).map_err(|e| SchemaError(e.to_string()))?;
-    Ok(pointers.iter().map(|tokens| has_member(&schema, tokens)).collect())
+    Ok(pointers.iter().map(|tokens| type_at(&schema, tokens)).collect())
 }
 
-/// Whether a schema names a member. Of a schema that says nothing about members here, nothing is known: true.
-fn has_member(schema: &serde_json::Value, tokens: &[String]) -> bool {
-    let [first, rest @ ..] = tokens else { return true };
-    let Some(schema) = schema.as_object() else { return true };
+fn types_of_file(
+    input: &settings::Input,
+    pointers: &[Vec<String>],
+) -> Result<Vec<Option<Type>>, SchemaFileError> {
+    let text = std::fs::read_to_string(input.schema.as_deref().unwrap_or(Path::new("")))?;
+    Ok(types(&Schema::new(SchemaKind::Json, text), pointers)?)
+}
+
+/// The type that a schema gives a member; `None` if it names others but not this one. Of a schema that says nothing about
+/// members here, nothing is known: any type.
+fn type_at(schema: &serde_json::Value, tokens: &[String]) -> Option<Type> {
+    let [first, rest @ ..] = tokens else { return Some(type_of(schema)) };
+    let Some(schema) = schema.as_object() else { return Some(Type::Json) };
     if schema.contains_key("$ref") || schema.contains_key("patternProperties") {
-        return true;
+        return Some(Type::Json);
     }
     if let Some(items) = schema.get("items")
         && first.parse::<usize>().is_ok()
     {
-        return has_member(items, rest);
+        return type_at(items, rest);
     }
     let alternatives =
         ["allOf", "anyOf", "oneOf"].iter().filter_map(|key| schema.get(*key)?.as_array()).flatten();
     let mut alternatives = alternatives.peekable();
     match schema.get("properties").and_then(|properties| properties.get(first)) {
-        Some(member) => has_member(member, rest),
-        None if alternatives.peek().is_some() => alternatives.any(|schema| has_member(schema, tokens)),
-        None => !schema.contains_key("properties"),
+        Some(member) => type_at(member, rest),
+        // Another alternative may allow any value of the member.
+        None if alternatives.peek().is_some() => {
+            alternatives.any(|schema| type_at(schema, tokens).is_some()).then_some(Type::Json)
+        }
+        None => (!schema.contains_key("properties")).then_some(Type::Json),
+    }
+}
+
+/// The type of the values that a schema allows, if `type` names one, or one and null.
+fn type_of(schema: &serde_json::Value) -> Type {
+    let types: Vec<&str> = match schema.get("type") {
+        Some(serde_json::Value::String(one)) => vec![one],
+        Some(serde_json::Value::Array(many)) => many.iter().filter_map(|of| of.as_str()).collect(),
+        _ => Vec::new(),
+    };
+    let some: Vec<&str> = types.into_iter().filter(|of| *of != "null").collect();
+    match some[..] {
+        ["string"] => Type::Text,
+        ["boolean"] => Type::Boolean,
+        ["integer"] => Type::Long { quoted: false },
+        ["number"] => Type::Double { quoted: false },
+        ["array"] => match schema.get("items") {
+            Some(items) if items.get("type").is_some_and(serde_json::Value::is_string) => {
+                Type::of_scalars(Type::list, type_of(items))
+            }
+            _ => Type::Json,
+        },
+        _ => Type::Json,
     }
 }
 
@@ -103,16 +139,16 @@ pub(super) fn reader(settings: &Settings, _: &Selected) -> Result<Box<dyn Reader
 }
 
 impl Reader for JsonSchema {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
-        let (validator, data) = self.0.of(bytes)?;
-        let document = Json.read(data)?;
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
+        let Planned { plan, data, .. } = self.0.of(value)?;
+        let document = Json.read(data.into())?;
         if let Value::Tree(tree) = &document {
-            validate(&validator, tree.whole().get())?;
+            validate(&plan, tree.whole().get())?;
         }
         Ok(document)
     }
 
-    fn fetch(&self, values: &mut dyn Iterator<Item = &[u8]>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, values: &mut dyn Iterator<Item = Raw<'_>>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
         self.0.fetch(values, waiting)
     }
 }
@@ -174,7 +210,33 @@ mod tests {
             ("/c", true),
             ("/d", false),
         ] {
-            assert_eq!(has(&schema, &[crate::codec::tokens(pointer)]).unwrap(), [there], "{pointer}");
+            let found = types(&schema, &[crate::codec::tokens(pointer)]).unwrap();
+            assert_eq!(found[0].is_some(), there, "{pointer}");
+        }
+    }
+
+    #[test]
+    fn included_fields_have_types() {
+        let schema = schema(
+            r#"{"properties":{"i":{"type":"integer"},"n":{"type":["null","number"]},"s":{"type":"string"},
+                "two":{"type":["string","integer"]},"l":{"type":"array","items":{"type":"boolean"}},
+                "ln":{"type":"array","items":{"type":["integer","null"]}},"o":{"type":"object"},"any":{}},
+                "anyOf":[{"properties":{"c":{"type":"integer"}}}]}"#,
+            &[],
+        );
+        for (pointer, want) in [
+            ("/i", Type::Long { quoted: false }),
+            ("/n", Type::Double { quoted: false }),
+            ("/s", Type::Text),
+            ("/two", Type::Json),
+            ("/l", Type::list(Type::Boolean)),
+            ("/l/0", Type::Boolean),
+            ("/ln", Type::Json),
+            ("/o", Type::Json),
+            ("/any", Type::Json),
+            ("/c", Type::Json),
+        ] {
+            assert_eq!(types(&schema, &[crate::codec::tokens(pointer)]).unwrap(), [Some(want)], "{pointer}");
         }
     }
 

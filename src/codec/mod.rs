@@ -24,9 +24,10 @@ pub use schemas::{SchemaError, Stopped, Waiting};
 pub use select::{Input, Select};
 pub use selected::{Selected, tokens};
 
-use crate::record::RecordError;
+use crate::record::{Raw, RecordError};
 use crate::registry::{RegistryError, Schema, SchemaKind};
-use crate::settings::{Format, Settings};
+use crate::settings::{self, Format, Settings};
+use write::schema::Type;
 
 /// A record's value, parsed by its format.
 #[derive(Debug)]
@@ -45,13 +46,13 @@ pub trait Reader: Send + Sync {
     ///
     /// # Errors
     /// The bytes are not valid in the format.
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError>;
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError>;
 
     /// Fetches what reading these values needs, and waits while it cannot be fetched. Called before they are read.
     ///
     /// # Errors
     /// The process is asked to stop.
-    fn fetch(&self, _: &mut dyn Iterator<Item = &[u8]>, _: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, _: &mut dyn Iterator<Item = Raw<'_>>, _: &Waiting<'_>) -> Result<(), Stopped> {
         Ok(())
     }
 }
@@ -87,14 +88,18 @@ pub struct FormatEntry {
 }
 
 type MakeReader = fn(&Settings, &Selected) -> Result<Box<dyn Reader>, DecoderError>;
-/// For each pointer, as its tokens, whether the schema has such a member.
-type HasMembers = fn(&Schema, &[Vec<String>]) -> Result<Vec<bool>, SchemaError>;
 
-/// What `kandle check` does with the schema of a topic.
+/// For each pointer, as its tokens, the type of the value there, as predictions have it; `None`: there is no such member.
+type Types<E> = Result<Vec<Option<Type>>, E>;
+
+/// What a schema says of the values that are selected: for `kandle check`, and for the schema of predictions.
 #[derive(Clone, Copy)]
 pub struct SchemaEntry {
     pub kind: SchemaKind,
-    pub has: HasMembers,
+    /// By a schema of the registry.
+    pub types: fn(&Schema, &[Vec<String>]) -> Types<SchemaError>,
+    /// By the file `input.schema`.
+    pub types_of_file: fn(&settings::Input, &[Vec<String>]) -> Types<SchemaFileError>,
 }
 
 /// All formats. To add one, add a file here, a line in this table and a value of [`Format`].
@@ -132,13 +137,18 @@ impl Decoder {
         Ok(Self { reader, select })
     }
 
+    /// The JSON Pointers to everything that is selected.
+    pub fn pointers(&self) -> Vec<String> {
+        self.select.pointers()
+    }
+
     /// Fetches what decoding these values needs, and waits while it cannot be fetched.
     ///
     /// # Errors
     /// The process is asked to stop.
     pub fn fetch<'a>(
         &self,
-        mut values: impl Iterator<Item = &'a [u8]>,
+        mut values: impl Iterator<Item = Raw<'a>>,
         waiting: &Waiting<'_>,
     ) -> Result<(), Stopped> {
         self.reader.fetch(&mut values, waiting)
@@ -148,8 +158,8 @@ impl Decoder {
     ///
     /// # Errors
     /// The value is not valid in the format, or a selected value is missing or has the wrong type.
-    pub fn decode<'a>(&self, value: &'a [u8]) -> Result<Input<'a>, RecordError> {
-        self.select.select(self.reader.read(value)?)
+    pub fn decode<'a>(&self, value: impl Into<Raw<'a>>) -> Result<Input<'a>, RecordError> {
+        self.select.select(self.reader.read(value.into())?)
     }
 }
 

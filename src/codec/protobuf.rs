@@ -14,13 +14,14 @@ use prost_reflect::{
 use protox::Compiler as ProtoCompiler;
 use protox::file::{ChainFileResolver, File, FileResolver, GoogleFileResolver, IncludeFileResolver};
 
-use super::schemas::{Compile, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind};
+use super::write::schema::Type;
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 
 /// The name of a registry's schema among the files that it imports.
 const ROOT: &str = "kandle/value.proto";
@@ -92,34 +93,79 @@ impl Compile for Compiler {
     }
 }
 
-pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Protobuf, has };
+pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Protobuf, types, types_of_file };
 
-/// Whether any message of the schema has the members: only the values say which one they are.
-fn has(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<bool>, SchemaError> {
-    let Plan::Indexed(file) = (Compiler { message: None }).compile(schema)? else { return Ok(Vec::new()) };
-    let any = |tokens: &Vec<String>| file.messages().any(|message| has_member(&message, tokens));
-    Ok(pointers.iter().map(any).collect())
+fn types(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<Option<Type>>, SchemaError> {
+    Ok((Compiler { message: None }).compile(schema)?.types(pointers))
 }
 
-fn has_member(message: &MessageDescriptor, tokens: &[String]) -> bool {
-    let [first, rest @ ..] = tokens else { return true };
+fn types_of_file(
+    input: &settings::Input,
+    pointers: &[Vec<String>],
+) -> Result<Vec<Option<Type>>, SchemaFileError> {
+    let path = input.schema.as_deref().unwrap_or(Path::new(""));
+    Ok((Compiler { message: input.message.clone() }).compile_file(path)?.types(pointers))
+}
+
+impl Plan {
+    /// Of several messages, what those agree on that have the member: only the values say which one they are.
+    fn types(&self, pointers: &[Vec<String>]) -> Vec<Option<Type>> {
+        let types = |tokens: &Vec<String>| match self {
+            Self::Message(message) => type_at(message, tokens),
+            Self::Indexed(file) => {
+                Type::common(file.messages().filter_map(|message| type_at(&message, tokens)))
+            }
+        };
+        pointers.iter().map(types).collect()
+    }
+}
+
+/// The type that a prediction has for a member of a message; `None` if there is no such member.
+fn type_at(message: &MessageDescriptor, tokens: &[String]) -> Option<Type> {
+    let [first, rest @ ..] = tokens else { return Some(of_kind(&Kind::Message(message.clone()))) };
     if message.full_name().starts_with("google.protobuf.") {
         // Its JSON is not an object of its fields.
-        return true;
+        return Some(Type::Json);
     }
-    let Some(field) = message.get_field_by_name(first) else { return false };
-    let rest = match rest {
-        // An index or a key.
-        [_, below @ ..] if field.is_list() || field.is_map() => below,
-        all => all,
-    };
+    let field = message.get_field_by_name(first)?;
     let kind = match field.kind() {
         Kind::Message(entry) if field.is_map() => entry.map_entry_value_field().kind(),
         kind => kind,
     };
+    let rest = match rest {
+        [] if field.is_list() => return Some(Type::of_scalars(Type::list, of_kind(&kind))),
+        [] if field.is_map() => return Some(Type::of_scalars(Type::map, of_kind(&kind))),
+        // An index or a key.
+        [_, below @ ..] if field.is_list() || field.is_map() => below,
+        all => all,
+    };
     match kind {
-        Kind::Message(message) => has_member(&message, rest),
-        _ => rest.is_empty(),
+        Kind::Message(message) => type_at(&message, rest),
+        kind => rest.is_empty().then(|| of_kind(&kind)),
+    }
+}
+
+/// Of integers the widest one, so that a change of the input's schema that Protobuf allows (int32 to int64) changes
+/// nothing.
+fn of_kind(kind: &Kind) -> Type {
+    match kind {
+        Kind::Bool => Type::Boolean,
+        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 | Kind::Uint32 | Kind::Fixed32 => {
+            Type::Long { quoted: false }
+        }
+        Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => Type::Long { quoted: true },
+        Kind::Float | Kind::Double => Type::Double { quoted: true },
+        // In proto3's JSON, 64-bit integers are strings.
+        Kind::String | Kind::Bytes | Kind::Uint64 | Kind::Fixed64 => Type::Text,
+        Kind::Message(message) => match message.full_name() {
+            "google.protobuf.Timestamp" | "google.protobuf.Duration" | "google.protobuf.FieldMask" => {
+                Type::Text
+            }
+            // A message may have more fields in the next version of its schema.
+            _ => Type::Json,
+        },
+        // A number that the schema does not name is a number in JSON too.
+        Kind::Enum(_) => Type::Json,
     }
 }
 
@@ -131,12 +177,12 @@ pub(super) fn reader(settings: &Settings, _: &Selected) -> Result<Box<dyn Reader
 }
 
 impl Reader for Protobuf {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
-        let (plan, data) = self.0.of(bytes)?;
-        to_json(&plan, data).map(Value::Transcoded)
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
+        let Planned { plan, header, data } = self.0.of(value)?;
+        to_json(&plan, header, data).map(Value::Transcoded)
     }
 
-    fn fetch(&self, values: &mut dyn Iterator<Item = &[u8]>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, values: &mut dyn Iterator<Item = Raw<'_>>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
         self.0.fetch(values, waiting)
     }
 }
@@ -145,10 +191,12 @@ fn fault(message: impl Into<String>) -> RecordError {
     RecordError::new(Fault::Decode, message)
 }
 
-fn to_json(plan: &Plan, data: &[u8]) -> Result<String, RecordError> {
-    let (message, data) = match plan {
-        Plan::Message(message) => (message.clone(), data),
-        Plan::Indexed(file) => message_of(file, data)?,
+/// `header`: the message indexes, if they are not before the data but in the record's header.
+fn to_json(plan: &Plan, header: Option<&[u8]>, mut data: &[u8]) -> Result<String, RecordError> {
+    let message = match (plan, header) {
+        (Plan::Message(message), _) => message.clone(),
+        (Plan::Indexed(file), Some(mut header)) => message_of(file, &mut header)?,
+        (Plan::Indexed(file), None) => message_of(file, &mut data)?,
     };
     let any = memchr::memmem::find_iter(data, b"google.protobuf.Any").take(MAX_ANY + 1).count();
     if any > MAX_ANY {
@@ -167,19 +215,16 @@ fn to_json(plan: &Plan, data: &[u8]) -> Result<String, RecordError> {
     String::from_utf8(out).map_err(|e| not(&e))
 }
 
-/// The message that the indexes before the data name, and the data.
-fn message_of<'a>(
-    file: &FileDescriptor,
-    mut data: &'a [u8],
-) -> Result<(MessageDescriptor, &'a [u8]), RecordError> {
-    let count = zigzag(&mut data)?;
+/// Takes the indexes, and returns the message that they name.
+fn message_of(file: &FileDescriptor, data: &mut &[u8]) -> Result<MessageDescriptor, RecordError> {
+    let count = zigzag(data)?;
     if count < 0 {
         return Err(fault("the value's number of message indexes is negative"));
     }
     let mut message: Option<MessageDescriptor> = None;
     // Without indexes, it is the first message.
     for _ in 0..count.max(1) {
-        let index = if count == 0 { 0 } else { zigzag(&mut data)? };
+        let index = if count == 0 { 0 } else { zigzag(data)? };
         let at = usize::try_from(index).unwrap_or(usize::MAX);
         let found = match &message {
             None => file.messages().nth(at),
@@ -189,7 +234,7 @@ fn message_of<'a>(
         message =
             Some(found.ok_or_else(|| fault(format!("the value's schema has no message {index}{inside}")))?);
     }
-    message.map(|message| (message, data)).ok_or_else(|| fault("the value names no message"))
+    message.ok_or_else(|| fault("the value names no message"))
 }
 
 /// Takes a zigzag number.
@@ -239,7 +284,7 @@ mod tests {
     }
 
     fn json(data: &[u8]) -> Result<serde_json::Value, String> {
-        let json = to_json(&plan(), data).map_err(|error| error.message)?;
+        let json = to_json(&plan(), None, data).map_err(|error| error.message)?;
         Ok(serde_json::from_str(&json).unwrap())
     }
 
@@ -289,6 +334,18 @@ mod tests {
     }
 
     #[test]
+    fn the_indexes_may_be_in_the_header() {
+        let of = |header: &[u8], data: &[u8]| {
+            let json = to_json(&plan(), Some(header), data).map_err(|error| error.message)?;
+            Ok::<serde_json::Value, String>(serde_json::from_str(&json).unwrap())
+        };
+        // What follows the indexes is not the data.
+        assert_eq!(of(&[4, 2, 0, 8, 6], &[8, 5]).unwrap(), serde_json::json!({ "amount": 5 }));
+        assert_eq!(of(&[0], &field(1, b"x")).unwrap(), serde_json::json!({ "unused": "x" }));
+        assert!(of(&[], &[0, 8, 5]).unwrap_err().contains("message indexes"));
+    }
+
+    #[test]
     fn a_damaged_message_is_the_records_fault() {
         let error = json(&[0, 1 << 3 | 2, 9, b'x']).unwrap_err();
         assert!(error.starts_with("the value is not a message shop.First: "), "{error}");
@@ -327,7 +384,40 @@ mod tests {
             ("/s/x", false),
             ("/none", false),
         ] {
-            assert_eq!(has(&schema, &[crate::codec::tokens(pointer)]).unwrap(), [there], "{pointer}");
+            let found = types(&schema, &[crate::codec::tokens(pointer)]).unwrap();
+            assert_eq!(found[0].is_some(), there, "{pointer}");
+        }
+    }
+
+    #[test]
+    fn included_fields_have_types() {
+        let schema = Schema::new(
+            SchemaKind::Protobuf,
+            "syntax = \"proto3\"; import \"google/protobuf/timestamp.proto\"; \
+             message A { int32 i = 1; int64 l = 2; uint64 u = 3; float f = 4; bool b = 5; bytes r = 6; E e = 7; \
+             A a = 8; repeated double ds = 9; map<int32, string> m = 10; repeated A as = 11; \
+             google.protobuf.Timestamp at = 12; string both = 13; } enum E { X = 0; } message B { bool both = 1; }",
+        );
+        let long = |quoted| Type::Long { quoted };
+        for (pointer, want) in [
+            ("/i", long(false)),
+            ("/l", long(true)),
+            ("/u", Type::Text),
+            ("/f", Type::Double { quoted: true }),
+            ("/b", Type::Boolean),
+            ("/r", Type::Text),
+            ("/e", Type::Json),
+            ("/a", Type::Json),
+            ("/a/a/l", long(true)),
+            ("/ds", Type::list(Type::Double { quoted: true })),
+            ("/ds/0", Type::Double { quoted: true }),
+            ("/m", Type::map(Type::Text)),
+            ("/as", Type::Json),
+            ("/as/0/l", long(true)),
+            ("/at", Type::Text),
+            ("/both", Type::Json),
+        ] {
+            assert_eq!(types(&schema, &[crate::codec::tokens(pointer)]).unwrap(), [Some(want)], "{pointer}");
         }
     }
 
@@ -346,7 +436,7 @@ mod tests {
         std::fs::write(&set, prost::Message::encode_to_vec(&compiled)).unwrap();
         for path in [proto.as_path(), set.as_path()] {
             let plan = Compiler { message: Some("a.A".to_owned()) }.compile_file(path).unwrap();
-            assert_eq!(to_json(&plan, &field(1, &field(1, b"x"))).unwrap(), r#"{"b":{"x":"x"}}"#);
+            assert_eq!(to_json(&plan, None, &field(1, &field(1, b"x"))).unwrap(), r#"{"b":{"x":"x"}}"#);
             let error = Compiler { message: Some("a.C".to_owned()) }.compile_file(path).err().unwrap();
             assert!(error.to_string().contains("no message a.C"), "{error}");
         }

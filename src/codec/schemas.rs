@@ -16,8 +16,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 use super::frame::Framed;
 use super::{DecoderError, SchemaFileError};
 use crate::backoff::{Backoff, pause};
-use crate::record::{Fault, RecordError};
-use crate::registry::{Registry, RegistryError, Schema, SchemaKind};
+use crate::record::{Fault, Raw, RecordError};
+use crate::registry::{Registry, RegistryError, Schema, SchemaId, SchemaKind};
 use crate::settings::Settings;
 use crate::telemetry::health::Stage;
 use crate::telemetry::{Health, Metrics};
@@ -90,8 +90,16 @@ pub trait Compile: Send + Sync + 'static {
 pub enum Plans<C: Compile> {
     /// All values have the schema of one file, and no schema id.
     File(Arc<C::Plan>),
-    /// Each value begins with the id of its schema.
+    /// Each value has the id of its schema: before its data, or in the record's header.
     Registry(Schemas<C>),
+}
+
+/// A value without its schema id, and the plan for it.
+pub struct Planned<'a, P> {
+    pub plan: Arc<P>,
+    /// What follows the id in the header, if the id is in the header.
+    pub header: Option<&'a [u8]>,
+    pub data: &'a [u8],
 }
 
 impl<C: Compile> Plans<C> {
@@ -117,12 +125,12 @@ impl<C: Compile> Plans<C> {
     ///
     /// # Errors
     /// The value has no schema id, or its schema cannot be used.
-    pub fn of<'a>(&self, value: &'a [u8]) -> Result<(Arc<C::Plan>, &'a [u8]), RecordError> {
+    pub fn of<'a>(&self, value: Raw<'a>) -> Result<Planned<'a, C::Plan>, RecordError> {
         match self {
-            Self::File(plan) => Ok((Arc::clone(plan), value)),
+            Self::File(plan) => Ok(Planned { plan: Arc::clone(plan), header: None, data: value.bytes }),
             Self::Registry(schemas) => {
-                let Framed { id, data } = Framed::read(value)?;
-                Ok((schemas.plan(id)?, data))
+                let Framed { id, header, data } = Framed::read(value)?;
+                Ok(Planned { plan: schemas.plan(id)?, header, data })
             }
         }
     }
@@ -133,7 +141,7 @@ impl<C: Compile> Plans<C> {
     /// The process is asked to stop.
     pub fn fetch(
         &self,
-        values: &mut dyn Iterator<Item = &[u8]>,
+        values: &mut dyn Iterator<Item = Raw<'_>>,
         waiting: &Waiting<'_>,
     ) -> Result<(), Stopped> {
         match self {
@@ -168,7 +176,7 @@ pub struct Schemas<C: Compile> {
     registry: Arc<Registry>,
     compile: C,
     grace: Duration,
-    known: RwLock<HashMap<u32, Known<C::Plan>>>,
+    known: RwLock<HashMap<SchemaId, Known<C::Plan>>>,
     away: AtomicBool,
 }
 
@@ -187,13 +195,13 @@ impl<C: Compile> Schemas<C> {
     ///
     /// # Errors
     /// The schema cannot be used, or is unknown, which is the record's fault after [`Schemas::fetch`].
-    pub fn plan(&self, id: u32) -> Result<Arc<C::Plan>, RecordError> {
+    pub fn plan(&self, id: SchemaId) -> Result<Arc<C::Plan>, RecordError> {
         let known = self.known.read().unwrap_or_else(|e| e.into_inner());
         let error = match known.get(&id) {
             Some(Known::Plan(plan)) => return Ok(Arc::clone(plan)),
-            Some(Known::Broken(error)) => format!("schema id {id} cannot be used: {error}"),
+            Some(Known::Broken(error)) => format!("schema {id} cannot be used: {error}"),
             Some(Known::Unknown { error, .. }) => error.to_string(),
-            None => format!("schema id {id} was not fetched"),
+            None => format!("schema {id} was not fetched"),
         };
         Err(RecordError::new(Fault::Decode, error))
     }
@@ -204,13 +212,14 @@ impl<C: Compile> Schemas<C> {
     /// The process is asked to stop.
     pub fn fetch(
         &self,
-        values: &mut dyn Iterator<Item = &[u8]>,
+        values: &mut dyn Iterator<Item = Raw<'_>>,
         waiting: &Waiting<'_>,
     ) -> Result<(), Stopped> {
         let mut missing = {
             let known = self.known.read().unwrap_or_else(|e| e.into_inner());
             let ids = values.filter_map(|value| Framed::read(value).ok()).map(|framed| framed.id);
-            ids.filter(|id| known.get(id).is_none_or(|known| self.is_due(known))).collect::<BTreeSet<u32>>()
+            ids.filter(|id| known.get(id).is_none_or(|known| self.is_due(known)))
+                .collect::<BTreeSet<SchemaId>>()
         };
         let mut backoff = Backoff::new(BACKOFF);
         while !missing.is_empty() {
@@ -266,12 +275,12 @@ impl<C: Compile> Schemas<C> {
         }
     }
 
-    fn learn(&self, id: u32, what: Known<C::Plan>) {
+    fn learn(&self, id: SchemaId, what: Known<C::Plan>) {
         self.known.write().unwrap_or_else(|e| e.into_inner()).insert(id, what);
     }
 
     /// Remembers that the registry does not know an id. True once its grace has passed.
-    fn is_unknown(&self, id: u32, error: RegistryError) -> bool {
+    fn is_unknown(&self, id: SchemaId, error: RegistryError) -> bool {
         let mut known = self.known.write().unwrap_or_else(|e| e.into_inner());
         let now = Instant::now();
         let since = match known.get(&id) {
@@ -279,7 +288,7 @@ impl<C: Compile> Schemas<C> {
             _ => {
                 let grace = humantime::format_duration(self.grace).to_string();
                 tracing::warn!(
-                    id, error = %error, grace,
+                    %id, error = %error, grace,
                     "a record's schema id is unknown to the schema registry; waiting for registry.unknown_id_grace \
                      before records with this id become dead letters"
                 );
@@ -292,7 +301,7 @@ impl<C: Compile> Schemas<C> {
 
     /// Asks the registry on a thread of its own, because a request may take longer than a stop may wait. After the first
     /// failure the others are not asked for.
-    fn ask(&self, ids: Vec<u32>) -> Receiver<(u32, Result<Schema, RegistryError>)> {
+    fn ask(&self, ids: Vec<SchemaId>) -> Receiver<(SchemaId, Result<Schema, RegistryError>)> {
         let (answer, answers) = unbounded();
         let registry = Arc::clone(&self.registry);
         let work = move || {
@@ -327,5 +336,113 @@ impl<C: Compile> Schemas<C> {
         if self.away.swap(false, Ordering::Relaxed) {
             tracing::info!(registry = self.registry.name(), "the schema registry gives schemas again");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+
+    use rdkafka::message::{Header, OwnedHeaders};
+
+    use super::*;
+    use crate::kafka::headers::Headers;
+    use crate::settings::{self, Urls};
+
+    /// The plan is the schema's text.
+    struct Text;
+
+    impl Compile for Text {
+        type Plan = String;
+
+        fn compile(&self, schema: &Schema) -> Result<String, SchemaError> {
+            Ok(schema.text.clone())
+        }
+
+        fn compile_file(&self, path: &Path) -> Result<String, SchemaFileError> {
+            Ok(std::fs::read_to_string(path)?)
+        }
+    }
+
+    /// A registry that answers to `path` alone; otherwise as Confluent's does to a path that it does not have. Returns its
+    /// address and the paths that it was asked for.
+    fn serve(path: &'static str, schema: &'static str) -> (String, Receiver<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (asked, paths) = unbounded();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut head = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+                let request = head.next().unwrap_or_default();
+                head.take_while(|line| !line.is_empty()).for_each(drop);
+                let found = request.split(' ').nth(1).unwrap_or_default().to_owned();
+                let (status, body) = match found == path {
+                    true => ("200 OK", serde_json::json!({ "schema": schema }).to_string()),
+                    false => {
+                        ("404 Not Found", r#"{"error_code":404,"message":"HTTP 404 Not Found"}"#.to_owned())
+                    }
+                };
+                let _ = asked.send(found);
+                let length = body.len();
+                let _ = write!(
+                    stream,
+                    "HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+                );
+            }
+        });
+        (url, paths)
+    }
+
+    fn schemas(url: String) -> Schemas<Text> {
+        let settings = settings::Registry { url: Urls(vec![url]), ..settings::Registry::default() };
+        Schemas::new(Registry::new(&settings).unwrap().unwrap(), Text, Duration::ZERO)
+    }
+
+    const GUID: [u8; 16] =
+        [0x89, 0x79, 0x17, 0x62, 0x23, 0x36, 0x41, 0x86, 0x96, 0x74, 0x29, 0x9b, 0x90, 0xa8, 0x02, 0xe2];
+
+    #[test]
+    fn the_schema_of_a_header_is_fetched_by_its_guid_once() {
+        let (url, paths) = serve("/schemas/guids/89791762-2336-4186-9674-299b90a802e2", "\"int\"");
+        let plans = Plans::Registry(schemas(url));
+        let value = [&[1], &GUID[..]].concat();
+        let headers = Headers::from(
+            OwnedHeaders::new().insert(Header { key: "__value_schema_id", value: Some(&value) }),
+        );
+        let raw = Raw { bytes: b"\x02", headers: Some(&headers) };
+        let metrics = Metrics::new();
+        let waiting = Waiting { stop: None, health: None, metrics: &metrics };
+        for _ in 0..2 {
+            plans.fetch(&mut [raw, raw].into_iter(), &waiting).unwrap();
+        }
+        let planned = plans.of(raw).unwrap();
+        assert_eq!(
+            (planned.plan.as_str(), planned.header, planned.data),
+            ("\"int\"", Some(&[][..]), &b"\x02"[..])
+        );
+        assert_eq!(paths.try_iter().count(), 1, "a schema is kept");
+    }
+
+    /// An old registry is no fault of the record: it waits, and says what is the matter.
+    #[test]
+    fn a_registry_without_guids_is_waited_for() {
+        let (url, _paths) = serve("/none", "");
+        let schemas = schemas(url);
+        let value = [&[1], &GUID[..]].concat();
+        let metrics = Metrics::new();
+        let stop = AtomicBool::new(true);
+        let health = Health::new(Duration::from_secs(1));
+        let waiting =
+            Waiting { stop: Some(&stop), health: Some((&health, Stage::Prepare)), metrics: &metrics };
+        let raw = Raw::from(&value);
+        assert_eq!(schemas.fetch(&mut std::iter::once(raw), &waiting), Err(Stopped));
+        let error = schemas.registry.schema(SchemaId::Guid(GUID)).unwrap_err();
+        assert!(
+            matches!(&error, RegistryError::Away { reason, .. } if reason.contains("version 8")),
+            "{error}"
+        );
+        assert!(schemas.plan(SchemaId::Guid(GUID)).unwrap_err().message.contains("was not fetched"));
     }
 }

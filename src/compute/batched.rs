@@ -106,7 +106,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             .records
             .par_iter()
             .with_min_len(DECODE_CHUNK)
-            .map(|record| window.value(record).map(|value| self.decoder.decode(value)))
+            .map(|record| window.raw(record).map(|value| self.decoder.decode(value)))
             .collect();
         let decoded = self.observe("decode", started);
         let parts: Vec<Part<T>> =
@@ -305,6 +305,10 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
 impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T, M> {
     fn about(&self) -> &About {
         &self.about
+    }
+
+    fn pointers(&self) -> Vec<String> {
+        self.decoder.pointers()
     }
 
     fn writer(&self) -> Option<&Writer> {

@@ -84,6 +84,9 @@ pub type ComputeError = EngineError<()>;
 pub trait Compute: Send + Sync {
     fn about(&self) -> &About;
 
+    /// The JSON Pointers to what it reads of a record.
+    fn pointers(&self) -> Vec<String>;
+
     /// Encodes its predictions; `None` if they are the values, unchanged.
     fn writer(&self) -> Option<&Writer>;
 

@@ -27,7 +27,7 @@ pub struct Noop {
 impl Noop {
     fn encoded(&self, window: Window) -> Encoded {
         let started = Instant::now();
-        let outcome = |record| match window.value(record).map(|value| self.decoder.decode(value)) {
+        let outcome = |record| match window.raw(record).map(|value| self.decoder.decode(value)) {
             None => Outcome::Tombstone,
             Some(Ok(_)) => Outcome::Unchanged,
             Some(Err(error)) => Outcome::Dead(error),
@@ -41,6 +41,10 @@ impl Noop {
 impl Compute for Noop {
     fn about(&self) -> &About {
         &self.about
+    }
+
+    fn pointers(&self) -> Vec<String> {
+        self.decoder.pointers()
     }
 
     fn writer(&self) -> Option<&Writer> {

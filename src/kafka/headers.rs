@@ -41,6 +41,8 @@ pub const STAGE: Name = Name(c"kandle-stage");
 pub const TIMESTAMP: Name = Name(c"kandle-timestamp");
 /// The span that a record was produced in (W3C Trace Context).
 pub const TRACEPARENT: Name = Name(c"traceparent");
+/// The id of the value's schema, if it is not before the value's data: see [`crate::codec`].
+pub const VALUE_SCHEMA_ID: Name = Name(c"__value_schema_id");
 
 /// The headers that kandle adds to a prediction.
 pub const OF_PREDICTIONS: [Name; 3] = [SOURCE, MODEL, MODEL_DIGEST];
@@ -62,8 +64,17 @@ fn list(headers: &OwnedHeaders) -> *const rd_kafka_headers_t {
 /// The value of the last header with a name; `None` without such a header or value.
 pub fn last<'a>(message: &'a BorrowedMessage<'_>, name: Name) -> Option<&'a [u8]> {
     let headers = of_message(message)?;
-    let (mut value, mut size): (*const c_void, usize) = (ptr::null(), 0);
     // SAFETY: the headers live as long as the message, and so do their values.
+    unsafe { last_of(headers, name) }
+}
+
+/// The value of the last header with a name.
+///
+/// # Safety
+/// The list must be alive and unchanged for `'a`.
+unsafe fn last_of<'a>(headers: *const rd_kafka_headers_t, name: Name) -> Option<&'a [u8]> {
+    let (mut value, mut size): (*const c_void, usize) = (ptr::null(), 0);
+    // SAFETY: the caller promises that the list lives; the value is part of it.
     unsafe {
         let found = rd_kafka_header_get_last(headers, name.0.as_ptr(), &mut value, &mut size) == DONE;
         (found && !value.is_null()).then(|| std::slice::from_raw_parts(value.cast::<u8>(), size))
@@ -93,7 +104,7 @@ pub fn remove_last(message: &mut BorrowedMessage<'_>, name: Name) {
     }
 }
 
-/// The headers of a record as received; their names may be any bytes. Only source and sink look into them.
+/// The headers of a record as received; their names may be any bytes.
 #[derive(Debug, Clone)]
 pub struct Headers(OwnedHeaders);
 
@@ -112,6 +123,12 @@ impl Headers {
     /// A copy in the rdkafka crate's type.
     pub fn copy(&self) -> OwnedHeaders {
         self.0.clone()
+    }
+
+    /// The value of the last header with a name; `None` without such a header or value.
+    pub fn last(&self, name: Name) -> Option<&[u8]> {
+        // SAFETY: the list lives as long as `self`, which is borrowed, and so do its values.
+        unsafe { last_of(list(&self.0), name) }
     }
 
     /// Approximate bytes of memory.
@@ -156,7 +173,7 @@ pub fn origin(message: &BorrowedMessage<'_>) -> Option<Position> {
 }
 
 /// Reads `topic/partition/offset`.
-fn position(text: &[u8]) -> Option<Position> {
+pub fn position(text: &[u8]) -> Option<Position> {
     let mut parts = std::str::from_utf8(text).ok()?.rsplitn(3, '/');
     let offset = parts.next()?.parse().ok()?;
     let number = parts.next()?.parse().ok()?;

@@ -1,7 +1,7 @@
 //! The permissions (ACLs) that kandle needs, in one table, and how `check` finds out which are missing. The requests
 //! change nothing on the cluster.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
 
 use super::consumer::reader_with;
-use super::login::{self, Client};
+use super::login::{self, Client, Side};
 use super::native::{self, Allowed};
 use super::topics::TopicFilter;
 use crate::settings::{Guarantee, Settings};
@@ -87,6 +87,13 @@ impl Resource {
             Self::TransactionalId(name) => ("transactional-id", name),
         }
     }
+
+    fn topic(&self) -> Option<&String> {
+        match self {
+            Self::Topic(name) => Some(name),
+            Self::Group(_) | Self::TransactionalId(_) => None,
+        }
+    }
 }
 
 impl Permission {
@@ -127,6 +134,28 @@ pub fn needed(settings: &Settings, transactional_id: &str) -> Vec<Permission> {
     all
 }
 
+/// What `audit` needs, which reads the predictions in `output` and the dead letters too.
+pub fn needed_by_audit(settings: &Settings, output: &str) -> Vec<Permission> {
+    let read = |topic: &str| Permission::new(Operation::Read, Resource::Topic(topic.to_owned()));
+    let mut all: Vec<Permission> = named_inputs(settings).map(|topic| read(topic)).collect();
+    all.push(Permission::new(Operation::Read, Resource::Group(settings.input.group.clone())));
+    all.extend([output, &settings.dead_letters.topic].map(read));
+    all
+}
+
+/// The properties of kandle's consumer and producer, who may be different users, for [`probe`].
+pub fn clients(settings: &Settings) -> (ClientConfig, ClientConfig) {
+    let base = |side| {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &settings.kafka.brokers);
+        login::configure(&mut config, settings, side);
+        config
+    };
+    let (mut input, output) = (base(Side::Input), base(Side::Output));
+    input.set("group.id", &settings.input.group).set("enable.auto.commit", "false");
+    (input, output)
+}
+
 fn named_inputs(settings: &Settings) -> impl Iterator<Item = &String> {
     settings.input.topics.iter().filter(|topic| !TopicFilter::is_pattern(topic))
 }
@@ -139,24 +168,28 @@ pub fn probe(
     (input, output): (&ClientConfig, &ClientConfig),
     timeout: Duration,
 ) -> Vec<Held> {
-    let mut topics = BTreeMap::new();
-    let mut failures = BTreeMap::new();
     // The consumer and the producer may be different users.
-    for (config, names) in [
-        (input, named_inputs(settings).cloned().collect::<Vec<_>>()),
-        (output, vec![settings.output.topic.clone(), settings.dead_letters.topic.clone()]),
-    ] {
-        match reader_with(config).and_then(|client| native::allowed(&client, &names, timeout)) {
-            Ok(found) => topics.extend(found),
-            Err(error) => failures.extend(names.into_iter().map(|name| (name, error.to_string()))),
+    let reads = |permission: &Permission| permission.operation == Operation::Read;
+    let ask = |config: &ClientConfig, of_consumer: bool| {
+        let of_side = needed.iter().filter(|permission| reads(permission) == of_consumer);
+        let names: BTreeSet<&String> = of_side.filter_map(|permission| permission.resource.topic()).collect();
+        let names: Vec<String> = names.into_iter().cloned().collect();
+        if names.is_empty() {
+            return Ok(BTreeMap::new());
         }
-    }
+        let asked = reader_with(config).and_then(|client| native::allowed(&client, &names, timeout));
+        asked.map_err(|error| error.to_string())
+    };
+    let (of_consumer, of_producer) = (ask(input, true), ask(output, false));
     let held = |permission: &Permission| match &permission.resource {
-        Resource::Topic(name) => match topics.get(name) {
-            Some(Allowed::Operations(all)) if all.contains(&permission.operation.code()) => Held::Yes,
-            Some(Allowed::Operations(_) | Allowed::Nothing) => Held::No,
-            Some(Allowed::Unknown) => Held::Unknown("the brokers do not tell".to_owned()),
-            None => Held::Unknown(failures.get(name).cloned().unwrap_or_default()),
+        Resource::Topic(name) => match if reads(permission) { &of_consumer } else { &of_producer } {
+            Err(error) => Held::Unknown(error.clone()),
+            Ok(topics) => match topics.get(name) {
+                Some(Allowed::Operations(all)) if all.contains(&permission.operation.code()) => Held::Yes,
+                Some(Allowed::Operations(_) | Allowed::Nothing) => Held::No,
+                Some(Allowed::Unknown) => Held::Unknown("the brokers do not tell".to_owned()),
+                None => Held::Unknown("the brokers do not name the topic".to_owned()),
+            },
         },
         Resource::Group(_) => group(settings, input, timeout),
         Resource::TransactionalId(id) => transactional_id(id, output, timeout),

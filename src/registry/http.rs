@@ -17,6 +17,9 @@ use crate::settings::Registry;
 
 /// Largest answer in bytes.
 const MAX_ANSWER: u64 = 16 << 20;
+/// What is said of a 404 that is not about a schema.
+pub(super) const NO_SUCH_PATH: &str =
+    "status 404, not from a schema registry: the address may lack a path, as in /apis/ccompat/v7";
 const CONTENT_TYPE: &str = "application/vnd.schemaregistry.v1+json";
 
 pub(super) struct Http {
@@ -158,10 +161,7 @@ fn failure(url: &str, what: &str, status: u16, body: &[u8]) -> RegistryError {
     match status {
         // Only the registry's own codes: a proxy's 404 says nothing about a schema.
         404 if code / 100 == 404 => RegistryError::NotFound { url, what, message },
-        404 => away(
-            &url,
-            "status 404, not from a schema registry: the address may lack a path, as in /apis/ccompat/v7",
-        ),
+        404 => away(&url, NO_SUCH_PATH),
         401 | 403 | 409 | 422 => RegistryError::Refused { url, what, status, message },
         _ => away(&url, format!("status {status} {message}").trim_end()),
     }

@@ -8,6 +8,7 @@ mod http;
 pub mod registration;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -33,6 +34,32 @@ impl SchemaKind {
             Self::Json => "JSON",
         }
     }
+}
+
+/// The id of a schema.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum SchemaId {
+    Number(u32),
+    /// Computed from the schema, so that it is the same in every registry.
+    Guid([u8; 16]),
+}
+
+impl fmt::Display for SchemaId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "id {number}"),
+            Self::Guid(guid) => write!(f, "GUID {}", hyphenated(guid)),
+        }
+    }
+}
+
+/// A GUID as text (RFC 9562, section 4).
+fn hyphenated(guid: &[u8; 16]) -> String {
+    let mut text: String = guid.iter().map(|byte| format!("{byte:02x}")).collect();
+    for at in [20, 16, 12, 8] {
+        text.insert(at, '-');
+    }
+    text
 }
 
 /// A schema's text and the schemas that it refers to.
@@ -154,10 +181,15 @@ impl Registry {
     ///
     /// # Errors
     /// See [`RegistryError`].
-    pub fn schema(&self, id: u32) -> Result<Schema, RegistryError> {
-        let what = format!("schema id {id}");
-        let answer: Answer = self.http.get(&format!("/schemas/ids/{id}"), &what)?;
-        self.with_references(answer, &what)
+    pub fn schema(&self, id: SchemaId) -> Result<Schema, RegistryError> {
+        let what = format!("schema {id}");
+        let answer = match id {
+            SchemaId::Number(number) => self.http.get(&format!("/schemas/ids/{number}"), &what),
+            SchemaId::Guid(guid) => {
+                self.http.get(&format!("/schemas/guids/{}", hyphenated(&guid)), &what).map_err(without_guids)
+            }
+        };
+        self.with_references(answer?, &what)
     }
 
     /// The latest version of a subject.
@@ -270,6 +302,20 @@ impl Registry {
     }
 }
 
+/// A registry that has no path for GUIDs answers as a wrong address does.
+fn without_guids(error: RegistryError) -> RegistryError {
+    match error {
+        RegistryError::Away { url, reason } if reason == http::NO_SUCH_PATH => {
+            let reason =
+                "it cannot look up a schema by its GUID, which the records' header __value_schema_id has: \
+                          Confluent's registry can from version 8 on"
+                    .to_owned();
+            RegistryError::Away { url, reason }
+        }
+        other => other,
+    }
+}
+
 fn version_path(subject: &str, version: &str) -> String {
     format!("/subjects/{}/versions/{version}", http::encode(subject))
 }
@@ -284,6 +330,13 @@ fn body(kind: SchemaKind, text: &str) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_are_written_as_registries_write_them() {
+        let guid = SchemaId::Guid(std::array::from_fn(|i| i as u8 * 0x11));
+        assert_eq!(guid.to_string(), "GUID 00112233-4455-6677-8899-aabbccddeeff");
+        assert_eq!(SchemaId::Number(7).to_string(), "id 7");
+    }
 
     #[test]
     fn references_come_before_what_refers_to_them() {

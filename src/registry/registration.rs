@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::{Registry, RegistryError, SchemaKind};
 use crate::backoff::{Backoff, pause};
-use crate::codec::write::{self, OutputEntry, Record, Writer};
+use crate::codec::SchemaFileError;
+use crate::codec::write::{self, OutputEntry, Record, TypesError, Writer};
 use crate::settings::Settings;
 use crate::telemetry::{Health, Metrics};
 
@@ -32,6 +33,24 @@ pub enum RegistrationError {
          what `kandle config schema --output` prints ({reason})"
     )]
     Missing { subject: String, reason: String },
+    #[error("input.schema: {0}")]
+    InputSchema(SchemaFileError),
+}
+
+impl From<TypesError> for RegistrationError {
+    fn from(error: TypesError) -> Self {
+        match error {
+            TypesError::Registry(error) => Self::Registry(error),
+            TypesError::File(error) => Self::InputSchema(error),
+        }
+    }
+}
+
+impl RegistrationError {
+    /// The subject does not have this schema, and does not take it: it may have or take another one.
+    fn is_about_the_schema(&self) -> bool {
+        matches!(self, Self::Missing { .. } | Self::Registry(RegistryError::Refused { status: 409, .. }))
+    }
 }
 
 impl OutputSchema {
@@ -83,6 +102,44 @@ impl OutputSchema {
     }
 }
 
+/// What predictions may consist of, the best first: with the types of the input's schema, if that tells any, and with
+/// texts for included fields, which a subject may have from before the types were known.
+///
+/// # Errors
+/// The registry is away, or `input.schema` cannot be used.
+pub fn candidates(settings: &Settings, registry: &Registry) -> Result<Vec<Record>, TypesError> {
+    let untyped = Record::of(settings);
+    let typed = write::typed(settings, Some(registry))?;
+    Ok(if typed == untyped { vec![untyped] } else { vec![typed, untyped] })
+}
+
+/// Chooses the first of the candidates that the subject has or takes; `None` if predictions have no schema.
+fn choose(
+    settings: &Settings,
+    registry: &Registry,
+) -> Result<Option<(Record, OutputSchema, u32)>, RegistrationError> {
+    let mut first = None;
+    for record in candidates(settings, registry)? {
+        let Some(schema) = OutputSchema::new(settings, &record) else { return Ok(None) };
+        match schema.id(registry, settings.registry.auto_register) {
+            Ok(id) => {
+                if let Some(error) = first {
+                    let subject = &schema.subject;
+                    tracing::warn!(
+                        subject, %error,
+                        "output.include: the subject does not take the types of the input's schema, so the fields stay texts"
+                    );
+                }
+                return Ok(Some((record, schema, id)));
+            }
+            Err(error) if first.is_none() && error.is_about_the_schema() => first = Some(error),
+            // Of two that the subject does not take, the first is the one to register.
+            Err(error) => return Err(first.unwrap_or(error)),
+        }
+    }
+    first.map_or(Ok(None), Err)
+}
+
 /// Gets the id of the schema that the settings ask for and gives it to the writer. False if asked to stop while the
 /// registry was away.
 ///
@@ -95,15 +152,19 @@ pub fn register(
     health: &Health,
     stop: &AtomicBool,
 ) -> Result<bool, RegistrationError> {
-    let Some(schema) = OutputSchema::new(settings, writer.record()) else { return Ok(true) };
+    // A later period writes as the first one.
+    if OutputEntry::of(settings.output.format).kind.is_none() || writer.encoding().is_some() {
+        return Ok(true);
+    }
     let Some(registry) = Registry::new(&settings.registry)? else { return Ok(true) };
     let mut backoff = Backoff::new(BACKOFF);
     loop {
-        let error = match schema.id(&registry, settings.registry.auto_register) {
-            Ok(id) => {
+        let error = match choose(settings, &registry) {
+            Ok(None) => return Ok(true),
+            Ok(Some((record, schema, id))) => {
                 let (subject, kind) = (&schema.subject, schema.kind.name());
                 tracing::info!(subject, kind, id, "the predictions' schema is in the registry");
-                writer.set_schema_id(id);
+                writer.set_schema(record, id);
                 return Ok(true);
             }
             Err(RegistrationError::Registry(error @ RegistryError::Away { .. })) => error,

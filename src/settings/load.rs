@@ -191,7 +191,7 @@ struct Tree<'a> {
     /// Keys whose values must not be shown.
     secrets: Vec<String>,
     problems: Vec<Problem>,
-    /// librdkafka properties with placeholders, as they are written.
+    /// librdkafka properties and `server.token` with placeholders, as they are written.
     templates: BTreeMap<String, String>,
     environment: &'a [(String, String)],
 }
@@ -256,7 +256,7 @@ impl Tree<'_> {
         };
         if replaced {
             self.secrets.push(key.to_owned());
-            if key.contains(".properties.") {
+            if key.contains(".properties.") || key == "server.token" {
                 self.templates.insert(key.to_owned(), written.to_owned());
             }
         }

@@ -3,7 +3,7 @@
 use rdkafka::ClientConfig;
 use serde::Serialize;
 
-use super::{Format, Guarantee, Properties, Registry, Settings, Task};
+use super::{Format, Guarantee, Properties, Registry, Server, Settings, Task};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
 use crate::codec::write;
@@ -178,7 +178,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         );
         problem("batch.timeout", message);
     }
-    for (key, message) in check_delivery(settings) {
+    for (key, message) in check_server(&settings.server).into_iter().chain(check_delivery(settings)) {
         problem(key, message);
     }
     for (key, message) in check_schema(settings).into_iter().chain(check_registry(&settings.registry)) {
@@ -194,6 +194,26 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     }
     if settings.delivery.commit_interval.0.is_zero() {
         problem("delivery.commit_interval", "is zero".to_owned());
+    }
+    problems
+}
+
+fn check_server(server: &Server) -> Vec<(&'static str, String)> {
+    let mut problems = Vec::new();
+    if server.cert.is_some() && server.key.is_none() {
+        problems.push(("server.cert", "has no effect without server.key".to_owned()));
+    }
+    if server.key.is_some() && server.cert.is_none() {
+        problems.push(("server.key", "has no effect without server.cert".to_owned()));
+    }
+    for (name, path) in [("server.cert", &server.cert), ("server.key", &server.key)] {
+        if path.as_ref().is_some_and(|path| path.to_string_lossy().trim_start().starts_with("-----BEGIN")) {
+            // The message does not quote it.
+            problems.push((name, "is the path of a PEM file, not its text".to_owned()));
+        }
+    }
+    if server.token.as_ref().is_some_and(|token| token.trim().is_empty()) {
+        problems.push(("server.token", "is empty: everybody would have it".to_owned()));
     }
     problems
 }

@@ -113,7 +113,7 @@ impl Composer {
                     Outcome::Unchanged => content.window.value(record),
                     Outcome::Tombstone | Outcome::Dead(_) => None,
                 },
-                headers: prediction(own, source, &self.stamp),
+                headers: prediction(own, matches!(outcome, Outcome::Unchanged), source, &self.stamp),
                 timestamp: match self.timestamps {
                     OutputTimestamp::Record => record.timestamp,
                     OutputTimestamp::Now => None,
@@ -141,10 +141,15 @@ fn own(headers: Option<&Headers>, more: usize) -> OwnedHeaders {
     }
 }
 
-/// Headers of a prediction or a tombstone. If the input is another job's predictions, that job's headers are removed.
-fn prediction(headers: Option<&Headers>, source: &str, stamp: &Stamp) -> OwnedHeaders {
+/// Headers of a prediction or a tombstone. If the input is another job's predictions, that job's headers are removed. So
+/// is the id of the record's schema, unless the prediction is the value, `unchanged`: readers would take it for the
+/// prediction's.
+fn prediction(headers: Option<&Headers>, unchanged: bool, source: &str, stamp: &Stamp) -> OwnedHeaders {
     let own = match headers {
-        Some(headers) => headers::without(headers.copy(), &headers::OF_PREDICTIONS),
+        Some(headers) => {
+            let own = headers::without(headers.copy(), &headers::OF_PREDICTIONS);
+            if unchanged { own } else { headers::without(own, &[headers::VALUE_SCHEMA_ID]) }
+        }
         None => OwnedHeaders::new_with_capacity(headers::OF_PREDICTIONS.len()),
     };
     let headers = headers::with(own, headers::SOURCE, source);
@@ -206,7 +211,7 @@ mod tests {
     fn own_headers_come_first_and_kandles_headers_follow() {
         let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
         let own = OwnedHeaders::new().insert(Header { key: "traceparent", value: Some("00-x") });
-        let made = prediction(Some(&own.into()), "t/0/1", &stamp);
+        let made = prediction(Some(&own.into()), false, "t/0/1", &stamp);
         assert_eq!(names(&made), ["traceparent", "kandle-source", "kandle-model", "kandle-model-digest"]);
         let error = RecordError::new(Fault::Decode, "bad");
         let made = dead_letter(None, "t/0/1", &error, &stamp);
@@ -220,13 +225,27 @@ mod tests {
     #[test]
     fn predictions_of_predictions_carry_the_last_jobs_headers() {
         let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
-        let first = prediction(None, "a/0/1", &stamp).into();
-        let second = prediction(Some(&first), "b/0/7", &stamp);
+        let first = prediction(None, false, "a/0/1", &stamp).into();
+        let second = prediction(Some(&first), false, "b/0/7", &stamp);
         assert_eq!(names(&second), ["kandle-source", "kandle-model", "kandle-model-digest"]);
         assert_eq!(listed(&second)[0].1, "b/0/7");
         // A dead letter keeps all headers of its record.
         let letter = dead_letter(Some(&first), "b/0/7", &RecordError::new(Fault::Decode, "bad"), &stamp);
         assert_eq!(listed(&letter)[0].1, "a/0/1");
+    }
+
+    #[test]
+    fn only_an_unchanged_value_keeps_the_id_of_its_schema() {
+        let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
+        let headers = ["__key_schema_id", "__value_schema_id"]
+            .into_iter()
+            .fold(OwnedHeaders::new(), |all, key| all.insert(Header { key, value: Some("x") }));
+        let own = headers.into();
+        let has = |made: &OwnedHeaders| names(made).contains(&"__value_schema_id".to_owned());
+        let changed = prediction(Some(&own), false, "t/0/1", &stamp);
+        assert!(!has(&changed) && names(&changed)[0] == "__key_schema_id", "the key is the record's");
+        assert!(has(&prediction(Some(&own), true, "t/0/1", &stamp)));
+        assert!(has(&dead_letter(Some(&own), "t/0/1", &RecordError::new(Fault::Decode, "bad"), &stamp)));
     }
 
     #[test]

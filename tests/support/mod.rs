@@ -3,6 +3,7 @@
 #![allow(dead_code)] // Each test binary uses only part of it.
 
 pub mod decode;
+pub mod gate;
 pub mod kafka;
 pub mod ledger;
 pub mod models;

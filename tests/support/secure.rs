@@ -44,7 +44,7 @@ pub fn secure() -> &'static Secure {
 pub struct Certificates(PathBuf);
 
 impl Certificates {
-    fn make() -> Self {
+    pub fn make() -> Self {
         // Kept for as long as the machine keeps temporary files: the broker reads them until the process ends.
         let made = Self(
             tempfile::Builder::new().prefix("kandle-certificates").tempdir().expect("a directory").keep(),

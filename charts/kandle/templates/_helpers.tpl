@@ -131,9 +131,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 {{- end }}
-{{- with ($config.model | default dict).token }}
-{{- if not (regexMatch "\\$\\{(env|file):" (. | replace "$$" "")) }}
-{{- fail "config.model.token would be stored in a ConfigMap: refer to it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" }}
+{{- range $name, $value := dict "model.token" ($config.model | default dict).token "server.token" ($config.server | default dict).token "registry.password" ($config.registry | default dict).password "registry.token" ($config.registry | default dict).token }}
+{{- if and $value (not (regexMatch "\\$\\{(env|file):" ($value | toString | replace "$$" ""))) }}
+{{- fail (printf "config.%s would be stored in a ConfigMap: refer to it as ${env:NAME} or ${file:/path}, with secretEnv or secretFiles" $name) }}
 {{- end }}
 {{- end }}
 {{- include "kandle.toYaml" $config }}
@@ -147,6 +147,31 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- fail "config.server.listen: port 0 is not possible: probes and scrapes need a fixed port" }}
 {{- end }}
 {{- $port }}
+{{- end }}
+
+{{/* A probe's request to the admin server. */}}
+{{- define "kandle.probe" -}}
+{ path: {{ .path }}, port: metrics{{ if (.root.Values.config.server | default dict).cert }}, scheme: HTTPS{{ end }} }
+{{- end }}
+
+{{/* How Prometheus scrapes: .monitor is the PodMonitor's or ServiceMonitor's values, .key their name. */}}
+{{- define "kandle.endpoint" -}}
+{{- $server := .root.Values.config.server | default dict }}
+port: metrics
+interval: {{ .monitor.interval }}
+{{- if $server.cert }}
+{{- if not .monitor.tlsConfig }}
+{{- fail (printf "config.server.cert needs %s.tlsConfig: the CA that Prometheus trusts, such as { ca: { secret: { name: ca, key: ca.crt } }, serverName: kandle }" .key) }}
+{{- end }}
+scheme: https
+tlsConfig: {{- include "kandle.toYaml" .monitor.tlsConfig | nindent 2 }}
+{{- end }}
+{{- if $server.token }}
+{{- if not .monitor.tokenSecret }}
+{{- fail (printf "config.server.token needs %s.tokenSecret: the Secret that has the token for Prometheus, such as { name: kandle-admin, key: token }" .key) }}
+{{- end }}
+authorization: { type: Bearer, credentials: { name: {{ .monitor.tokenSecret.name }}, key: {{ .monitor.tokenSecret.key }} } }
+{{- end }}
 {{- end }}
 
 {{/* The ports of the brokers: those of config.kafka.brokers and networkPolicy.kafkaPorts. */}}
@@ -438,14 +463,14 @@ containers:
     {{- end }}
     # No preStop hook: on SIGTERM kandle finishes what is in flight, commits and leaves the group.
     startupProbe:
-      httpGet: { path: /livez, port: metrics }
+      httpGet: {{ include "kandle.probe" (dict "path" "/livez" "root" .) }}
       {{- include "kandle.toYaml" .Values.probes.startup | nindent 6 }}
     livenessProbe:
-      httpGet: { path: /livez, port: metrics }
+      httpGet: {{ include "kandle.probe" (dict "path" "/livez" "root" .) }}
       {{- include "kandle.toYaml" .Values.probes.liveness | nindent 6 }}
 {{- if eq .Values.mode "run" }}
     readinessProbe:
-      httpGet: { path: /readyz, port: metrics }
+      httpGet: {{ include "kandle.probe" (dict "path" "/readyz" "root" .) }}
       {{- include "kandle.toYaml" .Values.probes.readiness | nindent 6 }}
 {{- end }}
 {{- with .Values.sidecars }}

@@ -22,7 +22,7 @@ use crate::cli::output::{out, outln};
 use crate::kafka::cluster::{OutputTopic, Topics};
 use crate::kafka::topic_rules::TopicRules;
 use crate::pipeline::{self, Shared};
-use crate::settings::{self, Settings, Sources};
+use crate::settings::{self, Server, Settings, Sources};
 use crate::task;
 use crate::telemetry::{logging, server};
 
@@ -68,7 +68,9 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
     let shared = Shared::new(&settings);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let serve = |listen: &str| {
-        runtime.block_on(server::serve(listen, Arc::clone(&shared.metrics), Arc::clone(&shared.health)))
+        let server = Server { listen: listen.to_owned(), ..Server::default() };
+        let (metrics, health) = (Arc::clone(&shared.metrics), Arc::clone(&shared.health));
+        runtime.block_on(server::serve(&server, None, metrics, health))
     };
     // Another kandle on this machine may use the port.
     let address = serve(&options.listen).or_else(|_| serve("127.0.0.1:0")).context("the admin server")?;

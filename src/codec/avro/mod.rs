@@ -12,13 +12,14 @@ use std::path::Path;
 
 use plan::Plan;
 
-use super::schemas::{Compile, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind};
+use super::write::schema::Type;
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
 };
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 use crate::registry::{Schema, SchemaKind};
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 
 /// Compiles a schema to a plan for what is selected.
 struct Compiler(Selected);
@@ -37,11 +38,19 @@ impl Compile for Compiler {
     }
 }
 
-pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Avro, has };
+pub(super) const SCHEMA: SchemaEntry = SchemaEntry { kind: SchemaKind::Avro, types, types_of_file };
 
-fn has(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<bool>, SchemaError> {
+fn types(schema: &Schema, pointers: &[Vec<String>]) -> Result<Vec<Option<Type>>, SchemaError> {
     let plan = Plan::new(schema, &Selected::Whole)?;
-    Ok(pointers.iter().map(|tokens| plan.has(plan.root, tokens)).collect())
+    Ok(pointers.iter().map(|tokens| plan.type_at(plan.root, tokens)).collect())
+}
+
+fn types_of_file(
+    input: &settings::Input,
+    pointers: &[Vec<String>],
+) -> Result<Vec<Option<Type>>, SchemaFileError> {
+    let text = std::fs::read_to_string(input.schema.as_deref().unwrap_or(Path::new("")))?;
+    Ok(types(&Schema::new(SchemaKind::Avro, text), pointers)?)
 }
 
 struct Avro(Plans<Compiler>);
@@ -51,15 +60,15 @@ pub(super) fn reader(settings: &Settings, selected: &Selected) -> Result<Box<dyn
 }
 
 impl Reader for Avro {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
-        let (plan, data) = self.0.of(bytes)?;
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
+        let Planned { plan, data, .. } = self.0.of(value)?;
         let json = decode::to_json(&plan, data);
         json.map(Value::Transcoded).map_err(|error| {
             RecordError::new(Fault::Decode, format!("the value does not match its Avro schema: {error}"))
         })
     }
 
-    fn fetch(&self, values: &mut dyn Iterator<Item = &[u8]>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
+    fn fetch(&self, values: &mut dyn Iterator<Item = Raw<'_>>, waiting: &Waiting<'_>) -> Result<(), Stopped> {
         self.0.fetch(values, waiting)
     }
 }

@@ -6,6 +6,7 @@ use apache_avro::schema::{FixedSchema, InnerDecimalSchema, Name, RecordSchema, U
 
 use crate::codec::SchemaError;
 use crate::codec::selected::Selected;
+use crate::codec::write::schema::Type;
 use crate::registry;
 
 /// Index of a node in [`Plan::nodes`].
@@ -92,18 +93,57 @@ impl Plan {
         Ok(Self { nodes: compiler.nodes, root })
     }
 
-    /// Whether a value of a node's type may have a member at a pointer.
-    pub fn has(&self, node: NodeId, tokens: &[String]) -> bool {
-        let [first, rest @ ..] = tokens else { return true };
+    /// The type that a prediction has for the member at a pointer, of a value of a node's type; `None` if there can be no
+    /// such member.
+    pub fn type_at(&self, node: NodeId, tokens: &[String]) -> Option<Type> {
+        let [first, rest @ ..] = tokens else { return Some(self.type_of(node)) };
         match &self.nodes[node as usize] {
             Node::Record(fields) => {
-                fields.iter().any(|field| *field.name == **first && self.has(field.node, rest))
+                fields.iter().find(|field| *field.name == **first).and_then(|f| self.type_at(f.node, rest))
             }
-            Node::Union(variants) => variants.iter().any(|&variant| self.has(variant, tokens)),
-            Node::Array(items) => first.parse::<usize>().is_ok() && self.has(*items, rest),
-            Node::Map(values) => self.has(*values, rest),
-            Node::Duration => rest.is_empty() && ["months", "days", "milliseconds"].contains(&first.as_str()),
-            _ => false,
+            Node::Union(variants) => {
+                Type::common(variants.iter().filter_map(|&variant| self.type_at(variant, tokens)))
+            }
+            Node::Array(items) if first.parse::<usize>().is_ok() => self.type_at(*items, rest),
+            Node::Map(values) => self.type_at(*values, rest),
+            Node::Duration
+                if rest.is_empty() && ["months", "days", "milliseconds"].contains(&first.as_str()) =>
+            {
+                Some(Type::Long { quoted: false })
+            }
+            _ => None,
+        }
+    }
+
+    /// Of numbers the widest one, so that a promotion in the input's schema (int to long, float to double) changes nothing.
+    fn type_of(&self, node: NodeId) -> Type {
+        // Null is no value of a list or map in a prediction.
+        let of_values = |of: fn(Type) -> Type, values: NodeId| match &self.nodes[values as usize] {
+            Node::Union(_) => Type::Json,
+            _ => Type::of_scalars(of, self.type_of(values)),
+        };
+        match &self.nodes[node as usize] {
+            Node::Boolean => Type::Boolean,
+            Node::Int | Node::Long => Type::Long { quoted: false },
+            Node::Float | Node::Double => Type::Double { quoted: false },
+            Node::Bytes
+            | Node::String
+            | Node::Fixed(_)
+            | Node::Enum(_)
+            | Node::Uuid { .. }
+            | Node::Date
+            | Node::Time(_)
+            | Node::Timestamp { .. } => Type::Text,
+            Node::Array(items) => of_values(Type::list, *items),
+            Node::Map(values) => of_values(Type::map, *values),
+            Node::Union(variants) => {
+                let some = variants.iter().filter(|&&id| !matches!(self.nodes[id as usize], Node::Null));
+                Type::common(some.map(|&variant| self.type_of(variant))).unwrap_or(Type::Json)
+            }
+            // A record may have more members in the next version of its schema.
+            Node::Null | Node::Record(_) | Node::Decimal { .. } | Node::BigDecimal | Node::Duration => {
+                Type::Json
+            }
         }
     }
 }

@@ -207,6 +207,47 @@ fn references_are_resolved_across_schemas() {
     assert!(broken.is_err());
 }
 
+#[test]
+fn included_fields_have_types() {
+    use crate::codec::write::schema::Type;
+    let schema = Schema::new(
+        SchemaKind::Avro,
+        r#"{"type":"record","name":"R","fields":[
+            {"name":"i","type":"int"}, {"name":"l","type":["null","long"]}, {"name":"f","type":"float"},
+            {"name":"b","type":"boolean"}, {"name":"s","type":{"type":"enum","name":"E","symbols":["A"]}},
+            {"name":"at","type":{"type":"long","logicalType":"timestamp-millis"}},
+            {"name":"price","type":{"type":"bytes","logicalType":"decimal","precision":9,"scale":2}},
+            {"name":"two","type":["int","string"]}, {"name":"il","type":["null","int","long"]},
+            {"name":"ls","type":{"type":"array","items":"int"}}, {"name":"ln","type":{"type":"array","items":["null","int"]}},
+            {"name":"m","type":{"type":"map","values":"string"}}, {"name":"r","type":["null","R"]}
+        ]}"#,
+    );
+    let long = Type::Long { quoted: false };
+    for (pointer, want) in [
+        ("/i", Some(long.clone())),
+        ("/l", Some(long.clone())),
+        ("/f", Some(Type::Double { quoted: false })),
+        ("/b", Some(Type::Boolean)),
+        ("/s", Some(Type::Text)),
+        ("/at", Some(Type::Text)),
+        ("/price", Some(Type::Json)),
+        ("/two", Some(Type::Json)),
+        ("/il", Some(long.clone())),
+        ("/ls", Some(Type::list(long.clone()))),
+        ("/ls/0", Some(long.clone())),
+        ("/ls/x", None),
+        ("/ln", Some(Type::Json)),
+        ("/m", Some(Type::map(Type::Text))),
+        ("/m/any", Some(Type::Text)),
+        ("/r", Some(Type::Json)),
+        ("/r/r/i", Some(long)),
+        ("/r/none", None),
+        ("/i/none", None),
+    ] {
+        assert_eq!(super::types(&schema, &[crate::codec::tokens(pointer)]).unwrap(), [want], "{pointer}");
+    }
+}
+
 proptest! {
     /// Whatever the bytes: no panic, and what is written is JSON.
     #[test]

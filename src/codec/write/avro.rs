@@ -39,6 +39,9 @@ fn of(of: &Type) -> Value {
         Type::Text | Type::Json => "string".into(),
         Type::Float => "float".into(),
         Type::Integer => "int".into(),
+        Type::Boolean => "boolean".into(),
+        Type::Long { .. } => "long".into(),
+        Type::Double { .. } => "double".into(),
         Type::List(of) => json!({ "type": "array", "items": self::of(of) }),
         Type::Map(of) => json!({ "type": "map", "values": self::of(of) }),
         Type::Object(record) => object(record),
@@ -108,6 +111,21 @@ impl Encode for Avro<'_> {
     fn integer(&mut self, at: At, number: i32) {
         self.present(at);
         self.number(number.into());
+    }
+
+    fn boolean(&mut self, at: At, value: bool) {
+        self.present(at);
+        self.0.push(value.into());
+    }
+
+    fn long(&mut self, at: At, number: i64) {
+        self.present(at);
+        self.number(number);
+    }
+
+    fn double(&mut self, at: At, number: f64) {
+        self.present(at);
+        self.0.extend_from_slice(&number.to_le_bytes());
     }
 
     fn begin_object(&mut self, at: At) -> Mark {

@@ -27,6 +27,9 @@ pub fn encode(json: &[u8], _: &Record, out: &mut Vec<u8>) -> serde_json::Result<
 fn object(record: &Record) -> Value {
     let property = |field: &super::schema::Field| {
         let mut property = of(&field.of);
+        if field.is_included() {
+            nullable(&mut property);
+        }
         property["description"] = field.doc.clone().into();
         (field.name.clone(), property)
     };
@@ -41,11 +44,29 @@ fn object(record: &Record) -> Value {
     })
 }
 
+/// Allows null as well. A schema without a type allows it already.
+fn nullable(schema: &mut Value) {
+    let Some(of) = schema.get("type").cloned() else { return };
+    let mut types = match of {
+        Value::Array(types) => types,
+        one => vec![one],
+    };
+    if !types.contains(&Value::from("null")) {
+        types.push("null".into());
+    }
+    schema["type"] = types.into();
+}
+
 fn of(of: &Type) -> Value {
     match of {
         Type::Text => json!({ "type": "string" }),
         Type::Float => json!({ "type": "number" }),
-        Type::Integer => json!({ "type": "integer" }),
+        Type::Integer | Type::Long { quoted: false } => json!({ "type": "integer" }),
+        Type::Boolean => json!({ "type": "boolean" }),
+        Type::Long { quoted: true } => json!({ "type": "string" }),
+        // What is not finite is a string or null.
+        Type::Double { quoted: true } => json!({ "type": ["number", "string"] }),
+        Type::Double { quoted: false } => json!({ "type": ["number", "null"] }),
         Type::List(of) => json!({ "type": "array", "items": self::of(of) }),
         Type::Map(of) => json!({ "type": "object", "additionalProperties": self::of(of) }),
         Type::Object(record) => object(record),

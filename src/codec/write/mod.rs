@@ -11,6 +11,7 @@
 //! significant first, and for Protobuf the path of the message in its file, which is one zero byte for the first message.
 
 mod avro;
+mod included;
 mod json_schema;
 mod protobuf;
 pub mod schema;
@@ -18,6 +19,7 @@ mod transcode;
 
 use std::sync::OnceLock;
 
+pub use included::{TypesError, typed};
 pub use schema::Record;
 
 use crate::record::{Fault, RecordError};
@@ -68,31 +70,26 @@ impl OutputEntry {
 #[derive(Debug)]
 pub struct Writer {
     format: OutputFormat,
-    record: Record,
-    /// The schema's id in the registry.
-    id: OnceLock<u32>,
+    /// What predictions consist of, and the id of its schema in the registry.
+    schema: OnceLock<(Record, u32)>,
 }
 
 impl Writer {
     pub fn new(settings: &Settings) -> Self {
-        Self { format: settings.output.format, record: Record::of(settings), id: OnceLock::new() }
+        Self { format: settings.output.format, schema: OnceLock::new() }
     }
 
-    pub fn record(&self) -> &Record {
-        &self.record
-    }
-
-    /// From now on, predictions are written in `output.format`, with this schema id. Until then they stay JSON, as
-    /// `kandle predict` prints them. Only the first call has an effect.
-    pub fn set_schema_id(&self, id: u32) {
-        // A schema that is registered again keeps its id.
-        let _ = self.id.set(id);
+    /// From now on, predictions are written in `output.format`, by this record, with the id of its schema. Until then
+    /// they stay JSON, as `kandle predict` prints them. Only the first call has an effect.
+    pub fn set_schema(&self, record: Record, id: u32) {
+        // Windows in flight were encoded with the first one.
+        let _ = self.schema.set((record, id));
     }
 
     /// How to encode predictions; `None`: they are published as the task writes them.
     pub fn encoding(&self) -> Option<Encoding<'_>> {
-        let (id, entry) = (self.id.get()?, OutputEntry::of(self.format));
-        entry.kind.map(|_| Encoding { entry, record: &self.record, id: *id })
+        let ((record, id), entry) = (self.schema.get()?, OutputEntry::of(self.format));
+        entry.kind.map(|_| Encoding { entry, record, id: *id })
     }
 }
 
@@ -213,7 +210,7 @@ mod tests {
     }
 
     fn written(format: OutputFormat, json: &str) -> Result<Vec<u8>, String> {
-        let writer = Writer { format, record: record(), id: OnceLock::from(7) };
+        let writer = Writer { format, schema: OnceLock::from((record(), 7)) };
         let mut out = vec![9];
         let encoding = writer.encoding().unwrap();
         encoding.write(json.as_bytes(), &mut out).map_err(|error| error.message)?;
@@ -270,7 +267,7 @@ mod tests {
     #[test]
     fn json_is_framed_unchanged() {
         assert_eq!(written(OutputFormat::JsonSchema, FULL).unwrap(), FULL.as_bytes());
-        let writer = Writer { format: OutputFormat::Avro, record: record(), id: OnceLock::new() };
+        let writer = Writer { format: OutputFormat::Avro, schema: OnceLock::new() };
         assert!(writer.encoding().is_none(), "there is no encoding before the schema has an id");
     }
 
@@ -301,6 +298,61 @@ mod tests {
             assert_eq!(got, text, "{value}");
             let protobuf = written(OutputFormat::Protobuf, &json).unwrap();
             assert_eq!(protobuf.len(), 1 + want.map_or(0, |want| 2 + want.len()), "{value}");
+        }
+    }
+
+    /// Included fields with the types of the input's schema, by hand, after the specifications.
+    #[test]
+    fn included_fields_have_the_types_of_the_input() {
+        let (long, double) = (Type::Long { quoted: false }, Type::Double { quoted: true });
+        let fields = vec![
+            Field::new(1, "a", long.clone(), "").optional(),
+            Field::new(2, "b", double.clone(), "").optional(),
+            Field::new(3, "c", Type::Boolean, "").optional(),
+            Field::new(4, "d", Type::list(long), "").optional(),
+            Field::new(5, "e", Type::map(double), "").optional(),
+        ];
+        let record = Record { name: "X".to_owned(), fields };
+        let written = |format, json: &str| {
+            let writer = Writer { format, schema: OnceLock::from((record.clone(), 7)) };
+            let mut out = Vec::new();
+            let done = writer.encoding().unwrap().write(json.as_bytes(), &mut out);
+            done.map(|()| out.split_off(5)).map_err(|error| error.message)
+        };
+        let json = r#"{"a":300.0,"b":"-Infinity","c":true,"d":[-1,"9223372036854775807"],"e":{"k":0.5}}"#;
+        let avro: &[&[u8]] = &[
+            b"\x02\xd8\x04",
+            b"\x02\0\0\0\0\0\0\xf0\xff",
+            b"\x02\x01",
+            b"\x02\x04\x01\xfe\xff\xff\xff\xff\xff\xff\xff\xff\x01\x00",
+            b"\x02\x02\x02k\0\0\0\0\0\0\xe0\x3f\x00",
+        ];
+        assert_eq!(written(OutputFormat::Avro, json).unwrap(), avro.concat());
+        let protobuf: &[&[u8]] = &[
+            b"\x00",
+            b"\x08\xac\x02",
+            b"\x11\0\0\0\0\0\0\xf0\xff",
+            b"\x18\x01",
+            b"\x22\x13\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+            b"\x2a\x0c\x0a\x01k\x11\0\0\0\0\0\0\xe0\x3f",
+        ];
+        assert_eq!(written(OutputFormat::Protobuf, json).unwrap(), protobuf.concat());
+        // Optional values are written even if they are 0; null and what is missing are not.
+        assert_eq!(
+            written(OutputFormat::Protobuf, r#"{"a":0,"b":0,"c":false,"d":[],"e":null}"#).unwrap(),
+            [0, 8, 0, 17, 0, 0, 0, 0, 0, 0, 0, 0, 24, 0]
+        );
+        assert_eq!(written(OutputFormat::Avro, r#"{"a":null}"#).unwrap(), [0; 5]);
+        for (json, said) in [
+            (r#"{"a":1.5}"#, "\"a\": is a number, not a 64-bit integer"),
+            (r#"{"a":9223372036854775808}"#, "64-bit integer"),
+            (r#"{"a":"x"}"#, "\"a\": is a string"),
+            (r#"{"b":"x"}"#, "\"b\": is a string, not a number"),
+            (r#"{"c":0}"#, "not a boolean"),
+            (r#"{"d":[null]}"#, "null, not a 64-bit integer"),
+        ] {
+            let error = written(OutputFormat::Avro, json).unwrap_err();
+            assert!(error.contains(said) && error.contains("input's schema"), "{json}: {error}");
         }
     }
 

@@ -51,7 +51,13 @@ fn inner(of: &Type) -> Option<&Record> {
     match of {
         Type::Object(record) => Some(record),
         Type::List(of) | Type::Map(of) => inner(of),
-        Type::Text | Type::Float | Type::Integer | Type::Json => None,
+        Type::Text
+        | Type::Float
+        | Type::Integer
+        | Type::Boolean
+        | Type::Long { .. }
+        | Type::Double { .. }
+        | Type::Json => None,
     }
 }
 
@@ -60,6 +66,9 @@ fn of(of: &Type) -> String {
         Type::Text | Type::Json => "string".to_owned(),
         Type::Float => "float".to_owned(),
         Type::Integer => "int32".to_owned(),
+        Type::Boolean => "bool".to_owned(),
+        Type::Long { .. } => "int64".to_owned(),
+        Type::Double { .. } => "double".to_owned(),
         Type::List(of) => format!("repeated {}", self::of(of)),
         Type::Map(of) => format!("map<string, {}>", self::of(of)),
         Type::Object(record) => record.name.clone(),
@@ -99,6 +108,7 @@ struct Protobuf<'a>(&'a mut Vec<u8>);
 
 /// Wire types.
 const VARINT: u64 = 0;
+const FIXED64: u64 = 1;
 const LENGTH: u64 = 2;
 const FIXED32: u64 = 5;
 
@@ -115,6 +125,27 @@ impl Protobuf<'_> {
         self.tag(number, LENGTH);
         varint(bytes.len() as u64, self.0);
         self.0.extend_from_slice(bytes);
+    }
+
+    /// A number of one byte or more, unless it is the default of a field that is not optional.
+    fn varint(&mut self, at: At, value: u64) {
+        if let Some(number) = number(at, value == 0, true) {
+            self.tag(number, VARINT);
+        }
+        if !matches!(at, At::Field(_)) || value != 0 {
+            varint(value, self.0);
+        }
+    }
+
+    /// A number of 4 or 8 bytes. Negative zero is not the default.
+    fn fixed(&mut self, at: At, wire: u64, bytes: &[u8]) {
+        let is_default = bytes.iter().all(|byte| *byte == 0);
+        if let Some(number) = number(at, is_default, true) {
+            self.tag(number, wire);
+        }
+        if !matches!(at, At::Field(_)) || !is_default {
+            self.0.extend_from_slice(bytes);
+        }
     }
 
     /// Puts the tag and the length before what has been written since `begin`.
@@ -148,24 +179,24 @@ impl Encode for Protobuf<'_> {
     }
 
     fn float(&mut self, at: At, value: f32) {
-        // -0 is not the default.
-        let is_default = value.to_bits() == 0;
-        if let Some(number) = number(at, is_default, true) {
-            self.tag(number, FIXED32);
-        }
-        if !matches!(at, At::Field(_)) || !is_default {
-            self.0.extend_from_slice(&value.to_le_bytes());
-        }
+        self.fixed(at, FIXED32, &value.to_le_bytes());
     }
 
     fn integer(&mut self, at: At, value: i32) {
-        if let Some(number) = number(at, value == 0, true) {
-            self.tag(number, VARINT);
-        }
-        if !matches!(at, At::Field(_)) || value != 0 {
-            // Negative numbers are extended to 64 bits.
-            varint(i64::from(value) as u64, self.0);
-        }
+        // Negative numbers are extended to 64 bits.
+        self.varint(at, i64::from(value) as u64);
+    }
+
+    fn boolean(&mut self, at: At, value: bool) {
+        self.varint(at, value.into());
+    }
+
+    fn long(&mut self, at: At, value: i64) {
+        self.varint(at, value as u64);
+    }
+
+    fn double(&mut self, at: At, value: f64) {
+        self.fixed(at, FIXED64, &value.to_le_bytes());
     }
 
     fn begin_object(&mut self, _: At) -> Mark {
@@ -183,7 +214,10 @@ impl Encode for Protobuf<'_> {
     }
 
     fn end_list(&mut self, at: At, begin: Mark, count: usize, of: &Type) {
-        let packed = matches!(of, Type::Float | Type::Integer);
+        let packed = matches!(
+            of,
+            Type::Float | Type::Integer | Type::Boolean | Type::Long { .. } | Type::Double { .. }
+        );
         if let (true, Some(number)) = (packed && count > 0, number(at, false, false)) {
             self.delimit(number, begin);
         }

@@ -40,6 +40,15 @@ pub enum Type {
     Float,
     /// A 32-bit signed integer. It is enough for places in a record, which Kafka limits to 2^31 - 1 bytes.
     Integer,
+    Boolean,
+    /// A 64-bit signed integer. Protobuf's JSON has it as a string of digits: `quoted`.
+    Long {
+        quoted: bool,
+    },
+    /// A 64-bit float. Protobuf's JSON has NaN and the infinities as strings: `quoted`; others have them as null.
+    Double {
+        quoted: bool,
+    },
     List(Box<Type>),
     /// From texts to values.
     Map(Box<Type>),
@@ -59,11 +68,17 @@ impl Field {
         Self { optional: true, ..self }
     }
 
-    /// A field of `output.include`.
-    fn included(pointer: &str) -> Self {
+    /// A field of `output.include`. It is optional whatever the input's schema says of it: records may lack it that were
+    /// written with another version of that schema.
+    fn included(pointer: &str, of: Type) -> Self {
         let name = last_name(pointer);
         let doc = format!("Copied from the input: {pointer}");
-        Self::new(included_number(&name), &name, Type::Json, &doc).optional()
+        Self::new(included_number(&name), &name, of, &doc).optional()
+    }
+
+    /// Whether it is a field of `output.include`, whose value may also be null.
+    pub fn is_included(&self) -> bool {
+        self.number >= FIRST_INCLUDED
     }
 }
 
@@ -80,17 +95,37 @@ impl Type {
     pub fn objects(name: &str, fields: Vec<Field>) -> Self {
         Self::list(Self::Object(Record { name: name.to_owned(), fields }))
     }
+
+    /// A list or map (`of`) of values that are never null; [`Type::Json`] if they are not scalars.
+    pub fn of_scalars(of: fn(Self) -> Self, values: Self) -> Self {
+        match values {
+            Self::Text | Self::Boolean | Self::Long { .. } | Self::Double { .. } => of(values),
+            _ => Self::Json,
+        }
+    }
+
+    /// The type of a value that may be of any of these; `None` if there are none.
+    pub fn common(mut types: impl Iterator<Item = Self>) -> Option<Self> {
+        let first = types.next()?;
+        Some(if types.all(|other| other == first) { first } else { Self::Json })
+    }
 }
 
 /// Package of the messages, and namespace of the records.
 pub const NAMESPACE: &str = "kandle";
 
 impl Record {
-    /// The prediction of the settings' task.
+    /// The prediction of the settings' task. The types of included fields are not known.
     pub fn of(settings: &Settings) -> Self {
+        Self::with(settings, std::iter::repeat(Type::Json))
+    }
+
+    /// The same, with the types of the fields of `output.include`, in their order.
+    pub fn with(settings: &Settings, types: impl IntoIterator<Item = Type>) -> Self {
         let kind = Kind::of(settings.task.kind);
         let mut fields = (kind.fields)(&settings.task);
-        fields.extend(settings.output.include.iter().map(|pointer| Field::included(pointer)));
+        let included = settings.output.include.iter().zip(types);
+        fields.extend(included.map(|(pointer, of)| Field::included(pointer, of)));
         Self { name: camel_case(kind.kind.name()), fields }
     }
 
@@ -170,7 +205,7 @@ mod tests {
 
     #[test]
     fn fields_that_clash_are_found() {
-        let field = Field::included;
+        let field = |pointer: &str| Field::included(pointer, Type::Json);
         let record = |fields| Record { name: "X".to_owned(), fields };
         assert_eq!(record(vec![field("/a-b"), field("/x"), field("/y/a.b")]).clash(), Some(("a-b", "a.b")));
         assert_eq!(record(vec![field("/a"), field("/b")]).clash(), None);

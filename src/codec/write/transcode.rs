@@ -9,7 +9,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 use serde_json::value::RawValue;
 
 use super::schema::{Field, Record, Type};
-use crate::codec::json::string;
+use crate::codec::json::{string, what_is};
 
 /// Where a value is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +37,9 @@ pub trait Encode {
     fn text(&mut self, at: At, text: &str);
     fn float(&mut self, at: At, number: f32);
     fn integer(&mut self, at: At, number: i32);
+    fn boolean(&mut self, at: At, value: bool);
+    fn long(&mut self, at: At, number: i64);
+    fn double(&mut self, at: At, number: f64);
 
     fn begin_object(&mut self, at: At) -> Mark;
     fn end_object(&mut self, at: At, begin: Mark);
@@ -161,9 +164,13 @@ impl<'de, E: Encode> DeserializeSeed<'de> for Optional<'_, E> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        match self.field.of {
+        let at = At::Optional(self.field.number);
+        match &self.field.of {
             // serde_json has a way of its own to hand on a value as it is written.
-            Type::Json => json(deserializer, At::Optional(self.field.number), self.out),
+            of @ (Type::Json | Type::Boolean | Type::Long { .. } | Type::Double { .. }) => {
+                copied(deserializer, of, at, self.out)
+                    .map_err(|error| D::Error::custom(format_args!("{:?}: {error}", self.field.name)))
+            }
             _ => deserializer.deserialize_option(self),
         }
     }
@@ -216,7 +223,9 @@ impl<'de, E: Encode> DeserializeSeed<'de> for Of<'_, E> {
             Type::List(of) => deserializer.deserialize_seq(List { of, at, out }),
             Type::Map(of) => deserializer.deserialize_map(Entries { of, at, out }),
             Type::Object(record) => Object { record, at, out }.deserialize(deserializer),
-            Type::Json => json(deserializer, at, out),
+            Type::Json | Type::Boolean | Type::Long { .. } | Type::Double { .. } => {
+                copied(deserializer, of, at, out)
+            }
         }
     }
 }
@@ -244,19 +253,59 @@ impl<T, F: FnOnce(&str) -> T> Visitor<'_> for Text<F> {
     }
 }
 
-/// Any value, as a text; null is no value.
-fn json<'de, D: Deserializer<'de>, E: Encode>(deserializer: D, at: At, out: &mut E) -> Result<(), D::Error> {
+/// A value that is copied from the input, as it is written there. Null is no value.
+fn copied<'de, D: Deserializer<'de>, E: Encode>(
+    deserializer: D,
+    of: &Type,
+    at: At,
+    out: &mut E,
+) -> Result<(), D::Error> {
     let value = <&RawValue>::deserialize(deserializer)?.get();
-    if value == "null" {
+    if value == "null" && matches!(at, At::Optional(_)) {
         out.absent();
         return Ok(());
     }
-    let text = match string(value) {
-        None => Cow::Borrowed(value),
-        Some(text) => text.map_err(D::Error::custom)?,
+    let other = |of: &str| {
+        let what = what_is(value);
+        D::Error::custom(format_args!("is {what}, not {of} as in the input's schema when kandle started"))
     };
-    out.text(at, &text);
+    match of {
+        Type::Boolean => match value {
+            "true" => out.boolean(at, true),
+            "false" => out.boolean(at, false),
+            _ => return Err(other("a boolean")),
+        },
+        Type::Long { .. } => out.long(at, long(value).ok_or_else(|| other("a 64-bit integer"))?),
+        Type::Double { .. } => out.double(at, double(value).ok_or_else(|| other("a number"))?),
+        _ => {
+            let text = match string(value) {
+                None => Cow::Borrowed(value),
+                Some(text) => text.map_err(D::Error::custom)?,
+            };
+            out.text(at, &text);
+        }
+    }
     Ok(())
+}
+
+/// A JSON number, or a string of digits, as an integer. JSON Schema calls `1.0` an integer too.
+fn long(json: &str) -> Option<i64> {
+    let digits = json.trim_matches('"');
+    digits.parse().ok().or_else(|| {
+        let number: f64 = json.parse().ok()?;
+        // Up to here, every integer is a float.
+        (number.fract() == 0.0 && number.abs() <= 2f64.powi(53)).then_some(number as i64)
+    })
+}
+
+/// A JSON number, or one of the strings that Protobuf's JSON has for what is not finite; null is NaN.
+fn double(json: &str) -> Option<f64> {
+    match json {
+        "null" | "\"NaN\"" => Some(f64::NAN),
+        "\"Infinity\"" => Some(f64::INFINITY),
+        "\"-Infinity\"" => Some(f64::NEG_INFINITY),
+        number => number.parse().ok(),
+    }
 }
 
 struct List<'a, E> {
