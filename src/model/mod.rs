@@ -5,6 +5,7 @@
 //! weights     files to tensors, one at a time
 //! placement   device and precision
 //! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
+//! series      forecasts of time series, on the packed encoder too
 //! onnx        any ONNX graph, by tract
 //! vectors     files of vectors, for the tasks
 //! kernels     the operations of the layers, on CPUs and GPUs
@@ -15,6 +16,7 @@ pub mod kernels;
 mod manifest;
 pub mod onnx;
 mod placement;
+pub mod series;
 mod store;
 pub mod text;
 pub mod vectors;
