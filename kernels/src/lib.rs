@@ -10,7 +10,7 @@ mod attention;
 mod convolution;
 mod cross;
 #[cfg(any(feature = "cuda", test))]
-pub(super) mod cuda;
+pub mod cuda;
 mod disentangled;
 mod embed;
 pub mod forest;

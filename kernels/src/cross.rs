@@ -204,7 +204,7 @@ mod tests {
             let (mut want, mut place) = (Vec::new(), 0);
             for run in packed.runs() {
                 for sequence in 0..run.sequences {
-                    let one = crate::model::kernels::Run { start: run.start + sequence * run.length, sequences: 1, ..run };
+                    let one = crate::Run { start: run.start + sequence * run.length, sequences: 1, ..run };
                     for head in 0..heads {
                         let part = |x: &Tensor, start, length| {
                             x.narrow(0, start, length).unwrap().narrow(1, head * width, width).unwrap().contiguous()
