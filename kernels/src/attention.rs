@@ -809,7 +809,8 @@ pub(super) mod tests {
             both_forms_agree(&attention, &qkv, None, &packed, &workspace);
         }
         let attention = Attention::new(heads, width, Mask::Full);
-        let kept: Vec<u32> = (0..).zip(packed.masked().unwrap()).filter(|(_, masked)| !**masked).map(|(i, _)| i).collect();
+        let kept: Vec<u32> =
+            (0..).zip(packed.masked().unwrap()).filter(|(_, masked)| !**masked).map(|(i, _)| i).collect();
         let kept = Tensor::new(&kept[..], &CPU).unwrap();
         let want = attention
             .tensors(&qkv.index_select(&kept, 0).unwrap(), None, &Packed::of_lengths(&[1, 13, 26, 26, 56]))

@@ -39,7 +39,7 @@ impl CrossAttention {
         let of_tokens = (0..).zip(&self.heads).map(|(head, [to_tokens, _])| {
             project(to_tokens, queries.narrow(1, head * self.width, self.width)?)
         });
-        let of_tokens = Tensor::stack(&of_tokens.collect::<Result<Vec<_>>>()?, 1)?;
+        let of_tokens = Tensor::stack(&of_tokens.collect::<Result<Vec<_>>>()?, 1)?.contiguous()?;
         let mixed = self.mix(&of_tokens, x, batch)?;
         let results = (0..)
             .zip(&self.heads)
@@ -106,7 +106,9 @@ impl WithSimd for Mix<'_> {
                 for token in tokens.chunks_exact(hidden) {
                     weights.push(dot(simd, query, token));
                 }
-                for (weight, _) in weights.iter_mut().zip(masked.unwrap_or(&[])).filter(|(_, masked)| **masked) {
+                for (weight, _) in
+                    weights.iter_mut().zip(masked.unwrap_or(&[])).filter(|(_, masked)| **masked)
+                {
                     *weight = f32::NEG_INFINITY;
                 }
                 softmax(&mut weights);
@@ -185,8 +187,10 @@ mod tests {
 
     fn batch(masked: bool) -> Packed {
         let lengths = [4, 1, 19, 4, 33];
-        let masks: Vec<Vec<bool>> =
-            lengths.iter().map(|&length| (0..length).map(|token| masked && token % 3 == 1).collect()).collect();
+        let masks: Vec<Vec<bool>> = lengths
+            .iter()
+            .map(|&length| (0..length).map(|token| masked && token % 3 == 1).collect())
+            .collect();
         let masks: Vec<&[bool]> = masks.iter().map(Vec::as_slice).collect();
         Packed::of_lengths(&lengths).masking(&masks)
     }
@@ -199,19 +203,27 @@ mod tests {
         let cross = CrossAttention::new(&keys, &values, heads, None).unwrap();
         for packed in [batch(false), batch(true)] {
             // So that scores do not become large, whose rounding would be too.
-            let (queries, x) = (tensor(5, heads * width, 3), (tensor(packed.tokens(), hidden, 4) * 0.2).unwrap());
-            let (keys, values) = (x.matmul(&keys.t().unwrap()).unwrap(), x.matmul(&values.t().unwrap()).unwrap());
+            let (queries, x) =
+                (tensor(5, heads * width, 3), (tensor(packed.tokens(), hidden, 4) * 0.2).unwrap());
+            let (keys, values) =
+                (x.matmul(&keys.t().unwrap()).unwrap(), x.matmul(&values.t().unwrap()).unwrap());
             let (mut want, mut place) = (Vec::new(), 0);
             for run in packed.runs() {
                 for sequence in 0..run.sequences {
                     let one = crate::Run { start: run.start + sequence * run.length, sequences: 1, ..run };
                     for head in 0..heads {
                         let part = |x: &Tensor, start, length| {
-                            x.narrow(0, start, length).unwrap().narrow(1, head * width, width).unwrap().contiguous()
+                            x.narrow(0, start, length)
+                                .unwrap()
+                                .narrow(1, head * width, width)
+                                .unwrap()
+                                .contiguous()
                         };
-                        let (k, v) = (part(&keys, one.start, one.length), part(&values, one.start, one.length));
+                        let (k, v) =
+                            (part(&keys, one.start, one.length), part(&values, one.start, one.length));
                         let query = part(&queries, place, 1).unwrap();
-                        let mut scores = query.matmul(&k.unwrap().t().unwrap().contiguous().unwrap()).unwrap();
+                        let mut scores =
+                            query.matmul(&k.unwrap().t().unwrap().contiguous().unwrap()).unwrap();
                         if let Some(mask) = packed.mask(one, scores.dtype(), &Device::Cpu).unwrap() {
                             scores = (scores + mask).unwrap();
                         }

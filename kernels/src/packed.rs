@@ -67,7 +67,15 @@ impl Packed {
             all
         });
         let lengths = order.iter().map(|&i| batch[i].0.len()).collect();
-        Self { ids, type_ids, lengths, order, skipped: Vec::new(), masked: Vec::new(), on_device: OnceCell::new() }
+        Self {
+            ids,
+            type_ids,
+            lengths,
+            order,
+            skipped: Vec::new(),
+            masked: Vec::new(),
+            on_device: OnceCell::new(),
+        }
     }
 
     /// Packs sequences of something else than tokens of a vocabulary, of these lengths: their ids are all 0.
@@ -95,7 +103,8 @@ impl Packed {
     pub(super) fn mask(&self, run: Run, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
         let Some(masked) = self.masked() else { return Ok(None) };
         let of_run = &masked[run.start..][..run.sequences * run.length];
-        let added: Vec<f32> = of_run.iter().map(|&masked| if masked { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let added: Vec<f32> =
+            of_run.iter().map(|&masked| if masked { f32::NEG_INFINITY } else { 0.0 }).collect();
         Tensor::from_vec(added, (run.sequences, run.length), device)?.to_dtype(dtype).map(Some)
     }
 

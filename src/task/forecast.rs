@@ -24,7 +24,12 @@ pub(super) const KIND: Kind = Kind {
     fields: |_| {
         let points = || Type::list(Type::Float);
         vec![
-            Field::new(1, "mean", points(), "The predicted points, the next one first: the median, as Chronos-Bolt gives it"),
+            Field::new(
+                1,
+                "mean",
+                points(),
+                "The predicted points, the next one first: the median, as Chronos-Bolt gives it",
+            ),
             Field::new(2, "quantiles", Type::map(points()), "The quantiles of these points, by level"),
         ]
     },
@@ -103,10 +108,10 @@ struct Levels {
     names: Vec<String>,
     /// The place of the median among the model's quantiles.
     median: usize,
-    from: From,
+    origin: Origin,
 }
 
-enum From {
+enum Origin {
     /// Places among the model's quantiles.
     Model(Vec<usize>),
     /// Levels of which the model does not predict each: all are interpolated, as in the chronos package.
@@ -121,8 +126,8 @@ impl Levels {
         let place = |level: &f64| known.iter().position(|known| known == level);
         let list = || known.iter().map(f64::to_string).collect::<Vec<_>>().join(", ");
         let refused = |message: String| TaskError::Setting { key: "task.quantiles", message };
-        let from = match wanted.iter().map(place).collect::<Option<Vec<usize>>>() {
-            Some(places) => From::Model(places),
+        let origin = match wanted.iter().map(place).collect::<Option<Vec<usize>>>() {
+            Some(places) => Origin::Model(places),
             None => {
                 let outside = |level: &&f64| **level < known[0] || **level > known[known.len() - 1];
                 if let Some(level) = wanted.iter().find(outside) {
@@ -140,19 +145,20 @@ impl Levels {
                         list()
                     )));
                 }
-                From::Interpolated(wanted.to_vec())
+                Origin::Interpolated(wanted.to_vec())
             }
         };
-        let median = place(&0.5).ok_or_else(|| refused("the model does not predict the median".to_owned()))?;
-        Ok(Self { names: wanted.iter().map(f64::to_string).collect(), median, from })
+        let median =
+            place(&0.5).ok_or_else(|| refused("the model does not predict the median".to_owned()))?;
+        Ok(Self { names: wanted.iter().map(f64::to_string).collect(), median, origin })
     }
 
     /// The published quantiles of each point, from the model's, `[levels, points]`.
     fn rows(&self, answer: &[f32], horizon: usize) -> Vec<Vec<f32>> {
         let row = |level: usize| answer[level * horizon..][..horizon].to_vec();
-        match &self.from {
-            From::Model(places) => places.iter().map(|&place| row(place)).collect(),
-            From::Interpolated(levels) => {
+        match &self.origin {
+            Origin::Model(places) => places.iter().map(|&place| row(place)).collect(),
+            Origin::Interpolated(levels) => {
                 let mut rows = vec![Vec::with_capacity(horizon); levels.len()];
                 for point in 0..horizon {
                     let of_point = || answer[point..].iter().step_by(horizon).copied();

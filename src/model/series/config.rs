@@ -5,8 +5,8 @@ use serde_json::Value;
 use crate::model::store::{Files, FilesError};
 use crate::model::text::ModelError;
 use crate::model::text::architecture::{
-    Activation, Architecture, Classifier, Config, ConfigError, Embeddings, FeedForward, Gate, Heads, Layer, Mask,
-    NormKind, NormPlacement, Pooling, Positions, Qkv, RelativeBias,
+    Activation, Architecture, Classifier, Config, ConfigError, Embeddings, FeedForward, Gate, Heads, Layer,
+    Mask, NormKind, NormPlacement, Pooling, Positions, Qkv, RelativeBias,
 };
 
 /// The only class of config.json's `architectures` that kandle runs.
@@ -83,7 +83,9 @@ impl SeriesConfig {
             chronos.get("quantiles").as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
         let within = quantiles.iter().all(|level| (0.0..=1.0).contains(level));
         if quantiles.is_empty() || !within || !quantiles.is_sorted_by(|a, b| a < b) {
-            return Err(ConfigError("chronos_config.quantiles are no increasing levels between 0 and 1".to_owned()));
+            return Err(ConfigError(
+                "chronos_config.quantiles are no increasing levels between 0 and 1".to_owned(),
+            ));
         }
         if !quantiles.contains(&0.5) {
             return Err(ConfigError("chronos_config.quantiles have no median, 0.5".to_owned()));
@@ -285,16 +287,22 @@ mod tests {
         let chronos_2 = |config: &mut Value| config["architectures"] = json!(["Chronos2Model"]);
         assert!(refused(chronos_2).contains("it is no Chronos-Bolt model"));
         // The first Chronos has tokens for values.
-        let first = |config: &mut Value| config["chronos_config"] = json!({ "n_tokens": 4096, "context_length": 512 });
+        let first = |config: &mut Value| {
+            config["chronos_config"] = json!({ "n_tokens": 4096, "context_length": 512 })
+        };
         assert!(refused(first).contains("it is no Chronos-Bolt model"));
         let overlapping = |config: &mut Value| config["chronos_config"]["input_patch_stride"] = 8.into();
         assert_eq!(
             refused(overlapping),
             "chronos_config.input_patch_stride 8 is not supported; supported: input_patch_size, 16"
         );
-        assert!(refused(|config| config["chronos_config"]["use_arcsinh"] = true.into()).contains("use_arcsinh"));
+        assert!(
+            refused(|config| config["chronos_config"]["use_arcsinh"] = true.into()).contains("use_arcsinh")
+        );
         assert!(refused(|config| config["tie_everything"] = true.into()).contains("tie_everything"));
         assert!(refused(|config| config["feed_forward_proj"] = "mish".into()).contains("\"mish\""));
-        assert!(refused(|config| config["chronos_config"]["quantiles"] = json!([0.1, 0.9])).contains("median"));
+        assert!(
+            refused(|config| config["chronos_config"]["quantiles"] = json!([0.1, 0.9])).contains("median")
+        );
     }
 }

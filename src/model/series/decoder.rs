@@ -93,7 +93,8 @@ impl Block {
     fn load(a: &Architecture, vb: &VarBuilder<'_>, precision: Option<Precision>) -> Result<Self> {
         let (hidden, inner) = (a.hidden, a.heads.all_queries());
         let norm = |i: usize| Norm::load(hidden, a.norm, a.norm_eps, vb.pp(format!("layer.{i}.layer_norm")));
-        let linear = |name: &str, inputs, outputs| Linear::load(inputs, outputs, false, precision, &[vb.pp(name)]);
+        let linear =
+            |name: &str, inputs, outputs| Linear::load(inputs, outputs, false, precision, &[vb.pp(name)]);
         let cross = vb.pp("layer.1.EncDecAttention");
         let [keys, values] = ["k.weight", "v.weight"].map(|name| cross.get((inner, hidden), name));
         let feed_forward = vb.pp("layer.2.DenseReluDense");

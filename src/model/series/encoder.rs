@@ -42,12 +42,7 @@ impl Encoder {
     }
 
     /// `[tokens, hidden]` in a buffer of its own. `batch` has the sequences in the order of `series`.
-    pub fn forward(
-        &self,
-        series: &[&Patches],
-        batch: &Packed,
-        workspace: &Workspace,
-    ) -> Result<Tensor> {
+    pub fn forward(&self, series: &[&Patches], batch: &Packed, workspace: &Workspace) -> Result<Tensor> {
         let rows: Vec<f32> = series.iter().flat_map(|series| &series.rows).copied().collect();
         let width = 2 * self.patch;
         let patches = rows.len() / width;

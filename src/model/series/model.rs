@@ -134,7 +134,8 @@ impl SeriesModel {
     fn cost(&self, points: usize) -> u32 {
         let SeriesConfig { prediction, .. } = self.config;
         let further = self.horizon.div_ceil(prediction) - 1;
-        let further = (1..=further).map(|pass| self.config.levels() * self.config.tokens(points + pass * prediction));
+        let further =
+            (1..=further).map(|pass| self.config.levels() * self.config.tokens(points + pass * prediction));
         (self.config.tokens(points) + further.sum::<usize>()).try_into().unwrap_or(u32::MAX)
     }
 
@@ -205,9 +206,9 @@ impl SeriesModel {
         let workspace = kept().pop().unwrap_or_default();
         let is_cpu = self.placement.is_cpu();
         let turn = (!is_cpu).then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
-        let predicted = self.encode(&inputs, &batch, &workspace).and_then(|hidden| {
-            Transfer::start(&self.decoder.forward(&hidden, &batch, &workspace)?)
-        });
+        let predicted = self
+            .encode(&inputs, &batch, &workspace)
+            .and_then(|hidden| Transfer::start(&self.decoder.forward(&hidden, &batch, &workspace)?));
         drop(turn);
         kept().push(workspace);
         let predicted = predicted?.finish()?;
@@ -222,7 +223,12 @@ impl SeriesModel {
     }
 
     /// The encoder's hidden states of a batch, `[tokens, hidden]`.
-    fn encode(&self, inputs: &[Patches], batch: &Packed, workspace: &Workspace) -> candle_core::Result<Tensor> {
+    fn encode(
+        &self,
+        inputs: &[Patches],
+        batch: &Packed,
+        workspace: &Workspace,
+    ) -> candle_core::Result<Tensor> {
         let most = if self.placement.is_cpu() { ENCODER_TOKENS } else { usize::MAX };
         let in_order: Vec<&Patches> = batch.order().iter().map(|&i| &inputs[i]).collect();
         let (mut hidden, mut rest) = (Vec::new(), &in_order[..]);

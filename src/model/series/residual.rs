@@ -15,7 +15,11 @@ pub struct ResidualBlock {
 impl ResidualBlock {
     /// `sizes`: of the input, between the layers, and of the output. Few of a model's weights are here, and they read and
     /// write values of the series: they are never quantized.
-    pub fn load([inputs, between, outputs]: [usize; 3], activation: Activation, vb: &VarBuilder<'_>) -> Result<Self> {
+    pub fn load(
+        [inputs, between, outputs]: [usize; 3],
+        activation: Activation,
+        vb: &VarBuilder<'_>,
+    ) -> Result<Self> {
         let linear = |name, inputs, outputs| Linear::load(inputs, outputs, true, None, &[vb.pp(name)]);
         Ok(Self {
             hidden: linear("hidden_layer", inputs, between)?,

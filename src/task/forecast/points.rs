@@ -39,9 +39,7 @@ impl Points {
         let read = serde_json::Deserializer::from_str(found.get()).deserialize_seq(&mut series);
         match (series.error, read) {
             (Some(error), _) => Err(error),
-            (None, Err(e)) => {
-                Err(RecordError::new(Fault::Decode, format!("{:?}: {e}", self.pointer)))
-            }
+            (None, Err(e)) => Err(RecordError::new(Fault::Decode, format!("{:?}: {e}", self.pointer))),
             (None, Ok(())) => Ok(series.values),
         }
     }
@@ -92,7 +90,11 @@ impl Series<'_> {
         let json = element.get();
         let is_object = json.starts_with('{');
         if index > 0 && is_object != self.last.is_some() {
-            let before = if is_object { "is an object, and the elements before it are not" } else { "is no object, as the elements before it are" };
+            let before = if is_object {
+                "is an object, and the elements before it are not"
+            } else {
+                "is no object, as the elements before it are"
+            };
             return Err(points.wrong(&index.to_string(), before.to_owned()));
         }
         if !is_object {
@@ -108,7 +110,9 @@ impl Series<'_> {
         let at = |name: &str, what: String| points.wrong(&format!("{index}/{name}"), what);
         let time = Time::of(member("timestamp")?.get()).map_err(|what| at("timestamp", what))?;
         match self.last.map(|last| time.is_after(last)) {
-            Some(None) => return Err(at("timestamp", "is of another type than the one before it".to_owned())),
+            Some(None) => {
+                return Err(at("timestamp", "is of another type than the one before it".to_owned()));
+            }
             Some(Some(false)) => {
                 let what = "is not after the one before it: sort the series, with one value per time";
                 return Err(at("timestamp", what.to_owned()));
@@ -156,10 +160,14 @@ impl Time {
             },
             Some(b'"') => {
                 let text: String = serde_json::from_str(json).map_err(|e| e.to_string())?;
-                let local = |text: &str| text.parse::<DateTime>()?.to_zoned(TimeZone::UTC).map(|at| at.timestamp());
+                let local =
+                    |text: &str| text.parse::<DateTime>()?.to_zoned(TimeZone::UTC).map(|at| at.timestamp());
                 let moment = text.parse::<Timestamp>().or_else(|_| local(&text));
                 moment.map(Self::Moment).map_err(|_| {
-                    format!("is {:?}, not a time such as 2026-01-31T12:00:00Z", text.chars().take(40).collect::<String>())
+                    format!(
+                        "is {:?}, not a time such as 2026-01-31T12:00:00Z",
+                        text.chars().take(40).collect::<String>()
+                    )
                 })
             }
             _ => Err(format!("is {}, not a number or a text", what_is(json))),
@@ -205,7 +213,9 @@ mod tests {
             ["\"2026-01-31\"", "\"2026-02-01\""],
             ["\"2026-01-31T12:00:00\"", "\"2026-01-31 12:30:00\""],
         ] {
-            let json = format!(r#"[{{"timestamp":{first},"value":3}},{{"value":null,"x":[],"timestamp":{second}}}]"#);
+            let json = format!(
+                r#"[{{"timestamp":{first},"value":3}},{{"value":null,"x":[],"timestamp":{second}}}]"#
+            );
             assert_eq!(bits(&read(&json).unwrap()), bits(&[3.0, f32::NAN]), "{json}");
         }
     }
