@@ -8,19 +8,22 @@ peers=$("$root/benches/peers/venv.sh")
 rows=${ROWS:-1000000}
 "$peers/bin/python" "$root/benches/peers/table.py" "$dir" "$rows"
 fill 4 table "$dir/rows.jsonl"
-columns=$(seq 0 19 | sed 's|.*|"/c&"|' | paste -sd ,)
+columns=$(seq 0 19 | sed 's|.*|/c&|' | paste -sd ,)
+echo "task: { kind: tensor, as: classification, inputs: { x: [$columns] } }" > "$dir/trees.yaml"
+echo "task: { kind: noop }" > "$dir/noop.yaml"
 
-drain() { # NAME SETTINGS…: drains the topic; prints records/s
-  "$kandle" drain --report "$dir/$1.json" --set "kafka.brokers=$server" --set input.topics=table --set "input.group=$1" \
+drain() { # TASK NAME SETTINGS…: drains the topic; prints records/s
+  local task=$1
+  shift
+  "$kandle" drain -c "$dir/$task.yaml" --report "$dir/$1.json" --set "kafka.brokers=$server" --set input.topics=table --set "input.group=$1" \
     --set output.topic=table-out --set dead_letters.topic=table-dead --set server.listen=127.0.0.1:0 \
     --set window.max_records=4096 "${@:2}" 2> "$dir/$1.log" || { cat "$dir/$1.log" >&2; exit 1; }
   awk -v r="$rows" -v s="$(seconds "$dir/$1.log")" 'BEGIN { printf "%.0f", r / s }'
 }
 
 for round in $(seq "${ROUNDS:-3}"); do
-  noop=$(drain "noop-$round" --set task.kind=noop --set input.field=/id)
-  trees=$(drain "trees-$round" --set task.kind=tensor --set task.as=classification --set "model.source=$dir/model.onnx" \
-    --set "task.inputs={\"x\":[$columns]}")
+  noop=$(drain noop "noop-$round" --set input.field=/id)
+  trees=$(drain trees "trees-$round" --set "model.source=$dir/model.onnx")
   awk -v n="$noop" -v t="$trees" -v i="$round" \
     'BEGIN { printf "round %d: noop %d records/s, 300 trees %d records/s, ratio %.2f\n", i, n, t, t / n }'
 done
