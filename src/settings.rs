@@ -342,6 +342,15 @@ pub struct Task {
     /// logits of classes that exclude each other. sigmoid: for independent logits, or one logit of two classes.
     #[serde(default)]
     pub activation: Activation,
+    /// forecast: number of points to predict, the next ones after a series (default: as many as the model predicts in one
+    /// pass; more take further passes, which are slower and less accurate).
+    #[serde(default)]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub horizon: Option<usize>,
+    /// forecast: levels of the quantiles that are predicted, such as [0.1, 0.5, 0.9] (default: those of the model).
+    #[serde(default)]
+    #[schemars(example = [0.1, 0.5, 0.9])]
+    pub quantiles: Vec<f64>,
     /// Bytes for a cache of the model's answers, so that an input seen recently is not computed again (default: no
     /// cache). This memory is not part of memory.limit. Equal inputs within a window are computed once in any case.
     #[serde(default)]
@@ -382,6 +391,8 @@ impl Task {
             defaults: BTreeMap::new(),
             form: TensorForm::default(),
             activation: Activation::default(),
+            horizon: None,
+            quantiles: Vec::new(),
             cache: None,
         }
     }

@@ -8,6 +8,7 @@ mod cli;
 mod compose;
 mod delivery;
 mod drain;
+mod forecast;
 mod grafana;
 mod input;
 mod login;

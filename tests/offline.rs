@@ -8,4 +8,5 @@ mod embeddings;
 mod gliner;
 mod models;
 mod schemas;
+mod series;
 mod sparse;

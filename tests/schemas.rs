@@ -49,7 +49,9 @@ fn cases() -> Vec<Case> {
     ] });
     let candidates = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/schemas/candidates.jsonl");
     let candidates = format!("task.candidates={}", candidates.display());
+    let series = [json!({ "values": [1, 2, null, 4, 3] }), json!({ "values": [] })];
     vec![
+        case("forecast", "forecast", "chronos-bolt", &["input.field=/values", "task.horizon=3"], &series),
         case("text-classification", "text-classification", "bundled", &[], texts),
         case(
             "text-classification-included",

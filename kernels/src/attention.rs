@@ -229,7 +229,9 @@ impl Attention {
             }
             None => {
                 #[cfg(feature = "cuda")]
+                // The kernel has no masks of tokens, which few batches have.
                 if qkv.device().is_cuda()
+                    && batch.masked().is_none()
                     && let Some(y) = super::cuda::attend(self, qkv, bias, rotation, batch)?
                 {
                     return Ok(y);
@@ -287,6 +289,9 @@ impl Attention {
             if !self.mask.is_full(run.length) {
                 scores =
                     scores.broadcast_add(&self.mask.tensor(run.length, scores.dtype(), qkv.device())?)?;
+            }
+            if let Some(mask) = batch.mask(run, scores.dtype(), qkv.device())? {
+                scores = scores.broadcast_add(&mask.reshape((run.sequences, 1, 1, run.length))?)?;
             }
             let out = softmax_last_dim(&scores)?.matmul(&v)?;
             mixed.push(out.transpose(1, 2)?.reshape((tokens, heads * width))?);
@@ -354,7 +359,8 @@ impl WithSimd for Run<'_> {
         for length in batch.lengths() {
             let qkv = &qkv[start * row..][..length * row];
             let out = &mut out[start * hidden..][..length * hidden];
-            let sequence = Sequence { qkv, attention, row, hidden, length, rotation };
+            let masked = batch.masked().map(|masked| &masked[start..][..length]);
+            let sequence = Sequence { qkv, attention, row, hidden, length, rotation, masked };
             for key in 0..keys {
                 sequence.pack_keys(simd, key, buffers);
                 for head in key * each..(key + 1) * each {
@@ -385,6 +391,8 @@ struct Sequence<'a> {
     hidden: usize,
     length: usize,
     rotation: Option<(&'a [f32], &'a [f32])>,
+    /// For each token, whether none attends to it.
+    masked: Option<&'a [bool]>,
 }
 
 /// What a head adds to its scores by distance.
@@ -525,6 +533,13 @@ impl Sequence<'_> {
                         if key + before < query || key > query + after {
                             *score = f32::NEG_INFINITY;
                         }
+                    }
+                }
+            }
+            if let Some(masked) = self.masked {
+                for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
+                    if masked[key] {
+                        scores.fill(f32::NEG_INFINITY);
                     }
                 }
             }
@@ -776,6 +791,32 @@ pub(super) mod tests {
             .unwrap();
             assert!(difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() > 1e-2);
         }
+    }
+
+    /// A masked token changes no result but its own.
+    #[test]
+    fn masked_tokens_are_not_attended_to() {
+        let (heads, width, lengths) = (3, 16, [2, 17, 33, 33, 70]);
+        let masks: Vec<Vec<bool>> =
+            lengths.iter().map(|&length| (0..length).map(|token| token % 5 == 1).collect()).collect();
+        let masks: Vec<&[bool]> = masks.iter().map(Vec::as_slice).collect();
+        let packed = Packed::of_lengths(&lengths).masking(&masks);
+        let workspace = Workspace::default();
+        let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
+        let distances = Arc::new(DistanceBias::new(&tensor(32, heads, 9), 128, 70).unwrap());
+        for distances in [None, Some(distances)] {
+            let attention = Attention { distances, ..Attention::new(heads, width, Mask::Full) };
+            both_forms_agree(&attention, &qkv, None, &packed, &workspace);
+        }
+        let attention = Attention::new(heads, width, Mask::Full);
+        let kept: Vec<u32> =
+            (0..).zip(packed.masked().unwrap()).filter(|(_, masked)| !**masked).map(|(i, _)| i).collect();
+        let kept = Tensor::new(&kept[..], &CPU).unwrap();
+        let want = attention
+            .tensors(&qkv.index_select(&kept, 0).unwrap(), None, &Packed::of_lengths(&[1, 13, 26, 26, 56]))
+            .unwrap();
+        let found = attention.tensors(&qkv, None, &packed).unwrap().index_select(&kept, 0).unwrap();
+        near(&found, &want);
     }
 
     #[test]

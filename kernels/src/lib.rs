@@ -8,6 +8,7 @@
 mod activation;
 mod attention;
 mod convolution;
+mod cross;
 #[cfg(any(feature = "cuda", test))]
 pub mod cuda;
 mod disentangled;
@@ -34,6 +35,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Res
 pub use activation::{Activation, Gate, gated};
 pub use attention::{Attention, DistanceBias, Mask, Rope, Rotation};
 pub use convolution::Convolution;
+pub use cross::CrossAttention;
 pub use disentangled::{Buckets, Disentangled};
 pub use embed::Embedding;
 pub use linear::{Epilogue, Linear};

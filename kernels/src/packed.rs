@@ -2,7 +2,7 @@
 
 use std::cell::OnceCell;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::upload;
 
@@ -27,6 +27,8 @@ pub struct Packed {
     order: Vec<usize>,
     /// How many first tokens of each sequence a pooling leaves out, in the order of the token axis; empty if none.
     skipped: Vec<usize>,
+    /// `[tokens]`: whether no token attends to this one; empty if all are attended to.
+    masked: Vec<bool>,
     on_device: OnceCell<Indices>,
 }
 
@@ -65,7 +67,45 @@ impl Packed {
             all
         });
         let lengths = order.iter().map(|&i| batch[i].0.len()).collect();
-        Self { ids, type_ids, lengths, order, skipped: Vec::new(), on_device: OnceCell::new() }
+        Self {
+            ids,
+            type_ids,
+            lengths,
+            order,
+            skipped: Vec::new(),
+            masked: Vec::new(),
+            on_device: OnceCell::new(),
+        }
+    }
+
+    /// Packs sequences of something else than tokens of a vocabulary, of these lengths: their ids are all 0.
+    pub fn of_lengths(lengths: &[usize]) -> Self {
+        let ids = vec![0; lengths.iter().max().copied().unwrap_or(0)];
+        let sequences: Vec<_> = lengths.iter().map(|&length| (&ids[..length], None)).collect();
+        Self::new(&sequences)
+    }
+
+    /// Keeps tokens from being attended to: `masked[i]` says for each token of input `i` whether it is one of them. At
+    /// least one token of each sequence has to be left.
+    pub fn masking(mut self, masked: &[&[bool]]) -> Self {
+        if masked.iter().any(|tokens| tokens.contains(&true)) {
+            self.masked = self.order.iter().flat_map(|&i| masked[i]).copied().collect();
+        }
+        self
+    }
+
+    /// `[tokens]`: whether no token attends to this one; `None` if all are attended to.
+    pub fn masked(&self) -> Option<&[bool]> {
+        (!self.masked.is_empty()).then_some(&self.masked)
+    }
+
+    /// `[sequences, length]` of a run: 0 for a token that is attended to, else -inf; `None` if all are.
+    pub(super) fn mask(&self, run: Run, dtype: DType, device: &Device) -> Result<Option<Tensor>> {
+        let Some(masked) = self.masked() else { return Ok(None) };
+        let of_run = &masked[run.start..][..run.sequences * run.length];
+        let added: Vec<f32> =
+            of_run.iter().map(|&masked| if masked { f32::NEG_INFINITY } else { 0.0 }).collect();
+        Tensor::from_vec(added, (run.sequences, run.length), device)?.to_dtype(dtype).map(Some)
     }
 
     /// Makes a pooling leave out the first tokens of each sequence: `skipped[i]` of input `i`, all of a shorter one.
@@ -161,5 +201,13 @@ mod tests {
             packed.runs().collect::<Vec<_>>(),
             [Run { start: 0, sequences: 2, length: 1 }, Run { start: 2, sequences: 2, length: 3 }]
         );
+    }
+
+    #[test]
+    fn masks_follow_their_sequences() {
+        let masks: [&[bool]; 2] = [&[true, false, true], &[false]];
+        let packed = Packed::of_lengths(&[3, 1]).masking(&masks);
+        assert_eq!(packed.masked(), Some(&[false, true, false, true][..]));
+        assert_eq!(Packed::of_lengths(&[1]).masking(&[&[false]]).masked(), None);
     }
 }

@@ -8,7 +8,7 @@ use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, 
 use crate::settings::{Loaded, Settings};
 use crate::task::gliner::load_model;
 use crate::task::text::Source;
-use crate::task::{Kind, suited, tensor};
+use crate::task::{Kind, Reads, forecast, suited, tensor};
 
 fn files(loaded: &Loaded) -> anyhow::Result<Files> {
     let kind = Kind::of(loaded.settings.task.kind);
@@ -57,6 +57,9 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let settings = &loaded.settings;
     if Kind::of(settings.task.kind).is_onnx() {
         return show_onnx(settings);
+    }
+    if Kind::of(settings.task.kind).reads == Reads::Series {
+        return show_series(settings);
     }
     let files = files(&loaded)?;
     if Gliner::is(&files) && Kind::of(settings.task.kind).output == Some(Output::TokenLogits) {
@@ -126,6 +129,28 @@ fn show_onnx(settings: &Settings) -> anyhow::Result<()> {
         rows.push(("not supported", operators.join("; ")));
     }
     print(rows);
+    Ok(())
+}
+
+/// The rows of a model of series.
+fn show_series(settings: &Settings) -> anyhow::Result<()> {
+    let source = Source::find(settings)?;
+    let digest = source.digest().full().to_owned();
+    let model = forecast::load_model(settings, source)?;
+    let config = &model.config;
+    let levels: Vec<String> = config.quantiles.iter().map(f64::to_string).collect();
+    print(vec![
+        ("model", model.files.name()),
+        ("digest", digest),
+        ("architecture", "Chronos-Bolt".to_owned()),
+        ("layers", format!("{}; {} of the decoder", layers(&config.encoder), config.decoder_layers)),
+        ("parameters", model.parameters.to_string()),
+        ("dtype", model.placement.dtype_name().to_owned()),
+        ("device", model.placement.name.clone()),
+        ("points read", format!("{}, in patches of {}", config.context, config.patch)),
+        ("predicted", format!("{} points in a pass", config.prediction)),
+        ("quantiles", levels.join(", ")),
+    ]);
     Ok(())
 }
 

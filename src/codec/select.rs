@@ -76,15 +76,20 @@ pub(super) fn last_name(pointer: &str) -> String {
 }
 
 impl Select {
-    /// `pointers`: the task's own.
+    /// `pointers`: the task's own, which `input.field` follows if it is a series.
     ///
     /// # Errors
     /// `input.template` is not a valid template.
     pub fn new(settings: &Settings, pointers: Vec<String>) -> Result<Self, minijinja::Error> {
         let (input, include) = (&settings.input, &settings.output.include);
+        let (mut pointers, mut fields) = (pointers, input.field.0.clone());
+        if Kind::of(settings.task.kind).reads == Reads::Series {
+            // The field is no text, but a value.
+            pointers.append(&mut fields);
+        }
         let text = match &input.template {
             Some(template) => TextFrom::Template(Box::new(Template::new(template)?)),
-            None => TextFrom::Fields { pointers: input.field.0.clone(), join: input.join.clone() },
+            None => TextFrom::Fields { pointers: fields, join: input.join.clone() },
         };
         let include = include.iter().map(|pointer| (pointer.clone(), last_name(pointer))).collect();
         let values = pointers.into_iter().map(|pointer| (pointer.clone(), Path::new(&pointer))).collect();
@@ -201,6 +206,20 @@ pub fn problems(settings: &Settings, task: &Kind) -> Vec<(&'static str, String)>
         }
         if !format.has_members {
             problem("input.format", format!("{name} {}", needs_members(format)));
+        }
+    } else if task.reads == Reads::Series {
+        let name = task.kind.name();
+        if !format.has_members {
+            problem("input.format", format!("{name} {}", needs_members(format)));
+        } else if input.field.0.len() != 1 {
+            let message = format!("{name} needs one field: set the pointer to the series, such as /values");
+            problem("input.field", message);
+        }
+        for message in input.field.0.iter().filter_map(|field| check_pointer(field).err()) {
+            problem("input.field", message);
+        }
+        if input.template.is_some() {
+            problem("input.template", format!("has no effect with task.kind: {name}; set input.field"));
         }
     } else if !format.has_members {
         if !input.field.0.is_empty() {

@@ -5,6 +5,7 @@
 //! weights     files to tensors, one at a time
 //! placement   device and precision
 //! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
+//! series      forecasts of time series, on the packed encoder too
 //! onnx        any ONNX graph, by tract
 //! vectors     files of vectors, for the tasks
 //! kernels     the operations of the layers, on CPUs and GPUs: a crate of its own, in kernels/
@@ -14,6 +15,7 @@ mod digest;
 mod manifest;
 pub mod onnx;
 mod placement;
+pub mod series;
 mod store;
 pub mod text;
 pub mod vectors;

@@ -402,7 +402,8 @@ fn coerce(text: &str, schema: &Value) -> Result<Value, String> {
             return parsed().ok_or_else(|| "is not a JSON list: write a,b or [\"a\",\"b\"]".to_owned());
         }
         if !types.contains(&"string") {
-            return Ok(text.split(',').map(|item| Value::from(item.trim())).collect());
+            let items = text.split(',').map(|item| coerce(item.trim(), &schema["items"]));
+            return items.collect::<Result<Vec<Value>, String>>().map(Value::Array);
         }
     }
     if types.contains(&"string") || types.is_empty() {

@@ -93,7 +93,7 @@ pub(super) fn load(
     );
     let about = source.about(settings, architecture, model.weight_bytes());
     let (is_cpu, longest) = (model.placement.is_cpu(), model.max_tokens());
-    let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, settings, metrics)?;
+    let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, None, settings, metrics)?;
     let decoder = Kind::decoder(settings)?;
     let writer = Writer::new(settings);
     let task = LabelledSpans {

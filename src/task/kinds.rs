@@ -23,6 +23,8 @@ pub enum Reads {
     Text,
     /// Only the values at its own pointers: `task.inputs` of an ONNX model.
     Tensors,
+    /// The value at `input.field`, a series, and nothing else.
+    Series,
 }
 
 type Load = fn(&Settings, &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError>;
@@ -76,9 +78,9 @@ impl Kind {
         entries.find(|entry| entry.kind == kind).unwrap_or_else(|| panic!("no entry for {}", kind.name()))
     }
 
-    /// Whether it runs a model: a text model or an ONNX graph.
+    /// Whether it runs a model: a text model, a model of series or an ONNX graph.
     pub fn has_model(&self) -> bool {
-        self.output.is_some() || self.is_onnx()
+        self.output.is_some() || self.reads != Reads::Text
     }
 
     /// Whether its model is an ONNX graph.

@@ -115,6 +115,7 @@ tasks! {
     #[cfg(test)]
     dummy,
     embedding,
+    forecast,
     noop,
     reranking,
     similarity,

@@ -77,7 +77,8 @@ pub(super) fn not_loaded(settings: &Settings) -> impl Fn(ModelError) -> TaskErro
 }
 
 /// The engine of a model, which has run once, so that a model that does not work fails at startup; and the time that a
-/// token takes it. `longest`: tokens of the longest sequence.
+/// token takes it. `longest`: tokens of the longest sequence. `budget`: that of a batch until it is calibrated, if not the
+/// engine's.
 ///
 /// # Errors
 /// The model does not run.
@@ -86,12 +87,13 @@ pub(super) fn start<M: engine::Model>(
     about: &About,
     is_cpu: bool,
     longest: usize,
+    budget: Option<usize>,
     settings: &Settings,
     metrics: &Arc<Metrics>,
 ) -> Result<(Engine<M>, Pace), TaskError> {
     let limits = Limits {
         max_cost: settings.batch.max_tokens,
-        calibrated: Calibrations::here().and_then(|c| c.get(about.digest.short(), &about.device)),
+        calibrated: Calibrations::here().and_then(|c| c.get(about.digest.short(), &about.device)).or(budget),
         lanes: settings.batch.lanes,
         timeout: settings.batch.timeout.0,
         cache: settings.task.cache.map(|bytes| bytes.0),
@@ -136,7 +138,7 @@ impl TextModel {
         let model = Arc::new(model);
         let about = source.about(settings, model.architecture().name.clone(), model.weight_bytes());
         let (is_cpu, longest) = (model.placement.is_cpu(), model.tokenizer.max_tokens());
-        let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, settings, metrics)?;
+        let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, None, settings, metrics)?;
         let overflow = Kind::of(settings.task.kind).overflow(&settings.task);
         let texts = Texts { model, overflow, metrics: Arc::clone(metrics) };
         Ok(Self { about, texts, engine, pace, metrics: Arc::clone(metrics) })

@@ -37,7 +37,21 @@ fn protobuf(schema: &str, bytes: &[u8]) -> Value {
     let message = DynamicMessage::decode(message, bytes).expect("a message");
     assert_eq!(message.unknown_fields().count(), 0);
     let options = SerializeOptions::new().skip_default_fields(false);
-    message.serialize_with_options(serde_json::value::Serializer, &options).expect("JSON")
+    let mut value = message.serialize_with_options(serde_json::value::Serializer, &options).expect("JSON");
+    unwrap_lists(&mut value);
+    value
+}
+
+/// Protobuf's maps hold no lists, but messages with a list.
+fn unwrap_lists(value: &mut Value) {
+    match value {
+        Value::Object(members) => match members.get_mut("items") {
+            Some(items) if items.is_array() => *value = items.take(),
+            _ => members.values_mut().for_each(unwrap_lists),
+        },
+        Value::Array(items) => items.iter_mut().for_each(unwrap_lists),
+        _ => {}
+    }
 }
 
 fn protox_parse(schema: &str) -> DescriptorPool {

@@ -205,6 +205,7 @@ mod tests {
             Field::new(5, "id", Type::Json, "").optional(),
             Field::new(6, "tokens", Type::list(Type::Text), "").optional(),
             Field::new(7, "found", Type::objects("Found", vec![Field::new(1, "at", Type::Integer, "")]), ""),
+            Field::new(8, "lists", Type::map(Type::list(Type::Float)), "").optional(),
         ];
         Record { name: "X".to_owned(), fields }
     }
@@ -218,7 +219,7 @@ mod tests {
         Ok(out.split_off(6))
     }
 
-    const FULL: &str = r#"{"label":"a","score":0.5,"scores":{"a":0.5},"counts":[1,-2],"id":"x","tokens":["y"],"found":[{"at":300},{"at":0}]}"#;
+    const FULL: &str = r#"{"label":"a","score":0.5,"scores":{"a":0.5},"counts":[1,-2],"id":"x","tokens":["y"],"found":[{"at":300},{"at":0}],"lists":{"a":[0.5],"b":[]}}"#;
     const LEAST: &str = r#"{"label":"","score":0,"scores":{},"counts":[],"found":[]}"#;
 
     #[test]
@@ -242,9 +243,11 @@ mod tests {
             b"\x02\x02x",                     // id: the second branch
             b"\x02\x02\x02y\x00",             // tokens
             b"\x04\xd8\x04\x00\x00",          // found: 300 is 600 in zigzag
+            // lists: the second branch, two entries, each with its items and their end
+            b"\x02\x04\x02a\x02\x00\x00\x00\x3f\x00\x02b\x00\x00",
         ];
         assert_eq!(written(OutputFormat::Avro, FULL).unwrap(), full.concat());
-        let least = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let least = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         assert_eq!(written(OutputFormat::Avro, LEAST).unwrap(), least);
     }
 
@@ -259,6 +262,7 @@ mod tests {
             b"\x2a\x01x",
             b"\x32\x01y",
             b"\x3a\x03\x08\xac\x02\x3a\x00", // the second object has only defaults
+            b"\x42\x0b\x0a\x01a\x12\x06\x0a\x04\x00\x00\x00\x3f\x42\x05\x0a\x01b\x12\x00",
         ];
         assert_eq!(written(OutputFormat::Protobuf, FULL).unwrap(), full.concat());
         assert_eq!(written(OutputFormat::Protobuf, LEAST).unwrap(), [0]);
@@ -294,7 +298,7 @@ mod tests {
                     text.extend(want.as_bytes());
                 }
             }
-            text.extend([0, 0]);
+            text.extend([0, 0, 0]);
             assert_eq!(got, text, "{value}");
             let protobuf = written(OutputFormat::Protobuf, &json).unwrap();
             assert_eq!(protobuf.len(), 1 + want.map_or(0, |want| 2 + want.len()), "{value}");

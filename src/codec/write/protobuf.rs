@@ -31,6 +31,11 @@ fn message(record: &Record, depth: usize, text: &mut String) {
         message(inner, depth + 1, text);
         text.push('\n');
     }
+    for list in record.fields.iter().filter_map(|field| list_in_map(&field.of)) {
+        let name = list_message(list);
+        let _ = writeln!(text, "{indent}  message {name} {{\n{indent}    {} items = {ITEMS};", of(list));
+        let _ = writeln!(text, "{indent}  }}\n");
+    }
     for field in &record.fields {
         let Field { identifier, number, doc, .. } = field;
         let label = match (&field.of, field.optional) {
@@ -61,6 +66,22 @@ fn inner(of: &Type) -> Option<&Record> {
     }
 }
 
+/// The list that a field is a map of: a message stands for it, because Protobuf's maps hold no lists.
+fn list_in_map(of: &Type) -> Option<&Type> {
+    match of {
+        Type::Map(of) if matches!(**of, Type::List(_)) => Some(of),
+        _ => None,
+    }
+}
+
+/// The name of the message for a list in a map.
+fn list_message(list: &Type) -> String {
+    let Type::List(of) = list else { return self::of(list) };
+    let of = self::of(of);
+    let (first, rest) = of.split_at(1);
+    format!("{}{rest}List", first.to_ascii_uppercase())
+}
+
 fn of(of: &Type) -> String {
     match of {
         Type::Text | Type::Json => "string".to_owned(),
@@ -70,7 +91,9 @@ fn of(of: &Type) -> String {
         Type::Long { .. } => "int64".to_owned(),
         Type::Double { .. } => "double".to_owned(),
         Type::List(of) => format!("repeated {}", self::of(of)),
-        Type::Map(of) => format!("map<string, {}>", self::of(of)),
+        Type::Map(value) => {
+            format!("map<string, {}>", list_in_map(of).map_or_else(|| self::of(value), list_message))
+        }
         Type::Object(record) => record.name.clone(),
     }
 }
@@ -115,6 +138,8 @@ const FIXED32: u64 = 5;
 /// Numbers of a map entry's key and value.
 const KEY: u32 = 1;
 const VALUE: u32 = 2;
+/// Number of the only field of a message for a list in a map.
+const ITEMS: u32 = 1;
 
 impl Protobuf<'_> {
     fn tag(&mut self, number: u32, wire: u64) {
@@ -218,8 +243,13 @@ impl Encode for Protobuf<'_> {
             of,
             Type::Float | Type::Integer | Type::Boolean | Type::Long { .. } | Type::Double { .. }
         );
-        if let (true, Some(number)) = (packed && count > 0, number(at, false, false)) {
+        let in_map = at == At::Entry;
+        let number = if in_map { Some(ITEMS) } else { number(at, false, false) };
+        if let (true, Some(number)) = (packed && count > 0, number) {
             self.delimit(number, begin);
+        }
+        if in_map {
+            self.delimit(VALUE, begin);
         }
     }
 

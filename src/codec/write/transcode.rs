@@ -20,7 +20,7 @@ pub enum At {
     Field(u32),
     /// A field of an object that may have no value: see [`Encode::absent`].
     Optional(u32),
-    /// An element of the list in the field with this number.
+    /// An element of the list in the field with this number; of a list in a map, 1.
     Element(u32),
     /// A value of a map.
     Entry,
@@ -325,7 +325,8 @@ impl<'de, E: Encode> Visitor<'de> for List<'_, E> {
         let Self { of, at, out } = self;
         let element = match at {
             At::Field(number) | At::Optional(number) => At::Element(number),
-            At::Root | At::Element(_) | At::Entry => return Err(A::Error::custom("a list must be a field")),
+            At::Entry => At::Element(1),
+            At::Root | At::Element(_) => return Err(A::Error::custom("a list must be a field, or in a map")),
         };
         let begin = out.begin_list(at);
         let mut count = 0;

@@ -99,6 +99,9 @@ fn check(folder: &Path) -> Result<(), String> {
         serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
     let compute = load(folder, &golden["task"])?;
     let rows = golden["rows"].as_array().unwrap();
+    if let Some(reason) = golden["reason"].as_str() {
+        return Err(format!("its values cannot be in JSON: {reason}"));
+    }
     let records: Vec<String> = rows.iter().map(|row| row["record"].to_string()).collect();
     for (i, (found, row)) in predict(&*compute, &records).into_iter().zip(rows).enumerate() {
         let found = found.map_err(|message| format!("record {i}: {message}"))?;

@@ -468,20 +468,22 @@ pub struct Config<'a> {
 }
 
 impl<'a> Config<'a> {
-    fn new(json: &'a Value) -> Self {
+    pub(in crate::model) fn new(json: &'a Value) -> Self {
         Self { json, read: RefCell::default() }
     }
 
     /// The value of a key; null if it is missing.
-    fn get(&self, key: &str) -> &'a Value {
+    pub(in crate::model) fn get(&self, key: &str) -> &'a Value {
         self.read.borrow_mut().insert(key.to_owned());
         &self.json[key]
     }
 
     /// Refuses keys that were not read and may change predictions.
-    fn refuse_others(&self, ignored: &[String]) -> Result<(), ConfigError> {
+    pub(in crate::model) fn refuse_others(&self, ignored: &[String]) -> Result<(), ConfigError> {
         for key in UNSUPPORTED {
-            if !is_off(self.get(key)) {
+            // Whoever has read it supports it.
+            let read = self.read.borrow().contains(*key);
+            if !read && !is_off(self.get(key)) {
                 return Err(ConfigError(format!("{key}: {} is not supported", self.get(key))));
             }
         }
@@ -505,22 +507,22 @@ impl<'a> Config<'a> {
         self.get("model_type").as_str().unwrap_or_default().to_owned()
     }
 
-    fn size(&self, key: &str) -> Result<usize, ConfigError> {
+    pub(in crate::model) fn size(&self, key: &str) -> Result<usize, ConfigError> {
         match self.get(key).as_u64() {
             Some(n) if n > 0 => Ok(n as usize),
             _ => Err(ConfigError(format!("{key} is {}, not a positive integer", self.get(key)))),
         }
     }
 
-    fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
+    pub(in crate::model) fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
         if self.get(key).is_null() { Ok(default) } else { self.size(key) }
     }
 
-    fn number_or(&self, key: &str, default: f64) -> f64 {
+    pub(in crate::model) fn number_or(&self, key: &str, default: f64) -> f64 {
         self.get(key).as_f64().unwrap_or(default)
     }
 
-    fn flag_or(&self, key: &str, default: bool) -> bool {
+    pub(in crate::model) fn flag_or(&self, key: &str, default: bool) -> bool {
         self.get(key).as_bool().unwrap_or(default)
     }
 
