@@ -6,6 +6,7 @@
 //! placement   device and precision
 //! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
 //! onnx        any ONNX graph, by tract
+//! vision      models of images: decoding, preprocessing, towers and residual networks
 //! vectors     files of vectors, for the tasks
 //! kernels     the operations of the layers, on CPUs and GPUs
 //! ```
@@ -18,6 +19,7 @@ mod placement;
 mod store;
 pub mod text;
 pub mod vectors;
+pub mod vision;
 mod weights;
 
 pub use digest::Digest;

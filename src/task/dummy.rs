@@ -27,7 +27,7 @@ pub(super) const KIND: Kind = Kind {
         Some(7) => vec![("top_k", "is not a number that dummy likes".to_owned())],
         _ => Vec::new(),
     },
-    output: None,
+    family: super::kinds::Family::Nothing,
     reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         let about = About {

@@ -17,7 +17,7 @@ pub(super) const KIND: Kind = Kind {
     pointers: &[],
     overflow: &[],
     check: NO_RULES,
-    output: None,
+    family: super::kinds::Family::Nothing,
     reads: super::kinds::Reads::Text,
     load,
 };

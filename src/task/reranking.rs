@@ -40,7 +40,7 @@ pub(super) const KIND: Kind = Kind {
             "reranking needs a JSON Pointer to the documents, such as /documents".to_owned(),
         )],
     },
-    output: Some(Output::PairLogits),
+    family: super::kinds::Family::Text(Output::PairLogits),
     reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         let task = |texts, _: &_| Reranking::new(texts, &settings.task);

@@ -57,7 +57,7 @@ pub(super) const KIND: Kind = Kind {
         problems.extend(candidates_rules(task));
         problems
     },
-    output: Some(Output::Embedding),
+    family: super::kinds::Family::Text(Output::Embedding),
     reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Embedding, metrics, |texts, engine| {

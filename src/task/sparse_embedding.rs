@@ -36,7 +36,7 @@ pub(super) const KIND: Kind = Kind {
         problems.extend(prompt_rule(("prompt", &task.prompt), ("prompt_name", &task.prompt_name)));
         problems
     },
-    output: Some(Output::Sparse),
+    family: super::kinds::Family::Text(Output::Sparse),
     reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Sparse, metrics, |texts, _| {

@@ -35,7 +35,7 @@ pub(super) const KIND: Kind = Kind {
     pointers: &[],
     overflow: &[Overflow::Chunk, Overflow::Truncate, Overflow::DeadLetter],
     check,
-    output: Some(Output::TokenLogits),
+    family: super::kinds::Family::Text(Output::TokenLogits),
     reads: super::kinds::Reads::Text,
     load,
 };

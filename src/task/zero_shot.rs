@@ -23,7 +23,7 @@ pub(super) const KIND: Kind = Kind {
     pointers: &["labels_field"],
     overflow: BEGINNING,
     check,
-    output: Some(Output::Logits),
+    family: super::kinds::Family::Text(Output::Logits),
     reads: super::kinds::Reads::Text,
     load: |settings, metrics| {
         let task = |texts, _: &_| ZeroShot::new(texts, &settings.task);

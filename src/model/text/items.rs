@@ -55,7 +55,7 @@ impl engine::Model for Model {
 }
 
 /// Candle has one error type; the kind is recognised by the driver's error name in the message.
-pub(super) fn classify(message: &str) -> RunError {
+pub(in crate::model) fn classify(message: &str) -> RunError {
     let first = message.lines().next().unwrap_or_default().to_owned();
     let lower = message.to_lowercase();
     if lower.contains("out of memory") || lower.contains("out_of_memory") || lower.contains("alloc_failed") {

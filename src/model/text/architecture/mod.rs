@@ -199,6 +199,45 @@ pub struct Architecture {
     pub masked_lm: Option<MaskedLm>,
 }
 
+/// What the layers of a model are built of, whatever comes before and after them: texts, or the patches of an image.
+#[derive(Debug, Clone, Copy)]
+pub struct Blocks<'a> {
+    pub hidden: usize,
+    pub heads: Heads,
+    pub intermediate: usize,
+    /// The longest sequence in tokens.
+    pub max_tokens: usize,
+    /// Equal layers share their weights.
+    pub layers: &'a [Layer],
+    pub relative_bias: Option<&'a RelativeBias>,
+    pub norms: NormPlacement,
+    pub norm: NormKind,
+    pub norm_eps: f64,
+    pub feed_forward: FeedForward,
+    pub attention_bias: bool,
+    pub up_bias: bool,
+    pub down_bias: bool,
+    /// Tensor name of the norm after the last layer.
+    pub final_norm: Option<&'a str>,
+    pub convolution: Option<&'a LocalConvolution>,
+}
+
+impl Blocks<'_> {
+    /// Width of the feed-forward's `up` projection, which has two halves if gated.
+    pub fn up(&self) -> usize {
+        match self.feed_forward {
+            FeedForward::Plain(_) => self.intermediate,
+            FeedForward::Gated(..) => 2 * self.intermediate,
+        }
+    }
+
+    /// Elements of a layer's matrices.
+    pub fn layer_weights(&self) -> usize {
+        let attention = 2 * self.heads.all_queries() + 2 * self.heads.all_keys();
+        self.hidden * (attention + self.up() + self.intermediate)
+    }
+}
+
 /// The heads of a layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heads {
@@ -306,6 +345,9 @@ pub struct Layer {
     pub mlp_norm: String,
     /// Norms of the results of attention and feed-forward, before the residual is added (pre-norm only).
     pub branch_norms: Option<[String; 2]>,
+    /// Factors of each element of the results of attention and feed-forward, before the residual is added (layer scale,
+    /// arXiv:2103.17239).
+    pub scales: Option<[String; 2]>,
     /// RMSNorms of each head's query and key.
     pub qk_norms: Option<[String; 2]>,
     pub rope: Option<Rope>,
@@ -417,11 +459,24 @@ impl Architecture {
         }
     }
 
-    /// Width of the feed-forward's `up` projection, which has two halves if gated.
-    pub fn up(&self) -> usize {
-        match self.feed_forward {
-            FeedForward::Plain(_) => self.intermediate,
-            FeedForward::Gated(..) => 2 * self.intermediate,
+    /// What the layers are built of.
+    pub fn blocks(&self) -> Blocks<'_> {
+        Blocks {
+            hidden: self.hidden,
+            heads: self.heads,
+            intermediate: self.intermediate,
+            max_tokens: self.max_tokens(),
+            layers: &self.layers,
+            relative_bias: self.relative_bias.as_ref(),
+            norms: self.norms,
+            norm: self.norm,
+            norm_eps: self.norm_eps,
+            feed_forward: self.feed_forward,
+            attention_bias: self.attention_bias,
+            up_bias: self.up_bias,
+            down_bias: self.down_bias,
+            final_norm: self.final_norm,
+            convolution: self.convolution.as_ref(),
         }
     }
 
@@ -432,8 +487,7 @@ impl Architecture {
 
     /// Elements of a layer's matrices.
     pub fn layer_weights(&self) -> usize {
-        let attention = 2 * self.heads.all_queries() + 2 * self.heads.all_keys();
-        self.hidden * (attention + self.up() + self.intermediate)
+        self.blocks().layer_weights()
     }
 
     /// How many tables of positions each layer has, projected when the model is loaded, and the elements of one.
@@ -468,18 +522,18 @@ pub struct Config<'a> {
 }
 
 impl<'a> Config<'a> {
-    fn new(json: &'a Value) -> Self {
+    pub(in crate::model) fn new(json: &'a Value) -> Self {
         Self { json, read: RefCell::default() }
     }
 
     /// The value of a key; null if it is missing.
-    fn get(&self, key: &str) -> &'a Value {
+    pub(in crate::model) fn get(&self, key: &str) -> &'a Value {
         self.read.borrow_mut().insert(key.to_owned());
         &self.json[key]
     }
 
     /// Refuses keys that were not read and may change predictions.
-    fn refuse_others(&self, ignored: &[String]) -> Result<(), ConfigError> {
+    pub(in crate::model) fn refuse_others(&self, ignored: &[String]) -> Result<(), ConfigError> {
         for key in UNSUPPORTED {
             if !is_off(self.get(key)) {
                 return Err(ConfigError(format!("{key}: {} is not supported", self.get(key))));
@@ -501,39 +555,40 @@ impl<'a> Config<'a> {
         }
     }
 
-    fn name(&self) -> String {
+    pub(in crate::model) fn name(&self) -> String {
         self.get("model_type").as_str().unwrap_or_default().to_owned()
     }
 
-    fn size(&self, key: &str) -> Result<usize, ConfigError> {
+    pub(in crate::model) fn size(&self, key: &str) -> Result<usize, ConfigError> {
         match self.get(key).as_u64() {
             Some(n) if n > 0 => Ok(n as usize),
             _ => Err(ConfigError(format!("{key} is {}, not a positive integer", self.get(key)))),
         }
     }
 
-    fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
+    pub(in crate::model) fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
         if self.get(key).is_null() { Ok(default) } else { self.size(key) }
     }
 
-    fn number_or(&self, key: &str, default: f64) -> f64 {
+    pub(in crate::model) fn number_or(&self, key: &str, default: f64) -> f64 {
         self.get(key).as_f64().unwrap_or(default)
     }
 
-    fn flag_or(&self, key: &str, default: bool) -> bool {
+    pub(in crate::model) fn flag_or(&self, key: &str, default: bool) -> bool {
         self.get(key).as_bool().unwrap_or(default)
     }
 
-    fn activation(&self, key: &str, default: &str) -> Result<Activation, ConfigError> {
+    pub(in crate::model) fn activation(&self, key: &str, default: &str) -> Result<Activation, ConfigError> {
         Ok(match self.get(key).as_str().unwrap_or(default) {
             "gelu" | "gelu_python" => Activation::Gelu,
             "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
             "relu" => Activation::Relu,
             "silu" | "swish" => Activation::Silu,
+            "quick_gelu" => Activation::QuickGelu,
             "tanh" => Activation::Tanh,
             other => {
                 return Err(ConfigError(format!(
-                    "{key} {other:?} is not supported; supported: gelu, gelu_new, relu, silu, tanh"
+                    "{key} {other:?} is not supported; supported: gelu, gelu_new, quick_gelu, relu, silu, tanh"
                 )));
             }
         })
