@@ -16,13 +16,13 @@ help: ## This list
 demo: ## Classifies tickets with an embedded broker and the bundled model: no set-up needed
 	@scripts/setup.sh build
 	# Also builds one test, so that dependencies are compiled only once, with the features that `make test` uses.
-	cargo build --quiet --features failpoints --bin kandle --test readme
+	cargo build --quiet --features failpoints --bin kandle --test footprint
 	$${CARGO_TARGET_DIR:-target}/debug/kandle demo
 
 .PHONY: test
 test: ## Unit, golden and end-to-end tests on a real Kafka (KANDLE_TEST_BROKERS=host:port uses yours)
 	@scripts/setup.sh test
-	cargo test --features failpoints
+	cargo test --workspace --features failpoints
 	$(LOOM)
 
 .PHONY: miri
@@ -30,31 +30,31 @@ miri: ## The kernels' portable code under Miri, for undefined behaviour (a night
 	rustup component add --toolchain nightly miri rust-src
 	# Miri has no vectors, so the kernels choose their portable code. What is skipped has no unsafe code of ours: it
 	# compares with Candle, whose thread pool breaks the rules that Miri checks.
-	MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --manifest-path tests/miri/Cargo.toml \
+	MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --package kandle-kernels --lib \
 	  --target-dir $${CARGO_TARGET_DIR:-target}/miri -- \
 	  --skip cuda --skip activation --skip simd --skip fused --skip a_bias
 
 .PHONY: test-repeat
 test-repeat: ## The tests 20 times in a row, with two busy loops running (N=… sets the count)
 	@scripts/setup.sh test
-	cargo test --features failpoints --no-run
+	cargo test --workspace --features failpoints --no-run
 	(while :; do :; done) & one=$$!
 	(while :; do :; done) & two=$$!
 	trap "kill $$one $$two" EXIT
-	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet --features failpoints; done
+	for i in $$(seq 1 $${N:-20}); do echo "round $$i"; cargo test --quiet --workspace --features failpoints; done
 
 .PHONY: chaos
 chaos: ## 200 faults under each guarantee; the memory limit under long backlogs (CHAOS_SEED=… repeats a schedule)
 	@scripts/setup.sh test
-	cargo test --features failpoints --test chaos -- --ignored --nocapture --test-threads 1
-	cargo test --features failpoints --test drain -- --ignored --nocapture --test-threads 1
+	cargo test --features failpoints --test kafka -- chaos:: --ignored --nocapture --test-threads 1
+	cargo test --features failpoints --test kafka -- drain:: --ignored --nocapture --test-threads 1
 	cargo test --features failpoints --test memory -- --ignored --nocapture --test-threads 1
 
 .PHONY: chart-test
 chart-test: ## The chart: rendering, installs on a real Kubernetes API server, its README (needs Go; slow at first)
 	@scripts/setup.sh build
 	@scripts/tools.sh helm helm-docs etcd kube-apiserver >/dev/null
-	cargo test --features failpoints --test chart -- --include-ignored
+	cargo test --features failpoints --test offline -- chart:: --include-ignored
 	scripts/chart-check.sh
 	$(HELM_DOCS) --dry-run | diff - charts/kandle/README.md
 
@@ -62,14 +62,14 @@ chart-test: ## The chart: rendering, installs on a real Kubernetes API server, i
 generated: ## Regenerates dashboards, docs/metrics.md, docs/models.md, the chart's schema and README
 	@scripts/tools.sh helm-docs >/dev/null
 	python3 grafana/dashboards.py
-	KANDLE_WRITE=1 cargo test --features failpoints --test chart --test grafana --test models -- the_schema names_are the_table
+	KANDLE_WRITE=1 cargo test --features failpoints --test kafka --test offline -- chart::the_schema grafana::names_are models::the_table schemas::schemas_are
 	$(HELM_DOCS)
 
 .PHONY: grafana-preview
 grafana-preview: ## Draws the dashboards of a job under load into docs/images (needs Python with matplotlib)
 	@scripts/setup.sh test
 	dir=$$(mktemp -d); trap "rm -rf $$dir" EXIT
-	KANDLE_PREVIEW=$$dir cargo test --features failpoints --test grafana -- every_query
+	KANDLE_PREVIEW=$$dir cargo test --features failpoints --test kafka -- grafana::every_query
 	mkdir -p docs/images
 	python3 grafana/preview.py $$dir/data.json docs/images
 
@@ -80,10 +80,10 @@ build: ## The release binary: target/release/kandle
 
 .PHONY: lint
 lint: ## rustfmt and clippy; warnings are errors
-	cargo fmt --check
+	cargo fmt --all --check
 	# cargo fmt does not find modules that a macro declares.
 	rustfmt --check --edition 2024 src/task/*.rs
-	cargo clippy --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets -- -D warnings
 
 .PHONY: lint-deploy
 lint-deploy: ## Lints Dockerfile, compose.yaml and workflows (hadolint, check-jsonschema; needs Python)
@@ -94,7 +94,7 @@ lint-deploy: ## Lints Dockerfile, compose.yaml and workflows (hadolint, check-js
 
 .PHONY: fmt
 fmt: ## Formats the code
-	cargo fmt
+	cargo fmt --all
 	rustfmt --edition 2024 src/task/*.rs
 
 .PHONY: deps

@@ -22,6 +22,6 @@ fi
 cd "$root"
 for core in max cortex-a72; do
   echo "testing on core $core"
-  QEMU_CPU=$core cargo test --target "$target" --lib --test golden
+  QEMU_CPU=$core cargo test --target "$target" --workspace --lib --test golden
 done
 echo "arm-check passed"

@@ -32,7 +32,7 @@ build() {
   cargo build "${options[@]}"
   strip -o "$out/kandle" "$built/kandle"
   test_binary gpu --test gpu
-  test_binary kernels --lib
+  test_binary kernels --package kandle-kernels --lib
   # For DEVICE=cpu on machines without a driver.
   cp "$stub/libcuda.so.1" "$out/stub/"
   cp -L "$CUDA_HOME"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.[0-9]* "$out/lib/"

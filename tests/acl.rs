@@ -1,7 +1,7 @@
 //! Permissions: those of docs/security.md suffice, `check` names each that is missing, and what happens when one is
 //! taken away while kandle runs.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeSet;
 

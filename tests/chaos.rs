@@ -6,7 +6,7 @@
 //! `make test` runs a short schedule of each guarantee, `make chaos` long ones. CHAOS_SEED repeats a
 //! schedule, CHAOS_FAULTS sets its length, CHAOS_ONLY=Recreate,Kill draws only these faults.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,7 +1,7 @@
 //! The Helm chart: its schema against the daemon's, what it renders and what it refuses. Tests that need helm are run
-//! by `make chart-test` (cargo test --test chart -- --ignored).
+//! by `make chart-test` (cargo test --test offline -- chart:: --ignored).
 
-mod support;
+use crate::support;
 
 use std::process::Command;
 

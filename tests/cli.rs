@@ -1,6 +1,6 @@
 //! The commands that need no running daemon: check, predict, model, demo; and models from a hub.
 
-mod support;
+use crate::support;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Write};

@@ -1,7 +1,7 @@
 //! Runs the services of compose.yaml as plain processes: the same commands, flags and mounted files. Only the
 //! addresses differ.
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

@@ -1,6 +1,6 @@
 //! Configuration as a user sees it: layers, problems, `config show`, `config schema`, default.yaml.
 
-mod support;
+use crate::support;
 
 use std::path::PathBuf;
 

@@ -1,7 +1,7 @@
 //! The guarantees of `delivery`, on a real Kafka: kill -9 at every boundary, members that join, leave,
 //! hang and resume, records on which the model hangs, topics and brokers that fail.
 
-mod support;
+use crate::support;
 
 use std::time::{Duration, Instant};
 

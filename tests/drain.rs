@@ -1,6 +1,6 @@
 //! `kandle drain` on a real Kafka: up to the end offsets frozen at the start, shared, interrupted, resumed.
 
-mod support;
+use crate::support;
 
 use std::hash::BuildHasher;
 use std::process::{Child, Command, Stdio};

@@ -1,8 +1,7 @@
 //! text-embedding and similarity by their settings, against sentence-transformers (tests/fixtures/make.py): prompts,
 //! dimensions, encodings, chunks and files of candidates.
 
-#[path = "support/models.rs"]
-mod models;
+use crate::support::models;
 
 use std::path::Path;
 

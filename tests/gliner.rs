@@ -1,8 +1,7 @@
 //! GLiNER against the gliner package (tests/fixtures/make.py): the scores of all spans within 1e-4, and the entities that
 //! follow from them; and `task.redact`.
 
-#[path = "support/models.rs"]
-mod models;
+use crate::support::models;
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! Checks dashboards, alerts and documents against the code, and every query on a real Prometheus that
 //! scrapes a real kandle under load.
 
-mod support;
+use crate::support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

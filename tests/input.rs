@@ -1,7 +1,7 @@
 //! Input topics on a real Kafka: recreated, damaged, matched by patterns, read from `latest`, and ending with
 //! transaction markers.
 
-mod support;
+use crate::support;
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
 //! Logging in: each way against a real broker and, for tokens, a real identity provider.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};

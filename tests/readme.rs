@@ -1,6 +1,6 @@
 //! Every command in the README runs, with the README's own configuration, on a real Kafka.
 
-mod support;
+use crate::support;
 
 use std::process::Command;
 

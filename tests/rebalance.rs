@@ -1,6 +1,6 @@
 //! Rebalances while brokers stall, on a Kafka of three brokers.
 
-mod support;
+use crate::support;
 
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,7 @@
 //! Records that the output topic refuses, on a real Kafka: they become dead letters, their neighbours are published,
 //! and the daemon goes on.
 
-mod support;
+use crate::support;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

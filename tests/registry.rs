@@ -1,6 +1,6 @@
 //! Records whose schemas are in a registry: a real Kafka, a real registry, the daemon.
 
-mod support;
+use crate::support;
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! `kandle replay` and `kandle audit` on a real Kafka: ranges by time and offset, reprocessed dead letters,
 //! audits of the output; and which models may share a group.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};

@@ -1,6 +1,6 @@
 //! `kandle run` end to end on a real Kafka.
 
-mod support;
+use crate::support;
 
 use std::collections::{HashMap, HashSet};
 

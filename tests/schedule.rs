@@ -1,6 +1,6 @@
 //! The schedule on a real Kafka, with a clock that the test sets.
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 use std::time::Duration;

@@ -2,11 +2,9 @@
 //! decoders are other people's. tests/fixtures/schemas has the schemas of each version; `KANDLE_WRITE=1` writes those of
 //! this one.
 
-#[path = "support/decode.rs"]
-mod decode;
-#[path = "support/models.rs"]
-mod models;
-mod support;
+use crate::support;
+use crate::support::decode;
+use crate::support::models;
 
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,7 @@
 //! Predictions with schemas, end to end: a real Kafka, a real schema registry, and decoders that kandle has no part in.
 
-#[path = "support/decode.rs"]
-mod decode;
-mod support;
+use crate::support;
+use crate::support::decode;
 
 use kandle::codec::write::Record;
 use kandle::settings::{self, Sources};

@@ -1,7 +1,6 @@
 //! sparse-embedding against sentence-transformers' SparseEncoder (tests/fixtures/make.py), within 1e-4.
 
-#[path = "support/models.rs"]
-mod models;
+use crate::support::models;
 
 use std::collections::BTreeMap;
 use std::path::Path;

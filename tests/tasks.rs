@@ -2,8 +2,7 @@
 //! (tests/fixtures/make.py). Each record is predicted alone, and in a window with all others: within 1e-4 of the
 //! library, within 1e-5 of each other.
 
-#[path = "support/models.rs"]
-mod models;
+use crate::support::models;
 
 use std::path::Path;
 

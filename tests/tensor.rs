@@ -1,6 +1,6 @@
 //! ONNX models on a real Kafka: records that do not fit the model, under both guarantees; and the commands.
 
-mod support;
+use crate::support;
 
 use serde_json::{Value, json};
 use support::{Daemon, Got, Place, Sent, file, finish, kandle, root};

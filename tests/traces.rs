@@ -1,6 +1,6 @@
 //! OpenTelemetry traces, sent to a small OTLP receiver.
 
-mod support;
+use crate::support;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;

@@ -8,11 +8,10 @@
 //! onnx        any ONNX graph, by tract
 //! vision      models of images: decoding, preprocessing, towers and residual networks
 //! vectors     files of vectors, for the tasks
-//! kernels     the operations of the layers, on CPUs and GPUs
+//! kernels     the operations of the layers, on CPUs and GPUs: a crate of its own, in kernels/
 //! ```
 
 mod digest;
-pub mod kernels;
 mod manifest;
 pub mod onnx;
 mod placement;
@@ -24,7 +23,8 @@ mod weights;
 
 pub use digest::Digest;
 pub(crate) use digest::hex;
-pub use kernels::{Packed, Pooling};
+pub use kandle_kernels as kernels;
+pub use kandle_kernels::{Packed, Pooling};
 pub use placement::{Placement, PlacementError};
 pub use store::{Files, FilesError, Wants};
 pub use text::{

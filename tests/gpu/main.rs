@@ -10,6 +10,10 @@ mod golden;
 mod precision;
 #[path = "../sparse.rs"]
 mod sparse;
+#[path = "../support"]
+mod support {
+    pub mod models;
+}
 #[path = "../tasks.rs"]
 mod tasks;
 mod wide;

@@ -2,8 +2,10 @@
 
 #![allow(dead_code)] // Each test binary uses only part of it.
 
+pub mod decode;
 pub mod kafka;
 pub mod ledger;
+pub mod models;
 pub mod prometheus;
 pub mod registry;
 pub mod secure;

@@ -1,4 +1,4 @@
-//! With the feature `cuda`, compiles the GPU kernels (src/model/kernels/cuda/kernels.cu) to PTX.
+//! With the feature `cuda`, compiles the GPU kernels (src/cuda/kernels.cu) to PTX.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -8,7 +8,7 @@ fn main() {
 
 #[cfg(feature = "cuda")]
 fn kernels() {
-    let file = |name: &str| format!("src/model/kernels/cuda/{name}");
+    let file = |name: &str| format!("src/cuda/{name}");
     cudaforge::KernelBuilder::new()
         .source_files([file("kernels.cu")])
         .watch(["attention.h", "device.h", "disentangled.h", "elements.h", "rows.h"].map(file))

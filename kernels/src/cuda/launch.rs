@@ -14,9 +14,7 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor
 use super::{
     AttentionLaunch, activation_code, fits, gate_code, pieces, pooling_code, reduction_code, threads,
 };
-use crate::model::kernels::{
-    Activation, Attention, Embedding, Gate, Norm, Packed, Pooling, Reduction, Rotation,
-};
+use crate::{Activation, Attention, Embedding, Gate, Norm, Packed, Pooling, Reduction, Rotation};
 
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 

@@ -821,9 +821,7 @@ pub(super) mod tests {
         (embedding.scale, embedding.norm) = (Some(4.5), None);
         let x = fused(&embedding);
         for pooling in Pooling::ALL {
-            let fused =
-                crate::model::kernels::pool(&[pooling], &x, &packed, workspace.at(Slot::Pooled, &CPU))
-                    .unwrap();
+            let fused = crate::pool(&[pooling], &x, &packed, workspace.at(Slot::Pooled, &CPU)).unwrap();
             near(&fused, &pooling.tensors(&x, &packed).unwrap());
         }
     }

@@ -24,7 +24,7 @@ fn function(name: &CStr) -> *mut c_void {
     let library = *LIBRARY.get_or_init(|| {
         let directory = tempfile::tempdir().expect("a directory");
         let library = directory.path().join("kernels.so");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/model/kernels/cuda/tests/host.cpp");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cuda/tests/host.cpp");
         let mut compiler = std::process::Command::new(std::env::var("CXX").unwrap_or("c++".to_owned()));
         compiler.args(["-std=c++17", "-O1", "-shared", "-fPIC", "-o"]);
         assert!(compiler.arg(&library).arg(source).status().expect("a compiler").success());

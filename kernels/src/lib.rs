@@ -9,7 +9,7 @@ mod activation;
 mod attention;
 mod convolution;
 #[cfg(any(feature = "cuda", test))]
-pub(super) mod cuda;
+pub mod cuda;
 mod disentangled;
 mod embed;
 pub mod forest;

@@ -1,0 +1,24 @@
+//! The tests on a real Kafka. One program, so that its tests share a broker and wait side by side.
+
+mod support;
+
+mod acl;
+mod chaos;
+mod cli;
+mod compose;
+mod delivery;
+mod drain;
+mod grafana;
+mod input;
+mod login;
+mod readme;
+mod rebalance;
+mod refused;
+mod registry;
+mod replay;
+mod run;
+mod schedule;
+mod schemas_out;
+mod tasks;
+mod tensor;
+mod traces;

@@ -1,0 +1,11 @@
+//! The tests that need no Kafka: configuration, schemas, models, documents and the chart.
+
+mod support;
+
+mod chart;
+mod config;
+mod embeddings;
+mod gliner;
+mod models;
+mod schemas;
+mod sparse;
