@@ -1,12 +1,13 @@
 //! Models of images on a real Kafka: files of all formats and those that are no images, under both guarantees; memory; and
 //! the commands.
 
-mod support;
-
 use std::process::Command;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
-use support::{Daemon, Got, Place, Sent, file, finish, kandle, root};
+
+use crate::support::{Daemon, Got, Place, Sent, file, finish, kandle, root};
 
 const GUARANTEES: [&str; 2] =
     ["{ commit_interval: 100ms }", "{ guarantee: exactly_once, commit_interval: 100ms }"];
@@ -99,8 +100,7 @@ fn what_is_no_image_is_a_dead_letter_and_its_neighbours_are_not() {
         let mut daemon = Daemon::start_with(&config, |command: &mut Command| {
             command.args(["--set", larger, "--set", "input.properties.fetch.message.max.bytes=50000000"]);
         });
-        let mut producer = place.clone_with_large_records();
-        producer.produce(values.iter().map(|value| Sent::new(0, value.clone())));
+        place.produce(values.iter().map(|value| Sent::new(0, value.clone())));
         let dead = place.dead_letters(6);
         let predictions = place.predictions(4);
         let expected = [
@@ -135,7 +135,7 @@ fn what_is_no_image_is_a_dead_letter_and_its_neighbours_are_not() {
 fn images_in_base64_and_data_urls_are_read_from_a_field() {
     for delivery in GUARANTEES {
         let place = place("images-json");
-        let base64 = |name: &str| support::base64(&image(name));
+        let base64 = |name: &str| STANDARD.encode(image(name));
         let values: Vec<Value> = vec![
             json!({ "photo": { "data": base64("small-4.png") } }),
             json!({ "photo": { "data": format!("data:image/png;base64,{}", base64("small-4.png")) } }),

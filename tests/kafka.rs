@@ -9,6 +9,7 @@ mod compose;
 mod delivery;
 mod drain;
 mod grafana;
+mod images;
 mod input;
 mod login;
 mod readme;

@@ -668,6 +668,10 @@ fn instead_of(model_type: &str) -> Option<&'static str> {
 /// Model types that users ask for most, and a kind of checkpoint that does the same job.
 const INSTEAD: &[(&[&str], &str)] = &[
     (
+        &["vit", "deit", "dinov2", "clip", "clip_vision_model", "siglip", "siglip_vision_model", "resnet"],
+        ". It is a model of images, for task.kind: image-classification or image-embedding",
+    ),
+    (
         &["deberta"],
         ". It is the first version of DeBERTa; use a checkpoint of DeBERTa v2 or v3 (model_type \"deberta-v2\")",
     ),
