@@ -106,7 +106,10 @@ fn what_is_no_image_is_a_dead_letter_and_its_neighbours_are_not() {
         let expected = [
             (1, "the value: the JPEG is cut short: it has no end marker"),
             (2, "60000 × 60000 pixels, more than task.max_pixels: 40000000"),
-            (3, "decoding it takes 206 MiB, more than the quarter of memory.limit that is for decoding: 32 MiB"),
+            (
+                3,
+                "decoding it takes 206 MiB, more than the quarter of memory.limit that is for decoding: 32 MiB",
+            ),
             (5, "the value: it is an SVG, which has no pixels; supported: JPEG, PNG, WebP, GIF, BMP, TIFF"),
             (6, "the value: it is empty"),
             (7, "more than task.max_bytes: 33554432"),
@@ -165,7 +168,8 @@ fn images_in_base64_and_data_urls_are_read_from_a_field() {
         assert_eq!(predictions[0].json(), predictions[1].json());
         for got in &predictions {
             let vector = got.json()["embedding"].clone();
-            let values: Vec<f64> = vector.as_array().expect("a vector").iter().filter_map(Value::as_f64).collect();
+            let values: Vec<f64> =
+                vector.as_array().expect("a vector").iter().filter_map(Value::as_f64).collect();
             let length: f64 = values.iter().map(|x| x * x).sum::<f64>().sqrt();
             assert!(values.len() == 5 && (length - 1.0).abs() < 1e-5, "{vector}");
         }
@@ -176,9 +180,16 @@ fn images_in_base64_and_data_urls_are_read_from_a_field() {
 #[test]
 fn the_commands_show_check_and_run_models_of_images() {
     let place = place("images-commands");
-    let settings = config(&place, "image-vit-timm", "format: image", "{ kind: image-classification, top_k: 2 }", GUARANTEES[0]);
+    let settings = config(
+        &place,
+        "image-vit-timm",
+        "format: image",
+        "{ kind: image-classification, top_k: 2 }",
+        GUARANTEES[0],
+    );
     let config = file("kandle.yaml", &settings);
-    let run = |command: &[&str], input: &[u8]| finish(kandle().args(command).arg("-c").arg(&config.path), input);
+    let run =
+        |command: &[&str], input: &[u8]| finish(kandle().args(command).arg("-c").arg(&config.path), input);
     let (code, shown, error) = run(&["model", "show"], b"");
     assert_eq!(code, 0, "{error}");
     for part in ["vit_tiny_patch8_32", "32 × 32", "cat, dog, fish", "softmax"] {
@@ -189,7 +200,8 @@ fn the_commands_show_check_and_run_models_of_images() {
     assert!(checked.contains("one forward pass done on cpu"), "{checked}");
     // Files are records of their own, whatever bytes they have.
     let folder = root().join("tests/fixtures/images");
-    let files = ["photo.png", "photo.webp", "photo.bmp", "photo.tiff", "golden.json"].map(|name| folder.join(name));
+    let files =
+        ["photo.png", "photo.webp", "photo.bmp", "photo.tiff", "golden.json"].map(|name| folder.join(name));
     let files: Vec<&str> = files.iter().map(|path| path.to_str().expect("UTF-8")).collect();
     let (code, predicted, error) = run(&[&["predict"], &files[..]].concat(), b"");
     assert_eq!(code, 0, "{error}");

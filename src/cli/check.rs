@@ -355,8 +355,8 @@ fn model(settings: &Settings, lines: &mut Lines) {
 fn labels(settings: &Settings, lines: &Lines) {
     let family = Kind::of(settings.task.kind).family;
     // A task with labels of its own has no use for the model's names.
-    let unnamed =
-        settings.task.labels.is_empty() && matches!(family, Family::Text(Output::Logits | Output::TokenLogits));
+    let unnamed = settings.task.labels.is_empty()
+        && matches!(family, Family::Text(Output::Logits | Output::TokenLogits));
     let read = |files: Files| Checkpoint::read(&files).ok();
     if unnamed
         && let Some(checkpoint) = Files::find(&settings.model).ok().and_then(read)

@@ -242,7 +242,11 @@ pub fn problems(settings: &Settings, task: &Kind) -> Vec<(&'static str, String)>
                     format!(
                         "{} needs a field or a template: set the pointer to {}",
                         format.name,
-                        if task.reads == Reads::Image { "the image in base64, such as /image" } else { "the text, such as /text" }
+                        if task.reads == Reads::Image {
+                            "the image in base64, such as /image"
+                        } else {
+                            "the text, such as /text"
+                        }
                     ),
                 );
             }

@@ -34,7 +34,8 @@ pub(super) fn load<P: PredictText>(
     let model = Arc::new(load_model(settings, &source, output)?);
     let about = source.about(settings, model.architecture.clone(), model.weight_bytes());
     let (is_cpu, cost) = (model.placement.is_cpu(), model.cost());
-    let (engine, seconds) = text::start(Arc::clone(&model), &about, is_cpu, cost as usize, settings, metrics)?;
+    let (engine, seconds) =
+        text::start(Arc::clone(&model), &about, is_cpu, cost as usize, settings, metrics)?;
     let predict = predict(&model)?;
     let task = &settings.task;
     Ok(Arc::new(Batched {

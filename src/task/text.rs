@@ -139,7 +139,8 @@ impl TextModel {
         let model = Arc::new(model);
         let about = source.about(settings, model.architecture().name.clone(), model.weight_bytes());
         let (is_cpu, longest) = (model.placement.is_cpu(), model.tokenizer.max_tokens());
-        let (engine, seconds_per_token) = start(Arc::clone(&model), &about, is_cpu, longest, settings, metrics)?;
+        let (engine, seconds_per_token) =
+            start(Arc::clone(&model), &about, is_cpu, longest, settings, metrics)?;
         let overflow = Kind::of(settings.task.kind).overflow(&settings.task);
         let texts = Texts { model, overflow, metrics: Arc::clone(metrics) };
         let pace = Pace::new(seconds_per_token);

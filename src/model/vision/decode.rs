@@ -96,7 +96,9 @@ pub fn from_base64(text: &str, limit: u64) -> Result<Vec<u8>, String> {
         },
     };
     if digits.starts_with("http://") || digits.starts_with("https://") {
-        return Err("it is an address, which kandle does not fetch: send the image itself in base64".to_owned());
+        return Err(
+            "it is an address, which kandle does not fetch: send the image itself in base64".to_owned()
+        );
     }
     if digits.is_empty() {
         return Err("it is empty".to_owned());
@@ -106,8 +108,7 @@ pub fn from_base64(text: &str, limit: u64) -> Result<Vec<u8>, String> {
         true => Cow::Owned(digits.split_ascii_whitespace().collect::<String>()),
         false => Cow::Borrowed(digits),
     };
-    let alphabet =
-        if digits.contains(['-', '_']) { &alphabet::URL_SAFE } else { &alphabet::STANDARD };
+    let alphabet = if digits.contains(['-', '_']) { &alphabet::URL_SAFE } else { &alphabet::STANDARD };
     let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
     let decoded = GeneralPurpose::new(alphabet, config).decode(digits.as_bytes());
     decoded.map_err(|error| format!("it is not base64: {error}"))
@@ -184,12 +185,7 @@ fn ends(bytes: &[u8]) -> bool {
     false
 }
 
-fn other(
-    bytes: &[u8],
-    format: ImageFormat,
-    limits: &Limits,
-    memory: &DecodeMemory,
-) -> Result<Rgb, String> {
+fn other(bytes: &[u8], format: ImageFormat, limits: &Limits, memory: &DecodeMemory) -> Result<Rgb, String> {
     let name = format.extensions_str().first().copied().unwrap_or_default().to_uppercase();
     let failed = |error: image::ImageError| match error {
         image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
@@ -216,7 +212,8 @@ fn turned(width: u32, height: u32, pixels: Vec<u8>, orientation: Orientation) ->
     if orientation == Orientation::NoTransforms {
         return Ok(Rgb { width, height, pixels });
     }
-    let image = RgbImage::from_raw(width, height, pixels).ok_or("the image has fewer pixels than its header says")?;
+    let image =
+        RgbImage::from_raw(width, height, pixels).ok_or("the image has fewer pixels than its header says")?;
     let mut image = DynamicImage::ImageRgb8(image);
     image.apply_orientation(orientation);
     let image = image.into_rgb8();
@@ -289,7 +286,10 @@ mod tests {
     fn what_is_no_image_is_named() {
         for (bytes, part) in [
             (&b""[..], "it is empty"),
-            (b"<?xml version=\"1.0\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\"/>", "an SVG, which has no pixels"),
+            (
+                b"<?xml version=\"1.0\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\"/>",
+                "an SVG, which has no pixels",
+            ),
             (b"<html>", "HTML"),
             (b"%PDF-1.7", "a PDF document"),
             (b"\0\0\0\x20ftypavif", "an AVIF image"),
@@ -305,7 +305,15 @@ mod tests {
 
     #[test]
     fn images_that_are_cut_short_are_refused() {
-        for name in ["photo.jpg", "progressive.jpg", "photo.png", "photo.webp", "animated.gif", "photo.bmp", "photo.tiff"] {
+        for name in [
+            "photo.jpg",
+            "progressive.jpg",
+            "photo.png",
+            "photo.webp",
+            "animated.gif",
+            "photo.bmp",
+            "photo.tiff",
+        ] {
             let whole = fixture(name);
             let rgb = decode(&whole, &LIMITS, &DecodeMemory::new(1 << 24)).unwrap();
             assert_eq!(rgb.pixels.len(), 3 * (rgb.width * rgb.height) as usize, "{name}");

@@ -39,8 +39,7 @@ fn difference(folder: &Path, output: Output, dtype: Dtype) -> Option<f64> {
     let rows = golden(folder);
     rows[0].get(key)?;
     let model = load(folder, output, dtype).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let images: Vec<Image> =
-        rows.iter().map(|row| image(&model, row["image"].as_str().unwrap())).collect();
+    let images: Vec<Image> = rows.iter().map(|row| image(&model, row["image"].as_str().unwrap())).collect();
     let together = model.run(&images.iter().collect::<Vec<_>>()).unwrap();
     let (mut worst, mut largest) = (0.0f64, 1.0f64);
     for ((row, image), answer) in rows.iter().zip(&images).zip(together.iter()) {
@@ -95,9 +94,17 @@ fn towers_run_in_bf16_and_int8() {
 #[test]
 fn what_a_checkpoint_is_not_for_is_said() {
     for (name, output, part) in [
-        ("image-clip", Output::Logits, "it is not a classifier of images: its weights have no classifier.weight"),
+        (
+            "image-clip",
+            Output::Logits,
+            "it is not a classifier of images: its weights have no classifier.weight",
+        ),
         ("image-siglip", Output::Logits, "it is not a classifier of images"),
-        ("bert", Output::Logits, "model_type \"bert\" is not a model of images that kandle runs; supported: clip"),
+        (
+            "bert",
+            Output::Logits,
+            "model_type \"bert\" is not a model of images that kandle runs; supported: clip",
+        ),
         ("image-clip-labels", Output::Embedding, "its weights have no visual_projection.weight"),
     ] {
         let error = load(&fixture(name), output, Dtype::F32).err().unwrap();
@@ -129,7 +136,12 @@ fn configurations_that_change_what_is_computed_are_refused() {
         ("image-vit", "id2label", serde_json::json!({ "0": "a" }), "names 1 labels, but the weights have 3"),
         ("image-resnet-basic", "hidden_act", "gelu".into(), "hidden_act \"gelu\" is not supported"),
         ("image-vit-timm", "global_pool", "avg".into(), "global_pool \"avg\""),
-        ("image-vit-timm", "architecture", "swin_tiny".into(), "architecture \"swin_tiny\" is not a model of images"),
+        (
+            "image-vit-timm",
+            "architecture",
+            "swin_tiny".into(),
+            "architecture \"swin_tiny\" is not a model of images",
+        ),
     ] {
         let error = changed(name, |config| config[key] = value).err().unwrap();
         assert!(error.contains(part), "{name}: {error}");

@@ -104,7 +104,8 @@ impl VisionModel {
         let spec = architecture::describe(&config, &weights, output, files.ignored_keys())?;
         if let (Spec::Residual(_), Some(_)) = (&spec, placement.precision) {
             let dtype = placement.dtype_name();
-            let message = format!("model.dtype: {dtype} on a CPU is for transformers; convolutions support f32");
+            let message =
+                format!("model.dtype: {dtype} on a CPU is for transformers; convolutions support f32");
             return Err(VisionError::Unsupported(message));
         }
         let vb = VarBuilder::from_backend(Box::new(weights), placement.dtype, placement.device.clone());
@@ -173,7 +174,8 @@ impl engine::Model for VisionModel {
 
     fn run(&self, batch: &[&Image]) -> Result<Ragged<f32>, RunError> {
         failpoint::pass("device");
-        let turn = (!self.placement.is_cpu()).then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
+        let turn =
+            (!self.placement.is_cpu()).then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
         let answers = match &self.network {
             Network::Tower(tower) => tower.forward(batch, &self.preprocess),
             Network::Residual(network) => network.forward(batch, &self.preprocess),
@@ -203,6 +205,8 @@ fn label_names(config: &serde_json::Value, count: usize) -> Result<Vec<String>, 
     };
     match names.len() == count {
         true => Ok(names),
-        false => Err(ConfigError(format!("names {} labels, but the weights have {count}", names.len())).into()),
+        false => {
+            Err(ConfigError(format!("names {} labels, but the weights have {count}", names.len())).into())
+        }
     }
 }

@@ -36,7 +36,10 @@ pub struct Preprocess {
 /// The size before the image is cropped to the result's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Resize {
-    Exact { height: u32, width: u32 },
+    Exact {
+        height: u32,
+        width: u32,
+    },
     /// The shorter side has this many pixels; the other is by the image's ratio, rounded down.
     Shortest(u32),
 }
@@ -107,7 +110,8 @@ impl Preprocess {
             .into_iter()
             .find_map(|ending| name.strip_suffix(ending));
         let known = PROCESSORS.iter().find(|of| Some(of.name) == plain).ok_or_else(|| {
-            let names: Vec<String> = PROCESSORS.iter().map(|of| format!("{}ImageProcessor", of.name)).collect();
+            let names: Vec<String> =
+                PROCESSORS.iter().map(|of| format!("{}ImageProcessor", of.name)).collect();
             wrong(format!("image_processor_type {name:?} is not supported; supported: {}", names.join(", ")))
         })?;
         for key in ["do_flip_channel_order", "do_pad", "do_grayscale"] {
@@ -140,7 +144,8 @@ impl Preprocess {
             (Some(crop), _) => crop,
             (None, Some(Resize::Exact { height, width })) => (height, width),
             (None, _) => {
-                let message = "images would have different sizes: set size to height and width, or do_center_crop";
+                let message =
+                    "images would have different sizes: set size to height and width, or do_center_crop";
                 return Err(wrong(message.to_owned()));
             }
         };
@@ -150,8 +155,10 @@ impl Preprocess {
         };
         let (mean, std) = match flag("do_normalize", true) {
             true => (
-                channels(&json["image_mean"], known.mean).ok_or_else(|| wrong("image_mean is not a number per channel".to_owned()))?,
-                channels(&json["image_std"], known.std).ok_or_else(|| wrong("image_std is not a number per channel".to_owned()))?,
+                channels(&json["image_mean"], known.mean)
+                    .ok_or_else(|| wrong("image_mean is not a number per channel".to_owned()))?,
+                channels(&json["image_std"], known.std)
+                    .ok_or_else(|| wrong("image_std is not a number per channel".to_owned()))?,
             ),
             false => ([0.0; 3], [1.0; 3]),
         };
@@ -184,7 +191,10 @@ impl Preprocess {
             None => vec![3, 224, 224],
         };
         let &[3, height, width] = sides.as_slice() else {
-            return Err(wrong(format!("input_size is {}; supported: [3, height, width]", json["input_size"])));
+            return Err(wrong(format!(
+                "input_size is {}; supported: [3, height, width]",
+                json["input_size"]
+            )));
         };
         let percent = json["crop_pct"].as_f64().unwrap_or(0.875);
         let scaled = |side: u32| (f64::from(side) / percent).floor() as u32;
@@ -252,7 +262,8 @@ impl Preprocess {
                 "{width} × {height} pixels would be resized to {to_width} × {to_height}: it is too thin for this model"
             ));
         }
-        let failed = |error: String| format!("it cannot be resized to {to_width} × {to_height} pixels: {error}");
+        let failed =
+            |error: String| format!("it cannot be resized to {to_width} × {to_height} pixels: {error}");
         let resized = if (to_height, to_width) == (height, width) {
             image.pixels
         } else {
@@ -377,7 +388,8 @@ mod tests {
             let allowed = case["levels"].as_u64().unwrap() as i32;
             for row in case["rows"].as_array().unwrap() {
                 let at = row["at"].as_u64().unwrap() as usize;
-                let want: Vec<i32> = row["pixels"].as_array().unwrap().iter().map(|x| x.as_i64().unwrap() as i32).collect();
+                let want: Vec<i32> =
+                    row["pixels"].as_array().unwrap().iter().map(|x| x.as_i64().unwrap() as i32).collect();
                 for (i, want) in want.iter().enumerate() {
                     let got = i32::from(pixels[at + i]);
                     assert!(
@@ -400,7 +412,10 @@ mod tests {
         for (json, part) in [
             (json!({}), "image_processor_type \"\" is not supported; supported: BitImageProcessor"),
             (json!({ "image_processor_type": "Pix2StructImageProcessor" }), "Pix2StructImageProcessor"),
-            (json!({ "image_processor_type": "ViTImageProcessor", "size": { "longest_edge": 9 } }), "size {\"longest_edge\":9}"),
+            (
+                json!({ "image_processor_type": "ViTImageProcessor", "size": { "longest_edge": 9 } }),
+                "size {\"longest_edge\":9}",
+            ),
             (json!({ "image_processor_type": "ViTImageProcessor", "do_pad": true }), "do_pad"),
             (json!({ "image_processor_type": "ViTImageProcessor", "resample": 7 }), "resample 7"),
             (json!({ "image_processor_type": "ViTImageProcessor", "image_std": [1] }), "image_std"),
@@ -418,9 +433,13 @@ mod tests {
 
     #[test]
     fn thin_images_are_refused_before_memory_is_taken() {
-        let clip = Preprocess::transformers(&json!({ "image_processor_type": "CLIPImageProcessor" })).unwrap();
+        let clip =
+            Preprocess::transformers(&json!({ "image_processor_type": "CLIPImageProcessor" })).unwrap();
         let error = clip.apply(Rgb { width: 1, height: 100_000, pixels: vec![0; 300_000] }).unwrap_err();
         assert!(error.contains("too thin"), "{error}");
-        assert_eq!(clip.apply(Rgb { width: 3, height: 5, pixels: vec![9; 45] }).unwrap(), vec![9; clip.bytes()]);
+        assert_eq!(
+            clip.apply(Rgb { width: 3, height: 5, pixels: vec![9; 45] }).unwrap(),
+            vec![9; clip.bytes()]
+        );
     }
 }

@@ -39,7 +39,9 @@ impl Convolution {
     fn load(spec: &Spec, vb: &VarBuilder<'_>) -> Result<Self> {
         let weight = vb.get_unchecked_dtype(&spec.weight, DType::F32)?;
         let (outputs, _, size, _) = weight.dims4()?;
-        let norm = |name: &str| vb.pp(&spec.norm).get_with_hints_dtype(outputs, name, Default::default(), DType::F32);
+        let norm = |name: &str| {
+            vb.pp(&spec.norm).get_with_hints_dtype(outputs, name, Default::default(), DType::F32)
+        };
         let factor = (norm("weight")? / (norm("running_var")? + EPS)?.sqrt()?)?;
         let bias = (norm("bias")? - (norm("running_mean")? * &factor)?)?;
         let weight = weight.broadcast_mul(&factor.reshape((outputs, 1, 1, 1))?)?;

@@ -64,9 +64,8 @@ impl Tower {
         let (before, table) = table(spec, grid, vb)?;
         let tokens = before + grid.0 * grid.1;
         let table = Tensor::from_vec(table, (tokens, hidden), &Device::Cpu)?;
-        let norm = |name: &String| {
-            Norm::load(hidden, NormKind::Layer { bias: true }, spec.norm_eps, vb.pp(name))
-        };
+        let norm =
+            |name: &String| Norm::load(hidden, NormKind::Layer { bias: true }, spec.norm_eps, vb.pp(name));
         let attention = match &spec.pool {
             Pool::Attention(name) => Some(AttentionPool::load(spec, &vb.pp(name), precision)?),
             _ => None,
@@ -255,8 +254,12 @@ impl AttentionPool {
         let bias = attention.get(3 * hidden, "in_proj_bias")?;
         let probe = vb.get((1, 1, hidden), "probe")?.reshape((1, hidden))?.to_dtype(DType::F32)?;
         let of_query = weight.narrow(0, 0, hidden)?.to_dtype(DType::F32)?.t()?.contiguous()?;
-        let query = (probe.matmul(&of_query)? + bias.narrow(0, 0, hidden)?.to_dtype(DType::F32)?.unsqueeze(0)?)?;
-        let rest = (weight.narrow(0, hidden, 2 * hidden)?.contiguous()?, bias.narrow(0, hidden, 2 * hidden)?.contiguous()?);
+        let query =
+            (probe.matmul(&of_query)? + bias.narrow(0, 0, hidden)?.to_dtype(DType::F32)?.unsqueeze(0)?)?;
+        let rest = (
+            weight.narrow(0, hidden, 2 * hidden)?.contiguous()?,
+            bias.narrow(0, hidden, 2 * hidden)?.contiguous()?,
+        );
         let inner = spec.intermediate;
         Ok(Self {
             heads,

@@ -211,9 +211,16 @@ fn activations() {
         let x = (tensor(tokens, width, 1) * 4.0).unwrap();
         let added = tensor(1, width, 2);
         let sum = x.broadcast_add(&added).unwrap();
-        for activation in
-            [None, Some(Gelu), Some(GeluTanh), Some(QuickGelu), Some(Relu), Some(Sigmoid), Some(Silu), Some(Tanh)]
-        {
+        for activation in [
+            None,
+            Some(Gelu),
+            Some(GeluTanh),
+            Some(QuickGelu),
+            Some(Relu),
+            Some(Sigmoid),
+            Some(Silu),
+            Some(Tanh),
+        ] {
             let mut out = vec![f32::NAN; tokens * width];
             call!(c"host_add_activate",
                 tokens as u32 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,

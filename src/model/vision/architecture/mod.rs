@@ -269,7 +269,8 @@ fn find(json: &Value) -> Result<(String, Describe), VisionError> {
     match known.iter().find(|(known, _)| is(name, known)) {
         Some((_, describe)) => Ok((name.to_owned(), *describe)),
         None => {
-            let all = |of: &[(&str, Describe)]| of.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+            let all =
+                |of: &[(&str, Describe)]| of.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
             Err(ConfigError(format!(
                 "{key} {name:?} is not a model of images that kandle runs; supported: {}; of timm, an architecture that begins \
                  with {}",
@@ -325,7 +326,10 @@ fn side(config: &Config<'_>, key: &str, default: usize) -> Result<usize, VisionE
     };
     match side {
         Some(side @ 1..) => Ok(side as usize),
-        _ => Err(ConfigError(format!("{key} {value} is not supported; supported: the side of a square")).into()),
+        _ => {
+            Err(ConfigError(format!("{key} {value} is not supported; supported: the side of a square"))
+                .into())
+        }
     }
 }
 
@@ -349,7 +353,10 @@ fn residual_block(
     let stride = |at: usize| if at == count / 3 { halves } else { 1 };
     let shortcut = shortcut(halves);
     let shortcut = of.has(&shortcut.weight).then_some(shortcut);
-    let block = || ResidualBlock { convolutions: (0..count).map(|at| convolution(at, stride(at))).collect(), shortcut };
+    let block = || ResidualBlock {
+        convolutions: (0..count).map(|at| convolution(at, stride(at))).collect(),
+        shortcut,
+    };
     (count > 0).then(block)
 }
 
@@ -364,7 +371,9 @@ fn residual(
     let stages: Vec<_> = (0..).map(blocks).take_while(|blocks| !blocks.is_empty()).collect();
     let last = stages.last().and_then(|stage| stage.last()).and_then(|block| block.convolutions.last());
     let Some(last) = last else {
-        return Err(VisionError::Unsupported("its weights have no residual blocks under the names of ResNet".to_owned()));
+        return Err(VisionError::Unsupported(
+            "its weights have no residual blocks under the names of ResNet".to_owned(),
+        ));
     };
     let width = of.outputs(&last.weight)?;
     Ok(Network::Residual(Residual { stem, stages, out, width }))

@@ -23,7 +23,9 @@ pub(super) fn vit(of: &Checkpoint<'_>) -> Result<Network, VisionError> {
     }
     match config.get("global_pool").as_str() {
         None | Some("token") => {}
-        Some(other) => return unsupported(format!("global_pool {other:?} of a ViT is not supported; supported: token")),
+        Some(other) => {
+            return unsupported(format!("global_pool {other:?} of a ViT is not supported; supported: token"));
+        }
     }
     let shape = |name: &str, of_dims: usize| match of.weights.shape(name) {
         Some(shape) if shape.len() == of_dims => Ok(shape.to_vec()),
@@ -35,8 +37,14 @@ pub(super) fn vit(of: &Checkpoint<'_>) -> Result<Network, VisionError> {
     let name = config.get("architecture").as_str().unwrap_or_default();
     let count = match config.get("model_args")["num_heads"].as_u64() {
         Some(count) => count as usize,
-        None if ["_tiny_", "_small_", "_base_", "_large_"].iter().any(|size| name.contains(size)) => hidden / 64,
-        None => return unsupported(format!("how many heads {name} has is not known; set model_args.num_heads in config.json")),
+        None if ["_tiny_", "_small_", "_base_", "_large_"].iter().any(|size| name.contains(size)) => {
+            hidden / 64
+        }
+        None => {
+            return unsupported(format!(
+                "how many heads {name} has is not known; set model_args.num_heads in config.json"
+            ));
+        }
     };
     let count_layers = (0..).take_while(|i| of.has(&format!("blocks.{i}.norm1.weight"))).count();
     let layers = (0..count_layers)
