@@ -17,6 +17,5 @@ mod preprocess;
 mod residual;
 mod tower;
 
-pub use architecture::name as architecture_of;
 pub use decode::{DecodeMemory, Limits, Rgb, decode, format_of, from_base64};
 pub use model::{Image, Output, VisionError, VisionModel};
