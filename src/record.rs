@@ -153,6 +153,8 @@ pub enum Fault {
     Decode,
     /// `input.field` or `input.template` finds nothing usable in it.
     Field,
+    /// The image cannot be decoded, or is larger than the settings allow.
+    Image,
     /// It cannot be made into an input of the model: a text without tokens, for example.
     Prepare,
     /// More tokens than the model takes, with `task.overflow: dead_letter`.
@@ -168,9 +170,10 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 8] = [
+    pub const ALL: [Fault; 9] = [
         Fault::Decode,
         Fault::Field,
+        Fault::Image,
         Fault::Prepare,
         Fault::TooLong,
         Fault::Infer,
@@ -184,6 +187,7 @@ impl Fault {
         match self {
             Fault::Decode => "decode",
             Fault::Field => "field",
+            Fault::Image => "image",
             Fault::Prepare => "prepare",
             Fault::TooLong => "too_long",
             Fault::Infer => "infer",
@@ -196,7 +200,7 @@ impl Fault {
     /// The value of `kandle-stage`: the stage that finds the fault.
     pub fn stage(self) -> &'static str {
         match self {
-            Fault::Decode | Fault::Field => "decode",
+            Fault::Decode | Fault::Field | Fault::Image => "decode",
             Fault::Prepare | Fault::TooLong => "prepare",
             Fault::Infer => "infer",
             Fault::Encode => "encode",

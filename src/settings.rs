@@ -138,7 +138,8 @@ pub struct Input {
     #[serde(default)]
     #[schemars(example = "shop.Ticket")]
     pub message: Option<String>,
-    /// Formats with fields: JSON Pointer to the text, or a list of pointers whose texts are joined with `join`.
+    /// Formats with fields: JSON Pointer to the text, or a list of pointers whose texts are joined with `join`. Of tasks over
+    /// images: JSON Pointer to the image, in base64 or as a data URL.
     #[serde(default)]
     pub field: Fields,
     /// Formats with fields: separator between the texts of several fields.
@@ -172,6 +173,7 @@ pub enum Format {
     Json,
     Text,
     Bytes,
+    Image,
     Avro,
     Protobuf,
     JsonSchema,
@@ -226,7 +228,7 @@ pub struct Task {
     /// What is predicted about a record. `noop` runs no model and publishes the value unchanged, for measurements.
     #[schemars(example = "text-classification")]
     pub kind: TaskKind,
-    /// text-classification, zero-shot-classification: number of labels in `scores` (default: all). similarity: number
+    /// text-classification, zero-shot-classification, image-classification: number of labels in `scores` (default: all). similarity: number
     /// of matches (default: one). reranking: number of results (default: all). sparse-embedding: number of values, the
     /// largest ones (default: as many as the model's config_sentence_transformers.json says, or all).
     #[serde(default)]
@@ -310,16 +312,16 @@ pub struct Task {
     /// similarity: like `prompt_name`, for the candidates.
     #[serde(default)]
     pub candidates_prompt_name: Option<String>,
-    /// text-embedding: number of values that are kept, the first ones, for models trained for it (Matryoshka). A vector
+    /// text-embedding, image-embedding: number of values that are kept, the first ones, for models trained for it (Matryoshka). A vector
     /// of length 1 is scaled to length 1 again (default: all).
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub dimensions: Option<usize>,
-    /// text-embedding: how a vector is written. float: an array of numbers. base64: a string with the values as
+    /// text-embedding, image-embedding: how a vector is written. float: an array of numbers. base64: a string with the values as
     /// little-endian f32. int8: an array of numbers from -128 to 127. ubinary: an array of bytes, one bit per value.
     #[serde(default)]
     pub encoding: Encoding,
-    /// text-embedding with encoding: int8: JSON file with the lowest and the highest value of each place of a vector,
+    /// text-embedding and image-embedding with encoding: int8: JSON file with the lowest and the highest value of each place of a vector,
     /// [[lowest, …], [highest, …]] (default, for vectors of length 1: 4 over the square root of the number of values).
     #[serde(default)]
     pub ranges: Option<PathBuf>,
@@ -351,6 +353,18 @@ pub struct Task {
     #[serde(default)]
     #[schemars(example = [0.1, 0.5, 0.9])]
     pub quantiles: Vec<f64>,
+    /// image-embedding: whether vectors are scaled to length 1, as CLIP and SigLIP do before they compare them with those of
+    /// texts.
+    #[serde(default)]
+    pub normalize: bool,
+    /// image-classification, image-embedding: pixels that an image may have, width times height. A larger one is a dead
+    /// letter; its header says so, and it is not decoded.
+    #[serde(default = "default_max_pixels")]
+    #[schemars(range(min = 1))]
+    pub max_pixels: u64,
+    /// image-classification, image-embedding: bytes that the file of an image may have. A larger one is a dead letter.
+    #[serde(default = "default_max_bytes")]
+    pub max_bytes: ByteSize,
     /// Bytes for a cache of the model's answers, so that an input seen recently is not computed again (default: no
     /// cache). This memory is not part of memory.limit. Equal inputs within a window are computed once in any case.
     #[serde(default)]
@@ -393,6 +407,9 @@ impl Task {
             activation: Activation::default(),
             horizon: None,
             quantiles: Vec::new(),
+            normalize: false,
+            max_pixels: default_max_pixels(),
+            max_bytes: default_max_bytes(),
             cache: None,
         }
     }
@@ -406,6 +423,14 @@ impl Task {
         let unset = keys(&Self::of(self.kind));
         keys(self).into_iter().filter(|(key, value)| unset.get(key) != Some(value)).collect()
     }
+}
+
+fn default_max_pixels() -> u64 {
+    40_000_000
+}
+
+fn default_max_bytes() -> ByteSize {
+    ByteSize::mib(32)
 }
 
 fn default_hypothesis() -> String {
@@ -495,9 +520,9 @@ pub enum Aggregation {
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
     /// A hub id (`org/name`), a directory with config.json, weights (*.safetensors or pytorch_model.bin) and
-    /// tokenizer.json or a vocabulary, or a model that is part of kandle: `bundled`, which routes support tickets,
-    /// `bundled:churn` (ONNX), `bundled:shapes` (images). For the task tensor: an ONNX file, or a directory or hub id with
-    /// model.onnx or one *.onnx.
+    /// tokenizer.json or a vocabulary (of images: preprocessor_config.json, or timm's pretrained_cfg in config.json), or a
+    /// model that is part of kandle: `bundled`, which routes support tickets, `bundled:churn` (ONNX), `bundled:shapes`
+    /// (images). For the task tensor: an ONNX file, or a directory or hub id with model.onnx or one *.onnx.
     pub source: Option<String>,
     /// Hub: branch, tag or commit (default: main). It is resolved to a commit each time the model is loaded.
     pub revision: Option<String>,

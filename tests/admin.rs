@@ -1,6 +1,6 @@
 //! The admin server with a certificate and a token.
 
-mod support;
+use crate::support;
 
 use std::net::TcpStream;
 use std::time::Duration;

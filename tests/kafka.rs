@@ -3,6 +3,7 @@
 mod support;
 
 mod acl;
+mod admin;
 mod chaos;
 mod cli;
 mod compose;
@@ -10,7 +11,10 @@ mod delivery;
 mod drain;
 mod forecast;
 mod grafana;
+mod images;
 mod input;
+#[cfg(feature = "kerberos")]
+mod kerberos;
 mod login;
 mod readme;
 mod rebalance;

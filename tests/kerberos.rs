@@ -1,9 +1,7 @@
 //! Kerberos: a real KDC (Debian's krb5-kdc), a broker that takes only its tickets, the daemon with a keytab.
 //! `cargo test --features failpoints,kerberos --test kerberos`.
 
-#![cfg(feature = "kerberos")]
-
-mod support;
+use crate::support;
 
 use std::process::{Child, Command, Stdio};
 

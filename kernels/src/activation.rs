@@ -12,6 +12,8 @@ pub enum Activation {
     Gelu,
     /// GELU approximated with tanh.
     GeluTanh,
+    /// x sigmoid(1.702 x), an approximation of GELU that CLIP has.
+    QuickGelu,
     Relu,
     Sigmoid,
     Silu,
@@ -24,6 +26,7 @@ impl Activation {
         match self {
             Activation::Gelu => x.gelu_erf(),
             Activation::GeluTanh => x.gelu(),
+            Activation::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
             Activation::Relu => x.relu(),
             Activation::Sigmoid => candle_nn::ops::sigmoid(x),
             Activation::Silu => x.silu(),
@@ -47,6 +50,7 @@ impl Activation {
                 let inner = simd.mul_add_e_f32s(cube, splat(0.044_715), x);
                 simd.mul_f32s(x, sigmoid(simd, simd.mul_f32s(inner, splat(1.595_769))))
             }
+            Activation::QuickGelu => simd.mul_f32s(x, sigmoid(simd, simd.mul_f32s(x, splat(1.702)))),
             Activation::Relu => simd.max_f32s(splat(0.0), x),
             Activation::Sigmoid => sigmoid(simd, x),
             Activation::Silu => simd.mul_f32s(x, sigmoid(simd, x)),
@@ -75,7 +79,7 @@ pub(super) fn activate<S: Simd>(simd: S, activation: Activation, x: &mut [f32]) 
             }
         };
     }
-    each!(Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh);
+    each!(Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh);
 }
 
 /// Applies the activation to the first `width` elements of each row, in place. Rows are `stride` elements apart.
@@ -189,7 +193,7 @@ mod tests {
         let exact = Tensor::from_vec(x.iter().map(|&x| f64::from(x)).collect(), x.len(), &Device::Cpu);
         let exact = exact.unwrap();
         use Activation::*;
-        for activation in [Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh] {
+        for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
             let mut got = x.clone();
             dispatch(All(activation, &mut got));
             let want = activation.tensor(&exact).unwrap().to_vec1::<f64>().unwrap();
@@ -203,7 +207,7 @@ mod tests {
     #[test]
     fn nan_stays_nan() {
         use Activation::*;
-        for activation in [Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh] {
+        for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
             let mut x = [f32::NAN; 35];
             dispatch(All(activation, &mut x));
             assert!(x.iter().all(|x| x.is_nan()), "{activation:?}: {x:?}");

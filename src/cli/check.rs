@@ -23,7 +23,7 @@ use crate::registry::registration::{OutputSchema, candidates};
 use crate::registry::{Registry, RegistryError, Version};
 use crate::settings::{self, Guarantee, Loaded, Settings, TensorInput};
 use crate::sink;
-use crate::task::{self, Kind};
+use crate::task::{self, Family, Kind};
 use crate::telemetry::Metrics;
 
 const ATTEMPT: Duration = Duration::from_secs(8);
@@ -396,10 +396,10 @@ fn model(settings: &Settings, lines: &mut Lines) -> Option<Vec<String>> {
 
 /// Warns if predictions would have labels that say nothing, because the checkpoint does not name its own.
 fn labels(settings: &Settings, lines: &Lines) {
-    let output = Kind::of(settings.task.kind).output;
+    let family = Kind::of(settings.task.kind).family;
     // A task with labels of its own has no use for the model's names.
-    let unnamed =
-        settings.task.labels.is_empty() && matches!(output, Some(Output::Logits | Output::TokenLogits));
+    let unnamed = settings.task.labels.is_empty()
+        && matches!(family, Family::Text(Output::Logits | Output::TokenLogits));
     let read = |files: Files| Checkpoint::read(&files).ok();
     if unnamed
         && let Some(checkpoint) = Files::find(&settings.model).ok().and_then(read)

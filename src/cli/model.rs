@@ -4,18 +4,17 @@ use anyhow::{Context, bail};
 
 use crate::cli::output::outln;
 use crate::model::text::architecture::Architecture;
-use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, Wants, hex};
+use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, hex, vision};
 use crate::settings::{Loaded, Settings};
 use crate::task::gliner::load_model;
 use crate::task::text::Source;
-use crate::task::{Kind, Reads, forecast, suited, tensor};
+use crate::task::{Family, Kind, forecast, images, suited, tensor};
 
 fn files(loaded: &Loaded) -> anyhow::Result<Files> {
     let kind = Kind::of(loaded.settings.task.kind);
-    if !kind.has_model() {
+    let Some(wants) = kind.wants() else {
         bail!("task.kind {} has no model", kind.kind.name());
-    }
-    let wants = if kind.is_onnx() { Wants::Onnx } else { Wants::Text };
+    };
     Files::find_for(&loaded.settings.model, wants)
         .with_context(|| format!("model {}", loaded.settings.model.source.as_deref().unwrap_or_default()))
 }
@@ -34,9 +33,9 @@ pub fn verify(loaded: Loaded) -> anyhow::Result<()> {
     crate::telemetry::logging::start(&loaded.settings.log);
     let settings = &loaded.settings;
     let files = files(&loaded)?;
-    let dtype = match Kind::of(settings.task.kind).is_onnx() {
-        true => tensor::DTYPE,
-        false => Placement::choose(settings.model.device, settings.model.dtype)?.dtype_name(),
+    let dtype = match Kind::of(settings.task.kind).family {
+        Family::Onnx => tensor::DTYPE,
+        _ => Placement::choose(settings.model.device, settings.model.dtype)?.dtype_name(),
     };
     let digest = Digest::of(Some(&files), settings, dtype)?;
     outln!("{}", files.name());
@@ -55,19 +54,17 @@ pub fn verify(loaded: Loaded) -> anyhow::Result<()> {
 pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     crate::telemetry::logging::start(&loaded.settings.log);
     let settings = &loaded.settings;
-    if Kind::of(settings.task.kind).is_onnx() {
-        return show_onnx(settings);
-    }
-    if Kind::of(settings.task.kind).reads == Reads::Series {
-        return show_series(settings);
-    }
+    let output = match Kind::of(settings.task.kind).family {
+        Family::Onnx => return show_onnx(settings),
+        Family::Series => return show_series(settings),
+        Family::Vision(output) => return show_vision(settings, output),
+        Family::Text(Output::TokenLogits) if Gliner::is(&files(&loaded)?) => return show_gliner(settings),
+        Family::Text(output) => output,
+        Family::Nothing => bail!("task.kind {} has no model", settings.task.kind.name()),
+    };
     let files = files(&loaded)?;
-    if Gliner::is(&files) && Kind::of(settings.task.kind).output == Some(Output::TokenLogits) {
-        return show_gliner(settings);
-    }
     let name = files.name();
     let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
-    let output = Kind::of(settings.task.kind).output.context("the task has a model")?;
     let digest = Digest::of(Some(&files), settings, placement.dtype_name())?;
     let tasks = suited(&Checkpoint::read(&files).with_context(|| format!("model {name}"))?).join(", ");
     let model = Model::load(files, placement, output)
@@ -151,6 +148,31 @@ fn show_series(settings: &Settings) -> anyhow::Result<()> {
         ("predicted", format!("{} points in a pass", config.prediction)),
         ("quantiles", levels.join(", ")),
     ]);
+    Ok(())
+}
+
+/// The rows of a model of images.
+fn show_vision(settings: &Settings, output: vision::Output) -> anyhow::Result<()> {
+    let source = Source::find(settings)?;
+    let digest = source.digest().full().to_owned();
+    let model = images::load_model(settings, &source, output)?;
+    let mut rows = vec![
+        ("model", model.files.name()),
+        ("digest", digest),
+        ("architecture", model.architecture.clone()),
+        ("parameters", model.parameters.to_string()),
+        ("dtype", model.placement.dtype_name().to_owned()),
+        ("device", model.placement.name.clone()),
+        ("pixels", format!("{} × {}", model.preprocess.width, model.preprocess.height)),
+    ];
+    match output {
+        vision::Output::Logits => {
+            rows.push(("labels", model.labels.join(", ")));
+            rows.push(("scores", model.scores.name().to_owned()));
+        }
+        vision::Output::Embedding => rows.push(("embedding", model.width().to_string())),
+    }
+    print(rows);
     Ok(())
 }
 

@@ -26,7 +26,8 @@ use crate::window::{ClosedBy, Gatherer, Limits, Window};
 #[derive(Args)]
 #[group(id = "predict")]
 pub struct Options {
-    /// Files of records, one per line (in base64 if input.format is binary); standard input if none is given
+    /// Files of records, one per line (in base64 if input.format is binary), or the files of images if input.format is
+    /// image; standard input if none is given
     inputs: Vec<PathBuf>,
     /// Exit with 3 if a line got no prediction
     #[arg(long)]
@@ -60,31 +61,40 @@ pub fn predict(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let format = FormatEntry::of(settings.input.format);
     let in_base64 =
         format.schema.is_some() && !(format.format == Format::JsonSchema && settings.input.schema.is_some());
+    let is_file = format.format == Format::Image;
+    let mut push = |value: &[u8]| -> anyhow::Result<()> {
+        let footprint = compute.footprint(value);
+        let arrival = Arrival { offset: number, value: Some(value), footprint, ..Arrival::default() };
+        number += 1;
+        if let Some(window) = gatherer.push(&partition, &lease, arrival, Instant::now()) {
+            failed += answer(&*compute, window, &mut out)?;
+            read.records.store(number as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    };
     let mut feed = |reader: &mut dyn BufRead| -> anyhow::Result<()> {
-        let mut line = Vec::new();
+        if is_file {
+            let mut value = Vec::new();
+            reader.read_to_end(&mut value)?;
+            read.bytes.fetch_add(value.len() as u64, Ordering::Relaxed);
+            return push(&value);
+        }
+        let (mut line, mut lines) = (Vec::new(), 0);
         while reader.read_until(b'\n', &mut line)? > 0 {
+            lines += 1;
             read.bytes.fetch_add(line.len() as u64, Ordering::Relaxed);
             let value = line.strip_suffix(b"\n").unwrap_or(&line);
             let value = value.strip_suffix(b"\r").unwrap_or(value);
-            let decoded;
-            let value = if in_base64 {
-                decoded = STANDARD.decode(value).with_context(|| {
+            if in_base64 {
+                let decoded = STANDARD.decode(value).with_context(|| {
                     format!(
-                        "line {} is not base64, in which a record of input.format: {} is read",
-                        number + 1,
+                        "line {lines} is not base64, in which a record of input.format: {} is read",
                         format.name
                     )
                 })?;
-                decoded.as_slice()
+                push(&decoded)?;
             } else {
-                value
-            };
-            let footprint = compute.footprint(value);
-            let arrival = Arrival { offset: number, value: Some(value), footprint, ..Arrival::default() };
-            number += 1;
-            if let Some(window) = gatherer.push(&partition, &lease, arrival, Instant::now()) {
-                failed += answer(&*compute, window, &mut out)?;
-                read.records.store(number as u64, Ordering::Relaxed);
+                push(value)?;
             }
             line.clear();
         }

@@ -9,6 +9,7 @@
 mod avro;
 mod bytes;
 mod frame;
+mod image;
 pub mod json;
 mod json_schema;
 mod protobuf;
@@ -108,6 +109,7 @@ pub const FORMATS: &[FormatEntry] = &[
     FormatEntry { format: Format::Json, name: "json", has_members: true, schema: None, reader: |_, _| Ok(Box::new(json::Json)) },
     FormatEntry { format: Format::Text, name: "text", has_members: false, schema: None, reader: |_, _| Ok(Box::new(text::Text)) },
     FormatEntry { format: Format::Bytes, name: "bytes", has_members: false, schema: None, reader: |_, _| Ok(Box::new(bytes::Bytes)) },
+    FormatEntry { format: Format::Image, name: "image", has_members: false, schema: None, reader: |_, _| Ok(Box::new(image::Image)) },
     FormatEntry { format: Format::Avro, name: "avro", has_members: true, schema: Some(avro::SCHEMA), reader: avro::reader },
     FormatEntry { format: Format::Protobuf, name: "protobuf", has_members: true, schema: Some(protobuf::SCHEMA), reader: protobuf::reader },
     FormatEntry { format: Format::JsonSchema, name: "json_schema", has_members: true, schema: Some(json_schema::SCHEMA), reader: json_schema::reader },

@@ -13,13 +13,15 @@ use super::json::{Document, Path};
 use super::selected::{Selected, unescape};
 use super::{FORMATS, FormatEntry, Value};
 use crate::record::{Fault, RecordError};
-use crate::settings::{self, Fields, Settings, check_pointer};
-use crate::task::{Kind, Reads};
+use crate::settings::{self, Fields, Format, Settings, check_pointer};
+use crate::task::{KINDS, Kind, Reads};
 
 /// A task's input from one record.
 #[derive(Debug)]
 pub struct Input<'a> {
     pub text: Cow<'a, str>,
+    /// The value itself, where the task reads an image and the format has no members and is no text.
+    pub bytes: Option<&'a [u8]>,
     /// The values at the task's own pointers, in the order of the pointers; `None` if missing.
     pub values: Vec<Option<Cow<'a, RawValue>>>,
     /// The fields of `output.include` as JSON members, each written as `,"name":value`.
@@ -28,15 +30,17 @@ pub struct Input<'a> {
 
 impl Input<'_> {
     fn into_owned(self) -> Input<'static> {
-        let Input { text, values, include } = self;
+        let Input { text, bytes: _, values, include } = self;
         let owned = |value: Option<Cow<'_, RawValue>>| value.map(|value| Cow::Owned(value.into_owned()));
         let values = values.into_iter().map(owned).collect();
-        Input { text: Cow::Owned(text.into_owned()), values, include }
+        Input { text: Cow::Owned(text.into_owned()), bytes: None, values, include }
     }
 }
 
 /// The selection that the settings configure.
 pub struct Select {
+    /// Bytes are not a text.
+    image: bool,
     text: TextFrom,
     /// The task's own pointers, each with its parts.
     values: Vec<(String, Path)>,
@@ -93,15 +97,19 @@ impl Select {
         };
         let include = include.iter().map(|pointer| (pointer.clone(), last_name(pointer))).collect();
         let values = pointers.into_iter().map(|pointer| (pointer.clone(), Path::new(&pointer))).collect();
-        Ok(Self { text, values, include })
+        let image = Kind::of(settings.task.kind).reads == Reads::Image;
+        Ok(Self { image, text, values, include })
     }
 
     /// # Errors
     /// A selected value is missing or has the wrong type.
     pub fn select<'a>(&self, value: Value<'a>) -> Result<Input<'a>, RecordError> {
-        let whole = |text| Input { text, values: Vec::new(), include: String::new() };
+        let whole = |text| Input { text, bytes: None, values: Vec::new(), include: String::new() };
         let document = match value {
             Value::Text(text) => return Ok(whole(Cow::Borrowed(text))),
+            Value::Bytes(bytes) if self.image => {
+                return Ok(Input { bytes: Some(bytes), ..whole(Cow::Borrowed("")) });
+            }
             // For tasks that read text, invalid UTF-8 becomes replacement characters, so that no value is refused.
             Value::Bytes(bytes) => return Ok(whole(String::from_utf8_lossy(bytes))),
             Value::Tree(document) => document,
@@ -143,7 +151,7 @@ impl Select {
         }
         let text = self.text(document)?;
         let values = self.values.iter().map(|(_, path)| document.at_path(path).map(Cow::Borrowed)).collect();
-        Ok(Input { text, values, include })
+        Ok(Input { text, bytes: None, values, include })
     }
 
     fn text<'a>(&self, document: &Document<'a>) -> Result<Cow<'a, str>, RecordError> {
@@ -196,6 +204,20 @@ pub fn problems(settings: &Settings, task: &Kind) -> Vec<(&'static str, String)>
     let mut problems = Vec::new();
     let mut problem = |key, message: String| problems.push((key, message));
     let format = FormatEntry::of(input.format);
+    if input.format == Format::Image && task.reads != Reads::Image {
+        let images = KINDS.iter().filter(|kind| kind.reads == Reads::Image).map(|kind| kind.kind.name());
+        let images: Vec<&str> = images.collect();
+        problem("input.format", format!("image is for task.kind: {}", images.join(" and ")));
+    }
+    if task.reads == Reads::Image && format.has_members {
+        let name = task.kind.name();
+        if input.field.0.len() > 1 {
+            problem("input.field", format!("{name} reads one image: set one pointer"));
+        }
+        if input.template.is_some() {
+            problem("input.template", format!("has no effect with task.kind: {name}; set input.field"));
+        }
+    }
     if task.reads == Reads::Tensors {
         let name = task.kind.name();
         if !input.field.0.is_empty() {
@@ -237,8 +259,13 @@ pub fn problems(settings: &Settings, task: &Kind) -> Vec<(&'static str, String)>
                 problem(
                     "input.field",
                     format!(
-                        "{} needs a field or a template: set the pointer to the text, such as /text",
-                        format.name
+                        "{} needs a field or a template: set the pointer to {}",
+                        format.name,
+                        if task.reads == Reads::Image {
+                            "the image in base64, such as /image"
+                        } else {
+                            "the text, such as /text"
+                        }
                     ),
                 );
             }
@@ -292,7 +319,7 @@ mod tests {
 
     fn decoder(reader: Box<dyn Reader>, text: TextFrom, include: &[&str]) -> Decoder {
         let include = include.iter().map(|p| (p.to_string(), last_name(p))).collect();
-        Decoder { reader, select: Select { text, values: Vec::new(), include } }
+        Decoder { reader, select: Select { image: false, text, values: Vec::new(), include } }
     }
 
     fn whole(reader: Box<dyn Reader>) -> Decoder {

@@ -25,7 +25,12 @@ fn units(value_bytes: usize) -> usize {
 impl Pace {
     /// Starts with an estimate from the measured time per token.
     pub fn new(seconds_per_token: f64) -> Self {
-        Self(AtomicU64::new((seconds_per_token / BYTES_PER_TOKEN).to_bits()))
+        Self::per_byte(seconds_per_token / BYTES_PER_TOKEN)
+    }
+
+    /// Starts with an estimate of the seconds per byte of a record's value.
+    pub fn per_byte(seconds: f64) -> Self {
+        Self(AtomicU64::new(seconds.to_bits()))
     }
 
     fn now(&self) -> f64 {

@@ -16,6 +16,7 @@ const CONFIGURATION: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "preprocessor_config.json",
     "modules.json",
     TEXT_SETTINGS[0],
     TEXT_SETTINGS[1],

@@ -7,6 +7,7 @@
 //! text        tokenizer, encoder, heads; an architecture is a file in text/architecture
 //! series      forecasts of time series, on the packed encoder too
 //! onnx        any ONNX graph, by tract
+//! vision      models of images: decoding, preprocessing, towers and residual networks
 //! vectors     files of vectors, for the tasks
 //! kernels     the operations of the layers, on CPUs and GPUs: a crate of its own, in kernels/
 //! ```
@@ -19,6 +20,7 @@ pub mod series;
 mod store;
 pub mod text;
 pub mod vectors;
+pub mod vision;
 mod weights;
 
 pub use digest::Digest;

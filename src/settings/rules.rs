@@ -10,7 +10,7 @@ use crate::codec::write;
 use crate::kafka::login;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
-use crate::task::Kind;
+use crate::task::{Family, Kind};
 
 /// librdkafka properties that kandle manages, each with the setting to use instead or the reason.
 const OWNED: &[(&str, &str)] = &[
@@ -113,7 +113,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     for (key, message) in write::problems(settings) {
         problem(key, message);
     }
-    if !entry.has_model() {
+    if entry.wants().is_none() {
         let name = entry.kind.name();
         if !settings.output.include.is_empty() {
             problem(
@@ -125,9 +125,10 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             problem("model.source", format!("{name} runs no model"));
         }
     } else if settings.model.source.as_deref().unwrap_or_default().is_empty() {
-        let message = match entry.is_onnx() {
-            true => "is required: an ONNX file, or a directory or hub id (org/name) that has one",
-            false => "is required: a hub id (org/name), a directory, or bundled",
+        let message = match entry.family {
+            Family::Onnx => "is required: an ONNX file, or a directory or hub id (org/name) that has one",
+            Family::Vision(_) => "is required: a hub id (org/name) or a directory",
+            Family::Text(_) | Family::Nothing => "is required: a hub id (org/name), a directory, or bundled",
         };
         problem("model.source", message.to_owned());
     }

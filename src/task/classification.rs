@@ -2,11 +2,11 @@
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
-use super::kinds::{CHUNKS, Kind, NEEDS_CHUNKS, chunk_rules};
+use super::kinds::{CHUNKS, Family, Kind, NEEDS_CHUNKS, Reads, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask};
 use super::{NUMBER, to_json};
 use crate::codec::write::schema::{Field, Type};
-use crate::model::{self, Model, Output};
+use crate::model::{self, Output};
 use crate::record::RecordError;
 use crate::settings::{self, ChunkScores, Overflow, TaskKind};
 
@@ -24,11 +24,12 @@ pub(super) const KIND: Kind = Kind {
         }
         problems
     },
-    output: Some(Output::Logits),
-    reads: super::kinds::Reads::Text,
+    family: Family::Text(Output::Logits),
+    reads: Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Logits, metrics, |texts, _| {
-            let predict = Classification::new(&texts.model, &settings.task);
+            let model = &texts.model;
+            let predict = Classification::new(&model.labels, model.scores, &settings.task);
             TextTask::new(texts, predict, &settings.task)
         })
     },
@@ -52,10 +53,11 @@ pub struct Classification {
 }
 
 impl Classification {
-    pub fn new(model: &Model, task: &settings::Task) -> Self {
-        let labels = model.labels.clone();
+    /// Of a model with these labels, whose logits become scores in this way.
+    pub fn new(labels: &[String], scores: model::Scores, task: &settings::Task) -> Self {
+        let labels = labels.to_vec();
         let top_k = task.top_k.unwrap_or(usize::MAX).min(labels.len());
-        Self { scores: model.scores, top_k, of_chunks: task.chunk_scores, labels }
+        Self { scores, top_k, of_chunks: task.chunk_scores, labels }
     }
 
     /// The scores of a text: of several chunks, their highest ones or their mean, weighted by the chunks' numbers of

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Task;
-use super::kinds::Kind;
+use super::kinds::{Family, Kind, Reads};
 use crate::codec::Input;
 use crate::codec::write::Writer;
 use crate::codec::write::schema::{Field, Type};
@@ -27,8 +27,8 @@ pub(super) const KIND: Kind = Kind {
         Some(7) => vec![("top_k", "is not a number that dummy likes".to_owned())],
         _ => Vec::new(),
     },
-    output: None,
-    reads: super::kinds::Reads::Text,
+    family: Family::Nothing,
+    reads: Reads::Text,
     load: |settings, metrics| {
         let about = About {
             kind: settings.task.kind,

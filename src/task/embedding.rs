@@ -3,24 +3,24 @@
 use std::borrow::Cow;
 
 use super::TaskError;
-use super::encoding::Encoder;
-use super::kinds::{CHUNKS, Kind, chunk_rules};
+use super::encoding::{self, Encoder};
+use super::kinds::{CHUNKS, Family, Kind, Reads, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask};
-use crate::codec::write::schema::{Field, Type};
+use crate::codec::write::schema::Field;
 use crate::model::{Model, Output};
 use crate::record::RecordError;
-use crate::settings::{self, Encoding, TaskKind};
+use crate::settings::{self, TaskKind};
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-embedding"),
     prediction: "`{\"embedding\":[…]}`, pooled and normalised as the model's own `modules.json` says",
     fields: |task| {
-        let of = match task.encoding {
-            Encoding::Float => Type::list(Type::Float),
-            Encoding::Base64 => Type::Text,
-            Encoding::Int8 | Encoding::Ubinary => Type::list(Type::Integer),
-        };
-        vec![Field::new(1, "embedding", of, "The vector of the text, as task.encoding says")]
+        vec![Field::new(
+            1,
+            "embedding",
+            encoding::type_of(task),
+            "The vector of the text, as task.encoding says",
+        )]
     },
     keys: &["prompt", "prompt_name", "dimensions", "encoding", "ranges", "overflow", "stride", "cache"],
     pointers: &[],
@@ -28,16 +28,14 @@ pub(super) const KIND: Kind = Kind {
     check: |task| {
         let mut problems = chunk_rules(task);
         problems.extend(prompt_rule(("prompt", &task.prompt), ("prompt_name", &task.prompt_name)));
-        if task.ranges.is_some() && task.encoding != Encoding::Int8 {
-            problems.push(("ranges", "has no effect without encoding: int8".to_owned()));
-        }
+        problems.extend(encoding::rules(task));
         problems
     },
-    output: Some(Output::Embedding),
-    reads: super::kinds::Reads::Text,
+    family: Family::Text(Output::Embedding),
+    reads: Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Embedding, metrics, |texts, _| {
-            let predict = Embed::new(&texts.model, &settings.task)?;
+            let predict = Embed::of_texts(&texts.model, &settings.task)?;
             TextTask::new(texts, predict, &settings.task)
         })
     },
@@ -69,14 +67,21 @@ pub(super) struct Vectors {
 impl Embed {
     /// # Errors
     /// `task.dimensions` is more than the model has, or `task.ranges` does not fit.
-    pub fn new(model: &Model, task: &settings::Task) -> Result<Self, TaskError> {
-        let width = task.dimensions.unwrap_or(model.width());
-        if width > model.width() {
-            let message = format!("{width} is more than the {} values of the model's vectors", model.width());
+    pub fn of_texts(model: &Model, task: &settings::Task) -> Result<Self, TaskError> {
+        Self::new(model.width(), model.embedding.normalize, task)
+    }
+
+    /// Of answers of `values` values, which are scaled to length 1 if `normalize` is set.
+    ///
+    /// # Errors
+    /// `task.dimensions` is more than that, or `task.ranges` does not fit.
+    pub fn new(values: usize, normalize: bool, task: &settings::Task) -> Result<Self, TaskError> {
+        let width = task.dimensions.unwrap_or(values);
+        if width > values {
+            let message = format!("{width} is more than the {values} values of the model's vectors");
             return Err(TaskError::Setting { key: "task.dimensions", message });
         }
-        let vectors = Vectors { normalize: model.embedding.normalize, width };
-        Ok(Self { vectors, encoder: Encoder::new(task, model, width)? })
+        Ok(Self { vectors: Vectors { normalize, width }, encoder: Encoder::new(task, normalize, width)? })
     }
 }
 

@@ -6,9 +6,24 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::{NUMBER, TaskError, to_json};
-use crate::model::Model;
+use crate::codec::write::schema::Type;
 use crate::record::RecordError;
 use crate::settings::{self, Encoding};
+
+/// The type of a vector in a prediction.
+pub fn type_of(task: &settings::Task) -> Type {
+    match task.encoding {
+        Encoding::Float => Type::list(Type::Float),
+        Encoding::Base64 => Type::Text,
+        Encoding::Int8 | Encoding::Ubinary => Type::list(Type::Integer),
+    }
+}
+
+/// Problems with the keys that say how a vector is written.
+pub fn rules(task: &settings::Task) -> Option<(&'static str, String)> {
+    let unused = task.ranges.is_some() && task.encoding != Encoding::Int8;
+    unused.then(|| ("ranges", "has no effect without encoding: int8".to_owned()))
+}
 
 /// A vector's form in a prediction.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,12 +51,12 @@ pub struct Ranges {
 const DEVIATIONS: f32 = 4.0;
 
 impl Encoder {
-    /// `width`: number of values of a vector.
+    /// `width`: number of values of a vector; `normalize`: whether its length is 1.
     ///
     /// # Errors
     /// `int8` has no ranges: the model does not scale its vectors to length 1 and `task.ranges` is not set, or that file
     /// is not one of ranges.
-    pub fn new(task: &settings::Task, model: &Model, width: usize) -> Result<Self, TaskError> {
+    pub fn new(task: &settings::Task, normalize: bool, width: usize) -> Result<Self, TaskError> {
         let wrong = |message: String| TaskError::Setting { key: "task.ranges", message };
         Ok(match task.encoding {
             Encoding::Float => Self::Float,
@@ -49,10 +64,10 @@ impl Encoder {
             Encoding::Ubinary => Self::Ubinary,
             Encoding::Int8 => Self::Int8(match &task.ranges {
                 Some(path) => Ranges::read(path, width).map_err(wrong)?,
-                None if model.embedding.normalize => Ranges::of_unit_vectors(width),
+                None if normalize => Ranges::of_unit_vectors(width),
                 None => {
                     return Err(wrong(
-                        "is required for encoding: int8, since the model does not scale its vectors to length 1: \
+                        "is required for encoding: int8, since the vectors do not have length 1: \
                          a file with [[lowest value, …], [highest value, …]]"
                             .to_owned(),
                     ));

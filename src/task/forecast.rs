@@ -5,13 +5,13 @@ mod points;
 use std::sync::Arc;
 
 use self::points::Points;
-use super::kinds::{Kind, Reads};
+use super::kinds::{Family, Kind, Reads};
 use super::text::{Source, not_loaded, start};
 use super::{NUMBER, Task, TaskError, to_json};
 use crate::codec::Input;
 use crate::codec::write::Writer;
 use crate::codec::write::schema::{Field, Type};
-use crate::compute::{About, Batched, Compute};
+use crate::compute::{About, Batched, Compute, Pace};
 use crate::engine::Rows;
 use crate::model::series::{Series, SeriesError, SeriesModel, interpolate};
 use crate::record::{Fault, RecordError};
@@ -37,7 +37,7 @@ pub(super) const KIND: Kind = Kind {
     pointers: &[],
     overflow: &[],
     check: rules,
-    output: None,
+    family: Family::Series,
     reads: Reads::Series,
     load,
 };
@@ -94,7 +94,9 @@ fn load(settings: &Settings, metrics: &Arc<Metrics>) -> Result<Arc<dyn Compute>,
     let is_cpu = model.placement.is_cpu();
     let longest = config.tokens(config.context);
     let budget = is_cpu.then_some(CORE_COST);
-    let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, budget, settings, metrics)?;
+    let (engine, seconds_per_token) =
+        start(Arc::clone(&model), &about, is_cpu, longest, budget, settings, metrics)?;
+    let pace = Pace::new(seconds_per_token);
     let pointer = settings.input.field.0.first().cloned().unwrap_or_default();
     let points = Points { pointer, context: config.context };
     let task = Forecast { levels, points, model, metrics: Arc::clone(metrics) };

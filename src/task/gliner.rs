@@ -12,7 +12,7 @@ use super::text::{SEQUENCE, Source, not_loaded, not_tokens, start, stride};
 use super::{Kind, Task, TaskError};
 use crate::codec::Input;
 use crate::codec::write::Writer;
-use crate::compute::{Batched, Compute};
+use crate::compute::{Batched, Compute, Pace};
 use crate::engine::Rows;
 use crate::model::{Candidate, Gliner, Place, PromptedWords};
 use crate::record::{Fault, RecordError};
@@ -93,7 +93,9 @@ pub(super) fn load(
     );
     let about = source.about(settings, architecture, model.weight_bytes());
     let (is_cpu, longest) = (model.placement.is_cpu(), model.max_tokens());
-    let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, None, settings, metrics)?;
+    let (engine, seconds_per_token) =
+        start(Arc::clone(&model), &about, is_cpu, longest, None, settings, metrics)?;
+    let pace = Pace::new(seconds_per_token);
     let decoder = Kind::decoder(settings)?;
     let writer = Writer::new(settings);
     let task = LabelledSpans {

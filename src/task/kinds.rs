@@ -12,7 +12,7 @@ use super::{KINDS, TaskError};
 use crate::codec::write::schema::Field;
 use crate::codec::{Decoder, DecoderError, Select};
 use crate::compute::Compute;
-use crate::model::Output;
+use crate::model::{Output, Wants, vision};
 use crate::settings::{Overflow, Settings, Task, TaskKind};
 use crate::telemetry::Metrics;
 
@@ -25,6 +25,23 @@ pub enum Reads {
     Tensors,
     /// The value at `input.field`, a series, and nothing else.
     Series,
+    /// An image: the value itself, or in base64 at `input.field`.
+    Image,
+}
+
+/// The family of models that a task runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// No model, or one of its own.
+    Nothing,
+    /// A text model, with the output that the task needs.
+    Text(Output),
+    /// An ONNX graph.
+    Onnx,
+    /// A model of series.
+    Series,
+    /// A model of images, with the output that the task needs.
+    Vision(vision::Output),
 }
 
 type Load = fn(&Settings, &Arc<Metrics>) -> Result<Arc<dyn Compute>, TaskError>;
@@ -44,8 +61,8 @@ pub struct Kind {
     pub overflow: &'static [Overflow],
     /// Finds problems with the task's keys: key and message of each.
     pub check: fn(&Task) -> Vec<(&'static str, String)>,
-    /// The output that it needs from a text model; `None` if it runs no text model.
-    pub output: Option<Output>,
+    /// The models that it runs.
+    pub family: Family,
     /// What it reads of a record.
     pub reads: Reads,
     /// Loads the model and makes the task.
@@ -78,14 +95,13 @@ impl Kind {
         entries.find(|entry| entry.kind == kind).unwrap_or_else(|| panic!("no entry for {}", kind.name()))
     }
 
-    /// Whether it runs a model: a text model, a model of series or an ONNX graph.
-    pub fn has_model(&self) -> bool {
-        self.output.is_some() || self.reads != Reads::Text
-    }
-
-    /// Whether its model is an ONNX graph.
-    pub fn is_onnx(&self) -> bool {
-        self.reads == Reads::Tensors
+    /// The files that its model needs; `None` if it runs no model.
+    pub fn wants(&self) -> Option<Wants> {
+        match self.family {
+            Family::Nothing => None,
+            Family::Text(_) | Family::Series | Family::Vision(_) => Some(Wants::Checkpoint),
+            Family::Onnx => Some(Wants::Onnx),
+        }
     }
 
     /// What happens to a text that is too long: the setting, or the task's default.

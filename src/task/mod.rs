@@ -5,6 +5,7 @@ mod candidates;
 mod encoding;
 mod entities;
 pub mod gliner;
+pub mod images;
 mod kinds;
 mod prompt;
 mod suited;
@@ -12,13 +13,14 @@ pub mod text;
 
 use std::sync::Arc;
 
-pub use kinds::{Kind, Reads};
+pub use kinds::{Family, Kind, Reads};
 pub use suited::suited;
 
 use crate::codec::{DecoderError, Input};
 use crate::compute::Compute;
 use crate::engine::{Item, Rows, Value};
 use crate::model::onnx::OnnxError;
+use crate::model::vision::VisionError;
 use crate::model::{FilesError, ModelError, PlacementError};
 use crate::record::{Fault, RecordError};
 use crate::settings::Settings;
@@ -88,6 +90,8 @@ pub enum TaskError {
     Files { model: String, error: FilesError },
     #[error("model {model}: {error}")]
     Onnx { model: String, error: OnnxError },
+    #[error("model {model}: {error}")]
+    Vision { model: String, error: VisionError },
     #[error("the model's first forward pass failed: {0}")]
     Forward(String),
     /// The model cannot do the task.
@@ -116,6 +120,8 @@ tasks! {
     dummy,
     embedding,
     forecast,
+    image_classification,
+    image_embedding,
     noop,
     reranking,
     similarity,

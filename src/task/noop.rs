@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::TaskError;
-use super::kinds::{Kind, NO_RULES};
+use super::kinds::{Family, Kind, NO_RULES, Reads};
 use crate::compute::{About, Compute, Noop};
 use crate::model::Digest;
 use crate::settings::{Settings, TaskKind};
@@ -17,8 +17,8 @@ pub(super) const KIND: Kind = Kind {
     pointers: &[],
     overflow: &[],
     check: NO_RULES,
-    output: None,
-    reads: super::kinds::Reads::Text,
+    family: Family::Nothing,
+    reads: Reads::Text,
     load,
 };
 

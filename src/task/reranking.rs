@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::classification::{scores, softmax};
-use super::kinds::{BEGINNING, Kind};
+use super::kinds::{BEGINNING, Family, Kind, Reads};
 use super::text::{self, SEQUENCE, Texts, not_tokens};
 use super::{NUMBER, Task, TaskError, to_json};
 use crate::codec::write::schema::{Field, Type};
@@ -40,8 +40,8 @@ pub(super) const KIND: Kind = Kind {
             "reranking needs a JSON Pointer to the documents, such as /documents".to_owned(),
         )],
     },
-    output: Some(Output::PairLogits),
-    reads: super::kinds::Reads::Text,
+    family: Family::Text(Output::PairLogits),
+    reads: Reads::Text,
     load: |settings, metrics| {
         let task = |texts, _: &_| Reranking::new(texts, &settings.task);
         text::load(settings, Output::PairLogits, metrics, task)

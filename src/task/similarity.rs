@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::candidates::Candidates;
 use super::embedding::{Vectors, normalized, prompt_rule};
-use super::kinds::{CHUNKS, Kind, chunk_rules};
+use super::kinds::{CHUNKS, Family, Kind, Reads, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask};
 use super::{NUMBER, TaskError, Written, to_json};
 use crate::codec::write::schema::{Field, Type};
@@ -57,8 +57,8 @@ pub(super) const KIND: Kind = Kind {
         problems.extend(candidates_rules(task));
         problems
     },
-    output: Some(Output::Embedding),
-    reads: super::kinds::Reads::Text,
+    family: Family::Text(Output::Embedding),
+    reads: Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Embedding, metrics, |texts, engine| {
             let predict = Similarity::load(&texts.model, engine, &settings.task)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::embedding::prompt_rule;
-use super::kinds::{CHUNKS, Kind, chunk_rules};
+use super::kinds::{CHUNKS, Family, Kind, Reads, chunk_rules};
 use super::text::{self, Chunk, PredictText, TextTask, Texts};
 use super::{NUMBER, TaskError, to_json};
 use crate::codec::write::schema::{Field, Type};
@@ -36,8 +36,8 @@ pub(super) const KIND: Kind = Kind {
         problems.extend(prompt_rule(("prompt", &task.prompt), ("prompt_name", &task.prompt_name)));
         problems
     },
-    output: Some(Output::Sparse),
-    reads: super::kinds::Reads::Text,
+    family: Family::Text(Output::Sparse),
+    reads: Reads::Text,
     load: |settings, metrics| {
         text::load(settings, Output::Sparse, metrics, |texts, _| {
             let predict = Sparse::new(&texts, &settings.task)?;

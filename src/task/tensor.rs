@@ -12,7 +12,7 @@ use std::sync::Arc;
 use self::inputs::Inputs;
 use self::outputs::Form;
 use super::classification;
-use super::kinds::{Kind, Reads, labels_rule};
+use super::kinds::{Family, Kind, Reads, labels_rule};
 use super::{Task, TaskError};
 use crate::codec::write::Writer;
 use crate::codec::write::schema::{Field, Type};
@@ -35,7 +35,7 @@ pub(super) const KIND: Kind = Kind {
     pointers: &[],
     overflow: &[],
     check: rules,
-    output: None,
+    family: Family::Onnx,
     reads: Reads::Tensors,
     load,
 };

@@ -7,7 +7,7 @@ use super::{Kind, TaskError};
 use crate::codec::Input;
 use crate::codec::write::Writer;
 use crate::compute::{About, Batched, Compute, Pace};
-use crate::engine::{self, Calibrations, Engine, Limits, Place, Response, Rows};
+use crate::engine::{self, Calibrations, Engine, Item, Limits, Place, Response, Rows};
 use crate::model::{Digest, Files, Model, ModelError, Output, Placement, TokenizeError, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, Overflow, Settings};
@@ -76,9 +76,9 @@ pub(super) fn not_loaded(settings: &Settings) -> impl Fn(ModelError) -> TaskErro
     move |error| TaskError::Model { model: model.clone(), error }
 }
 
-/// The engine of a model, which has run once, so that a model that does not work fails at startup; and the time that a
-/// token takes it. `longest`: tokens of the longest sequence. `budget`: that of a batch until it is calibrated, if not the
-/// engine's.
+/// The engine of a model, which has run once, so that a model that does not work fails at startup; and the seconds that a
+/// unit of cost takes it, such as a token. `longest`: the cost of the largest item. `budget`: that of a batch until it is
+/// calibrated, if not the engine's.
 ///
 /// # Errors
 /// The model does not run.
@@ -90,7 +90,7 @@ pub(super) fn start<M: engine::Model>(
     budget: Option<usize>,
     settings: &Settings,
     metrics: &Arc<Metrics>,
-) -> Result<(Engine<M>, Pace), TaskError> {
+) -> Result<(Engine<M>, f64), TaskError> {
     let limits = Limits {
         max_cost: settings.batch.max_tokens,
         calibrated: Calibrations::here().and_then(|c| c.get(about.digest.short(), &about.device)).or(budget),
@@ -100,18 +100,21 @@ pub(super) fn start<M: engine::Model>(
     };
     let place = Place { name: about.device.clone(), is_cpu };
     let engine = Engine::new(Arc::clone(&model), place, limits, Arc::clone(metrics));
-    let first = |cost| match engine.run(vec![model.sample(cost)]) {
-        Ok(Response { failed, busy, .. }) => match failed.into_iter().next() {
-            None => Ok(busy),
-            Some((_, message)) => Err(TaskError::Forward(message)),
-        },
-        Err(error) => Err(TaskError::Forward(error.to_string())),
+    let first = |cost| {
+        let item = model.sample(cost);
+        let cost = f64::from(item.cost());
+        match engine.run(vec![item]) {
+            Ok(Response { failed, busy, .. }) => match failed.into_iter().next() {
+                None => Ok(busy.as_secs_f64() / cost),
+                Some((_, message)) => Err(TaskError::Forward(message)),
+            },
+            Err(error) => Err(TaskError::Forward(error.to_string())),
+        }
     };
     first(8)?;
     // The first run also allocates memory, so only the second is timed.
-    let cost = 128.min(longest);
-    let seconds_per_token = first(cost as u32)?.as_secs_f64() / cost as f64;
-    Ok((engine, Pace::new(seconds_per_token)))
+    let seconds = first(128.min(longest) as u32)?;
+    Ok((engine, seconds))
 }
 
 impl TextModel {
@@ -138,9 +141,11 @@ impl TextModel {
         let model = Arc::new(model);
         let about = source.about(settings, model.architecture().name.clone(), model.weight_bytes());
         let (is_cpu, longest) = (model.placement.is_cpu(), model.tokenizer.max_tokens());
-        let (engine, pace) = start(Arc::clone(&model), &about, is_cpu, longest, None, settings, metrics)?;
+        let (engine, seconds_per_token) =
+            start(Arc::clone(&model), &about, is_cpu, longest, None, settings, metrics)?;
         let overflow = Kind::of(settings.task.kind).overflow(&settings.task);
         let texts = Texts { model, overflow, metrics: Arc::clone(metrics) };
+        let pace = Pace::new(seconds_per_token);
         Ok(Self { about, texts, engine, pace, metrics: Arc::clone(metrics) })
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::classification::softmax;
-use super::kinds::{Kind, NEEDS_CHUNKS};
+use super::kinds::{Family, Kind, NEEDS_CHUNKS, Reads};
 use super::text::{SEQUENCE, Source, TextModel, Texts, not_tokens};
 use super::{Task, TaskError, entities, gliner};
 use crate::codec::Input;
@@ -35,8 +35,8 @@ pub(super) const KIND: Kind = Kind {
     pointers: &[],
     overflow: &[Overflow::Chunk, Overflow::Truncate, Overflow::DeadLetter],
     check,
-    output: Some(Output::TokenLogits),
-    reads: super::kinds::Reads::Text,
+    family: Family::Text(Output::TokenLogits),
+    reads: Reads::Text,
     load,
 };
 

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::classification::{self, softmax};
-use super::kinds::{BEGINNING, Kind, labels_rule, twice};
+use super::kinds::{BEGINNING, Family, Kind, Reads, labels_rule, twice};
 use super::text::{self, SEQUENCE, Texts, not_tokens};
 use super::{Task, TaskError};
 use crate::codec::{Input, json};
@@ -23,8 +23,8 @@ pub(super) const KIND: Kind = Kind {
     pointers: &["labels_field"],
     overflow: BEGINNING,
     check,
-    output: Some(Output::Logits),
-    reads: super::kinds::Reads::Text,
+    family: Family::Text(Output::Logits),
+    reads: Reads::Text,
     load: |settings, metrics| {
         let task = |texts, _: &_| ZeroShot::new(texts, &settings.task);
         text::load(settings, Output::Logits, metrics, task)

@@ -221,7 +221,7 @@ impl Place {
     fn producer_with(&self, linger: Duration) -> BaseProducer {
         ClientConfig::new()
             .set("bootstrap.servers", &self.brokers)
-            .set("message.max.bytes", "20000000")
+            .set("message.max.bytes", "50000000")
             .set("linger.ms", linger.as_millis().to_string())
             .create()
             .expect("a producer")

@@ -25,6 +25,7 @@ fn activation_code(activation: Option<Activation>) -> i32 {
         Some(Activation::Silu) => 4,
         Some(Activation::Tanh) => 5,
         Some(Activation::Sigmoid) => 6,
+        Some(Activation::QuickGelu) => 7,
     }
 }
 

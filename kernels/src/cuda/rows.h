@@ -4,7 +4,7 @@
 #include "elements.h"
 
 // Activations, with the numbers that number_of in mod.rs returns.
-enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH, SIGMOID };
+enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH, SIGMOID, QUICK_GELU };
 
 // 1 / (1 + e^-x) by two approximate instructions; within 1e-6.
 __device__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-1.44269504f * x)); }
@@ -56,6 +56,9 @@ __device__ void activate(float (&x)[N], int activation) {
       break;
     case SIGMOID:
       for (int j = 0; j < N; j++) x[j] = 1.0f / (1.0f + expf(-x[j]));
+      break;
+    case QUICK_GELU:
+      for (int j = 0; j < N; j++) x[j] = x[j] / (1.0f + expf(-1.702f * x[j]));
       break;
   }
 }

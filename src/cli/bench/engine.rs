@@ -123,7 +123,7 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
     if let Some(path) = &options.output {
         let mut out = BufWriter::new(std::fs::File::create(path)?);
         let mut line = Vec::new();
-        let embed = Embed::new(&model.model, &settings.task)?;
+        let embed = Embed::of_texts(&model.model, &settings.task)?;
         for row in answers.iter().flat_map(|answers| (0..answers.len()).map(|i| answers.row(i))) {
             line.clear();
             embed.write(&[Chunk::whole(row)], &mut line).map_err(|e| anyhow::anyhow!(e.message))?;

@@ -33,6 +33,12 @@ pub struct Series {
 }
 
 impl Item for Series {
+    const UNIT: &'static str = "points";
+
+    fn units(&self) -> u64 {
+        self.points.len() as u64
+    }
+
     /// In tokens of all passes.
     fn cost(&self) -> u32 {
         self.cost

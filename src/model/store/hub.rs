@@ -131,7 +131,7 @@ fn download(
             }
             root(fetch(&repo, &file)?, &file)
         }
-        Wants::Text => {
+        Wants::Checkpoint => {
             let config = text_files(&repo, &info, &fetch, &format!("{id}@{revision}"))?;
             config.parent().map(PathBuf::from).unwrap_or_default()
         }
@@ -198,7 +198,7 @@ fn read_json(path: &std::path::Path) -> Result<Option<serde_json::Value>, Asked>
 fn cached(cache: &Cache, id: &str, revision: &str, wants: Wants) -> Option<Snapshot> {
     let repo = cache.repo(Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned()));
     let known = match wants {
-        Wants::Text => &CONFIGS,
+        Wants::Checkpoint => &CONFIGS,
         Wants::Onnx => &ONNX,
     };
     if let Some((file, name)) = known.iter().find_map(|name| Some((repo.get(name)?, name))) {

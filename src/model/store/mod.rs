@@ -17,8 +17,8 @@ use crate::settings;
 /// Which files of a model are needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wants {
-    /// Configuration, tokenizer and weights.
-    Text,
+    /// Configuration and weights, and the tokenizer of a text model.
+    Checkpoint,
     /// An ONNX file and those with its tensors.
     Onnx,
 }
@@ -133,7 +133,7 @@ impl Files {
     /// # Errors
     /// `model.source` names no model, or its store fails.
     pub fn find(model: &settings::Model) -> Result<Self, FilesError> {
-        Self::find_for(model, Wants::Text)
+        Self::find_for(model, Wants::Checkpoint)
     }
 
     /// Finds the files that are wanted. From the hub, downloads those that the cache lacks.

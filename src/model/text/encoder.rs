@@ -60,7 +60,7 @@ impl Encoder {
             (Some(_), norm) => norm.as_ref().and_then(Norm::expected),
             (None, _) => embedding.norm.as_ref().and_then(Norm::expected),
         };
-        let trunk = Trunk::load(a, vb, precision, expected)?;
+        let trunk = Trunk::load(&a.blocks(), vb, precision, expected)?;
         let (device, workspaces) = (vb.device().clone(), Mutex::default());
         Ok(Self { architecture, device, embedding, projection, norm, trunk, workspaces })
     }

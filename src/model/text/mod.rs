@@ -13,7 +13,7 @@ mod relative;
 pub(super) mod sentence;
 pub(super) mod sparse;
 mod tokenize;
-mod trunk;
+pub(super) mod trunk;
 
 pub use checkpoint::Checkpoint;
 pub use encoder::Encoder;
@@ -21,6 +21,7 @@ pub(super) use gliner::CONFIG as GLINER_CONFIG;
 pub use gliner::{Candidate, Gliner, Place, PromptedWords, Words};
 pub use head::Head;
 pub(super) use items::{classify, key};
+pub(super) use model::labels;
 pub use model::{Model, ModelError, Output, Prompt, Scores};
 pub use question::Question;
 pub use sentence::{Embedding, Layer, Prompts, TextSettings};

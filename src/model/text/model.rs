@@ -73,7 +73,7 @@ impl Scores {
         }
     }
 
-    fn of(config: &serde_json::Value, labels: usize) -> Result<Self, ModelError> {
+    pub(in crate::model) fn of(config: &serde_json::Value, labels: usize) -> Result<Self, ModelError> {
         match config["problem_type"].as_str() {
             Some("regression") => Ok(Self::Raw),
             Some("multi_label_classification") => Ok(Self::Sigmoid),
@@ -500,7 +500,7 @@ pub(super) fn label_ids(config: &serde_json::Value, labels: &[String]) -> BTreeM
 }
 
 /// config.json's `id2label` in the order of the ids; `LABEL_n` for missing labels, as in transformers.
-pub(super) fn labels(config: &serde_json::Value) -> Vec<String> {
+pub(in crate::model) fn labels(config: &serde_json::Value) -> Vec<String> {
     match config["id2label"].as_object() {
         Some(map) => (0..map.len())
             .map(|i| {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::architecture::{Architecture, RelativeBias};
+use super::architecture::{Blocks, RelativeBias};
 use crate::model::kernels::{
     Attention, Buckets, Disentangled, DistanceBias, Epilogue, Linear, Norm, Slot, Workspace,
 };
@@ -24,9 +24,9 @@ pub enum Relative<'a> {
 }
 
 impl<'a> Relative<'a> {
-    pub fn load(a: &'a Architecture, vb: &VarBuilder<'_>) -> Result<Self> {
-        let longest = a.max_tokens();
-        Ok(match &a.relative_bias {
+    pub fn load(a: &Blocks<'a>, vb: &VarBuilder<'_>) -> Result<Self> {
+        let longest = a.max_tokens;
+        Ok(match a.relative_bias {
             None => Self::Nothing,
             Some(RelativeBias::Buckets { name, buckets, max_distance }) => {
                 let weight = vb.pp(name).get((*buckets, a.heads.queries), "weight")?;
@@ -51,7 +51,7 @@ impl<'a> Relative<'a> {
     }
 
     /// The attention of a layer. Positions are projected here, once: the projections depend only on weights.
-    pub fn attention(&self, a: &Architecture, layer: usize, vb: &VarBuilder<'_>) -> Result<Attention> {
+    pub fn attention(&self, a: &Blocks<'_>, layer: usize, vb: &VarBuilder<'_>) -> Result<Attention> {
         let (heads, mask) = (a.heads, a.layers[layer].mask);
         let mut attention = Attention {
             keys: heads.keys,

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::architecture::{Architecture, FeedForward, Layer, NormPlacement, Qkv};
+use super::architecture::{Blocks, FeedForward, Layer, NormPlacement, Qkv};
 use super::relative::Relative;
 use crate::model::kernels::{
     Attention, Calibration, Convolution, Epilogue, Expected, Linear, Norm, Packed, Precision, Rotation, Slot,
@@ -40,12 +40,12 @@ pub struct Trunk {
 impl Trunk {
     /// `expected` is of the trunk's input.
     pub fn load(
-        a: &Architecture,
+        a: &Blocks<'_>,
         vb: &VarBuilder<'_>,
         precision: Option<Precision>,
         expected: Option<Expected>,
     ) -> Result<Self> {
-        let convolution = match &a.convolution {
+        let convolution = match a.convolution {
             Some(c) => {
                 let (weights, expected) = (vb.pp(c.name), expected.as_ref());
                 let convolution =
@@ -68,7 +68,7 @@ impl Trunk {
                     Some(at) => at,
                     None => {
                         let (width, dtype) = (a.heads.width, vb.dtype());
-                        rotations.push(Rotation::new(rope, a.max_tokens(), width, dtype, vb.device())?);
+                        rotations.push(Rotation::new(rope, a.max_tokens, width, dtype, vb.device())?);
                         rotations.len() - 1
                     }
                 }),
@@ -157,7 +157,7 @@ impl Trunk {
 impl Block {
     /// `before`: what is expected of the block's input, and whether the same block comes again right after it.
     fn load(
-        a: &Architecture,
+        a: &Blocks<'_>,
         layer: &Layer,
         rotation: Option<usize>,
         attention: Attention,
@@ -187,17 +187,29 @@ impl Block {
             (NormPlacement::Post, (_, true)) => (mlp_norm.expected(), of_attention_norm),
             (NormPlacement::Post, (before, false)) => (before, of_attention_norm),
         };
-        let linear = |inputs, bias, expected: Option<Expected>, parts: &[_]| {
-            Linear::load_parts(inputs, bias, precision, expected.as_ref().map(Into::into), parts)
-        };
         let first = heads.all_queries() + heads.all_keys();
         let values = into_qkv.as_ref().map(|expected| Calibration { expected, first });
-        let (out, down) = (vb.pp(&layer.attention_out), vb.pp(&layer.down));
+        // Factors of the outputs are part of the weights.
+        let scaled = |name: &String, inputs, bias, expected: Option<Expected>, scale: Option<&String>| {
+            let (part, expected) = (vb.pp(name), expected.as_ref().map(Into::into));
+            let Some(scale) = scale else {
+                return Linear::load_parts(inputs, bias, precision, expected, &[(part, h)]);
+            };
+            let scale = vb.get(h, scale)?;
+            let weight = part.get((h, inputs), "weight")?.broadcast_mul(&scale.unsqueeze(1)?)?;
+            let bias = if bias { Some((part.get(h, "bias")? * &scale)?) } else { None };
+            Linear::calibrated(&weight, bias, precision, expected)
+        };
+        let [out_scale, down_scale] = match &layer.scales {
+            Some([out, down]) => [Some(out), Some(down)],
+            None => [None, None],
+        };
         let qkv = Linear::load_parts(h, a.attention_bias, precision, values, &qkv)?;
-        let attention_out = linear(heads.all_queries(), a.attention_bias, None, &[(out, h)])?;
+        let attention_out =
+            scaled(&layer.attention_out, heads.all_queries(), a.attention_bias, None, out_scale)?;
         let each = a.up() / ups.len();
         let ups: Vec<_> = ups.into_iter().map(|vb| (vb, each)).collect();
-        let up = linear(h, a.up_bias, into_up, &ups)?;
+        let up = Linear::load_parts(h, a.up_bias, precision, into_up.as_ref().map(Into::into), &ups)?;
         let into_down = up.expected().map(|expected| match a.feed_forward {
             FeedForward::Plain(activation) => expected.after_activation(activation),
             FeedForward::Gated(activation, gate) => expected.after_gate(activation, gate),
@@ -208,7 +220,7 @@ impl Block {
             attention_out,
             attention_norm,
             up,
-            down: linear(a.intermediate, a.down_bias, into_down, &[(down, h)])?,
+            down: scaled(&layer.down, a.intermediate, a.down_bias, into_down, down_scale)?,
             mlp_norm,
             branch_norms: pair(&layer.branch_norms, h)?,
             rotation,

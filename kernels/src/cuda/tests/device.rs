@@ -190,7 +190,7 @@ fn operations_on_rows() {
             }
         }
         use Activation::*;
-        for activation in [Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh] {
+        for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
             alike(&format!("{activation:?}, gated"), |place| {
                 gated(&place.at(&wide), activation, Gate::First, CANDLE)
             });

@@ -211,9 +211,16 @@ fn activations() {
         let x = (tensor(tokens, width, 1) * 4.0).unwrap();
         let added = tensor(1, width, 2);
         let sum = x.broadcast_add(&added).unwrap();
-        for activation in
-            [None, Some(Gelu), Some(GeluTanh), Some(Relu), Some(Sigmoid), Some(Silu), Some(Tanh)]
-        {
+        for activation in [
+            None,
+            Some(Gelu),
+            Some(GeluTanh),
+            Some(QuickGelu),
+            Some(Relu),
+            Some(Sigmoid),
+            Some(Silu),
+            Some(Tanh),
+        ] {
             let mut out = vec![f32::NAN; tokens * width];
             call!(c"host_add_activate",
                 tokens as u32 => u32, threads(4, width) => u32, out.as_mut_ptr() => *mut f32,
@@ -341,7 +348,7 @@ fn activations_in_bf16() {
     let mut x: Vec<bf16> =
         (0..2 * width).map(|i| bf16::from_f32(i as f32 * 9.0 / width as f32 - 9.0)).collect();
     x[7] = bf16::NAN;
-    for activation in [Gelu, GeluTanh, Relu, Sigmoid, Silu, Tanh] {
+    for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
         let mut out = vec![bf16::ZERO; 2 * width];
         call!(c"host_add_activate_bf16",
             2 => u32, threads(2, width) => u32, out.as_mut_ptr() => *mut bf16, x.as_ptr() => *const bf16,

@@ -24,6 +24,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 down: name("ffn_output"),
                 mlp_norm: name("full_layer_layer_norm"),
                 branch_norms: None,
+                scales: None,
                 qk_norms: None,
                 rope: None,
                 mask: Mask::Full,

@@ -73,6 +73,7 @@ pub(super) fn encoder(
                 down: name("output.dense"),
                 mlp_norm: name("output.LayerNorm"),
                 branch_norms: None,
+                scales: None,
                 qk_norms: None,
                 rope: None,
                 mask: Mask::Full,

@@ -24,6 +24,7 @@ pub(super) fn describe(
             down: name("mlp.down_proj"),
             mlp_norm: name("post_attention_layernorm"),
             branch_norms: None,
+            scales: None,
             qk_norms: Some(["q", "k"].map(|part| name(&format!("self_attn.{part}_norm")))),
             rope: Some(rope),
             mask,

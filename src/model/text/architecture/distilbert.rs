@@ -17,6 +17,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 down: name("ffn.lin2"),
                 mlp_norm: name("output_layer_norm"),
                 branch_norms: None,
+                scales: None,
                 qk_norms: None,
                 rope: None,
                 mask: Mask::Full,

@@ -30,6 +30,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 down: name("mlp.down_proj"),
                 mlp_norm: name("mlp_ln"),
                 branch_norms: None,
+                scales: None,
                 qk_norms: None,
                 rope: Some(rope),
                 mask: Mask::Full,

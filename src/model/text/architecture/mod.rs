@@ -199,6 +199,45 @@ pub struct Architecture {
     pub masked_lm: Option<MaskedLm>,
 }
 
+/// What the layers of a model are built of, whatever comes before and after them: texts, or the patches of an image.
+#[derive(Debug, Clone, Copy)]
+pub struct Blocks<'a> {
+    pub hidden: usize,
+    pub heads: Heads,
+    pub intermediate: usize,
+    /// The longest sequence in tokens.
+    pub max_tokens: usize,
+    /// Equal layers share their weights.
+    pub layers: &'a [Layer],
+    pub relative_bias: Option<&'a RelativeBias>,
+    pub norms: NormPlacement,
+    pub norm: NormKind,
+    pub norm_eps: f64,
+    pub feed_forward: FeedForward,
+    pub attention_bias: bool,
+    pub up_bias: bool,
+    pub down_bias: bool,
+    /// Tensor name of the norm after the last layer.
+    pub final_norm: Option<&'a str>,
+    pub convolution: Option<&'a LocalConvolution>,
+}
+
+impl Blocks<'_> {
+    /// Width of the feed-forward's `up` projection, which has two halves if gated.
+    pub fn up(&self) -> usize {
+        match self.feed_forward {
+            FeedForward::Plain(_) => self.intermediate,
+            FeedForward::Gated(..) => 2 * self.intermediate,
+        }
+    }
+
+    /// Elements of a layer's matrices.
+    pub fn layer_weights(&self) -> usize {
+        let attention = 2 * self.heads.all_queries() + 2 * self.heads.all_keys();
+        self.hidden * (attention + self.up() + self.intermediate)
+    }
+}
+
 /// The heads of a layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heads {
@@ -306,6 +345,9 @@ pub struct Layer {
     pub mlp_norm: String,
     /// Norms of the results of attention and feed-forward, before the residual is added (pre-norm only).
     pub branch_norms: Option<[String; 2]>,
+    /// Factors of each element of the results of attention and feed-forward, before the residual is added (layer scale,
+    /// arXiv:2103.17239).
+    pub scales: Option<[String; 2]>,
     /// RMSNorms of each head's query and key.
     pub qk_norms: Option<[String; 2]>,
     pub rope: Option<Rope>,
@@ -417,11 +459,24 @@ impl Architecture {
         }
     }
 
-    /// Width of the feed-forward's `up` projection, which has two halves if gated.
-    pub fn up(&self) -> usize {
-        match self.feed_forward {
-            FeedForward::Plain(_) => self.intermediate,
-            FeedForward::Gated(..) => 2 * self.intermediate,
+    /// What the layers are built of.
+    pub fn blocks(&self) -> Blocks<'_> {
+        Blocks {
+            hidden: self.hidden,
+            heads: self.heads,
+            intermediate: self.intermediate,
+            max_tokens: self.max_tokens(),
+            layers: &self.layers,
+            relative_bias: self.relative_bias.as_ref(),
+            norms: self.norms,
+            norm: self.norm,
+            norm_eps: self.norm_eps,
+            feed_forward: self.feed_forward,
+            attention_bias: self.attention_bias,
+            up_bias: self.up_bias,
+            down_bias: self.down_bias,
+            final_norm: self.final_norm,
+            convolution: self.convolution.as_ref(),
         }
     }
 
@@ -432,8 +487,7 @@ impl Architecture {
 
     /// Elements of a layer's matrices.
     pub fn layer_weights(&self) -> usize {
-        let attention = 2 * self.heads.all_queries() + 2 * self.heads.all_keys();
-        self.hidden * (attention + self.up() + self.intermediate)
+        self.blocks().layer_weights()
     }
 
     /// How many tables of positions each layer has, projected when the model is loaded, and the elements of one.
@@ -503,7 +557,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    fn name(&self) -> String {
+    pub(in crate::model) fn name(&self) -> String {
         self.get("model_type").as_str().unwrap_or_default().to_owned()
     }
 
@@ -526,16 +580,17 @@ impl<'a> Config<'a> {
         self.get(key).as_bool().unwrap_or(default)
     }
 
-    fn activation(&self, key: &str, default: &str) -> Result<Activation, ConfigError> {
+    pub(in crate::model) fn activation(&self, key: &str, default: &str) -> Result<Activation, ConfigError> {
         Ok(match self.get(key).as_str().unwrap_or(default) {
             "gelu" | "gelu_python" => Activation::Gelu,
             "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
             "relu" => Activation::Relu,
             "silu" | "swish" => Activation::Silu,
+            "quick_gelu" => Activation::QuickGelu,
             "tanh" => Activation::Tanh,
             other => {
                 return Err(ConfigError(format!(
-                    "{key} {other:?} is not supported; supported: gelu, gelu_new, relu, silu, tanh"
+                    "{key} {other:?} is not supported; supported: gelu, gelu_new, quick_gelu, relu, silu, tanh"
                 )));
             }
         })
@@ -614,6 +669,10 @@ fn instead_of(model_type: &str) -> Option<&'static str> {
 
 /// Model types that users ask for most, and a kind of checkpoint that does the same job.
 const INSTEAD: &[(&[&str], &str)] = &[
+    (
+        &["vit", "deit", "dinov2", "clip", "clip_vision_model", "siglip", "siglip_vision_model", "resnet"],
+        ". It is a model of images, for task.kind: image-classification or image-embedding",
+    ),
     (
         &["deberta"],
         ". It is the first version of DeBERTa; use a checkpoint of DeBERTa v2 or v3 (model_type \"deberta-v2\")",

@@ -24,6 +24,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 down: name("mlp.Wo"),
                 mlp_norm: name("mlp_norm"),
                 branch_norms: None,
+                scales: None,
                 qk_norms: None,
                 rope: Some(Rope { theta: theta(config, sliding)?, scaling_factor: 1.0 }),
                 mask: if sliding { Mask::Window(window) } else { Mask::Full },

@@ -49,6 +49,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
                 down: name("mlp.fc2"),
                 mlp_norm: name("norm2"),
                 branch_norms: None,
+                scales: None,
                 qk_norms: None,
                 rope: Some(Rope { theta, scaling_factor: 1.0 }),
                 mask: Mask::Full,
