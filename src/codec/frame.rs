@@ -91,12 +91,13 @@ mod tests {
             };
             Headers::from(values.iter().fold(OwnedHeaders::new(), add))
         };
-        let read = |headers: &Headers, bytes: &'static [u8]| {
+        type Read<'a> = (SchemaId, Option<Vec<u8>>, &'a [u8]);
+        fn read<'a>(headers: &'a Headers, bytes: &'a [u8]) -> Result<Read<'a>, String> {
             let framed = Framed::read(Raw { bytes, headers: Some(headers) });
             framed
                 .map(|framed| (framed.id, framed.header.map(<[u8]>::to_vec), framed.data))
                 .map_err(|e| e.message)
-        };
+        }
         let guid = SchemaId::Guid(*b"0123456789abcdef");
         let of_guid = headers(&[b"\x010123456789abcdef\x04"]);
         // The value is the data, whatever it begins with.

@@ -2,14 +2,14 @@
 
 use super::{Reader, Value};
 use crate::model::vision::format_of;
-use crate::record::{Fault, RecordError};
+use crate::record::{Fault, Raw, RecordError};
 
 pub struct Image;
 
 impl Reader for Image {
-    fn read<'a>(&self, bytes: &'a [u8]) -> Result<Value<'a>, RecordError> {
-        match format_of(bytes) {
-            Ok(_) => Ok(Value::Bytes(bytes)),
+    fn read<'a>(&self, value: Raw<'a>) -> Result<Value<'a>, RecordError> {
+        match format_of(value.bytes) {
+            Ok(_) => Ok(Value::Bytes(value.bytes)),
             Err(message) => Err(RecordError::new(Fault::Image, format!("the value: {message}"))),
         }
     }

@@ -44,7 +44,7 @@ impl Pace {
 
     /// Updates the estimate with the device time that a window took.
     pub fn observe(&self, window: &Window, took: Duration) {
-        let units: usize = window.values().map(|value| units(value.len())).sum();
+        let units: usize = window.values().map(|value| units(value.bytes.len())).sum();
         self.observe_units(units, took);
     }
 

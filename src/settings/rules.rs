@@ -127,7 +127,7 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     } else if settings.model.source.as_deref().unwrap_or_default().is_empty() {
         let message = match entry.family {
             Family::Onnx => "is required: an ONNX file, or a directory or hub id (org/name) that has one",
-            Family::Vision(_) => "is required: a hub id (org/name) or a directory",
+            Family::Series | Family::Vision(_) => "is required: a hub id (org/name) or a directory",
             Family::Text(_) | Family::Nothing => "is required: a hub id (org/name), a directory, or bundled",
         };
         problem("model.source", message.to_owned());

@@ -11,7 +11,7 @@ use super::{NUMBER, Task, TaskError, to_json};
 use crate::codec::Input;
 use crate::codec::write::Writer;
 use crate::codec::write::schema::{Field, Type};
-use crate::compute::{About, Batched, Compute, Pace};
+use crate::compute::{Batched, Compute, Pace};
 use crate::engine::Rows;
 use crate::model::series::{Series, SeriesError, SeriesModel, interpolate};
 use crate::record::{Fault, RecordError};

@@ -192,6 +192,7 @@ impl Shape {
                 down: feed_forward("wo"),
                 mlp_norm: format!("block.{i}.layer.1.layer_norm"),
                 branch_norms: None,
+                scales: None,
                 qk_norms: None,
                 rope: None,
                 mask: Mask::Full,

@@ -109,14 +109,14 @@ impl Block {
             query: linear("layer.1.EncDecAttention.q", hidden, inner)?,
             cross: CrossAttention::new(&keys?, &values?, a.heads.queries, precision)?,
             cross_out: linear("layer.1.EncDecAttention.o", inner, hidden)?,
-            up: Linear::load(hidden, a.up(), false, precision, &up)?,
+            up: Linear::load(hidden, a.blocks().up(), false, precision, &up)?,
             down: linear("layer.2.DenseReluDense.wo", a.intermediate, hidden)?,
         })
     }
 
     /// Elements of a block's matrices.
     fn weights(a: &Architecture) -> usize {
-        a.hidden * (6 * a.heads.all_queries() + a.up() + a.intermediate)
+        a.hidden * (6 * a.heads.all_queries() + a.blocks().up() + a.intermediate)
     }
 }
 

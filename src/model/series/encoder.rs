@@ -34,7 +34,7 @@ impl Encoder {
         Ok(Self {
             embed: ResidualBlock::load(sizes, config.activation, &root.pp("input_patch_embedding"))?,
             register,
-            trunk: Trunk::load(a, &root.pp("encoder"), precision, None)?,
+            trunk: Trunk::load(&a.blocks(), &root.pp("encoder"), precision, None)?,
             patch: config.patch,
             device: root.device().clone(),
             dtype: root.dtype(),
