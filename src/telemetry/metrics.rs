@@ -227,6 +227,7 @@ mod tests {
         metrics.skipped.with_label_values(&["t", "retention"]);
         metrics.topic_recreated.with_label_values(&["t"]);
         metrics.stage.with_label_values(&["decode"]);
+        metrics.input_units.with_label_values(&["tokens"]);
         metrics.device_busy.with_label_values(&["cpu"]);
         metrics.lag_records.with_label_values(&["t", "0"]);
         metrics.lag_seconds.with_label_values(&["t", "0"]);

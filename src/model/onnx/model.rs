@@ -114,7 +114,7 @@ pub fn external_files(file: &str, bytes: &[u8]) -> Result<Vec<String>, String> {
     let proto = ModelProto::decode(bytes).map_err(|e| GraphError::NotOnnx(e.to_string()).to_string())?;
     let folder = file.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
     let mut names = Vec::new();
-    for graph in &proto.graph {
+    if let Some(graph) = &proto.graph {
         let attributes = graph.node.iter().flat_map(|node| &node.attribute);
         let tensors = graph.initializer.iter().chain(attributes.filter_map(|attribute| attribute.t.as_ref()));
         for entry in tensors.flat_map(|tensor| &tensor.external_data).filter(|entry| entry.key == "location")

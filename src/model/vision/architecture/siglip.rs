@@ -7,7 +7,8 @@ pub(super) fn describe(of: &Checkpoint<'_>) -> Result<Network, VisionError> {
     if !config.flag_or("vision_use_head", true) {
         return Err(ConfigError("vision_use_head: false is not supported; supported: true".to_owned()).into());
     }
-    let tensor = |name: &str| format!("vision_model.{name}");
+    let prefix = of.prefix("vision_model.", "embeddings.patch_embedding.weight");
+    let tensor = |name: &str| format!("{prefix}{name}");
     let hidden = config.size_or("hidden_size", 768)?;
     let (pool, out) = match of.output {
         Output::Embedding => (Pool::Attention(tensor("head")), None),
