@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use kandle::model::text::architecture::Architecture;
-use kandle::task::KINDS;
+use kandle::task::{Family, KINDS};
 
 /// A test: its file in `tests/`, its name.
 type Test = (&'static str, &'static str);
@@ -114,9 +114,9 @@ fn cells(&(task, _, _, fixture, test, _): &Row) -> [&'static str; 6] {
     ["yes", lower, lower, on_cuda("yes"), on_cuda(lower), on_cuda(lower)]
 }
 
-/// The tasks that use a model, in the order of the table of tasks.
+/// The tasks that use a text model, in the order of the table of tasks.
 fn tasks() -> impl Iterator<Item = &'static str> {
-    KINDS.iter().filter(|kind| kind.output.is_some()).map(|kind| kind.kind.name())
+    KINDS.iter().filter(|kind| matches!(kind.family, Family::Text(_))).map(|kind| kind.kind.name())
 }
 
 fn tables() -> String {

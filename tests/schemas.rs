@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use kandle::codec::write::{self, Record, Writer};
 use kandle::settings::{OutputFormat, Settings};
+use kandle::task::Family;
 use serde_json::{Value, json};
 
 use decode::{decoded, expected, same};
@@ -27,6 +28,12 @@ struct Case {
 }
 
 const TEXT: &str = "Ada lives in Köln; the parcel 4711 has not arrived";
+
+/// The first records of a file of JSON lines.
+fn lines(file: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).expect(file);
+    text.lines().take(4).map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
 
 fn cases() -> Vec<Case> {
     let case = |name, kind, model, set: &[&str], records: &[Value]| Case {
@@ -49,8 +56,41 @@ fn cases() -> Vec<Case> {
     ] });
     let candidates = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/schemas/candidates.jsonl");
     let candidates = format!("task.candidates={}", candidates.display());
+    let images = lines("demo/images.jsonl");
     let series = [json!({ "values": [1, 2, null, 4, 3] }), json!({ "values": [] })];
     vec![
+        case(
+            "tensor",
+            "tensor",
+            "onnx-network",
+            &["input.field=null", "task.inputs.x=/x"],
+            &[json!({ "x": [0, 1, 0.5, -1, 2, 0] }), json!({ "x": [1, 1, 1, 1, 1, 1] })],
+        ),
+        case(
+            "tensor-classification",
+            "tensor",
+            "bundled:churn",
+            &[
+                "input.field=null",
+                "task.as=classification",
+                "task.inputs.plan=/plan",
+                "task.inputs.contract=/contract",
+                "task.inputs.months=/months",
+                "task.inputs.charge=/charge",
+                "task.inputs.tickets=/tickets",
+                "task.inputs.late_payments=/late_payments",
+                "task.inputs.use_change=/use_change",
+            ],
+            &lines("demo/customers.jsonl"),
+        ),
+        case(
+            "image-classification",
+            "image-classification",
+            "bundled:shapes",
+            &["input.field=/image"],
+            &images,
+        ),
+        case("image-embedding", "image-embedding", "bundled:shapes", &["input.field=/image"], &images),
         case("forecast", "forecast", "chronos-bolt", &["input.field=/values", "task.horizon=3"], &series),
         case("text-classification", "text-classification", "bundled", &[], texts),
         case(
@@ -108,7 +148,7 @@ impl Case {
     }
 
     fn model(&self) -> PathBuf {
-        if self.model == "bundled" { "bundled".into() } else { fixture(self.model) }
+        if self.model.starts_with("bundled") { self.model.into() } else { fixture(self.model) }
     }
 
     /// What the task predicts about each record, without the dead letters.
@@ -256,7 +296,7 @@ fn a_registry_takes_schemas_with_more_fields() {
 /// Every task has a case above, so that none can be added without its schemas.
 #[test]
 fn every_task_has_a_case() {
-    for kind in kandle::task::KINDS.iter().filter(|kind| kind.output.is_some()) {
+    for kind in kandle::task::KINDS.iter().filter(|kind| kind.family != Family::Nothing) {
         let name = kind.kind.name();
         assert!(cases().iter().any(|case| case.kind == name), "{name}");
     }

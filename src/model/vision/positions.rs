@@ -47,7 +47,8 @@ mod tests {
         let table: Vec<f32> = (0..16).map(|i| (i % 4) as f32 + 10.0 * (i / 4) as f32).collect();
         assert_eq!(resized(&table, 4, (4, 4), 1), table);
         let fine = resized(&table, 4, (8, 8), 1);
-        for (y, x, want) in [(0, 0, -1.160_156_2), (3, 3, 14.265_625), (3, 4, 14.671_875), (4, 3, 18.328_125)] {
+        for (y, x, want) in [(0, 0, -1.160_156_2), (3, 3, 14.265_625), (3, 4, 14.671_875), (4, 3, 18.328_125)]
+        {
             let got: f32 = fine[y * 8 + x];
             assert!((got - want).abs() < 1e-4, "({y}, {x}): {got}, not {want}");
         }
