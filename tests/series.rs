@@ -29,7 +29,7 @@ fn error(found: &Value, expected: &Value, place: &str) -> f64 {
     for ((name, found), (expected_name, expected)) in found.iter().zip(&expected) {
         assert_eq!((name, found.len()), (expected_name, expected.len()), "{place}");
         for (a, b) in found.iter().zip(expected) {
-            let rounding = 2.0 * f64::from(f32::EPSILON) * b.abs();
+            let rounding = 4.0 * f64::from(f32::EPSILON) * b.abs();
             worst = worst.max(((a - b).abs() - rounding).max(0.0) / spread);
         }
     }

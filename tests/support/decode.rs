@@ -107,6 +107,9 @@ fn of(of: &Type, value: &Value) -> Value {
         (Type::Json, Value::String(_)) => value.clone(),
         (Type::Json, value) => value.to_string().into(),
         (Type::List(of), Value::Array(items)) => items.iter().map(|item| self::of(of, item)).collect(),
+        (Type::Map(of), Value::Object(members)) => {
+            members.iter().map(|(name, value)| (name.clone(), self::of(of, value))).collect()
+        }
         (Type::Object(record), value) => expected(record, value),
         _ => value.clone(),
     }

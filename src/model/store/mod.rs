@@ -266,9 +266,12 @@ impl Files {
         }
     }
 
-    /// The names of all files, including those one folder down, for messages.
+    /// The names of all files, including those one folder down.
     pub(super) fn all(&self) -> Vec<String> {
-        let Place::Directory(directory) = &self.place else { return Vec::new() };
+        let directory = match &self.place {
+            Place::Directory(directory) => directory,
+            Place::Memory(files) => return files.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        };
         let list =
             |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
         let mut names: Vec<String> = list(directory)
