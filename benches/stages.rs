@@ -53,7 +53,8 @@ fn stages(c: &mut Criterion) {
     let settings = settings::load(&sources).unwrap_or_else(|faults| panic!("{faults:?}")).settings;
     let model = TextModel::load(&settings, Output::Logits, &Arc::new(Metrics::new())).expect("bundled");
     let task = |texts: Texts, _: &_| {
-        let predict = Classification::new(&texts.model, &settings.task);
+        let model = &texts.model;
+        let predict = Classification::new(&model.labels, model.scores, &settings.task);
         TextTask::new(texts, predict, &settings.task)
     };
     let batched = model.batched(&settings, task).expect("a task");

@@ -80,7 +80,7 @@ fn a_certificate_and_a_token_guard_the_pages_but_not_the_probes() {
     }
     let (status, _, body) =
         get(&trusts_first, &address, "/metrics", Some("Bearer hunter2")).expect("an answer");
-    assert!(status == 200 && body.contains("kandle_records_total"), "{status}: {body}");
+    assert!(status == 200 && body.contains("kandle_window_records"), "{status}: {body}");
     assert_eq!(get(&trusts_first, &address, "/status", Some("Bearer hunter2")).expect("an answer").0, 200);
     assert_eq!(get(&trusts_first, &address, "/none", None).expect("an answer").0, 404);
 

@@ -132,7 +132,7 @@ fn a_pinned_model_is_the_only_one_that_runs() {
     let (code, listed, err) = run(&["model", "verify"], "", b"");
     assert_eq!(code, 0, "{err}");
     let is_digest = |word: &&str| word.len() == 64 && word.bytes().all(|digit| digit.is_ascii_hexdigit());
-    let digest = listed.split_whitespace().filter(is_digest).next_back().expect("a digest").to_owned();
+    let digest = listed.split_whitespace().rfind(is_digest).expect("a digest").to_owned();
     assert!(listed.contains("model.safetensors") && listed.contains("any model is accepted"), "{listed}");
     let ticket = br#"{"id":1,"text":"Where is my parcel?"}"#;
     for pinned in [&digest, &digest[..16]] {

@@ -1,8 +1,6 @@
 //! Models of images on a real Kafka: files of all formats and those that are no images, under both guarantees; memory; and
 //! the commands.
 
-use std::process::Command;
-
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
@@ -96,10 +94,7 @@ fn what_is_no_image_is_a_dead_letter_and_its_neighbours_are_not() {
             image("small-3.png"),
         ];
         let config = config(&place, "image-vit", "format: image", "{ kind: image-classification }", delivery);
-        let larger = "output.properties.message.max.bytes=50000000";
-        let mut daemon = Daemon::start_with(&config, |command: &mut Command| {
-            command.args(["--set", larger, "--set", "input.properties.fetch.message.max.bytes=50000000"]);
-        });
+        let mut daemon = Daemon::start(&config);
         place.produce(values.iter().map(|value| Sent::new(0, value.clone())));
         let dead = place.dead_letters(6);
         let predictions = place.predictions(4);

@@ -77,7 +77,9 @@ fn every_command_runs() {
                 let output =
                     Command::new("cargo").args(metadata).current_dir(root()).output().expect("cargo");
                 let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-                let targets = metadata["packages"][0]["targets"].as_array().expect("targets");
+                let packages = metadata["packages"].as_array().expect("packages");
+                let package = packages.iter().find(|package| package["name"] == "kandle").expect("kandle");
+                let targets = package["targets"].as_array().expect("targets");
                 let binaries = targets.iter().filter(|target| target["kind"][0] == "bin");
                 assert_eq!(binaries.map(|target| &target["name"]).collect::<Vec<_>>(), ["kandle"]);
             }

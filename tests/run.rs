@@ -369,7 +369,7 @@ fn a_full_pipeline_pauses_and_stays_in_the_group() {
     // The backlog takes longer than max.poll.interval.ms.
     let input = "{ topics: [$INPUT], group: $GROUP, field: /text, properties: { max.poll.interval.ms: 6000, session.timeout.ms: 6000 } }";
     let long = TEXTS[3].repeat(8);
-    let total = 6000;
+    let total = 3000;
     place.produce((0..total).map(|i| Sent::ticket((i % 2) as i32, i, &format!("{i} {long}"))));
     let config =
         place.config(&[("input", input), ("window", "{ max_records: 200 }"), ("log", "{ level: debug }")]);

@@ -231,7 +231,13 @@ fn included_fields_have_the_types_of_the_input() {
         assert_eq!(code, 0, "{log}");
         let kind = ["AVRO", "PROTOBUF", "JSON"][FORMATS.iter().position(|f| *f == format).expect("known")];
         let subject = format!("{}-value", place.output);
-        registry.register(&subject, kind, &schema, &[]);
+        let registered = registry.get(&format!("/subjects/{subject}/versions/latest"))["schema"].clone();
+        let registered = registered.as_str().expect("a schema");
+        let parsed = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+        match kind {
+            "PROTOBUF" => assert_eq!(registered.trim(), schema.trim()),
+            _ => assert_eq!(parsed(registered), parsed(&schema), "{format}"),
+        }
         assert_eq!(registry.get(&format!("/subjects/{subject}/versions")), json!([1]), "{format}");
 
         // A promotion in the input's schema changes nothing; one more field is a compatible change.

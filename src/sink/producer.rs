@@ -53,7 +53,8 @@ pub(super) fn config(settings: &Settings, limits: ProducerLimits) -> ClientConfi
         // No limit here: each topic has its own; see `TopicRules` and `batch.size` below.
         .set("message.max.bytes", "1000000000")
         .set("queue.buffering.max.messages", (share / MESSAGE_OVERHEAD).clamp(1000, 1_000_000).to_string())
-        .set("queue.buffering.max.kbytes", (share / 1024).clamp(1, 2_097_151).to_string());
+        // The publisher counts bytes itself. With a limit here, a message that is larger would be refused for ever.
+        .set("queue.buffering.max.kbytes", "2097151");
     if settings.delivery.guarantee == Guarantee::AtLeastOnce {
         // No timeout: only the end of the process drops a message, never librdkafka silently. In a transaction the
         // transaction's timeout applies.

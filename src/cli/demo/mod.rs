@@ -128,7 +128,7 @@ fn settings(scene: &Scene, brokers: &str) -> anyhow::Result<Settings> {
         "log.level=error".to_owned(),
     ];
     set.extend(scene.set.iter().map(|&set| set.to_owned()));
-    let sources = Sources { set: set.into(), ..Sources::default() };
+    let sources = Sources { set, ..Sources::default() };
     let loaded = settings::load(&sources).map_err(|faults| {
         anyhow::anyhow!("{}", faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
     })?;

@@ -73,7 +73,7 @@ impl Item for Image {
 
 enum Network {
     Tower(Box<Tower>),
-    Residual(Residual),
+    Residual(Box<Residual>),
 }
 
 pub struct VisionModel {
@@ -122,7 +122,9 @@ impl VisionModel {
                 let quantizable = spec.layers.len() * spec.blocks(tower.tokens()).layer_weights();
                 (Network::Tower(Box::new(tower)), quantizable)
             }
-            Spec::Residual(spec) => (Network::Residual(Residual::load(spec, &vb).map_err(failed)?), 0),
+            Spec::Residual(spec) => {
+                (Network::Residual(Box::new(Residual::load(spec, &vb).map_err(failed)?)), 0)
+            }
         };
         let mut model = Self {
             _kept_memory: KeptMemory::on(&placement.device).map_err(failed)?,

@@ -54,7 +54,7 @@ fn predict(compute: &dyn Compute, records: &[String]) -> Vec<Result<Value, Strin
     let encoded = compute.answer(gatherer.close(ClosedBy::End).unwrap()).unwrap();
     let outcome = |outcome: &Outcome| match outcome {
         Outcome::Prediction { part, bytes } => {
-            Ok(serde_json::from_slice(&encoded.prediction(*part, bytes)).unwrap())
+            Ok(serde_json::from_slice(encoded.prediction(*part, bytes)).unwrap())
         }
         Outcome::Dead(error) => Err(error.message.clone()),
         other => panic!("{other:?}"),
@@ -129,6 +129,7 @@ fn outputs_are_those_of_onnx_runtime() {
 /// `KANDLE_ONNX_MODELS`: folders with model.onnx and golden.json that are too large for the repository, or too many.
 #[test]
 #[ignore = "compares models that KANDLE_ONNX_MODELS names"]
+#[allow(clippy::print_stdout, reason = "benches/onnx-backend.sh reads it")]
 fn outputs_of_other_models() {
     let folder = std::env::var_os("KANDLE_ONNX_MODELS").expect("KANDLE_ONNX_MODELS is set");
     let mut folders: Vec<PathBuf> =

@@ -39,7 +39,7 @@ pub(super) fn describe(of: &Checkpoint<'_>) -> Result<Network, VisionError> {
         hidden,
         heads: heads(hidden, config.size_or("num_attention_heads", 12)?)?,
         // A gated block has two thirds of the width, rounded up to a multiple of 8.
-        intermediate: if gated { (wide * 2 / 3 + 7) / 8 * 8 } else { wide },
+        intermediate: if gated { (wide * 2 / 3).div_ceil(8) * 8 } else { wide },
         norm_eps: config.number_or("layer_norm_eps", 1e-6),
         feed_forward: match gated {
             true => FeedForward::Gated(Activation::Silu, Gate::First),
