@@ -373,7 +373,7 @@ mod tests {
                     threshold: (random(state) % 5) as f32 - 2.0,
                     yes: child + 1,
                     no: child,
-                    missing_is_yes: random(state) % 2 == 0,
+                    missing_is_yes: random(state).is_multiple_of(2),
                 };
                 for _ in 0..2 {
                     let gifts = (0..=random(state) % 2)
