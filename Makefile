@@ -3,6 +3,9 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 
+# Most tests wait for Kafka, so there are more at a time than cores.
+export RUST_TEST_THREADS ?= 4
+
 # Checks the lease under every interleaving of source, sink and group.
 LOOM = RUSTFLAGS="--cfg loom" cargo test --manifest-path tests/loom/Cargo.toml --target-dir $${CARGO_TARGET_DIR:-target}/loom
 

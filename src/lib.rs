@@ -11,6 +11,7 @@ pub mod compute;
 pub mod engine;
 pub mod failpoint;
 pub mod flow;
+pub mod guard;
 pub mod kafka;
 pub mod lease;
 pub mod model;

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     // Exit when any thread panics: a daemon without one of its stages looks healthy and does nothing.
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        if kandle::model::onnx::is_guarded() {
+        if kandle::guard::is_guarded() {
             return;
         }
         report(panic);

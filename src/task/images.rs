@@ -9,6 +9,7 @@ use crate::codec::Input;
 use crate::codec::write::Writer;
 use crate::compute::{Batched, Compute, Pace};
 use crate::engine::Rows;
+use crate::guard::guarded;
 use crate::model::vision::{self, DecodeMemory, Image, Limits, VisionModel, decode, from_base64};
 use crate::record::{Fault, RecordError};
 use crate::settings::Settings;
@@ -97,7 +98,8 @@ impl<P: PredictText> Task for ImageTask<P> {
                 &decoded
             }
         };
-        let image = decode(bytes, &self.limits, &self.memory).map_err(failed)?;
+        let decoded = guarded("the decoder", || decode(bytes, &self.limits, &self.memory));
+        let image = decoded.unwrap_or_else(Err).map_err(failed)?;
         let pixels = self.model.preprocess.apply(image).map_err(failed)?;
         items.push(self.model.image(pixels));
         Ok(())

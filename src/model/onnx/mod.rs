@@ -5,19 +5,16 @@
 //! unsupported  operators that nobody has
 //! ml           the operators of ai.onnx.ml
 //! tensors      items and answers
-//! guard        panics of an operator are errors
 //! model        tract's plan, and batches along the first axis
 //! ```
 
 mod graph;
-mod guard;
 mod ml;
 mod model;
 mod tensors;
 mod unsupported;
 
 pub use graph::{Dim, Graph, GraphError, Output, Port, type_name};
-pub use guard::is_guarded;
 pub use model::{Computed, OnnxError, OnnxModel, external_files, read};
 pub use tensors::{Cell, Cells, Layout, Tensors};
 pub use tract_onnx::tract_hir::internal::DatumType;

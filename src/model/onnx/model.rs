@@ -18,12 +18,12 @@ use tract_onnx::tract_hir::infer::InferenceModel;
 use tract_onnx::tract_hir::internal::*;
 
 use super::graph::{Dim, Graph, GraphError, Port};
-use super::guard::guarded;
 use super::ml;
 use super::tensors::{Cell, Layout, Tensors};
 use super::unsupported::unsupported;
 use crate::engine::{self, RunError};
 use crate::failpoint;
+use crate::guard::guarded;
 use crate::model::store::{Files, FilesError};
 use crate::ragged::Ragged;
 
@@ -160,7 +160,7 @@ impl OnnxModel {
             })?);
         }
         let directory = directory.and_then(Path::to_str);
-        let parsed = guarded(|| framework.parse(&graph.proto, directory))
+        let parsed = guarded("the model", || framework.parse(&graph.proto, directory))
             .unwrap_or_else(|message| Err(format_err!("{message}")))
             .map_err(failed)?;
         if !parsed.unresolved_inputs.is_empty() {
@@ -188,7 +188,7 @@ impl OnnxModel {
                 (0..wanted.len()).map(|i| typed.output_fact(i).cloned()).collect::<TractResult<_>>()?;
             Ok((facts, typed.into_optimized()?.into_runnable()?))
         };
-        let prepared = guarded(prepare).unwrap_or_else(|message| Err(format_err!("{message}")));
+        let prepared = guarded("the model", prepare).unwrap_or_else(|message| Err(format_err!("{message}")));
         let (plans, facts) = match prepared {
             Ok((facts, plan)) => (Plans::AnyShape(plan), Some(facts)),
             Err(error) => {
@@ -293,7 +293,8 @@ impl OnnxModel {
 
     /// Runs items of one class, joined along the first axis if there are several.
     fn evaluate(&self, items: &[&Tensors]) -> TractResult<TVec<TValue>> {
-        guarded(|| self.evaluate_unguarded(items)).unwrap_or_else(|message| Err(format_err!("{message}")))
+        guarded("the model", || self.evaluate_unguarded(items))
+            .unwrap_or_else(|message| Err(format_err!("{message}")))
     }
 
     fn evaluate_unguarded(&self, items: &[&Tensors]) -> TractResult<TVec<TValue>> {
