@@ -13,8 +13,6 @@ mod forecast;
 mod grafana;
 mod images;
 mod input;
-#[cfg(feature = "kerberos")]
-mod kerberos;
 mod login;
 mod readme;
 mod rebalance;

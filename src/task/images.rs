@@ -98,8 +98,8 @@ impl<P: PredictText> Task for ImageTask<P> {
                 &decoded
             }
         };
-        let decoded = guarded("the decoder", || decode(bytes, &self.limits, &self.memory));
-        let image = decoded.unwrap_or_else(Err).map_err(failed)?;
+        let image = guarded("the decoder", || decode(bytes, &self.limits, &self.memory));
+        let image = image.unwrap_or_else(Err).map_err(failed)?;
         let pixels = self.model.preprocess.apply(image).map_err(failed)?;
         items.push(self.model.image(pixels));
         Ok(())
