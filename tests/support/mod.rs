@@ -148,6 +148,17 @@ impl Place {
 
     pub fn create(&self, topic: &str, partitions: i32, config: &[(&str, &str)]) {
         assert!(self.try_create(topic, partitions, config), "{topic} exists already");
+        // The broker may not know a topic yet that was just created.
+        let client: BaseConsumer =
+            ClientConfig::new().set("bootstrap.servers", &self.brokers).create().expect("a client");
+        until("the topic", || {
+            let metadata = client.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
+            metadata
+                .topics()
+                .first()
+                .filter(|topic| topic.partitions().len() == partitions as usize)
+                .map(drop)
+        });
     }
 
     /// False if the topic exists, perhaps because it is still being deleted.
