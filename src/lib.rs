@@ -12,6 +12,7 @@ pub mod engine;
 pub mod failpoint;
 pub mod flow;
 pub mod guard;
+mod hex;
 pub mod kafka;
 pub mod lease;
 pub mod model;

@@ -10,6 +10,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use kandle::cli::demo::scenes::{IMAGES, TABLE};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::Value;
@@ -447,33 +448,12 @@ fn the_demos_show_predictions_and_a_dead_letter_and_end() {
     }
 }
 
-/// What the settings of `--set` make of the records that are part of the binary.
+/// What the settings of `kandle demo` make of its records.
 #[test]
 fn the_bundled_models_are_right_about_the_bundled_records() {
-    let cases: [(&str, &str, &[&str], f64); 2] = [
-        (
-            "demo/customers.jsonl",
-            "outcome",
-            &[
-                "task.kind=tensor",
-                "task.as=classification",
-                "task.inputs.plan=/plan",
-                "task.inputs.contract=/contract",
-                "task.inputs.months=/months",
-                "task.inputs.charge=/charge",
-                "task.inputs.tickets=/tickets",
-                "task.inputs.late_payments=/late_payments",
-                "task.inputs.use_change=/use_change",
-                "model.source=bundled:churn",
-            ],
-            0.65,
-        ),
-        (
-            "demo/images.jsonl",
-            "drawn",
-            &["input.field=/image", "task.kind=image-classification", "model.source=bundled:shapes"],
-            0.9,
-        ),
+    let cases = [
+        ("demo/customers.jsonl", "outcome", TABLE.set, 0.65),
+        ("demo/images.jsonl", "drawn", IMAGES.set, 0.9),
     ];
     for (file, truth, set, least) in cases {
         let mut command = kandle();

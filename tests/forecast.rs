@@ -1,11 +1,8 @@
 //! Forecasts on a real Kafka: series that the model cannot read, under both guarantees; and the commands.
 
-use crate::support::{Daemon, Got, Place, Sent, file, finish, kandle, root};
+use crate::support::{Daemon, GUARANTEES, Got, Place, Sent, file, finish, kandle, root};
 
 use serde_json::{Value, json};
-
-const GUARANTEES: [&str; 2] =
-    ["{ commit_interval: 100ms }", "{ guarantee: exactly_once, commit_interval: 100ms }"];
 
 fn config(place: &Place, task: &str, delivery: &str) -> String {
     place.config(&[
@@ -70,8 +67,8 @@ fn series_that_cannot_be_read_are_dead_letters_and_their_neighbours_are_not() {
         let dead = place.dead_letters(expected.len());
         let predictions = place.predictions(values.len() - expected.len());
         for (dead, (offset, error, what)) in dead.iter().zip(expected) {
-            let text = dead.header("kandle-error-message").expect("a message");
-            assert_eq!((dead.source().1, dead.header("kandle-error")), (offset, Some(error)), "{text}");
+            let (found, text) = dead.error();
+            assert_eq!((dead.source().1, found), (offset, error), "{text}");
             assert!(text.contains(what), "{text}");
             assert_eq!(dead.value.as_deref(), Some(values[offset as usize].as_bytes()));
         }

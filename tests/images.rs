@@ -5,10 +5,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, Got, Place, Sent, file, finish, kandle, root};
+use crate::support::{Daemon, GUARANTEES, Place, Sent, file, finish, kandle, root};
 
-const GUARANTEES: [&str; 2] =
-    ["{ commit_interval: 100ms }", "{ guarantee: exactly_once, commit_interval: 100ms }"];
 const SVG: &[u8] = b"<svg xmlns=\"http://www.w3.org/2000/svg\"><rect width=\"9\" height=\"9\"/></svg>";
 
 fn model(name: &str) -> String {
@@ -62,10 +60,6 @@ fn bmp(width: u32, height: u32) -> Vec<u8> {
     bmp
 }
 
-fn message(dead: &Got) -> (&str, &str) {
-    (dead.header("kandle-error").expect("an error"), dead.header("kandle-error-message").expect("a message"))
-}
-
 fn place(name: &str) -> Place {
     let place = Place::new(name, 1);
     for topic in [&place.input, &place.dead] {
@@ -110,7 +104,7 @@ fn what_is_no_image_is_a_dead_letter_and_its_neighbours_are_not() {
             (7, "more than task.max_bytes: 33554432"),
         ];
         for (dead, (offset, what)) in dead.iter().zip(expected) {
-            let (error, text) = message(dead);
+            let (error, text) = dead.error();
             assert_eq!((dead.source().1, error), (offset, "image"), "{text}");
             assert!(text.contains(what), "{text}");
             assert_eq!(dead.value.as_deref(), Some(&values[offset as usize][..]));
@@ -155,7 +149,7 @@ fn images_in_base64_and_data_urls_are_read_from_a_field() {
             (5, "field", "\"/photo/data\" is missing"),
         ];
         for (dead, (offset, error, what)) in dead.iter().zip(expected) {
-            let (found, text) = message(dead);
+            let (found, text) = dead.error();
             assert_eq!((dead.source().1, found), (offset, error), "{text}");
             assert!(text.contains(what), "{text}");
         }

@@ -8,6 +8,7 @@ use crate::support::models;
 
 use std::path::{Path, PathBuf};
 
+use kandle::cli::demo::scenes::TABLE;
 use kandle::codec::write::{self, Record, Writer};
 use kandle::settings::{OutputFormat, Settings};
 use kandle::task::Family;
@@ -70,17 +71,7 @@ fn cases() -> Vec<Case> {
             "tensor-classification",
             "tensor",
             "bundled:churn",
-            &[
-                "input.field=null",
-                "task.as=classification",
-                "task.inputs.plan=/plan",
-                "task.inputs.contract=/contract",
-                "task.inputs.months=/months",
-                "task.inputs.charge=/charge",
-                "task.inputs.tickets=/tickets",
-                "task.inputs.late_payments=/late_payments",
-                "task.inputs.use_change=/use_change",
-            ],
+            &[&["input.field=null"], TABLE.set].concat(),
             &lines("demo/customers.jsonl"),
         ),
         case(

@@ -3,10 +3,7 @@
 use crate::support;
 
 use serde_json::{Value, json};
-use support::{Daemon, Got, Place, Sent, file, finish, kandle, root};
-
-const GUARANTEES: [&str; 2] =
-    ["{ commit_interval: 100ms }", "{ guarantee: exactly_once, commit_interval: 100ms }"];
+use support::{Daemon, GUARANTEES, Got, Place, Sent, file, finish, kandle, root};
 
 fn model(name: &str) -> String {
     format!("{{ source: \"{}\" }}", root().join("tests/fixtures").join(name).display())
@@ -25,10 +22,6 @@ fn config(place: &Place, name: &str, task: &str, delivery: &str) -> String {
 /// The value for `id`, which `output.include` copies.
 fn of(all: &[Got], id: u64) -> &Got {
     all.iter().find(|got| got.json()["id"] == id).unwrap_or_else(|| panic!("nothing for {id}"))
-}
-
-fn message(dead: &Got) -> (&str, &str) {
-    (dead.header("kandle-error").expect("an error"), dead.header("kandle-error-message").expect("a message"))
 }
 
 #[test]
@@ -70,7 +63,7 @@ fn records_that_do_not_fit_are_dead_letters_and_their_neighbours_are_not() {
             (7, "field", "\"/c3/8\" is one more than the 8 elements that the model takes"),
         ];
         for (dead, (offset, error, what)) in dead.iter().zip(expected) {
-            let (found, text) = message(dead);
+            let (found, text) = dead.error();
             assert_eq!((dead.source().1, found), (offset, error), "{text}");
             assert!(text.contains(what), "{text}");
             assert_eq!(dead.value.as_deref(), Some(values[offset as usize].as_bytes()));
@@ -105,7 +98,7 @@ fn signals_of_any_length_are_answered_and_too_short_ones_are_dead_letters() {
         let dead = place.dead_letters(2);
         let predictions = place.predictions(3);
         assert_eq!(
-            dead.iter().map(|dead| (dead.source().1, message(dead).0)).collect::<Vec<_>>(),
+            dead.iter().map(|dead| (dead.source().1, dead.error().0)).collect::<Vec<_>>(),
             [(1, "infer"), (4, "field")]
         );
         let mean = |id| of(&predictions, id).json()["outputs"]["mean"].clone();

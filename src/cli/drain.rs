@@ -13,11 +13,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::progress::{self, Rate, Reporter};
 use super::run;
+use crate::hex::hex;
 use crate::kafka::cluster::{self, Cluster, Missing, Topics};
 use crate::kafka::consumer::{self, Role};
 use crate::kafka::range::{self, Range, RangeError};
 use crate::kafka::retention;
-use crate::model::hex;
 use crate::pipeline::{self, Shared};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings, Start};

@@ -4,7 +4,7 @@
 mod audit;
 mod bench;
 mod check;
-mod demo;
+pub mod demo;
 mod drain;
 mod model;
 mod output;

@@ -3,8 +3,9 @@
 use anyhow::{Context, bail};
 
 use crate::cli::output::outln;
+use crate::hex::hex;
 use crate::model::text::architecture::Architecture;
-use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, hex, vision};
+use crate::model::{Checkpoint, Digest, Files, Gliner, Model, Output, Placement, vision};
 use crate::settings::{Loaded, Settings};
 use crate::task::gliner::load_model;
 use crate::task::text::Source;
@@ -37,13 +38,14 @@ pub fn verify(loaded: Loaded) -> anyhow::Result<()> {
         Family::Onnx => tensor::DTYPE,
         _ => Placement::choose(settings.model.device, settings.model.dtype)?.dtype_name(),
     };
-    let digest = Digest::of(Some(&files), settings, dtype)?;
+    let hashes = files.hashes()?;
+    let digest = Digest::of(&hashes, settings, dtype)?;
     outln!("{}", files.name());
-    for name in files.names()? {
-        outln!("  {}  {name}", hex(&files.sha256(&name)?));
+    for (name, hash) in &hashes {
+        outln!("  {}  {name}", hex(hash));
     }
     outln!("digest of these files and of the settings that change a prediction:\n  {}", digest.full());
-    Digest::new(Some(&files), settings, dtype)?;
+    digest.check(settings)?;
     match &settings.model.digest {
         Some(_) => outln!("it is the one in model.digest"),
         None => outln!("model.digest is not set: any model is accepted"),
@@ -65,7 +67,7 @@ pub fn show(loaded: Loaded) -> anyhow::Result<()> {
     let files = files(&loaded)?;
     let name = files.name();
     let placement = Placement::choose(settings.model.device, settings.model.dtype)?;
-    let digest = Digest::of(Some(&files), settings, placement.dtype_name())?;
+    let digest = Digest::of(&files.hashes()?, settings, placement.dtype_name())?;
     let tasks = suited(&Checkpoint::read(&files).with_context(|| format!("model {name}"))?).join(", ");
     let model = Model::load(files, placement, output)
         .with_context(|| format!("model {name}, whose heads are for {tasks}"))?;

@@ -12,13 +12,13 @@ use sha2::{Digest as _, Sha256};
 
 use super::{drain, refusal};
 use crate::cli::output::outln;
+use crate::hex::hex;
 use crate::kafka::cluster::Cluster;
 use crate::kafka::consumer;
 use crate::kafka::permissions;
 use crate::kafka::range::{self, Point, Range};
 use crate::kafka::topics::TopicFilter;
 use crate::lease::Lease;
-use crate::model::hex;
 use crate::pipeline::Shared;
 use crate::record::{Arrival, Partition};
 use crate::settings::{Loaded, Settings};

@@ -9,7 +9,7 @@ use std::path::Path;
 use jsonschema::{Retrieve, Uri, Validator};
 
 use super::json::Json;
-use super::schemas::{Compile, Planned, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind, of_file};
 use super::write::schema::Type;
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
@@ -62,8 +62,7 @@ impl Compile for Compiler {
     }
 
     fn compile_file(&self, path: &Path) -> Result<Validator, SchemaFileError> {
-        let text = std::fs::read_to_string(path)?;
-        Ok(self.compile(&Schema::new(SchemaKind::Json, text))?)
+        Ok(self.compile(&of_file(SchemaKind::Json, path)?)?)
     }
 }
 
@@ -79,8 +78,7 @@ fn types_of_file(
     input: &settings::Input,
     pointers: &[Vec<String>],
 ) -> Result<Vec<Option<Type>>, SchemaFileError> {
-    let text = std::fs::read_to_string(input.schema.as_deref().unwrap_or(Path::new("")))?;
-    Ok(types(&Schema::new(SchemaKind::Json, text), pointers)?)
+    Ok(types(&of_file(SchemaKind::Json, input.schema.as_deref().unwrap_or(Path::new("")))?, pointers)?)
 }
 
 /// The type that a schema gives a member; `None` if it names others but not this one. Of a schema that says nothing about

@@ -94,6 +94,11 @@ pub enum Plans<C: Compile> {
     Registry(Schemas<C>),
 }
 
+/// The schema in the file `input.schema`, of a language whose schemas are one file each.
+pub fn of_file(kind: SchemaKind, path: &Path) -> Result<Schema, SchemaFileError> {
+    Ok(Schema::new(kind, std::fs::read_to_string(path)?))
+}
+
 /// A value without its schema id, and the plan for it.
 pub struct Planned<'a, P> {
     pub plan: Arc<P>,

@@ -123,13 +123,10 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             }));
             items.extend(of_part);
         }
-        let cost: u64 = items.iter().map(|item| u64::from(item.cost())).sum();
-        self.metrics
-            .input_units
-            .with_label_values(&[T::Item::UNIT])
-            .inc_by(items.iter().map(Item::units).sum());
+        let units = items.iter().map(Item::units).sum();
+        self.metrics.input_units.with_label_values(&[T::Item::UNIT]).inc_by(units);
         if T::Item::UNIT == TOKENS {
-            self.metrics.tokens.inc_by(cost);
+            self.metrics.tokens.inc_by(units);
         }
         let suspects: HashSet<usize> = (window.records.iter().zip(&states))
             .filter(|(record, _)| record.suspect)

@@ -11,6 +11,7 @@ use std::fs::File;
 use sha2::{Digest as _, Sha256};
 
 use super::store::{Files, FilesError, sha256};
+use crate::hex::hex;
 use crate::settings::Settings;
 
 /// 64 hex digits; shown as the first 16 everywhere except in `model show`.
@@ -23,26 +24,19 @@ impl Digest {
     /// # Errors
     /// A file cannot be read, or the digest is not the one that `model.digest` asks for.
     pub fn new(files: Option<&Files>, settings: &Settings, dtype: &str) -> Result<Self, FilesError> {
-        let digest = Self::of(files, settings, dtype)?;
-        match &settings.model.digest {
-            Some(pinned) if !digest.0.starts_with(pinned.as_str()) => {
-                Err(FilesError::Digest { pinned: pinned.clone(), found: digest.0 })
-            }
-            _ => Ok(digest),
-        }
+        let hashes = files.map(Files::hashes).transpose()?.unwrap_or_default();
+        let digest = Self::of(&hashes, settings, dtype)?;
+        digest.check(settings)?;
+        Ok(digest)
     }
 
-    /// The digest, whatever `model.digest` says.
+    /// The digest, whatever `model.digest` says. `hashes`: [`Files::hashes`].
     ///
     /// # Errors
-    /// A file cannot be read.
-    pub fn of(files: Option<&Files>, settings: &Settings, dtype: &str) -> Result<Self, FilesError> {
-        let mut lines = Vec::new();
-        if let Some(files) = files {
-            for name in files.names()? {
-                lines.push(format!("{name} {}", hex(&files.sha256(&name)?)));
-            }
-        }
+    /// A file that the settings name cannot be read.
+    pub fn of(hashes: &[(String, [u8; 32])], settings: &Settings, dtype: &str) -> Result<Self, FilesError> {
+        let mut lines: Vec<String> =
+            hashes.iter().map(|(name, hash)| format!("{name} {}", hex(hash))).collect();
         let task = &settings.task;
         let files = [
             ("candidates", &task.candidates),
@@ -71,6 +65,17 @@ impl Digest {
         Ok(Self(hex(&Sha256::digest(lines.join("\n")))))
     }
 
+    /// # Errors
+    /// `model.digest` asks for another one.
+    pub fn check(&self, settings: &Settings) -> Result<(), FilesError> {
+        match &settings.model.digest {
+            Some(pinned) if !self.0.starts_with(pinned.as_str()) => {
+                Err(FilesError::Digest { pinned: pinned.clone(), found: self.0.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// All 64 digits.
     pub fn full(&self) -> &str {
         &self.0
@@ -86,9 +91,4 @@ impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.short())
     }
-}
-
-/// Lower-case hex digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -24,7 +24,6 @@ pub mod vision;
 mod weights;
 
 pub use digest::Digest;
-pub(crate) use digest::hex;
 pub use kandle_kernels as kernels;
 pub use kandle_kernels::{Packed, Pooling};
 pub use placement::{Placement, PlacementError};

@@ -1,5 +1,7 @@
 //! Where a model runs and in which precision.
 
+use std::sync::{Mutex, MutexGuard};
+
 use candle_core::{DType, Device};
 
 use super::kernels::Precision;
@@ -72,6 +74,24 @@ impl Placement {
             Some(Precision::Int8) => "int8",
             Some(Precision::Bf16) => "bf16",
         }
+    }
+
+    /// Bytes that weights take on the device: so many elements of matrices that are quantized if `precision` is set, and
+    /// so many others.
+    pub fn weight_bytes(&self, quantized: usize, others: usize) -> u64 {
+        let whole = self.dtype.size_in_bytes();
+        (quantized * self.precision.map_or(whole, Precision::weight_bytes) + others * whole) as u64
+    }
+}
+
+/// Held while a batch is queued on a GPU, which has one queue: otherwise two batches would interleave and both finish late.
+#[derive(Debug, Default)]
+pub struct Queueing(Mutex<()>);
+
+impl Queueing {
+    /// Waits for the turn on a GPU. A CPU has no queue.
+    pub fn turn(&self, device: &Device) -> Option<MutexGuard<'_, ()>> {
+        (!device.is_cpu()).then(|| self.0.lock().unwrap_or_else(|e| e.into_inner()))
     }
 }
 

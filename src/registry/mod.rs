@@ -14,6 +14,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::hex::hex;
 use crate::settings;
 use http::Http;
 
@@ -55,7 +56,7 @@ impl fmt::Display for SchemaId {
 
 /// A GUID as text (RFC 9562, section 4).
 fn hyphenated(guid: &[u8; 16]) -> String {
-    let mut text: String = guid.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut text = hex(guid);
     for at in [20, 16, 12, 8] {
         text.insert(at, '-');
     }

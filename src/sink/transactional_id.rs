@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
 
 use super::error::TransactionalIdError;
+use crate::hex::hex;
 use crate::settings::Settings;
 
 /// The id. As long as this lives, other processes on this machine take another one.
@@ -49,7 +50,7 @@ pub fn first(settings: &Settings) -> Result<String, TransactionalIdError> {
 /// Locks the lowest free number for `name`, with a lock file in `directory`.
 fn slot(directory: &Path, name: &str) -> Result<(usize, File), TransactionalIdError> {
     use sha2::{Digest, Sha256};
-    let name: String = Sha256::digest(name).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let name = hex(&Sha256::digest(name)[..8]);
     for number in 0..SLOTS {
         let path = directory.join(format!("kandle-{name}-{number}.lock"));
         let failed = |error| TransactionalIdError::Lock { path: path.display().to_string(), error };

@@ -32,6 +32,10 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use kafka::Kafka;
 
+/// The setting `delivery` under each guarantee.
+pub const GUARANTEES: [&str; 2] =
+    ["{ commit_interval: 100ms }", "{ guarantee: exactly_once, commit_interval: 100ms }"];
+
 /// How long a test waits for a condition before it fails. Long, because machines are slow at times.
 pub const TIMEOUT: Duration = Duration::from_secs(90);
 
@@ -151,14 +155,7 @@ impl Place {
         // The broker may not know a topic yet that was just created.
         let client: BaseConsumer =
             ClientConfig::new().set("bootstrap.servers", &self.brokers).create().expect("a client");
-        until("the topic", || {
-            let metadata = client.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
-            metadata
-                .topics()
-                .first()
-                .filter(|topic| topic.partitions().len() == partitions as usize)
-                .map(drop)
-        });
+        known_partitions(&client, topic, partitions as usize);
     }
 
     /// False if the topic exists, perhaps because it is still being deleted.
@@ -331,15 +328,20 @@ impl Place {
     }
 }
 
+/// The number of a topic's partitions, once the broker knows `least` of them: the topic may have been created just before.
+fn known_partitions(client: &BaseConsumer, topic: &str, least: usize) -> usize {
+    until("the topic", || {
+        let metadata = client.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
+        metadata.topics().first().map(|topic| topic.partitions().len()).filter(|&count| count >= least)
+    })
+}
+
 /// Assigns all partitions of the topics, from their beginnings. Waits for the metadata first: a broker
 /// may not know a topic yet that was just created.
 fn from_the_beginning(consumer: &BaseConsumer, topics: &[&str]) {
     let mut list = TopicPartitionList::new();
     for topic in topics {
-        let count = until("the topic", || {
-            let metadata = consumer.fetch_metadata(Some(topic), Duration::from_secs(5)).ok()?;
-            metadata.topics().first().map(|topic| topic.partitions().len()).filter(|&count| count > 0)
-        });
+        let count = known_partitions(consumer, topic, 1);
         for partition in 0..count as i32 {
             list.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
         }
@@ -425,6 +427,12 @@ impl Got {
     /// The last header of this name, like Kafka's `lastHeader`.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+
+    /// A dead letter's error and what its message says.
+    pub fn error(&self) -> (&str, &str) {
+        let header = |name| self.header(name).unwrap_or_else(|| panic!("no {name}"));
+        (header("kandle-error"), header("kandle-error-message"))
     }
 
     /// Topic of `kandle-source`.

@@ -1,7 +1,7 @@
 //! `demo`: librdkafka's mock cluster in this process, a bundled model, and records produced at a steady rate. Between
 //! the topics runs the same pipeline as in `run`.
 
-mod scenes;
+pub mod scenes;
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use plan::Plan;
 
-use super::schemas::{Compile, Planned, Plans, expect_kind};
+use super::schemas::{Compile, Planned, Plans, expect_kind, of_file};
 use super::write::schema::Type;
 use super::{
     DecoderError, Reader, SchemaEntry, SchemaError, SchemaFileError, Selected, Stopped, Value, Waiting,
@@ -33,8 +33,7 @@ impl Compile for Compiler {
     }
 
     fn compile_file(&self, path: &Path) -> Result<Plan, SchemaFileError> {
-        let text = std::fs::read_to_string(path)?;
-        Ok(self.compile(&Schema::new(SchemaKind::Avro, text))?)
+        Ok(self.compile(&of_file(SchemaKind::Avro, path)?)?)
     }
 }
 
@@ -49,8 +48,7 @@ fn types_of_file(
     input: &settings::Input,
     pointers: &[Vec<String>],
 ) -> Result<Vec<Option<Type>>, SchemaFileError> {
-    let text = std::fs::read_to_string(input.schema.as_deref().unwrap_or(Path::new("")))?;
-    Ok(types(&Schema::new(SchemaKind::Avro, text), pointers)?)
+    Ok(types(&of_file(SchemaKind::Avro, input.schema.as_deref().unwrap_or(Path::new("")))?, pointers)?)
 }
 
 struct Avro(Plans<Compiler>);

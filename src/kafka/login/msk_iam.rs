@@ -92,6 +92,7 @@ mod tests {
     use sha2::{Digest, Sha256};
 
     use super::*;
+    use crate::hex::hex;
 
     #[test]
     fn the_region_is_in_the_brokers_names() {
@@ -110,10 +111,6 @@ mod tests {
         let pad = |byte: u8| padded.map(|b| b ^ byte);
         let inner = Sha256::new().chain_update(pad(0x36)).chain_update(text).finalize();
         Sha256::new().chain_update(pad(0x5c)).chain_update(inner).finalize().to_vec()
-    }
-
-    fn hex(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// The form that AWS publishes (aws-msk-iam-auth, "Details"): a presigned GET of `Action=kafka-cluster:Connect`,

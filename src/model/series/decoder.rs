@@ -6,10 +6,9 @@ use candle_nn::VarBuilder;
 
 use super::config::SeriesConfig;
 use super::residual::ResidualBlock;
-use crate::model::kernels::{
-    CrossAttention, Epilogue, Linear, Norm, Packed, Precision, Slot, Workspace, gated,
-};
+use crate::model::kernels::{CrossAttention, Epilogue, Linear, Norm, Packed, Precision, Slot, Workspace};
 use crate::model::text::architecture::{Architecture, FeedForward};
+use crate::model::text::trunk::inner;
 
 struct Block {
     norms: [Norm; 3],
@@ -76,15 +75,7 @@ impl Decoder {
         let mixed = block.cross.forward(&queries, hidden, batch)?;
         let crossed = block.cross_out.forward(&mixed, Epilogue::Add(&own), out(Slot::Convolved))?;
         let normed = normed(2, &crossed)?;
-        let inner = match self.feed_forward {
-            FeedForward::Plain(activation) => {
-                block.up.forward(&normed, Epilogue::Activate(activation), out(Slot::Wide))?
-            }
-            FeedForward::Gated(activation, gate) => {
-                let up = block.up.forward(&normed, Epilogue::Nothing, out(Slot::Wide))?;
-                gated(&up, activation, gate, out(Slot::Gated))?
-            }
-        };
+        let inner = inner(self.feed_forward, &block.up, &normed, workspace)?;
         block.down.forward(&inner, Epilogue::Add(&crossed), out(Slot::Stream))
     }
 }

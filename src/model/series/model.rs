@@ -12,9 +12,9 @@ use super::patches::Patches;
 use super::quantiles::quantile;
 use crate::engine::{self, Item, RunError};
 use crate::failpoint;
-use crate::model::kernels::{KeptMemory, Packed, Precision, Transfer, Workspace};
+use crate::model::kernels::{KeptMemory, Packed, Transfer, Workspace};
 use crate::model::message;
-use crate::model::placement::Placement;
+use crate::model::placement::{Placement, Queueing};
 use crate::model::store::Files;
 use crate::model::text::{ModelError, classify, key};
 use crate::model::weights::Weights;
@@ -69,8 +69,7 @@ pub struct SeriesModel {
     decoder: Decoder,
     /// Idle workspaces; there are as many in all as batches have run at the same time.
     workspaces: Mutex<Vec<Workspace>>,
-    /// Held while a batch is queued on a GPU, which has one queue.
-    queueing: Mutex<()>,
+    queueing: Queueing,
     /// The last field, so that it is dropped after all others.
     _kept_memory: KeptMemory,
 }
@@ -90,7 +89,7 @@ impl SeriesModel {
             encoder: Encoder::load(&config, &root, placement.precision).map_err(failed)?,
             decoder: Decoder::load(&config, &root, placement.precision).map_err(failed)?,
             workspaces: Mutex::default(),
-            queueing: Mutex::default(),
+            queueing: Queueing::default(),
             _kept_memory: KeptMemory::on(&placement.device).map_err(failed)?,
             horizon: horizon.unwrap_or(config.prediction),
             files,
@@ -102,12 +101,10 @@ impl SeriesModel {
 
     /// Bytes that the weights take on their device.
     pub fn weight_bytes(&self) -> u64 {
-        let whole = self.placement.dtype.size_in_bytes();
-        let quantized = self.placement.precision.map_or(whole, Precision::weight_bytes);
         let a = &self.config.encoder;
         let layers = a.layers.len() * a.layer_weights() + decoder::weights(&self.config);
         let layers = layers.min(self.parameters);
-        (layers * quantized + (self.parameters - layers) * whole) as u64
+        self.placement.weight_bytes(layers, self.parameters - layers)
     }
 
     /// Number of values of an answer: for each of the model's quantiles, those of the predicted points.
@@ -210,8 +207,7 @@ impl SeriesModel {
         let batch = Packed::of_lengths(&lengths).masking(&masked);
         let kept = || self.workspaces.lock().unwrap_or_else(|e| e.into_inner());
         let workspace = kept().pop().unwrap_or_default();
-        let is_cpu = self.placement.is_cpu();
-        let turn = (!is_cpu).then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
+        let turn = self.queueing.turn(&self.placement.device);
         let predicted = self
             .encode(&inputs, &batch, &workspace)
             .and_then(|hidden| Transfer::start(&self.decoder.forward(&hidden, &batch, &workspace)?));

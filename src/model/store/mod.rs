@@ -249,6 +249,15 @@ impl Files {
         }
     }
 
+    /// The name and the SHA-256 of each file that belongs to the model, by name.
+    ///
+    /// # Errors
+    /// As [`Files::names`] and [`Files::open`].
+    pub fn hashes(&self) -> Result<Vec<(String, [u8; 32])>, FilesError> {
+        let hashed = |name: String| self.sha256(&name).map(|hash| (name, hash));
+        self.names()?.into_iter().map(hashed).collect()
+    }
+
     pub(super) fn wants(&self) -> Wants {
         self.wants
     }

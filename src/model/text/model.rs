@@ -4,7 +4,6 @@ use candle_nn::VarBuilder;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::architecture::{Architecture, ConfigError};
@@ -16,9 +15,9 @@ use super::question::{Question, is_language_model};
 use super::sentence::{Embedding, Splade, TextSettings, cross_encoder_scores, prompts_and_limit};
 use super::sparse::{LEXICAL, SparseHead};
 use super::tokenize::{TokenizeError, Tokenizer, Tokens};
-use crate::model::kernels::{KeptMemory, Packed, Precision, Transfer};
+use crate::model::kernels::{KeptMemory, Packed, Transfer};
 use crate::model::message;
-use crate::model::placement::Placement;
+use crate::model::placement::{Placement, Queueing};
 use crate::model::store::{Files, FilesError};
 use crate::model::weights::{Weights, WeightsError};
 use crate::ragged::Ragged;
@@ -153,9 +152,7 @@ pub struct Model {
     width: usize,
     /// Tokens with this id at the end of a sequence have no effect.
     padding: Option<u32>,
-    /// Held while a batch is queued on a GPU, which has one queue: otherwise two batches would interleave and both
-    /// finish late.
-    queueing: Mutex<()>,
+    queueing: Queueing,
     /// The last field, so that it is dropped after all others.
     _kept_memory: KeptMemory,
 }
@@ -278,7 +275,7 @@ impl Model {
             most: AtomicUsize::new(0),
             width,
             padding,
-            queueing: Mutex::default(),
+            queueing: Queueing::default(),
             _kept_memory: kept_memory,
         })
     }
@@ -378,8 +375,7 @@ impl Model {
             batch.iter().map(|tokens| (self.pooled(&tokens.ids), tokens.type_ids.as_deref())).collect();
         let unpooled: Vec<usize> = batch.iter().map(|tokens| tokens.unpooled as usize).collect();
         let packed = Packed::new(&sequences).skipping(&unpooled);
-        let gpu = !self.encoder.device().is_cpu();
-        let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
+        let turn = self.queueing.turn(self.encoder.device());
         let answers = self.encoder.forward(&packed, |hidden, workspace| match &self.head {
             AnyHead::Rows(head) => {
                 Transfer::start(&head.forward(hidden, &packed, workspace)?).map(Answers::Rows)
@@ -423,8 +419,6 @@ impl Model {
 
 /// Bytes that a model's weights take on their device. `copied`: weights of which the head has a copy in another layout.
 pub(super) fn weight_bytes(a: &Architecture, parameters: usize, copied: usize, placement: &Placement) -> u64 {
-    let whole = placement.dtype.size_in_bytes();
-    let quantized = placement.precision.map_or(whole, Precision::weight_bytes);
     // Only the matrices of the layers, and before them, are quantized.
     let of_layer = a.layer_weights();
     let projection = a.embeddings.projection.map_or(0, |_| a.embeddings.width * a.hidden);
@@ -433,7 +427,7 @@ pub(super) fn weight_bytes(a: &Architecture, parameters: usize, copied: usize, p
     let quantizable = (layers * of_layer + projection + convolution).min(parameters);
     let (tables, elements) = a.position_tables();
     let derived = layers * tables * elements;
-    ((quantizable + copied) * quantized + (parameters - quantizable + derived) * whole) as u64
+    placement.weight_bytes(quantizable + copied, parameters - quantizable + derived)
 }
 
 /// The head of a sparse encoder: that of lexical weights, where a file has it, or else that for masked language modelling.

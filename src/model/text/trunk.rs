@@ -141,16 +141,20 @@ impl Trunk {
             }
             false => (&attended, Epilogue::AddNorm(&attended, &block.mlp_norm)),
         };
-        let inner = match self.feed_forward {
-            FeedForward::Plain(activation) => {
-                block.up.forward(normed, Epilogue::Activate(activation), out(Slot::Wide))?
-            }
-            FeedForward::Gated(activation, gate) => {
-                let up = block.up.forward(normed, Epilogue::Nothing, out(Slot::Wide))?;
-                gated(&up, activation, gate, out(Slot::Gated))?
-            }
-        };
+        let inner = inner(self.feed_forward, &block.up, normed, workspace)?;
         block.down.forward(&inner, epilogue, out(Slot::Stream))
+    }
+}
+
+/// The inner activations of a feed-forward block. `x` is its input, `[tokens, hidden]`; the result is `[tokens, intermediate]`.
+pub fn inner(of: FeedForward, up: &Linear, x: &Tensor, workspace: &Workspace) -> Result<Tensor> {
+    let out = |slot| workspace.at(slot, x.device());
+    match of {
+        FeedForward::Plain(activation) => up.forward(x, Epilogue::Activate(activation), out(Slot::Wide)),
+        FeedForward::Gated(activation, gate) => {
+            let up = up.forward(x, Epilogue::Nothing, out(Slot::Wide))?;
+            gated(&up, activation, gate, out(Slot::Gated))
+        }
     }
 }
 

@@ -1,7 +1,5 @@
 //! A model of images: files, placement, preprocessing, layers and head together.
 
-use std::sync::Mutex;
-
 use candle_nn::VarBuilder;
 
 use super::architecture::{self, Network as Spec};
@@ -10,9 +8,9 @@ use super::residual::Residual;
 use super::tower::Tower;
 use crate::engine::{self, Item, RunError};
 use crate::failpoint;
-use crate::model::kernels::{KeptMemory, Precision};
+use crate::model::kernels::KeptMemory;
 use crate::model::message;
-use crate::model::placement::Placement;
+use crate::model::placement::{Placement, Queueing};
 use crate::model::store::{Files, FilesError};
 use crate::model::text::architecture::ConfigError;
 use crate::model::text::{ModelError, Scores, classify, key, labels};
@@ -90,9 +88,7 @@ pub struct VisionModel {
     /// Elements of the matrices that are quantized.
     quantizable: usize,
     network: Network,
-    /// Held while a batch is queued on a GPU, which has one queue: otherwise two batches would interleave and both
-    /// finish late.
-    queueing: Mutex<()>,
+    queueing: Queueing,
     /// The last field, so that it is dropped after all others.
     _kept_memory: KeptMemory,
 }
@@ -137,7 +133,7 @@ impl VisionModel {
             parameters,
             quantizable,
             network,
-            queueing: Mutex::default(),
+            queueing: Queueing::default(),
         };
         if output == Output::Logits {
             model.labels = label_names(&config, model.width())?;
@@ -164,10 +160,8 @@ impl VisionModel {
 
     /// Bytes that the weights take on their device.
     pub fn weight_bytes(&self) -> u64 {
-        let whole = self.placement.dtype.size_in_bytes();
-        let quantized = self.placement.precision.map_or(whole, Precision::weight_bytes);
         let quantizable = self.quantizable.min(self.parameters);
-        (quantizable * quantized + (self.parameters - quantizable) * whole) as u64
+        self.placement.weight_bytes(quantizable, self.parameters - quantizable)
     }
 
     /// An item of these pixels, which [`Preprocess::apply`] has made.
@@ -182,8 +176,7 @@ impl engine::Model for VisionModel {
 
     fn run(&self, batch: &[&Image]) -> Result<Ragged<f32>, RunError> {
         failpoint::pass("device");
-        let turn =
-            (!self.placement.is_cpu()).then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
+        let turn = self.queueing.turn(&self.placement.device);
         let answers = match &self.network {
             Network::Tower(tower) => tower.forward(batch, &self.preprocess),
             Network::Residual(network) => network.forward(batch, &self.preprocess),

@@ -232,6 +232,13 @@ impl Classes {
         }
     }
 
+    /// Types and shapes of a classifier's outputs: the class of each row, and its scores, so many of them.
+    fn outputs(&self, input: &Shape, scores: usize) -> TractResult<TVec<(DatumType, Shape)>> {
+        let rows = rows_of(input)?;
+        let scores = tvec!(rows.clone(), scores.to_dim());
+        Ok(tvec!((self.datum_type(), tvec!(rows)), (DatumType::F32, scores)))
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::Texts(all) => all.len(),

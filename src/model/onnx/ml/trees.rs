@@ -178,9 +178,7 @@ impl Operator for Classifier {
     }
 
     fn outputs(&self, inputs: &[(DatumType, Shape)]) -> TractResult<TVec<(DatumType, Shape)>> {
-        let rows = rows_of(&inputs[0].1)?;
-        let scores = tvec!(rows.clone(), self.classes.len().to_dim());
-        Ok(tvec!((self.classes.datum_type(), tvec!(rows)), (DatumType::F32, scores)))
+        self.classes.outputs(&inputs[0].1, self.classes.len())
     }
 
     fn run(&self, inputs: &[TValue]) -> TractResult<TVec<Tensor>> {

@@ -11,7 +11,6 @@ mod head;
 mod words;
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use candle_nn::VarBuilder;
 
@@ -29,7 +28,7 @@ use crate::engine::{self, Item, RunError};
 use crate::failpoint;
 use crate::model::kernels::{KeptMemory, Packed, Transfer, count_spans, spans};
 use crate::model::message;
-use crate::model::placement::Placement;
+use crate::model::placement::{Placement, Queueing};
 use crate::model::store::Files;
 use crate::model::weights::Weights;
 use crate::ragged::Ragged;
@@ -107,8 +106,7 @@ pub struct Gliner {
     threshold: f32,
     /// A word for samples.
     plain: Vec<u32>,
-    /// Held while a batch is queued on a GPU, which has one queue.
-    queueing: Mutex<()>,
+    queueing: Queueing,
     /// The last field, so that it is dropped after all others.
     _kept_memory: KeptMemory,
 }
@@ -188,7 +186,7 @@ impl Gliner {
             labels: places,
             threshold,
             plain,
-            queueing: Mutex::default(),
+            queueing: Queueing::default(),
             _kept_memory: kept_memory,
         })
     }
@@ -257,8 +255,7 @@ impl Gliner {
             rows.counts.push(firsts.len());
             start += length as u32;
         }
-        let gpu = !self.encoder.device().is_cpu();
-        let turn = gpu.then(|| self.queueing.lock().unwrap_or_else(|e| e.into_inner()));
+        let turn = self.queueing.turn(self.encoder.device());
         let logits = self.encoder.forward(&packed, |hidden, workspace| {
             Transfer::start(&self.head.forward(hidden, &rows, workspace)?)
         })?;
