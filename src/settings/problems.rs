@@ -32,14 +32,6 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Key and value of what is planned but not in this version.
-const PLANNED: &[(&str, &str)] = &[
-    ("input.format", "image"),
-    ("task.kind", "image-classification"),
-    ("task.kind", "image-embedding"),
-    ("task.kind", "tensor"),
-];
-
 /// Problems of a tree that does not match the schema. Messages never quote the values of `secrets`.
 pub(super) fn check(
     value: &Value,
@@ -76,13 +68,10 @@ pub(super) fn check(
             }
             ValidationErrorKind::Enum { options } => {
                 let given = error.instance().as_str().unwrap_or_default().to_owned();
-                let planned = PLANNED.contains(&(key.as_str(), given.as_str()));
                 let options: Vec<&str> =
                     options.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
                 let mut message = format!("{instance} is not allowed");
-                if planned && !hidden {
-                    message = format!("{given} is planned, but not in this version");
-                } else if let Some(near) = nearest(&given, options.iter().copied()) {
+                if let Some(near) = nearest(&given, options.iter().copied()) {
                     message.push_str(&format!("; did you mean {near}?"));
                 }
                 report(key, format!("{message}; allowed: {}", options.join(", ")));

@@ -447,7 +447,7 @@ fn sparse_head(
     let Some(head) = &a.masked_lm else {
         return Err(ModelError::Unsupported(format!(
             "kandle does not know the head for masked language modelling of model_type {:?}, which sparse-embedding \
-             needs; supported: albert, bert, camembert, distilbert, electra, modernbert, mpnet, roberta, xlm-roberta",
+             needs; docs/models.md lists the architectures of each task",
             a.name
         )));
     };
