@@ -13,8 +13,22 @@ pub fn pass(name: &str) {
             std::thread::park();
         }
     });
-    #[cfg(not(feature = "failpoints"))]
+    // Points after a model was replaced have names of their own.
+    #[cfg(feature = "failpoints")]
+    if SWAPPED.load(std::sync::atomic::Ordering::Relaxed) && !name.starts_with("swapped-") {
+        pass(&format!("swapped-{name}"));
+    }
     let _ = name;
+}
+
+#[cfg(feature = "failpoints")]
+static SWAPPED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+
+/// From now on, a point is also passed under the name `swapped-…`: the model was replaced.
+#[inline]
+pub fn swapped() {
+    #[cfg(feature = "failpoints")]
+    SWAPPED.store(true, std::sync::atomic::Ordering::Relaxed);
 }
 
 /// The argument that FAILPOINTS gives for `name`, as in `name=return(argument)`.

@@ -2,9 +2,21 @@
 //! move forward, and only a published one can be committed.
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use crate::record::{Position, RecordError};
 use crate::window::{Load, Span, Window};
+
+/// The version of a model that made predictions: what headers, commit metadata and traces say of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelVersion {
+    /// `source@revision`.
+    pub model: String,
+    /// First 16 hex digits of the model digest.
+    pub digest: String,
+}
 
 /// What is published for one record.
 #[derive(Debug)]
@@ -24,6 +36,8 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct Encoded {
     pub window: Window,
+    /// The model that made all of its predictions.
+    pub model: Arc<ModelVersion>,
     /// One outcome per record.
     pub outcomes: Vec<Outcome>,
     /// The bytes of the predictions, in parts.

@@ -130,11 +130,10 @@ pub fn run(
     topics: &Topics,
     shared: &Shared,
 ) -> Result<(), PipelineError> {
-    describe(compute.about(), shared);
-    let about = compute.about().clone();
+    describe(&compute.about(), &shared.metrics, &shared.health);
     let (metrics, health) = (&shared.metrics, &shared.health);
     if let Some(writer) = compute.writer()
-        && !registration::register(settings, writer, metrics, health, &shared.stop)?
+        && !registration::register(settings, &writer, metrics, health, &shared.stop)?
     {
         return Ok(());
     }
@@ -146,8 +145,6 @@ pub fn run(
             metrics: Arc::clone(metrics),
             health: Arc::clone(health),
             commit_soon: Arc::clone(&commit_soon),
-            digest: about.digest.short().to_owned(),
-            model: about.model.clone(),
             on_change: settings.model.on_change,
             stop: Arc::clone(&shared.stop),
             failed: Arc::clone(&failed),
@@ -168,8 +165,6 @@ pub fn run(
             health: Arc::clone(health),
             commit_soon,
             group: source.group(),
-            model: about.model,
-            digest: about.digest.short().to_owned(),
             topics: topics.clone(),
             stop: Arc::clone(&shared.stop),
             traces: shared.traces.clone(),
@@ -181,7 +176,7 @@ pub fn run(
     let (encoded, to_publish) = bounded::<Queued<Encoded>>(BEFORE_PUBLISH);
     let end = {
         let shared = shared.clone();
-        Box::new(move |verdict: &str| shared.end(verdict))
+        Arc::new(move |verdict: &str| shared.end(verdict))
     };
     let stop = Arc::clone(&shared.stop);
     let wires = StageContext { windows, encoded, reports: report, health: Arc::clone(health), stop, end };
@@ -216,11 +211,14 @@ pub fn run(
     }
 }
 
-fn describe(about: &About, shared: &Shared) {
+/// Shows the model that runs in metrics, /status and the log.
+pub(crate) fn describe(about: &About, metrics: &Metrics, health: &Health) {
     let About { model, device, dtype, .. } = about;
     let (digest, task) = (about.digest.short(), about.kind.name());
-    shared.metrics.model_info.with_label_values(&[model, digest, task, device, dtype]).set(1);
-    shared.health.set_about(serde_json::json!({
+    // An earlier version may have been there.
+    metrics.model_info.reset();
+    metrics.model_info.with_label_values(&[model, digest, task, device, dtype]).set(1);
+    health.set_about(serde_json::json!({
         "model": model, "digest": digest, "task": task, "device": device, "dtype": dtype,
     }));
     tracing::info!(model, digest, task, device, dtype, "model loaded");

@@ -542,6 +542,11 @@ pub struct Model {
     pub dtype: Dtype,
     /// What to do if the group's last commit was made with another model.
     pub on_change: OnChange,
+    /// run: interval at which `source` is looked at again. Another version of the model is loaded while the one that runs
+    /// goes on, and takes over between two windows. One that cannot be loaded or fails its first forward is not used
+    /// (default: never).
+    #[schemars(example = "5m")]
+    pub refresh: Option<Wait>,
     /// Keys of the checkpoint's config.json that kandle does not know and that do not change predictions. Any other
     /// unknown key is refused.
     pub ignore_config: Vec<String>,

@@ -3,10 +3,10 @@
 //! A window closes at the first of five limits: records, bytes, the age of its oldest record, the memory that it will
 //! take, or the device time that it will need. It gathers across partitions and is contiguous in each of them.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::kafka::headers::Headers;
+use crate::kafka::metadata::Metadata;
 use crate::lease::Lease;
 use crate::record::{Arrival, Partition, Position, Raw, Record};
 
@@ -82,8 +82,9 @@ pub struct Span {
     pub lease: Lease,
     pub first: i64,
     pub last: i64,
-    /// Commit metadata for an offset after these records; see [`crate::kafka::metadata`].
-    pub metadata: Arc<str>,
+    /// Commit metadata for an offset after these records. The source says who made the predictions before them; the
+    /// sink, which knows the window's model, who has made them up to the last of them.
+    pub metadata: Metadata,
 }
 
 /// The unit of progress: published in input order, and committed as one under `at_least_once`.
@@ -345,7 +346,7 @@ impl Gatherer {
                     lease: lease.clone(),
                     first: offset,
                     last: offset,
-                    metadata: Arc::default(),
+                    metadata: Metadata::default(),
                 });
                 (self.spans.len() - 1) as u32
             }

@@ -244,6 +244,16 @@ fn rules_between_keys() {
     one_problem("output: { include: [/a/label] }", &["output.include", "already has a field \"label\""]);
     one_problem("output: { include: [/a/id, /b/id] }", &["output.include", "already has a field \"id\""]);
     one_problem("task: { kind: similarity }", &["task.candidates", "needs a file"]);
+    let source = |more: &str| format!("model: {{ source: org/name, refresh: 5m{more} }}");
+    assert!(problems(&source("")).is_empty() && problems(&source(", revision: production")).is_empty());
+    one_problem(&source(", on_change: refuse"), &["model.refresh", "model.on_change: refuse, which forbids"]);
+    one_problem(
+        &source(&format!(", digest: {}", "a".repeat(64))),
+        &["model.refresh", "which pins one version"],
+    );
+    one_problem(&source(&format!(", revision: {}", "a".repeat(40))), &["model.refresh", "is a commit"]);
+    one_problem("model: { refresh: 5m }", &["model.refresh", "has no effect with a bundled model"]);
+    one_problem("model: { source: org/name, refresh: 0s }", &["model.refresh", "is zero"]);
     one_problem("task: { candidates: x }", &["task.candidates", "has no effect"]);
     one_problem("task: { kind: text-embedding, top_k: 2 }", &["task.top_k", "has no effect"]);
     one_problem(

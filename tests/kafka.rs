@@ -16,6 +16,7 @@ mod input;
 mod login;
 mod readme;
 mod rebalance;
+mod refresh;
 mod refused;
 mod registry;
 mod replay;

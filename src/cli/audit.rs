@@ -215,13 +215,16 @@ fn compare(
     let model = |(digest, (model, [predictions, dead_letters], offsets)): (_, (_, [u64; 2], Offsets))| {
         Model { digest, model, predictions, dead_letters, offsets: offsets.list() }
     };
+    let mut models: Vec<Model> = tally.models.into_iter().map(model).collect();
+    // In the order in which they followed each other.
+    models.sort_by_key(|model| model.offsets.first().map(|(first, _)| *first));
     Ok(Found {
         topic: partition.topic.to_string(),
         partition: partition.number,
         from: range.from,
         to: range.to,
         covered: tally.all.count(),
-        models: tally.models.into_iter().map(model).collect(),
+        models,
         missing: lost.count(),
         missing_offsets: lost.list(),
         doubled: tally.doubled.count(),

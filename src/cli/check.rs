@@ -14,11 +14,12 @@ use crate::codec::write::Record;
 use crate::codec::write::schema::Type;
 use crate::codec::{FormatEntry, tokens};
 use crate::compute::About;
+use crate::host_memory;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
 use crate::kafka::login::{self, Client};
 use crate::kafka::permissions::{self, Held};
-use crate::model::{Checkpoint, Files, Output};
+use crate::model::{self, Checkpoint, Files, Output};
 use crate::registry::registration::{OutputSchema, candidates};
 use crate::registry::{Registry, RegistryError, Version};
 use crate::settings::{self, Guarantee, Loaded, Settings, TensorInput};
@@ -388,7 +389,8 @@ fn model(settings: &Settings, lines: &mut Lines) -> Option<Vec<String>> {
             );
             lines.say(&what, Ok(found));
             labels(settings, lines);
-            memory(settings, about, lines);
+            refresh(settings, lines);
+            memory(settings, &about, lines);
             Some(compute.pointers())
         }
     }
@@ -416,7 +418,9 @@ fn labels(settings: &Settings, lines: &Lines) {
 
 /// Compares the model plus `memory.limit` with the memory of the machine or the container.
 fn memory(settings: &Settings, about: &About, lines: &mut Lines) {
-    let Some(room) = room() else { return lines.skip("memory", "the system does not report its memory") };
+    let Some(room) = host_memory::limit() else {
+        return lines.skip("memory", "the system does not report its memory");
+    };
     let model = about.host_memory;
     let need = model + settings.memory.limit.0;
     let mib = |bytes: u64| bytes >> 20;
@@ -426,16 +430,24 @@ fn memory(settings: &Settings, about: &About, lines: &mut Lines) {
         mib(settings.memory.limit.0),
         mib(room)
     );
+    if settings.model.refresh.is_some() && need <= room && need + model > room {
+        let why = format!(
+            "{found}, which does not hold two versions of the model: to replace it (model.refresh), kandle drops the one \
+             that runs before it loads the other, and records wait meanwhile"
+        );
+        return lines.warn("memory", &why);
+    }
     lines.say("memory", if need <= room { Ok(found) } else { Err(format!("{found}: lower memory.limit")) });
 }
 
-/// The container's limit (cgroup v2) or the machine's memory, in bytes.
-fn room() -> Option<u64> {
-    let machine = std::fs::read_to_string("/proc/meminfo").ok()?.lines().find_map(|line| {
-        let kib: u64 = line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        Some(kib * 1024)
-    })?;
-    let group =
-        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
-    Some(group.map_or(machine, |limit: u64| limit.min(machine)))
+/// What version `model.refresh` sees: the store must say it without loading the model.
+fn refresh(settings: &Settings, lines: &mut Lines) {
+    let (Some(every), Some(wants)) = (settings.model.refresh, Kind::of(settings.task.kind).wants()) else {
+        return;
+    };
+    let found = model::version(&settings.model, wants).map(|version| {
+        let version = version.unwrap_or_else(|| "the only one".to_owned());
+        format!("looks every {every}; the version now is {version}")
+    });
+    lines.say("model.refresh", found.map_err(|error| error.to_string()));
 }

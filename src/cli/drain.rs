@@ -80,7 +80,7 @@ fn work(
     let compute = task::load(settings, &shared.metrics)?;
     let topics = cluster::wait(settings, &shared.metrics, &shared.health, &shared.stop, Missing::Fail)?;
     let Some(topics) = topics else { bail!("stopped before anything was read") };
-    run::refuse_other_models(settings, compute.about())?;
+    run::refuse_other_models(settings, &compute.about())?;
     warn_of_retention(settings, &topics, drain.ranges());
     let about = compute.about();
     let (model, model_digest) = (about.model.clone(), about.digest.full().to_owned());

@@ -7,10 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use crate::clock;
-use crate::compute::About;
+use crate::compute::{About, Compute, Replaceable};
 use crate::kafka::cluster::{self, Cluster, Missing};
 use crate::kafka::consumer::Role;
 use crate::pipeline::{self, Shared};
+use crate::refresh;
 use crate::schedule::Phase;
 use crate::settings::{Loaded, OnChange, Outside, Settings};
 use crate::task;
@@ -57,7 +58,7 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
         }
         let compute = match loaded.take() {
             Some(compute) => compute,
-            None => task::load(settings, &shared.metrics)?,
+            None => load(settings, shared)?,
         };
         if shared.schedule.outside == Outside::Leave && !await_period(shared, Duration::ZERO) {
             return Ok(());
@@ -67,7 +68,7 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
         else {
             return Ok(());
         };
-        refuse_other_models(settings, compute.about())?;
+        refuse_other_models(settings, &compute.about())?;
         pipeline::run(settings, Arc::clone(&compute), &topics, shared)?;
         if shared.stop.load(Ordering::Relaxed) || shared.schedule.outside == Outside::Stay {
             return Ok(());
@@ -78,6 +79,17 @@ fn consume(settings: &Settings, shared: &Shared) -> anyhow::Result<()> {
             loaded = Some(compute);
         }
     }
+}
+
+/// Loads the model; with `model.refresh`, one that is replaced while it runs.
+fn load(settings: &Settings, shared: &Shared) -> anyhow::Result<Arc<dyn Compute>> {
+    if settings.model.refresh.is_none() {
+        return Ok(task::load(settings, &shared.metrics)?);
+    }
+    let named = refresh::Named::now(settings);
+    let (replaceable, replacer) = Replaceable::new(task::load(settings, &shared.metrics)?);
+    refresh::start(settings, replacer, named, &shared.metrics, &shared.health)?;
+    Ok(replaceable)
 }
 
 /// With `model.on_change: refuse`, refuses to join a group whose live members have another model. The model of the

@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
 use super::{About, Compute, ComputeError, Pace, Stage, StageContext, drop_windows};
-use crate::codec::write::{self, Writer};
+use crate::codec::write::{self, Encoding, Writer};
 use crate::codec::{Decoder, Input, Waiting};
 use crate::engine::{
     Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError, TOKENS,
@@ -163,8 +163,13 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         (states, items)
     }
 
-    /// Turns answers into predictions, as bytes.
+    /// Turns answers into predictions, in `output.format`.
     pub fn predict(&self, response: ResponseOf<T>) -> Encoded {
+        self.predict_in(self.writer.encoding(), response)
+    }
+
+    /// Turns answers into predictions, as bytes. Without an encoding, what the task writes is published.
+    fn predict_in(&self, encoding: Option<Encoding<'_>>, response: ResponseOf<T>) -> Encoded {
         let started = Instant::now();
         let Response { window: Prepared { window, mut states }, answers, failed, busy, .. } = response;
         if !failed.is_empty() {
@@ -174,17 +179,19 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             .into_par_iter()
             .chunks(ENCODE_CHUNK)
             .enumerate()
-            .map(|(part, states)| self.predict_part(part as u32, states, &answers))
+            .map(|(part, states)| self.predict_part(encoding, part as u32, states, &answers))
             .collect();
         let (outcomes, memory): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
         let ended = self.observe("encode", started);
         // Inference and predictions of different windows overlap, so the slower of the two sets the pace.
         self.pace.observe(&window, busy.max(ended - started));
-        Encoded { window, outcomes: outcomes.into_iter().flatten().collect(), memory }
+        let model = Arc::new(self.about.version());
+        Encoded { window, model, outcomes: outcomes.into_iter().flatten().collect(), memory }
     }
 
     fn predict_part(
         &self,
+        encoding: Option<Encoding<'_>>,
         part: u32,
         states: Vec<State<T::Kept>>,
         answers: &Answers<T::Value>,
@@ -194,8 +201,6 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             State::Tombstone | State::Failed(_) => None,
         });
         let (mut json, mut start, mut predictions) = (Vec::new(), 0, Vec::with_capacity(states.len()));
-        // Without an encoding, what the tasks write is what is published.
-        let encoding = self.writer.encoding();
         let mut memory = Vec::new();
         let records: Vec<_> = pending.clone().map(|of| (&of.kept, answers.rows(of.items.clone()))).collect();
         let mut includes = pending.map(|of| of.include.as_str());
@@ -226,6 +231,14 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         };
         let outcomes = states.into_iter().map(outcome).collect();
         (outcomes, memory)
+    }
+
+    /// Prepares one window and runs the model over it.
+    fn respond(&self, window: Window) -> Result<ResponseOf<T>, ComputeError> {
+        let waiting = Waiting { stop: None, health: None, metrics: &self.metrics };
+        // Never stopped.
+        let _ = self.decoder.fetch(window.values(), &waiting);
+        self.engine.answer(self.prepare(window)).map_err(EngineError::without_window)
     }
 
     fn prepare_all(
@@ -300,16 +313,16 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
 }
 
 impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T, M> {
-    fn about(&self) -> &About {
-        &self.about
+    fn about(&self) -> About {
+        self.about.clone()
     }
 
     fn pointers(&self) -> Vec<String> {
         self.decoder.pointers()
     }
 
-    fn writer(&self) -> Option<&Writer> {
-        Some(&self.writer)
+    fn writer(&self) -> Option<Writer> {
+        Some(self.writer.clone())
     }
 
     fn footprint(&self, value: &[u8]) -> usize {
@@ -352,11 +365,11 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
     }
 
     fn answer(&self, window: Window) -> Result<Encoded, ComputeError> {
-        let waiting = Waiting { stop: None, health: None, metrics: &self.metrics };
-        // Never stopped.
-        let _ = self.decoder.fetch(window.values(), &waiting);
-        let response = self.engine.answer(self.prepare(window)).map_err(EngineError::without_window)?;
-        Ok(self.predict(response))
+        Ok(self.predict(self.respond(window)?))
+    }
+
+    fn answer_in_json(&self, window: Window) -> Result<Encoded, ComputeError> {
+        Ok(self.predict_in(None, self.respond(window)?))
     }
 
     fn calibrate(&self) -> Option<Result<Calibration, RunError>> {

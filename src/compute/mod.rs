@@ -11,6 +11,7 @@
 mod batched;
 mod noop;
 mod pace;
+mod replaceable;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -20,10 +21,11 @@ use crossbeam_channel::{Receiver, Sender};
 pub use batched::Batched;
 pub use noop::Noop;
 pub use pace::Pace;
+pub use replaceable::{Replaceable, Replacer};
 
 use crate::codec::write::Writer;
 use crate::engine::{Calibration, EngineError, RunError};
-use crate::flow::{Encoded, Queued, Report};
+use crate::flow::{Encoded, ModelVersion, Queued, Report};
 use crate::model::Digest;
 use crate::settings::TaskKind;
 use crate::telemetry::Health;
@@ -45,6 +47,13 @@ pub struct About {
     pub host_memory: u64,
 }
 
+impl About {
+    /// What predictions say of the model.
+    pub fn version(&self) -> ModelVersion {
+        ModelVersion { model: self.model.clone(), digest: self.digest.short().to_owned() }
+    }
+}
+
 /// Channels and shared state that the stages are connected to.
 pub struct StageContext {
     pub windows: Receiver<Queued<Window>>,
@@ -54,7 +63,7 @@ pub struct StageContext {
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
     /// Shuts the pipeline down gracefully and makes the process exit with this error message.
-    pub end: Box<dyn Fn(&str) + Send + Sync>,
+    pub end: Arc<dyn Fn(&str) + Send + Sync>,
 }
 
 /// Drops a window, and those that come after it: the process is asked to stop, and they cannot be decoded. Nothing of them
@@ -82,13 +91,14 @@ pub type ComputeError = EngineError<()>;
 
 /// A task with its model, ready to run.
 pub trait Compute: Send + Sync {
-    fn about(&self) -> &About;
+    /// Describes what it runs at present.
+    fn about(&self) -> About;
 
     /// The JSON Pointers to what it reads of a record.
     fn pointers(&self) -> Vec<String>;
 
     /// Encodes its predictions; `None` if they are the values, unchanged.
-    fn writer(&self) -> Option<&Writer>;
+    fn writer(&self) -> Option<Writer>;
 
     /// Approximate bytes that a record takes until it is published, beside its own: items, answers, the prediction.
     fn footprint(&self, value: &[u8]) -> usize;
@@ -107,6 +117,12 @@ pub trait Compute: Send + Sync {
     /// # Errors
     /// Nothing more can be computed.
     fn answer(&self, window: Window) -> Result<Encoded, ComputeError>;
+
+    /// Like [`Compute::answer`], with predictions in JSON whatever `output.format` is.
+    ///
+    /// # Errors
+    /// Nothing more can be computed.
+    fn answer_in_json(&self, window: Window) -> Result<Encoded, ComputeError>;
 
     /// Measures batch budgets; `None` without a model.
     fn calibrate(&self) -> Option<Result<Calibration, RunError>>;

@@ -26,8 +26,8 @@ mod weights;
 pub use digest::Digest;
 pub use kandle_kernels as kernels;
 pub use kandle_kernels::{Packed, Pooling};
-pub use placement::{Placement, PlacementError};
-pub use store::{Files, FilesError, Wants};
+pub use placement::{Placement, PlacementError, free_device_memory};
+pub use store::{Files, FilesError, Wants, version};
 pub use text::{
     Candidate, Checkpoint, Embedding, Encoder, Gliner, Head, Layer, Model, ModelError, NoRoom, Output,
     PairPrompt, Part, Place, Prompt, PromptedWords, Prompts, Scores, Shorten, Span, Spans, TextSettings,

@@ -84,6 +84,30 @@ impl Placement {
     }
 }
 
+/// Bytes that can be allocated on a device, by its name as in [`Placement::name`]. `None`: it uses the host's memory, or
+/// does not say.
+pub fn free_device_memory(name: &str) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    {
+        let ordinal = name.strip_prefix("cuda:")?.parse().ok()?;
+        match super::kernels::cuda::free_memory(ordinal) {
+            Ok(bytes) => Some(bytes),
+            Err(error) => {
+                tracing::warn!(
+                    error = super::message(&error),
+                    "the device does not say how much of its memory is free"
+                );
+                None
+            }
+        }
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = name;
+        None
+    }
+}
+
 /// Held while a batch is queued on a GPU, which has one queue: otherwise two batches would interleave and both finish late.
 #[derive(Debug, Default)]
 pub struct Queueing(Mutex<()>);

@@ -3,7 +3,7 @@
 use rdkafka::ClientConfig;
 use serde::Serialize;
 
-use super::{Format, Guarantee, Properties, Registry, Server, Settings, Task};
+use super::{Format, Guarantee, OnChange, Properties, Registry, Server, Settings, Task};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
 use crate::codec::write;
@@ -140,6 +140,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             "is not a digest: set 16 to 64 lower-case hex digits, as `kandle model verify` prints them";
         problem("model.digest", message.to_owned());
     }
+    if let Some(message) = check_refresh(settings) {
+        problem("model.refresh", message);
+    }
     for (key, message) in check_task(&settings.task, entry, FormatEntry::of(input.format)) {
         problem(&format!("task.{key}"), message);
     }
@@ -197,6 +200,32 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         problem("delivery.commit_interval", "is zero".to_owned());
     }
     problems
+}
+
+/// Why `model.refresh` would do nothing.
+fn check_refresh(settings: &Settings) -> Option<String> {
+    let model = &settings.model;
+    let is_commit =
+        |revision: &String| revision.len() == 40 && revision.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let message = if model.refresh?.0.is_zero() {
+        "is zero: set an interval such as 5m, or leave it out"
+    } else if Kind::of(settings.task.kind).wants().is_none() {
+        return Some(format!(
+            "has no effect with task.kind: {}, which runs no model",
+            settings.task.kind.name()
+        ));
+    } else if model.on_change == OnChange::Refuse {
+        "has no effect with model.on_change: refuse, which forbids another version of the model"
+    } else if model.digest.is_some() {
+        "has no effect with model.digest, which pins one version of the model"
+    } else if model.revision.as_ref().is_some_and(is_commit) {
+        "has no effect with a model.revision that is a commit: name a branch or a tag"
+    } else if model.source.as_ref().is_some_and(|source| source.split(':').next() == Some("bundled")) {
+        "has no effect with a bundled model, which is part of the program"
+    } else {
+        return None;
+    };
+    Some(message.to_owned())
 }
 
 fn check_server(server: &Server) -> Vec<(&'static str, String)> {

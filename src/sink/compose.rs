@@ -5,20 +5,11 @@ use std::fmt::Write;
 use rdkafka::message::OwnedHeaders;
 
 use super::window::{DeadLetterForm, InFlightWindow};
-use crate::flow::Outcome;
+use crate::flow::{ModelVersion, Outcome};
 use crate::kafka::headers::{self, Headers};
 use crate::kafka::record_size;
 use crate::record::{Partition, RecordError};
 use crate::settings::{OutputTimestamp, Partitioning, Settings};
-
-/// The model's identity, for the headers of messages.
-#[derive(Debug, Clone)]
-pub(super) struct Stamp {
-    /// The model as `source@revision`.
-    pub model: String,
-    /// First 16 hex digits of the model digest.
-    pub digest: String,
-}
 
 /// The topic that a message goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,16 +53,14 @@ impl Composed<'_> {
 
 /// Builds messages according to the settings.
 pub(super) struct Composer {
-    stamp: Stamp,
     pub partitioning: Partitioning,
     timestamps: OutputTimestamp,
     source: SourceText,
 }
 
 impl Composer {
-    pub fn new(settings: &Settings, stamp: Stamp) -> Self {
+    pub fn new(settings: &Settings) -> Self {
         Self {
-            stamp,
             partitioning: settings.output.partition,
             timestamps: settings.output.timestamp,
             source: SourceText::default(),
@@ -88,7 +77,8 @@ impl Composer {
         match &content.outcomes[place] {
             Outcome::Dead(error) => {
                 let form = window.forms.get(&place).copied().unwrap_or_default();
-                let mut headers = dead_letter(if form.bare { None } else { own }, source, error, &self.stamp);
+                let mut headers =
+                    dead_letter(if form.bare { None } else { own }, source, error, &content.model);
                 if let (true, Some(timestamp)) = (form.now, record.timestamp) {
                     headers = headers::with(headers, headers::TIMESTAMP, &timestamp.to_string());
                 }
@@ -113,7 +103,7 @@ impl Composer {
                     Outcome::Unchanged => content.window.value(record),
                     Outcome::Tombstone | Outcome::Dead(_) => None,
                 },
-                headers: prediction(own, matches!(outcome, Outcome::Unchanged), source, &self.stamp),
+                headers: prediction(own, matches!(outcome, Outcome::Unchanged), source, &content.model),
                 timestamp: match self.timestamps {
                     OutputTimestamp::Record => record.timestamp,
                     OutputTimestamp::Now => None,
@@ -144,7 +134,7 @@ fn own(headers: Option<&Headers>, more: usize) -> OwnedHeaders {
 /// Headers of a prediction or a tombstone. If the input is another job's predictions, that job's headers are removed. So
 /// is the id of the record's schema, unless the prediction is the value, `unchanged`: readers would take it for the
 /// prediction's.
-fn prediction(headers: Option<&Headers>, unchanged: bool, source: &str, stamp: &Stamp) -> OwnedHeaders {
+fn prediction(headers: Option<&Headers>, unchanged: bool, source: &str, by: &ModelVersion) -> OwnedHeaders {
     let own = match headers {
         Some(headers) => {
             let own = headers::without(headers.copy(), &headers::OF_PREDICTIONS);
@@ -153,17 +143,22 @@ fn prediction(headers: Option<&Headers>, unchanged: bool, source: &str, stamp: &
         None => OwnedHeaders::new_with_capacity(headers::OF_PREDICTIONS.len()),
     };
     let headers = headers::with(own, headers::SOURCE, source);
-    let headers = headers::with(headers, headers::MODEL, &stamp.model);
-    headers::with(headers, headers::MODEL_DIGEST, &stamp.digest)
+    let headers = headers::with(headers, headers::MODEL, &by.model);
+    headers::with(headers, headers::MODEL_DIGEST, &by.digest)
 }
 
 /// Headers of a dead letter. The record's own headers stay unchanged, so that it can be reprocessed.
-fn dead_letter(headers: Option<&Headers>, source: &str, error: &RecordError, stamp: &Stamp) -> OwnedHeaders {
+fn dead_letter(
+    headers: Option<&Headers>,
+    source: &str,
+    error: &RecordError,
+    by: &ModelVersion,
+) -> OwnedHeaders {
     let headers = headers::with(own(headers, headers::OF_DEAD_LETTERS.len()), headers::SOURCE, source);
     let headers = headers::with(headers, headers::ERROR, error.fault.name());
     let headers = headers::with(headers, headers::ERROR_MESSAGE, &error.message);
     let headers = headers::with(headers, headers::STAGE, error.fault.stage());
-    headers::with(headers, headers::MODEL_DIGEST, &stamp.digest)
+    headers::with(headers, headers::MODEL_DIGEST, &by.digest)
 }
 
 /// Formats `topic/partition/offset`. Keeps the text up to the offset, as mostly only the offset changes.
@@ -209,12 +204,12 @@ mod tests {
 
     #[test]
     fn own_headers_come_first_and_kandles_headers_follow() {
-        let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
+        let version = ModelVersion { model: "m@1".to_owned(), digest: "d".to_owned() };
         let own = OwnedHeaders::new().insert(Header { key: "traceparent", value: Some("00-x") });
-        let made = prediction(Some(&own.into()), false, "t/0/1", &stamp);
+        let made = prediction(Some(&own.into()), false, "t/0/1", &version);
         assert_eq!(names(&made), ["traceparent", "kandle-source", "kandle-model", "kandle-model-digest"]);
         let error = RecordError::new(Fault::Decode, "bad");
-        let made = dead_letter(None, "t/0/1", &error, &stamp);
+        let made = dead_letter(None, "t/0/1", &error, &version);
         assert_eq!(
             names(&made),
             ["kandle-source", "kandle-error", "kandle-error-message", "kandle-stage", "kandle-model-digest"]
@@ -224,28 +219,28 @@ mod tests {
 
     #[test]
     fn predictions_of_predictions_carry_the_last_jobs_headers() {
-        let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
-        let first = prediction(None, false, "a/0/1", &stamp).into();
-        let second = prediction(Some(&first), false, "b/0/7", &stamp);
+        let version = ModelVersion { model: "m@1".to_owned(), digest: "d".to_owned() };
+        let first = prediction(None, false, "a/0/1", &version).into();
+        let second = prediction(Some(&first), false, "b/0/7", &version);
         assert_eq!(names(&second), ["kandle-source", "kandle-model", "kandle-model-digest"]);
         assert_eq!(listed(&second)[0].1, "b/0/7");
         // A dead letter keeps all headers of its record.
-        let letter = dead_letter(Some(&first), "b/0/7", &RecordError::new(Fault::Decode, "bad"), &stamp);
+        let letter = dead_letter(Some(&first), "b/0/7", &RecordError::new(Fault::Decode, "bad"), &version);
         assert_eq!(listed(&letter)[0].1, "a/0/1");
     }
 
     #[test]
     fn only_an_unchanged_value_keeps_the_id_of_its_schema() {
-        let stamp = Stamp { model: "m@1".to_owned(), digest: "d".to_owned() };
+        let version = ModelVersion { model: "m@1".to_owned(), digest: "d".to_owned() };
         let headers = ["__key_schema_id", "__value_schema_id"]
             .into_iter()
             .fold(OwnedHeaders::new(), |all, key| all.insert(Header { key, value: Some("x") }));
         let own = headers.into();
         let has = |made: &OwnedHeaders| names(made).contains(&"__value_schema_id".to_owned());
-        let changed = prediction(Some(&own), false, "t/0/1", &stamp);
+        let changed = prediction(Some(&own), false, "t/0/1", &version);
         assert!(!has(&changed) && names(&changed)[0] == "__key_schema_id", "the key is the record's");
-        assert!(has(&prediction(Some(&own), true, "t/0/1", &stamp)));
-        assert!(has(&dead_letter(Some(&own), "t/0/1", &RecordError::new(Fault::Decode, "bad"), &stamp)));
+        assert!(has(&prediction(Some(&own), true, "t/0/1", &version)));
+        assert!(has(&dead_letter(Some(&own), "t/0/1", &RecordError::new(Fault::Decode, "bad"), &version)));
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! A batch that the broker refuses is split until the record to blame is found ([`super::recovery`]). A fatal error of
 //! the producer ends the process.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,7 +21,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use rdkafka::types::RDKafkaErrorCode;
 
 use super::acks::{Arrived, Failure, Ticket};
-use super::compose::{Composed, Composer, Stamp, Target, partition};
+use super::compose::{Composed, Composer, Target, partition};
 use super::error::PublishError;
 use super::isolation::Meaning;
 use super::producer::{NotTaken, ProducerLimits, RecordProducer, compresses, config};
@@ -31,8 +31,10 @@ use crate::failpoint;
 use crate::flow::{CommitSoon, Encoded, Outcome, Published, Queued, Report};
 use crate::kafka::cluster::{Cluster, OutputTopic, Topics};
 use crate::kafka::consumer::Group;
+use crate::kafka::metadata::MadeBy;
 use crate::kafka::topic_rules::{Refusal, TopicRules};
-use crate::record::{Fault, Record, RecordError};
+use crate::lease::Lease;
+use crate::record::{Fault, Partition, Record, RecordError};
 use crate::settings::{Guarantee, Settings};
 use crate::telemetry::health::Stage;
 use crate::telemetry::traces::Traces;
@@ -54,10 +56,6 @@ pub struct Context {
     pub commit_soon: Arc<CommitSoon>,
     /// Returns the consumer group metadata, under which a transaction commits offsets.
     pub group: Group,
-    /// The model as `source@revision`.
-    pub model: String,
-    /// First 16 hex digits of the model digest.
-    pub digest: String,
     pub topics: Topics,
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
@@ -113,6 +111,8 @@ pub struct Publisher {
     next: u64,
     /// The next record to send.
     pub(super) cursor: Cursor,
+    /// Who made the predictions up to the last window received, and the lease of its records.
+    made_by: HashMap<Partition, (Lease, MadeBy)>,
     /// Messages that the broker refused and `recover` has yet to handle.
     pub(super) refused: Vec<Failure>,
     /// Why the open transaction cannot be committed, if so.
@@ -150,9 +150,8 @@ impl Publisher {
                 (producer, Delivery::ExactlyOnce(Box::new(transactions)))
             }
         };
-        let stamp = Stamp { model: context.model.clone(), digest: context.digest.clone() };
         Ok(Self {
-            composer: Composer::new(settings, stamp),
+            composer: Composer::new(settings),
             compresses: compresses(settings),
             context,
             settings: settings.clone(),
@@ -162,6 +161,7 @@ impl Publisher {
             windows: VecDeque::new(),
             next: 0,
             cursor: Cursor::default(),
+            made_by: HashMap::new(),
             refused: Vec::new(),
             abort_reason: None,
             producer_stopped: false,
@@ -216,7 +216,17 @@ impl Publisher {
         Ok(())
     }
 
-    fn take(&mut self, content: Encoded) {
+    fn take(&mut self, mut content: Encoded) {
+        for span in &mut content.window.spans {
+            // Windows before this one may be in flight still: the source does not know yet who made them.
+            let before = match self.made_by.get(&span.partition) {
+                Some((lease, made_by)) if *lease == span.lease => made_by,
+                _ => &span.metadata.made_by,
+            };
+            let made_by = before.followed_by(&content.model, span.first);
+            span.metadata.made_by = made_by.clone();
+            self.made_by.insert(span.partition.clone(), (span.lease.clone(), made_by));
+        }
         let window = InFlightWindow::new(content);
         self.next = window.id() + 1;
         failpoint::pass("publish");
@@ -230,6 +240,12 @@ impl Publisher {
     /// Index in `windows` of the window with this id.
     pub(super) fn index(&self, id: u64) -> Option<usize> {
         self.windows.binary_search_by_key(&id, InFlightWindow::id).ok()
+    }
+
+    /// The window of the next record to send, if it has arrived.
+    pub(super) fn next_window(&self) -> Option<&InFlightWindow> {
+        // Ids have gaps where an earlier stage dropped a window.
+        self.windows.get(self.windows.partition_point(|window| window.id() < self.cursor.window))
     }
 
     pub(super) fn all_is_sent(&self) -> bool {
@@ -544,7 +560,7 @@ impl Publisher {
     fn finish(&self, done: InFlightWindow, committed: bool) -> Published {
         let live: Vec<bool> =
             (0..done.content.window.spans.len()).map(|span| done.is_live(span as u32)).collect();
-        let InFlightWindow { content: Encoded { window, outcomes, memory: _ }, started, .. } = done;
+        let InFlightWindow { content: Encoded { window, model, outcomes, memory: _ }, started, .. } = done;
         let metrics = &self.context.metrics;
         metrics.stage.with_label_values(&["publish"]).observe(started.elapsed().as_secs_f64());
         let mut counts = vec![[0u64; 3]; window.spans.len()];
@@ -583,7 +599,7 @@ impl Publisher {
         self.show_memory();
         let ms = (now - window.records[0].arrived).as_millis() as u64;
         let traces = self.context.traces.as_ref();
-        let trace_id = traces.map(|traces| traces.window(&window, totals, &self.context.digest, now));
+        let trace_id = traces.map(|traces| traces.window(&window, totals, &model.digest, now));
         tracing::debug!(
             window = window.id,
             records = window.records.len(),
@@ -593,6 +609,7 @@ impl Publisher {
             tombstones = totals[2],
             closed_by = window.closed_by.name(),
             ms,
+            digest = model.digest,
             trace_id,
             "window published"
         );

@@ -6,6 +6,8 @@
 //!   └────────── the same records again, less those whose lease has ended ◀──────────────────┘
 //! ```
 //!
+//! A transaction holds predictions of one model only: it also ends before a window of another version of the model.
+//!
 //! The group's generation is read before the leases are checked; see [`crate::lease`]. The records of an aborted
 //! transaction are kept: they are sent again before any later ones.
 
@@ -27,7 +29,8 @@ use super::publisher::{Cursor, Delivery, Publisher};
 use super::transaction_thread::{Call, CallError, TransactionThread};
 use super::transactional_id::TransactionalId;
 use crate::failpoint;
-use crate::kafka::metadata::add_offset;
+use crate::flow::ModelVersion;
+use crate::kafka::metadata::{Metadata, add_offset};
 use crate::record::Partition;
 use crate::settings::Settings;
 use crate::telemetry::Health;
@@ -53,6 +56,8 @@ struct Open {
     begun: Instant,
     /// Its first record.
     from: Cursor,
+    /// The model that made all of its predictions.
+    model: Option<Arc<ModelVersion>>,
     /// Bytes sent so far.
     sent: u64,
     /// Bytes acknowledged so far.
@@ -115,23 +120,34 @@ impl Publisher {
     pub(super) fn transaction_is_due(&self, input: bool) -> bool {
         let Delivery::ExactlyOnce(transactions) = &self.delivery else { return false };
         let Some(open) = &transactions.open else { return false };
-        (!input && self.all_is_sent())
+        self.next_is_of_another_model(open)
+            || (!input && self.all_is_sent())
             || open.begun.elapsed() >= transactions.commit_interval
             || transactions.is_full()
             || self.context.commit_soon.is_set()
     }
 
-    /// Opens a transaction if one is needed and none is open. Returns false if that failed or the open one is full.
+    /// Whether the next record to send has a prediction of another model than the open transaction's: a model is
+    /// replaced between two transactions.
+    fn next_is_of_another_model(&self, open: &Open) -> bool {
+        let next = self.next_window().map(|window| &window.content.model);
+        matches!((next, &open.model), (Some(next), Some(model)) if next != model)
+    }
+
+    /// Opens a transaction if one is needed and none is open. Returns false if that failed, or the open one takes no
+    /// more records.
     pub(super) fn begin_transaction(&mut self) -> Result<bool, PublishError> {
         let cursor = self.cursor;
-        let Delivery::ExactlyOnce(transactions) = &mut self.delivery else { return Ok(true) };
-        if transactions.open.is_some() {
-            return Ok(!transactions.is_full());
+        let model = self.next_window().map(|window| Arc::clone(&window.content.model));
+        let Delivery::ExactlyOnce(transactions) = &self.delivery else { return Ok(true) };
+        if let Some(open) = &transactions.open {
+            return Ok(!transactions.is_full() && !self.next_is_of_another_model(open));
         }
+        let Delivery::ExactlyOnce(transactions) = &mut self.delivery else { return Ok(true) };
         match self.producer.client.begin_transaction() {
             Ok(()) => {
                 transactions.open =
-                    Some(Open { begun: Instant::now(), from: cursor, sent: 0, acknowledged: 0 });
+                    Some(Open { begun: Instant::now(), from: cursor, model, sent: 0, acknowledged: 0 });
                 Ok(true)
             }
             Err(error) => {
@@ -259,7 +275,7 @@ impl Publisher {
 
     /// The offsets to commit: for each partition, the offset after the last of these records.
     fn offsets(&self, tickets: &[Ticket]) -> Result<TopicPartitionList, PublishError> {
-        let mut offsets: BTreeMap<&Partition, (i64, &str)> = BTreeMap::new();
+        let mut offsets: BTreeMap<&Partition, (i64, &Metadata)> = BTreeMap::new();
         let mut tickets = tickets;
         while let Some(first) = tickets.first() {
             // One window at a time.
@@ -272,7 +288,7 @@ impl Publisher {
         let mut list = TopicPartitionList::with_capacity(offsets.len());
         for (partition, (offset, metadata)) in offsets {
             let failed = |error| PublishError::Offset { partition: partition.clone(), offset, error };
-            add_offset(&mut list, partition, offset, metadata).map_err(failed)?;
+            add_offset(&mut list, partition, offset, &metadata.text()).map_err(failed)?;
         }
         Ok(list)
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::acks::Ticket;
 use crate::flow::Encoded;
+use crate::kafka::metadata::Metadata;
 use crate::record::{Partition, Position, Record};
 
 /// How a dead letter differs from its record, because its topic refuses the unchanged record.
@@ -136,17 +137,17 @@ impl InFlightWindow {
 
     /// The offsets to commit for the records in `from..to`: for each live partition, the offset after its last record,
     /// with its commit metadata.
-    pub fn offsets(&self, from: usize, to: usize) -> BTreeMap<&Partition, (i64, &str)> {
+    pub fn offsets(&self, from: usize, to: usize) -> BTreeMap<&Partition, (i64, &Metadata)> {
         let window = &self.content.window;
         if to == self.len() {
             // The last record of a span is at `from` or later, or was committed already.
             let spans = self.live_spans().map(|span| &window.spans[span]);
-            return spans.map(|span| (&span.partition, (span.last + 1, &*span.metadata))).collect();
+            return spans.map(|span| (&span.partition, (span.last + 1, &span.metadata))).collect();
         }
         let live = window.records[from..to].iter().filter(|record| self.is_live(record.span));
         let offset = |record: &Record| {
             let span = &window.spans[record.span as usize];
-            (&span.partition, (record.offset + 1, &*span.metadata))
+            (&span.partition, (record.offset + 1, &span.metadata))
         };
         live.map(offset).collect()
     }

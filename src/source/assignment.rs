@@ -127,6 +127,7 @@ impl Source {
                     self.fetching.topic_is(&partition.topic, id);
                 }
                 owned.suspects = start.suspects();
+                owned.made_by = start.made_by();
                 if let Some(first) = owned.suspects.first() {
                     tracing::warn!(
                         %partition,
@@ -191,12 +192,14 @@ impl Source {
         if self.context.on_change == OnChange::Allow {
             return Ok(());
         }
+        let ours = self.context.compute.about().version();
         for element in known.elements() {
             let (Some(kept), Offset::Offset(offset)) = (Metadata::read(element.metadata()), element.offset())
             else {
                 continue;
             };
-            if kept.digest == self.context.digest {
+            let kept = kept.made_by.version;
+            if kept.digest == ours.digest {
                 continue;
             }
             let message = format!(
@@ -206,8 +209,8 @@ impl Source {
                 element.partition(),
                 kept.model,
                 kept.digest,
-                self.context.model,
-                self.context.digest,
+                ours.model,
+                ours.digest,
             );
             if self.context.on_change == OnChange::Refuse {
                 return Err(SourceError::ModelChanged(format!(

@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
+use crate::flow::ModelVersion;
+use crate::kafka::metadata::MadeBy;
 use crate::kafka::native::TopicId;
 use crate::lease::Lease;
 use crate::record::Partition;
@@ -39,6 +41,8 @@ pub(super) struct PartitionState {
     gaps: Vec<(i64, i64)>,
     /// Offsets of records on which inference timed out before.
     pub suspects: BTreeSet<i64>,
+    /// Who made the predictions up to the last published record.
+    pub made_by: MadeBy,
 }
 
 /// Why a partition is not read at present.
@@ -86,6 +90,7 @@ impl PartitionState {
             gathering: None,
             gaps: Vec::new(),
             suspects: BTreeSet::new(),
+            made_by: MadeBy::default(),
         }
     }
 
@@ -189,6 +194,31 @@ impl PartitionState {
     }
 }
 
+/// A version of the model has followed another in a partition.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct ModelChange {
+    pub partition: Partition,
+    /// The first offset that the new version has predicted.
+    pub first: i64,
+    pub before: ModelVersion,
+    pub now: ModelVersion,
+}
+
+impl ModelChange {
+    pub fn log(&self) {
+        let Self { partition, first, before, now } = self;
+        tracing::info!(
+            %partition,
+            first,
+            model = now.model,
+            digest = now.digest,
+            model_before = before.model,
+            digest_before = before.digest,
+            "first predictions of another version of the model"
+        );
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     owned: HashMap<Partition, PartitionState>,
@@ -274,8 +304,10 @@ impl Ledger {
         }
     }
 
-    /// Marks a window as published. `committed`: the same transaction has committed its offsets.
-    pub fn published(&mut self, spans: &[Span], committed: bool) {
+    /// Marks a window as published. `committed`: the same transaction has committed its offsets. Returns where a version
+    /// of the model has followed another.
+    pub fn published(&mut self, spans: &[Span], committed: bool) -> Vec<ModelChange> {
+        let mut changes = Vec::new();
         for span in spans {
             if let Some(owned) = self.current(span) {
                 owned.in_flight.pop_front();
@@ -285,8 +317,19 @@ impl Ledger {
                     (owned.sent, owned.committed) = (next, next);
                 }
                 owned.suspects = owned.suspects.split_off(&(span.last + 1));
+                let made_by = &span.metadata.made_by;
+                let before = std::mem::replace(&mut owned.made_by, made_by.clone()).version;
+                if !before.digest.is_empty() && before.digest != made_by.version.digest {
+                    changes.push(ModelChange {
+                        partition: span.partition.clone(),
+                        first: span.first,
+                        before,
+                        now: made_by.version.clone(),
+                    });
+                }
             }
         }
+        changes
     }
 
     /// Takes the published offsets that are not handed to a commit yet. With transactions these are skipped offsets,
@@ -498,6 +541,30 @@ mod tests {
         assert!(!ledger.commits_open() && ledger.take_commits(None).is_empty());
         let owned = ledger.get(&p).unwrap();
         assert_eq!((owned.committed, owned.next(), owned.is_idle()), (Some(5), Some(5), true));
+    }
+
+    #[test]
+    fn a_new_version_of_the_model_begins_with_its_first_offset() {
+        let mut ledger = Ledger::default();
+        let p = Partition::new("t", 0);
+        let lease = ledger.assign(p.clone(), Some(0));
+        let version =
+            |name: &str| ModelVersion { model: name.to_owned(), digest: format!("digest of {name}") };
+        let mut made_by = MadeBy::default();
+        let mut publish = |first, last, name: &str| {
+            made_by = made_by.followed_by(&version(name), first);
+            read(&mut ledger, &p, first..=last);
+            let mut span = span(0, &lease, first, last);
+            span.metadata.made_by = made_by.clone();
+            ledger.gathered(std::slice::from_ref(&span));
+            let changes = ledger.published(&[span], false);
+            (changes, ledger.get(&p).unwrap().made_by.since)
+        };
+        assert_eq!(publish(0, 4, "a"), (vec![], Some(0)), "nobody was before it");
+        assert_eq!(publish(5, 9, "a"), (vec![], Some(0)));
+        let change = ModelChange { partition: p.clone(), first: 10, before: version("a"), now: version("b") };
+        assert_eq!(publish(10, 14, "b"), (vec![change], Some(10)));
+        assert_eq!(publish(15, 19, "b"), (vec![], Some(10)));
     }
 
     #[test]

@@ -16,10 +16,11 @@ use super::callbacks::{Callbacks, Event};
 use super::damage::{self, Damage};
 use super::drain::committed_offsets_of;
 use super::start::{Begin, StartOf, start_of};
+use crate::flow::ModelVersion;
 use crate::kafka::cluster::committed;
 use crate::kafka::consumer::{self, Reader};
 use crate::kafka::login::Client;
-use crate::kafka::metadata::{Metadata, add_offset};
+use crate::kafka::metadata::{MadeBy, Metadata, add_offset};
 use crate::kafka::native::{self, First, Identity};
 use crate::kafka::range::{self, Edge, REQUEST_TIMEOUT, RangeError};
 use crate::kafka::topics::TopicFilter;
@@ -159,8 +160,8 @@ pub(super) struct Setup {
     /// `input.topics`: names, or one pattern.
     pub topics: Vec<String>,
     pub start: Start,
-    pub model: String,
-    pub digest: String,
+    /// The model's version at the start.
+    pub version: ModelVersion,
 }
 
 impl Lookup {
@@ -395,7 +396,8 @@ impl Thread {
         let mut list = TopicPartitionList::with_capacity(partitions.len());
         for (partition, end) in range::all_edges(self.prober()?, partitions, Edge::End)? {
             let id = identities.get(&*partition.topic).and_then(Identity::id).cloned();
-            let metadata = Metadata::new(&self.setup.model, &self.setup.digest, id, &Default::default());
+            let made_by = MadeBy { version: self.setup.version.clone(), since: None };
+            let metadata = Metadata::new(made_by, id, &Default::default());
             add_offset(&mut list, &partition, end, &metadata.text())?;
             ends.insert(partition, end);
         }

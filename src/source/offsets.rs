@@ -1,7 +1,6 @@
 //! Commits the offsets of published windows, and the metadata stored with them.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -62,9 +61,9 @@ impl Offsets {
 
 impl Context {
     /// Metadata to commit with an offset of a partition. Suspects before `from` are left out.
-    pub(super) fn metadata(&self, owned: &PartitionState, from: i64) -> Arc<str> {
+    pub(super) fn metadata(&self, owned: &PartitionState, from: i64) -> Metadata {
         let suspects = owned.suspects.range(from..).copied().collect();
-        Metadata::new(&self.model, &self.digest, owned.topic_id.clone(), &suspects).text().into()
+        Metadata::new(owned.made_by.clone(), owned.topic_id.clone(), &suspects)
     }
 }
 
@@ -87,8 +86,12 @@ impl Source {
         let mut list = TopicPartitionList::with_capacity(offsets.len());
         for (partition, offset) in offsets {
             let Some(owned) = self.ledger.get(partition) else { continue };
-            let metadata = self.context.metadata(owned, *offset);
-            if let Err(error) = add_offset(&mut list, partition, *offset, &metadata) {
+            let mut metadata = self.context.metadata(owned, *offset);
+            if !metadata.made_by.is_known() {
+                // Nothing before the offset was predicted, or not by kandle.
+                metadata.made_by.version = self.context.compute.about().version();
+            }
+            if let Err(error) = add_offset(&mut list, partition, *offset, &metadata.text()) {
                 tracing::warn!(%partition, offset, %error, "the offset could not be added to the commit");
             }
         }

@@ -79,10 +79,6 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub commit_soon: Arc<CommitSoon>,
-    /// The first 16 hex digits of the model digest, kept with the committed offsets.
-    pub digest: String,
-    /// `source@revision` of the model, kept with the committed offsets.
-    pub model: String,
     pub on_change: OnChange,
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
@@ -97,7 +93,7 @@ pub struct Context {
     pub reprocess: Option<Arc<OriginalTopics>>,
     /// Number of partitions of the input topics.
     pub partitions: u64,
-    /// Estimates the memory and the work of a record.
+    /// Estimates the memory and the work of a record, and knows the model's present version.
     pub compute: Arc<dyn Compute>,
     /// Offsets are committed in the sink's transactions.
     pub transactional: bool,
@@ -138,7 +134,8 @@ impl Drop for Source {
 impl Source {
     pub fn new(settings: &Settings, context: Context) -> Result<Self, SourceError> {
         let role = if context.drain.is_some() { consumer::Role::Drain } else { consumer::Role::Run };
-        let config = consumer::config(settings, role, &context.digest, context.partitions);
+        let version = context.compute.about().version();
+        let config = consumer::config(settings, role, &version.digest, context.partitions);
         let consumer: Client<BaseConsumer<Callbacks>> =
             login::create(&config, Callbacks::default()).map_err(SourceError::Client)?;
         let consumer = Arc::new(consumer);
@@ -153,13 +150,8 @@ impl Source {
             None => Subscription::new(&settings.input.topics),
         };
         let fetching = Fetching::new(&config, Instant::now());
-        let setup = Setup {
-            config,
-            topics: settings.input.topics.clone(),
-            start: settings.input.start,
-            model: context.model.clone(),
-            digest: context.digest.clone(),
-        };
+        let setup =
+            Setup { config, topics: settings.input.topics.clone(), start: settings.input.start, version };
         let lookup = Lookup::start(&consumer, setup).map_err(|e| fatal(&e))?;
         context.metrics.memory_limit.set(settings.memory.limit.0 as f64);
         let refresh = settings.property("topic.metadata.refresh.interval.ms");
@@ -362,7 +354,9 @@ impl Source {
     fn take_report(&mut self, report: Report) {
         match report {
             Report::Published(Published { spans, counts, records, load, committed }) => {
-                self.ledger.published(&spans, committed);
+                for change in self.ledger.published(&spans, committed) {
+                    change.log();
+                }
                 if let Some(drain) = &self.bounds.drain {
                     drain.published(&spans, &counts);
                 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rdkafka::topic_partition_list::TopicPartitionListElem;
 
-use crate::kafka::metadata::Metadata;
+use crate::kafka::metadata::{MadeBy, Metadata};
 use crate::kafka::native::{Identity, TopicId};
 use crate::record::Partition;
 
@@ -37,6 +37,14 @@ impl StartOf {
         match self.begin {
             Begin::At(offset) => Some(offset),
             Begin::LogStart | Begin::Recreated { .. } => None,
+        }
+    }
+
+    /// Who made the predictions before the start, if the group knows.
+    pub fn made_by(&self) -> MadeBy {
+        match (&self.begin, &self.metadata) {
+            (Begin::At(_), Some(metadata)) => metadata.made_by.clone(),
+            _ => MadeBy::default(),
         }
     }
 
@@ -83,11 +91,14 @@ fn begins(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::ModelVersion;
 
     #[test]
     fn an_offset_is_valid_only_for_the_topic_it_was_committed_for() {
         let id = TopicId::new;
-        let of = |topic_id: Option<&str>| Some(Metadata::new("m", "d", topic_id.map(id), &[7].into()));
+        let version = ModelVersion { model: "m".to_owned(), digest: "d".to_owned() };
+        let made_by = || MadeBy { version: version.clone(), since: Some(3) };
+        let of = |topic_id: Option<&str>| Some(Metadata::new(made_by(), topic_id.map(id), &[7].into()));
         let begin = |offset, metadata, identity| begins(Partition::new("t", 0), offset, metadata, identity);
         let now = || Identity::Id(id("now"));
         assert_eq!(begin(None, None, now()).begin, Begin::LogStart);
@@ -95,10 +106,11 @@ mod tests {
         assert_eq!(begin(Some(5), of(None), now()).begin, Begin::At(5));
         assert_eq!(begin(Some(5), of(Some("then")), Identity::Unknown).begin, Begin::At(5));
         let same = begin(Some(5), of(Some("now")), now());
-        assert_eq!((same.committed(), same.suspects()), (Some(5), [7].into()));
+        assert_eq!((same.committed(), same.suspects(), same.made_by()), (Some(5), [7].into(), made_by()));
         let other = begin(Some(5), of(Some("then")), now());
         assert_eq!(other.begin, Begin::Recreated { offset: 5, before: id("then"), now: id("now") });
         assert_eq!((other.committed(), other.suspects()), (None, [].into()));
+        assert!(!other.made_by().is_known(), "the predictions were of another topic");
         assert_eq!(other.topic_id, Some(id("now")));
     }
 }

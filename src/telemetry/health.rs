@@ -31,6 +31,8 @@ pub struct Health {
     /// The source's part of /status: assignment and lag.
     source: Mutex<Value>,
     about: Mutex<Value>,
+    /// The part of `model.refresh`: what was looked for and what came of it.
+    refresh: Mutex<Value>,
     errors: Mutex<VecDeque<Value>>,
 }
 
@@ -43,6 +45,7 @@ impl Health {
             ready: AtomicBool::new(false),
             source: Mutex::new(Value::Null),
             about: Mutex::new(Value::Null),
+            refresh: Mutex::new(Value::Null),
             errors: Mutex::default(),
         }
     }
@@ -81,6 +84,10 @@ impl Health {
         *self.about.lock().unwrap_or_else(|e| e.into_inner()) = about;
     }
 
+    pub fn set_refresh(&self, refresh: Value) {
+        *self.refresh.lock().unwrap_or_else(|e| e.into_inner()) = refresh;
+    }
+
     pub fn set_source(&self, source: Value) {
         *self.source.lock().unwrap_or_else(|e| e.into_inner()) = source;
     }
@@ -102,6 +109,7 @@ impl Health {
             "stalled": self.stalled(),
             "ready": self.is_ready(),
             "model": *self.about.lock().unwrap_or_else(|e| e.into_inner()),
+            "refresh": *self.refresh.lock().unwrap_or_else(|e| e.into_inner()),
             "source": *self.source.lock().unwrap_or_else(|e| e.into_inner()),
             "errors": *self.errors.lock().unwrap_or_else(|e| e.into_inner()),
         })

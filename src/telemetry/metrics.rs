@@ -59,6 +59,7 @@ pub const TABLE: &[Row] = &[
     ("kandle_oom_splits_total", C, &["cause"], "Batches that did not fit the device's memory: several inputs are halved (batch), a single one is retried alone (item)."),
     ("kandle_bisections_total", C, &[], "Failed batches halved to find the record at fault."),
     ("kandle_model_info", G, &["model", "digest", "task", "device", "dtype"], "Always 1; the labels name the model, its task and its device."),
+    ("kandle_model_refreshes_total", C, &["outcome"], "Looks of model.refresh for another version of the model: unchanged, replaced (it took over), failed (it could not be found out, loaded or used, and the version before runs on)."),
     ("kandle_build_info", G, &["version"], "Always 1; the label is the version of kandle."),
 ];
 
@@ -94,6 +95,7 @@ pub struct Metrics {
     pub oom_splits: IntCounterVec,
     pub bisections: IntCounter,
     pub model_info: IntGaugeVec,
+    pub model_refreshes: IntCounterVec,
 }
 
 /// Makes and registers one metric of the table.
@@ -162,6 +164,7 @@ impl Metrics {
             oom_splits: counters("kandle_oom_splits_total"),
             bisections: counter("kandle_bisections_total"),
             model_info: gauges("kandle_model_info"),
+            model_refreshes: counters("kandle_model_refreshes_total"),
             registry,
         };
         register(&metrics.registry, "kandle_build_info", |o, _, l| IntGaugeVec::new(o, l))
@@ -199,6 +202,9 @@ impl Metrics {
         }
         self.deadline.set(f64::INFINITY);
         self.schedule_open.set(1.0);
+        for outcome in crate::refresh::Outcome::ALL {
+            self.model_refreshes.with_label_values(&[outcome.name()]);
+        }
         for cause in ["batch", "item"] {
             self.oom_splits.with_label_values(&[cause]);
         }

@@ -11,7 +11,7 @@ mod tests;
 #[cfg(feature = "cuda")]
 pub(super) use launch::{add_activate, add_norm, attend, embed, gated, norm_add, pool, reduce};
 #[cfg(feature = "cuda")]
-pub use stream::{Download, MemoryPool, open, upload};
+pub use stream::{Download, MemoryPool, free_memory, open, upload};
 
 use super::{Activation, Gate, Pooling, Reduction, Saturation};
 

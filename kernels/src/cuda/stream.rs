@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::{self, CUevent_flags, CUmemPool_attribute};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaEvent, CudaStream, DeviceRepr, PinnedHostSlice, ValidAsZeroBits, result,
+    CudaContext, CudaEvent, CudaStream, DeviceRepr, PinnedHostSlice, ValidAsZeroBits, result,
 };
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, WrapErr};
 use candle_core::op::BackpropOp;
@@ -69,6 +69,30 @@ impl Drop for MemoryPool {
             tracing::warn!(%error, "cannot release the GPU memory pool");
         }
     }
+}
+
+/// Bytes that can be allocated on a device: what is free, and what its memory pool keeps but nothing uses.
+pub fn free_memory(ordinal: usize) -> Result<u64> {
+    // The device's primary context, which Candle uses too.
+    let context = CudaContext::new(ordinal).w()?;
+    let (free, _) = context.mem_get_info().w()?;
+    if !context.has_async_alloc() {
+        return Ok(free as u64);
+    }
+    let mut pool = std::ptr::null_mut();
+    let (mut reserved, mut used) = (0u64, 0u64);
+    // SAFETY: the device exists, and these attributes are u64s.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result().w()?;
+        for (attribute, bytes) in [
+            (CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, &mut reserved),
+            (CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT, &mut used),
+        ] {
+            let bytes: *mut u64 = bytes;
+            sys::cuMemPoolGetAttribute(pool, attribute, bytes.cast::<c_void>()).result().w()?;
+        }
+    }
+    Ok(free as u64 + reserved.saturating_sub(used))
 }
 
 thread_local! {

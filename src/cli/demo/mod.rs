@@ -77,7 +77,7 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
 
     let started = Instant::now();
     let compute = task::load(&settings, &shared.metrics)?;
-    let about = compute.about().clone();
+    let about = compute.about();
     outln!("kandle demo: {}", scene.title);
     outln!(
         "  model    {} (digest {}), loaded in {} ms on {}",

@@ -17,7 +17,7 @@ mod protobuf;
 pub mod schema;
 mod transcode;
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 pub use included::{TypesError, typed};
 pub use schema::Record;
@@ -66,17 +66,17 @@ impl OutputEntry {
     }
 }
 
-/// Encodes the predictions of one task.
-#[derive(Debug)]
+/// Encodes the predictions of one task. Clones share the schema.
+#[derive(Debug, Clone)]
 pub struct Writer {
     format: OutputFormat,
     /// What predictions consist of, and the id of its schema in the registry.
-    schema: OnceLock<(Record, u32)>,
+    schema: Arc<OnceLock<(Record, u32)>>,
 }
 
 impl Writer {
     pub fn new(settings: &Settings) -> Self {
-        Self { format: settings.output.format, schema: OnceLock::new() }
+        Self { format: settings.output.format, schema: Arc::default() }
     }
 
     /// From now on, predictions are written in `output.format`, by this record, with the id of its schema. Until then
@@ -84,6 +84,13 @@ impl Writer {
     pub fn set_schema(&self, record: Record, id: u32) {
         // Windows in flight were encoded with the first one.
         let _ = self.schema.set((record, id));
+    }
+
+    /// Writes as `before` does, which is of another version of the model: the schema depends on the task, not on the model.
+    pub fn continue_from(&self, before: &Self) {
+        if let Some((record, id)) = before.schema.get() {
+            self.set_schema(record.clone(), *id);
+        }
     }
 
     /// How to encode predictions; `None`: they are published as the task writes them.
@@ -211,7 +218,7 @@ mod tests {
     }
 
     fn written(format: OutputFormat, json: &str) -> Result<Vec<u8>, String> {
-        let writer = Writer { format, schema: OnceLock::from((record(), 7)) };
+        let writer = Writer { format, schema: Arc::new(OnceLock::from((record(), 7))) };
         let mut out = vec![9];
         let encoding = writer.encoding().unwrap();
         encoding.write(json.as_bytes(), &mut out).map_err(|error| error.message)?;
@@ -271,7 +278,7 @@ mod tests {
     #[test]
     fn json_is_framed_unchanged() {
         assert_eq!(written(OutputFormat::JsonSchema, FULL).unwrap(), FULL.as_bytes());
-        let writer = Writer { format: OutputFormat::Avro, schema: OnceLock::new() };
+        let writer = Writer { format: OutputFormat::Avro, schema: Arc::default() };
         assert!(writer.encoding().is_none(), "there is no encoding before the schema has an id");
     }
 
@@ -318,7 +325,7 @@ mod tests {
         ];
         let record = Record { name: "X".to_owned(), fields };
         let written = |format, json: &str| {
-            let writer = Writer { format, schema: OnceLock::from((record.clone(), 7)) };
+            let writer = Writer { format, schema: Arc::new(OnceLock::from((record.clone(), 7))) };
             let mut out = Vec::new();
             let done = writer.encoding().unwrap().write(json.as_bytes(), &mut out);
             done.map(|()| out.split_off(5)).map_err(|error| error.message)

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use hf_hub::api::RepoInfo;
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use super::{FilesError, Place, Wants};
@@ -37,6 +37,48 @@ pub fn open(
     Ok(Some(super::Snapshot { place: Place::Directory(directory), revision: Some(commit), file: None }))
 }
 
+/// The commit that the revision names now.
+pub fn version(
+    model: &settings::Model,
+    source: &str,
+    wants: Wants,
+) -> Result<Option<Option<String>>, FilesError> {
+    if !is_id(source) {
+        return Ok(None);
+    }
+    let (cache, revision) = (cache(model), revision(model));
+    if is_offline(model) {
+        // Another process may have fetched a new commit into the cache.
+        let found = cached(&cache, source, &revision, wants);
+        let snapshot = found.ok_or_else(|| not_cached(&cache, source, &revision))?;
+        return Ok(Some(Some(snapshot.commit)));
+    }
+    match resolve(model, &cache, source, &revision) {
+        Ok((_, info)) => Ok(Some(Some(info.sha))),
+        Err(Asked::Unreachable(reason)) => Err(FilesError::Hub(format!("{source}@{revision}: {reason}"))),
+        Err(Asked::Refused(error)) => Err(error),
+    }
+}
+
+fn revision(model: &settings::Model) -> String {
+    model.revision.clone().unwrap_or_else(|| "main".to_owned())
+}
+
+fn cache(model: &settings::Model) -> Cache {
+    model.cache.clone().map_or_else(Cache::from_env, Cache::new)
+}
+
+fn is_offline(model: &settings::Model) -> bool {
+    model.offline || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"))
+}
+
+fn not_cached(cache: &Cache, id: &str, revision: &str) -> FilesError {
+    FilesError::Hub(format!(
+        "{id}@{revision} is not in the cache {}, and offline mode forbids downloads",
+        cache.path().display()
+    ))
+}
+
 /// Whether a source has the form of a hub id: `name` or `org/name`.
 fn is_id(source: &str) -> bool {
     let legal = |part: &str| {
@@ -50,17 +92,10 @@ fn is_id(source: &str) -> bool {
 }
 
 fn snapshot(model: &settings::Model, id: &str, wants: Wants) -> Result<Snapshot, FilesError> {
-    let revision = model.revision.clone().unwrap_or_else(|| "main".to_owned());
-    let cache = model.cache.clone().map_or_else(Cache::from_env, Cache::new);
-    let offline = model.offline
-        || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| v == "1" || v.eq_ignore_ascii_case("true"));
-    if offline {
-        return cached(&cache, id, &revision, wants).ok_or_else(|| {
-            FilesError::Hub(format!(
-                "{id}@{revision} is not in the cache {}, and offline mode forbids downloads",
-                cache.path().display()
-            ))
-        });
+    let (cache, revision) = (cache(model), revision(model));
+    if is_offline(model) {
+        let found = cached(&cache, id, &revision, wants);
+        return found.ok_or_else(|| not_cached(&cache, id, &revision));
     }
     match download(model, &cache, id, &revision, wants) {
         Ok(snapshot) => Ok(snapshot),
@@ -90,13 +125,13 @@ enum Asked {
     Refused(FilesError),
 }
 
-fn download(
+/// Asks the hub for the commit that a revision names, and its files.
+fn resolve(
     model: &settings::Model,
     cache: &Cache,
     id: &str,
     revision: &str,
-    wants: Wants,
-) -> Result<Snapshot, Asked> {
+) -> Result<(Api, RepoInfo), Asked> {
     let refused = |message: String| Asked::Refused(FilesError::Hub(message));
     let mut builder =
         ApiBuilder::from_env().with_cache_dir(cache.path().clone()).with_progress(false).with_retries(3);
@@ -115,6 +150,17 @@ fn download(
             _ => Asked::Unreachable(message),
         }
     })?;
+    Ok((api, info))
+}
+
+fn download(
+    model: &settings::Model,
+    cache: &Cache,
+    id: &str,
+    revision: &str,
+    wants: Wants,
+) -> Result<Snapshot, Asked> {
+    let (api, info) = resolve(model, cache, id, revision)?;
     // All files are requested by commit, so that they are of one version.
     let repo = api.repo(Repo::with_revision(id.to_owned(), RepoType::Model, info.sha.clone()));
     let fetch = |repo: &ApiRepo, name: &str| {

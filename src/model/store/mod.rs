@@ -23,11 +23,36 @@ pub enum Wants {
     Onnx,
 }
 
-/// Opens the model that `model.source` names; `None` if the source is not of this store's form.
-type Open = fn(&settings::Model, &str, Wants) -> Result<Option<Snapshot>, FilesError>;
+/// A kind of place that has models. Its functions take `model`, `model.source` and the files that are wanted.
+struct Store {
+    /// Opens the model that the source names; `None` if the source is not of this store's form.
+    open: fn(&settings::Model, &str, Wants) -> Result<Option<Snapshot>, FilesError>,
+    /// What version the source names now, found without fetching files; `None` if it is not of this store's form,
+    /// `Some(None)` if it always names the same.
+    version: fn(&settings::Model, &str, Wants) -> Result<Option<Option<String>>, FilesError>,
+}
 
 /// The stores, in the order in which they are tried.
-const STORES: &[Open] = &[bundled::open, directory::open, hub::open];
+const STORES: &[Store] = &[
+    Store { open: bundled::open, version: bundled::version },
+    Store { open: directory::open, version: directory::version },
+    Store { open: hub::open, version: hub::version },
+];
+
+/// What version of the model `model.source` names now, found without fetching files: a text that is another one once the
+/// source names other files. `None`: the source always names the same.
+///
+/// # Errors
+/// `model.source` names no model, or its store does not say.
+pub fn version(model: &settings::Model, wants: Wants) -> Result<Option<String>, FilesError> {
+    let source = model.source.as_deref().unwrap_or_default();
+    for store in STORES {
+        if let Some(version) = (store.version)(model, source, wants)? {
+            return Ok(version);
+        }
+    }
+    Err(FilesError::NoSuchModel)
+}
 
 /// The first bytes of a Git LFS pointer, which stands for a file that was never fetched.
 const LFS: [u8; 40] = *b"version https://git-lfs.github.com/spec/";
@@ -142,19 +167,40 @@ impl Files {
     /// `model.source` names no model, or its store fails.
     pub fn find_for(model: &settings::Model, wants: Wants) -> Result<Self, FilesError> {
         let source = model.source.clone().unwrap_or_default();
-        for open in STORES {
-            if let Some(Snapshot { place, revision, file }) = open(model, &source, wants)? {
-                return Ok(Self {
-                    source,
-                    revision,
-                    place,
-                    file,
-                    wants,
-                    ignored_keys: model.ignore_config.clone(),
-                });
+        for store in STORES {
+            if let Some(snapshot) = (store.open)(model, &source, wants)? {
+                return Ok(Self::of(snapshot, model, wants));
             }
         }
         Err(FilesError::NoSuchModel)
+    }
+
+    /// The files of a snapshot that a store has opened.
+    fn of(Snapshot { place, revision, file }: Snapshot, model: &settings::Model, wants: Wants) -> Self {
+        let (source, ignored_keys) = (model.source.clone().unwrap_or_default(), model.ignore_config.clone());
+        Self { source, revision, place, file, wants, ignored_keys }
+    }
+
+    /// Settings that name this version itself, whatever `model.source` names later: its revision, or where its directory
+    /// really is.
+    pub fn pinned(&self, model: &settings::Model) -> settings::Model {
+        let mut model = model.clone();
+        if self.revision.is_some() {
+            model.revision.clone_from(&self.revision);
+        } else if let Some(real) = self.directory().and_then(|directory| directory.canonicalize().ok()) {
+            let path = self.file.as_ref().map_or(real.clone(), |file| real.join(file));
+            model.source = Some(path.display().to_string());
+        }
+        model
+    }
+
+    /// Bytes of all files that belong to the model, which are mostly its weights.
+    ///
+    /// # Errors
+    /// As [`Files::names`] and [`Files::open`].
+    pub fn bytes(&self) -> Result<u64, FilesError> {
+        let names = self.names()?;
+        names.iter().map(|name| self.open(name)?.len().map_err(|error| io(name, error))).sum()
     }
 
     /// Unknown keys of config.json that do not change predictions, according to the settings.
