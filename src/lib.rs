@@ -3,6 +3,7 @@
 // Standard output may be a closed pipe: print with cli::output.
 #![deny(clippy::print_stdout)]
 
+pub mod agreement;
 pub mod backoff;
 pub mod cli;
 pub mod clock;

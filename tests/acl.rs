@@ -181,12 +181,16 @@ fn replays_and_audits(guarantee: &str, headings: &[&str]) {
     };
     // Each rule by itself is not enough: the other one's absence is named.
     let audit = documented(&place, "Audit, also:");
+    let compare = ["compare", "--a", &place.output, "--b", &place.dead];
+    refused(&compare, &format!("Read on topic {}", place.output));
     refused(&["audit"], &format!("Read on topic {}", place.output));
     acl(&place, "--add", &audit[0]);
     refused(&["audit"], &format!("Read on topic {}", place.dead));
     acl(&place, "--add", &audit[1]);
     let (code, out) = command(&["audit"], &config);
     assert!(code == 0 && out.contains("21 with an outcome"), "{code}: {out}");
+    let (code, out) = command(&compare, &config);
+    assert!(code == 0 && out.contains("20 only in a, 1 only in b"), "{code}: {out}");
 
     let replay = ["replay", "--id", "again", "--from", "offset:0", "--to", "offset:21"];
     refused(&replay, &format!("Read on group {}-replay-again", place.group));

@@ -332,7 +332,11 @@ fn commands_that_only_read_create_no_topic() {
         assert_eq!(code, 1);
         assert!(out.contains("mistyped-in does not exist") && out.contains("mistyped-out"), "{out}");
     }
-    for command in [&["audit"][..], &["replay", "--from", "offset:0", "--to", "offset:1", "--dry-run"]] {
+    for command in [
+        &["audit"][..],
+        &["compare", "--a", "mistyped-a", "--b", "mistyped-b"],
+        &["replay", "--from", "offset:0", "--to", "offset:1", "--dry-run"],
+    ] {
         let (_, out, err) = run(command);
         // The command did ask the cluster for the topic.
         assert!((out + &err).contains("mistyped-"), "{command:?}");
@@ -384,6 +388,7 @@ fn a_closed_pipe_ends_every_command_quietly() {
         &["check"],
         &["predict", "demo/tickets.jsonl"],
         &["audit"],
+        &["compare", "--a", &place.output, "--b", &place.dead],
         &["replay", "--from", "offset:0", "--to", "offset:10", "--dry-run"],
         &["model", "show"],
         &["config", "show"],

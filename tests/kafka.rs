@@ -6,6 +6,7 @@ mod acl;
 mod admin;
 mod chaos;
 mod cli;
+mod compare;
 mod compose;
 mod delivery;
 mod drain;

@@ -1,20 +1,18 @@
 //! `audit`: reads predictions and dead letters back and compares them with the input.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
-use std::time::Duration;
 
-use anyhow::{Context, bail};
 use clap::Args;
 use rdkafka::message::Message;
 use serde::Serialize;
 
+use super::offsets::{List, Offsets, ranges, read};
 use super::refusal;
 use crate::cli::output::outln;
 use crate::kafka::consumer::{self, Reader};
 use crate::kafka::headers;
 use crate::kafka::permissions;
-use crate::kafka::range::{self, Point, Range, Read};
+use crate::kafka::range::{self, Point, Range};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
 use crate::source;
@@ -43,14 +41,6 @@ pub struct Findings {
     missing: u64,
     doubled: u64,
 }
-
-/// How long to wait for the next record from Kafka before giving up.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Offset ranges shown per line without `--json`.
-const SHOWN: usize = 10;
-
-/// Offsets as ranges: first and last offset, both inclusive.
-type List = Vec<(i64, i64)>;
 
 /// Result for one partition of the input.
 #[derive(Debug, Default, Serialize)]
@@ -169,29 +159,6 @@ fn read_back(
     Ok(())
 }
 
-/// Reads the records of a partition at offsets `from..to`.
-fn read(
-    consumer: &Reader,
-    partition: &Partition,
-    from: i64,
-    to: i64,
-    mut take: impl FnMut(&rdkafka::message::BorrowedMessage<'_>),
-) -> anyhow::Result<()> {
-    if from >= to {
-        return Ok(());
-    }
-    let seen = range::read(consumer, partition, from, SILENCE_TIMEOUT, |message| {
-        if message.offset() < to {
-            take(message);
-        }
-        if message.offset() + 1 < to { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    });
-    match seen.with_context(|| format!("reading {partition}"))? {
-        Read::Stopped(()) | Read::End => Ok(()),
-        Read::TimedOut => bail!("{partition}: no record came from Kafka for {} s", SILENCE_TIMEOUT.as_secs()),
-    }
-}
-
 /// `stands`: the group's committed offset. If there is none, the whole range is expected to have predictions.
 fn compare(
     consumer: &Reader,
@@ -248,88 +215,5 @@ fn show(found: &Found) {
     }
     if *doubled > 0 {
         outln!("  doubled {doubled}: {}", ranges(&found.doubled_offsets));
-    }
-}
-
-fn ranges(list: &List) -> String {
-    let one = |&(first, last): &(i64, i64)| match first == last {
-        true => first.to_string(),
-        false => format!("{first}-{last}"),
-    };
-    let mut text = list.iter().take(SHOWN).map(one).collect::<Vec<_>>().join(" ");
-    if list.len() > SHOWN {
-        text += &format!(" and {} more ranges", list.len() - SHOWN);
-    }
-    text
-}
-
-/// A set of offsets that are mostly inserted in order: first to last offset of each range.
-#[derive(Debug, Default)]
-struct Offsets(BTreeMap<i64, i64>);
-
-impl Offsets {
-    /// Returns false if the offset was already in the set.
-    fn insert(&mut self, offset: i64) -> bool {
-        let before = self.0.range(..=offset).next_back().map(|(&first, &last)| (first, last));
-        if before.is_some_and(|(_, last)| last >= offset) {
-            return false;
-        }
-        let first = before.filter(|(_, last)| last + 1 == offset).map_or(offset, |(first, _)| first);
-        let last = self.0.remove(&(offset + 1)).unwrap_or(offset);
-        self.0.insert(first, last);
-        true
-    }
-
-    fn count(&self) -> u64 {
-        self.0.iter().map(|(first, last)| (last - first + 1) as u64).sum()
-    }
-
-    fn list(&self) -> List {
-        self.0.iter().map(|(&first, &last)| (first, last)).collect()
-    }
-
-    /// The ranges of `from..to` that are not in the set.
-    fn gaps(&self, from: i64, to: i64) -> List {
-        let mut gaps = Vec::new();
-        let mut next = from;
-        for (&first, &last) in &self.0 {
-            if first >= to {
-                break;
-            }
-            if first > next {
-                gaps.push((next, first - 1));
-            }
-            next = next.max(last + 1);
-        }
-        if next < to {
-            gaps.push((next, to - 1));
-        }
-        gaps
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn ranges_hold_the_same_offsets_as_a_set(offsets in proptest::collection::vec(0i64..60, 0..80)) {
-            let (mut ranges, mut set) = (Offsets::default(), BTreeSet::new());
-            for offset in offsets {
-                prop_assert_eq!(ranges.insert(offset), set.insert(offset));
-            }
-            let listed: BTreeSet<i64> = ranges.list().into_iter().flat_map(|(a, b)| a..=b).collect();
-            prop_assert_eq!(&listed, &set);
-            prop_assert!(ranges.list().windows(2).all(|w| w[0].1 + 1 < w[1].0), "adjacent ranges are merged");
-            prop_assert_eq!(ranges.count(), set.len() as u64);
-            let gaps: BTreeSet<i64> = ranges.gaps(5, 50).into_iter().flat_map(|(a, b)| a..=b).collect();
-            let expected: BTreeSet<i64> = (5..50).filter(|offset| !set.contains(offset)).collect();
-            prop_assert_eq!(gaps, expected);
-        }
     }
 }

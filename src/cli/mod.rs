@@ -4,9 +4,11 @@
 mod audit;
 mod bench;
 mod check;
+mod compare;
 pub mod demo;
 mod drain;
 mod model;
+mod offsets;
 mod output;
 mod predict;
 mod progress;
@@ -79,6 +81,13 @@ enum Command {
         #[command(flatten)]
         options: audit::Options,
     },
+    /// Compare the predictions in two topics about the same input: coverage, agreement, strongest disagreements
+    Compare {
+        #[command(flatten)]
+        configuration: Configuration,
+        #[command(flatten)]
+        options: compare::Options,
+    },
     /// Try everything that `run` needs, without consuming; one line per check
     Check(Configuration),
     /// Predict without Kafka: one record per line in, one prediction per line out. Shows progress on a terminal if the
@@ -139,6 +148,9 @@ pub fn main() -> ExitCode {
         }
         Command::Audit { configuration, options } => {
             with(&configuration, |loaded| audit::audit(loaded, &options))
+        }
+        Command::Compare { configuration, options } => {
+            with(&configuration, |loaded| compare::compare(loaded, &options))
         }
         Command::Check(configuration) => with(&configuration, check::check),
         Command::Predict { configuration, options } => {

@@ -13,6 +13,7 @@ mod image;
 pub mod json;
 mod json_schema;
 mod protobuf;
+mod read_back;
 mod schemas;
 pub mod select;
 mod selected;
@@ -21,6 +22,7 @@ pub mod write;
 
 use std::path::PathBuf;
 
+pub use read_back::PredictionReader;
 pub use schemas::{SchemaError, Stopped, Waiting};
 pub use select::{Input, Select};
 pub use selected::{Selected, tokens};

@@ -27,6 +27,9 @@ const UNCOUNTED: u64 = 20 << 10;
 /// How many times its size on the wire a fetch response full of 20-byte messages takes in memory.
 const SMALLEST_GROWTH: u64 = MESSAGE_OVERHEAD / 20;
 
+/// librdkafka's default of `message.max.bytes`.
+const MESSAGE_MAX_BYTES: u64 = 1_000_000;
+
 /// Limits on the records that librdkafka prefetches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Prefetch {
@@ -167,6 +170,8 @@ pub fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) ->
         .set("queued.max.messages.kbytes", prefetch.kib.to_string())
         .set("queued.min.messages", prefetch.messages.to_string())
         .set("fetch.max.bytes", prefetch.answer.to_string())
+        // librdkafka refuses a smaller fetch.max.bytes, although this limits only what is produced.
+        .set("message.max.bytes", prefetch.answer.min(MESSAGE_MAX_BYTES).to_string())
         .set("fetch.message.max.bytes", prefetch.partition.to_string());
     if settings.delivery.guarantee == Guarantee::ExactlyOnce {
         // Also makes reads of the group's offsets wait for open transactions, so that a partition's next owner starts
@@ -188,6 +193,25 @@ pub fn config(settings: &Settings, role: Role, digest: &str, partitions: u64) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_least_memory_limit_makes_a_consumer() {
+        let set = [
+            "kafka.brokers=b:1",
+            "input.topics=i",
+            "input.group=g",
+            "input.format=text",
+            "task.kind=noop",
+            "output.topic=o",
+            "dead_letters.topic=d",
+            "window.max_bytes=1MiB",
+            "memory.limit=16MiB",
+        ];
+        let set = set.iter().map(|s| s.to_string()).collect();
+        let sources = crate::settings::Sources { set, ..Default::default() };
+        let settings = crate::settings::load(&sources).unwrap().settings;
+        reader(&settings).map(drop).unwrap();
+    }
 
     #[test]
     fn prefetched_records_stay_within_their_share() {

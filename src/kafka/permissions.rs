@@ -143,6 +143,14 @@ pub fn needed_by_audit(settings: &Settings, output: &str) -> Vec<Permission> {
     all
 }
 
+/// What `compare` needs, which reads the predictions in two topics, and with `bounded` asks the input topics for the offsets
+/// of the bounds.
+pub fn needed_by_compare(settings: &Settings, topics: [&str; 2], bounded: bool) -> Vec<Permission> {
+    let read = |topic: &str| Permission::new(Operation::Read, Resource::Topic(topic.to_owned()));
+    let input = named_inputs(settings).filter(|_| bounded).map(|topic| read(topic));
+    topics.into_iter().map(read).chain(input).collect()
+}
+
 /// The properties of kandle's consumer and producer, who may be different users, for [`probe`].
 pub fn clients(settings: &Settings) -> (ClientConfig, ClientConfig) {
     let base = |side| {
