@@ -209,6 +209,12 @@ ENGINE = [
         lines("Waiting for records", "Share of time in which nothing was in flight.", "percentunit",
               (f"rate(kandle_input_wait_seconds_total{{{JOB}}}{RATE})", "{{instance}}"), width=8),
     ]),
+    ("Shadow", [
+        lines("Records for the shadow", "Records per second that were chosen for the shadow model, by what became of them. skipped: the shadow cannot keep up; failed: the log says why.", "cps",
+              (f"sum by (outcome) (rate(kandle_shadow_records_total{{{JOB}}}{RATE}))", "{{outcome}}"), stack=True, width=12),
+        lines("Agreement with the shadow", "How much the shadow model agrees with the model: the mean of each measure of `kandle compare` over the last 1000 records of each member.", "short",
+              (f"avg by (measure) (kandle_shadow_agreement{{{JOB}}})", "{{measure}}"), width=12),
+    ]),
 ]
 
 PAIR = "namespace, job"

@@ -26,6 +26,7 @@ mod refresh;
 pub mod registry;
 pub mod schedule;
 pub mod settings;
+pub mod shadow;
 pub mod sink;
 pub mod source;
 pub mod task;

@@ -10,6 +10,13 @@
 //!         commit_soon: revocation or memory waits ─────▶
 //! ```
 //!
+//! With a shadow ([`crate::shadow`]), windows pass a stage between encode and publish:
+//!
+//! ```text
+//! encode ─▶ sample ─▶ publish
+//!              └──▶ worker: a second [`Compute`] ─▶ shadow.topic        nothing comes back
+//! ```
+//!
 //! Not shown: `stop` (a graceful shutdown is requested), `failed` (a stage has failed: the source leaves the group),
 //! health and metrics.
 //!
@@ -33,6 +40,7 @@ use crate::kafka::cluster::Topics;
 use crate::registry::registration::{self, RegistrationError};
 use crate::schedule::Schedule;
 use crate::settings::{Guarantee, Settings};
+use crate::shadow::{Shadow, ShadowError};
 use crate::sink::{self, PublishError, Publisher};
 use crate::source::{self, Drain, OriginalTopics, Source, SourceError};
 use crate::telemetry::traces::Traces;
@@ -93,6 +101,8 @@ pub enum PipelineError {
     /// The schema of the predictions is not in the registry.
     #[error("output.format: {0}")]
     Registration(#[from] RegistrationError),
+    #[error("shadow: {0}")]
+    Shadow(#[from] ShadowError),
     #[error("thread {name}: {error}")]
     Thread { name: &'static str, error: std::io::Error },
     /// A stage requested a graceful shutdown for this reason; everything in flight was published.
@@ -137,6 +147,7 @@ pub fn run(
     {
         return Ok(());
     }
+    let shadow = Shadow::start(settings, shared.drain.is_some(), metrics, &shared.stop)?;
     let failed = Arc::new(AtomicBool::new(false));
     let commit_soon = Arc::new(CommitSoon::default());
     let source = Source::new(
@@ -174,6 +185,17 @@ pub fn run(
 
     let (gathered, windows) = bounded::<Queued<Window>>(1);
     let (encoded, to_publish) = bounded::<Queued<Encoded>>(BEFORE_PUBLISH);
+    let (encoded, sample) = match shadow {
+        None => (encoded, None),
+        Some(shadow) => {
+            let (passed, (encoded, windows)) = (encoded, bounded(1));
+            let sample = Box::new(move || {
+                shadow.sample(&windows, passed);
+                Ok::<(), PipelineError>(())
+            });
+            (encoded, Some(Stage { name: "sample", work: sample }))
+        }
+    };
     let end = {
         let shared = shared.clone();
         Arc::new(move |verdict: &str| shared.end(verdict))
@@ -183,6 +205,7 @@ pub fn run(
     let mut stages: Vec<Stage<PipelineError>> = compute.stages(wires).into_iter().map(Stage::into).collect();
     let source = Box::new(move || source.serve(gathered, &reports));
     let publish = Box::new(move || publisher.serve(&to_publish));
+    stages.extend(sample);
     stages.push(Stage { name: "source", work: source }.into());
     stages.push(Stage { name: "publish", work: publish }.into());
     let (ended, ends) = unbounded();

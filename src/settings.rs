@@ -5,6 +5,7 @@ mod file;
 pub mod load;
 mod problems;
 mod rules;
+mod shadow;
 mod units;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use load::{Loaded, Sources, escape, interpolate, load};
 pub use problems::Problem;
 pub(crate) use rules::{authority, check_pointer};
+pub use shadow::{Shadow, TaskKeys};
 pub use units::{ByteSize, Scalar, Wait};
 
 /// The settings of one kandle job.
@@ -66,6 +68,9 @@ pub struct Settings {
     /// Cost of running kandle, for a drain's report.
     #[serde(default)]
     pub cost: Cost,
+    /// A second model that sees a share of the records, to compare it with the model.
+    #[serde(default)]
+    pub shadow: Shadow,
     /// Properties and `server.token` with placeholders as they are written, by key, so that a file can be read again.
     #[serde(skip)]
     pub templates: BTreeMap<String, String>,

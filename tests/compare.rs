@@ -6,6 +6,7 @@ use rdkafka::ClientConfig;
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use serde_json::{Value, json};
+use support::registry::Registry;
 use support::{File, Place, Sent, file, finish, kandle};
 
 /// A place whose output topic is the first topic, and a second topic.
@@ -255,4 +256,36 @@ fn topics_that_are_larger_than_the_memory_limit_are_compared_in_blocks() {
     let (_, whole, log) = compare(&config, topics, &["--format", "json", "--set", "memory.limit=1GiB"]);
     assert!(log.contains("pass=1") && !log.contains("pass=2"), "{log}");
     assert_eq!(whole, out);
+}
+
+/// A job and its shadow, in each format with a schema.
+#[test]
+fn predictions_with_schemas_are_read_with_the_registrys() {
+    let registry = Registry::start();
+    for format in ["avro", "protobuf", "json_schema"] {
+        let (place, other) = place(&format!("compare-{}", format.replace('_', "-")));
+        place.produce((0..30).map(|i| Sent::ticket((i % 2) as i32, i, "I was charged twice")));
+        place.produce([Sent { partition: 0, ..Sent::default() }]);
+        let output = format!("{{ topic: {}, format: {format}, include: [/id] }}", place.output);
+        let registry = format!("{{ url: \"{}\" }}", registry.url);
+        let shadow =
+            format!("{{ topic: {other}, model: {{ source: bundled }}, task: {{ top_k: 1 }}, share: 1.0 }}");
+        let more = [("output", &*output), ("registry", &*registry), ("shadow", &*shadow)];
+        let config = file("kandle.yaml", &place.config(&more));
+        let (code, _, log) = finish(kandle().args(["drain", "-c"]).arg(&config.path), b"");
+        assert_eq!(code, 0, "{log}");
+        assert!(!log.contains("cannot be compared"), "{log}");
+        let found = report(&config, [&place.output, &other], &[]);
+        let agreement = &found["agreement"];
+        assert_eq!(
+            (&agreement["compared"], &agreement["tombstones"], &agreement["not_compared"]),
+            (&30.into(), &1.into(), &json!({})),
+            "{format}: {found:#}"
+        );
+        assert_eq!(agreement["measures"][0]["mean"], 1.0, "{format}: {found:#}");
+        assert!(agreement["measures"][1]["mean"].as_f64().is_some_and(|mean| mean > 0.0), "top_k: {found:#}");
+        assert!(
+            found["disagreements"][0]["b"].as_str().is_some_and(|shown| shown.starts_with("{\"label\":"))
+        );
+    }
 }

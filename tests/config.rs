@@ -43,9 +43,11 @@ fn one_problem(more: &str, parts: &[&str]) {
     }
 }
 
-/// Keys of a schema that hold a value, `section.key`.
+/// Keys of a schema that hold a value, `section.key`. The keys below `shadow.model` and `shadow.task` are those of `model` and
+/// `task`.
 fn leaves(schema: &Value, key: &str, out: &mut Vec<(String, Value)>) {
-    match schema["properties"].as_object() {
+    let is_another_section = ["shadow.model", "shadow.task"].contains(&key);
+    match schema["properties"].as_object().filter(|_| !is_another_section) {
         None => out.push((key.to_owned(), schema.clone())),
         Some(properties) => {
             for (name, child) in properties {

@@ -217,8 +217,14 @@ fn load(place: &Arc<Place>, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<(
 #[test]
 fn every_query_has_data_from_a_kandle_under_load() {
     let place = Arc::new(Place::new("grafana", 3));
-    let more =
-        [("schedule", "{ finish_by: \"06:00\" }"), ("task", "{ kind: text-classification, cache: 16MiB }")];
+    let shadow = format!("{}-shadow", place.output);
+    place.create(&shadow, 1, &[]);
+    let shadow = format!("{{ topic: {shadow}, model: {{ source: bundled }}, share: 0.5 }}");
+    let more = [
+        ("schedule", "{ finish_by: \"06:00\" }"),
+        ("task", "{ kind: text-classification, cache: 16MiB }"),
+        ("shadow", &*shadow),
+    ];
     let mut daemon = Daemon::start(&place.config(&more));
     let prometheus = Prometheus::start(
         &format!(

@@ -24,6 +24,7 @@ mod replay;
 mod run;
 mod schedule;
 mod schemas_out;
+mod shadow;
 mod tasks;
 mod tensor;
 mod traces;

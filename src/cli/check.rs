@@ -13,7 +13,7 @@ use crate::cli::output::outln;
 use crate::codec::write::Record;
 use crate::codec::write::schema::Type;
 use crate::codec::{FormatEntry, tokens};
-use crate::compute::About;
+use crate::compute::Compute;
 use crate::host_memory;
 use crate::kafka::cluster::{Cluster, ConfigurationError, committed};
 use crate::kafka::consumer;
@@ -62,8 +62,14 @@ pub fn check(loaded: Loaded) -> anyhow::Result<()> {
     lines.say("configuration", Ok("every key is known, every rule holds".to_owned()));
     kafka(&settings, &mut lines);
     output_schema(&settings, &mut lines);
-    let pointers = model(&settings, &mut lines);
-    schemas(&settings, pointers, &mut lines);
+    let loaded = model(&settings, "model", &mut lines);
+    let mut models = vec![loaded.as_ref().map(|compute| compute.about().host_memory)];
+    if let Some(shadow) = settings.of_shadow() {
+        let loaded = model(&shadow, "shadow model", &mut lines);
+        models.push(loaded.map(|compute| compute.about().host_memory));
+    }
+    memory(&settings, &models, &mut lines);
+    schemas(&settings, loaded.map(|compute| compute.pointers()), &mut lines);
     if lines.failed { Err(AlreadyReported.into()) } else { Ok(()) }
 }
 
@@ -102,8 +108,10 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
             });
         lines.say(&what, found);
     }
+    let written =
+        [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)];
     for (key, topic) in
-        [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)]
+        written.into_iter().chain(settings.shadow.topic.as_ref().map(|topic| ("shadow.topic", topic)))
     {
         let found = cluster.partitions(key, topic);
         lines.say(
@@ -371,14 +379,13 @@ fn taken(schema: &OutputSchema, registry: &Registry, auto_register: bool) -> Res
     }
 }
 
-/// Loads the model. Returns the pointers to what the task reads, if it loads.
-fn model(settings: &Settings, lines: &mut Lines) -> Option<Vec<String>> {
+/// Loads a model, and returns its task if it loads.
+fn model(settings: &Settings, name: &str, lines: &mut Lines) -> Option<Arc<dyn Compute>> {
     let metrics = Arc::new(Metrics::new());
-    let what = format!("model {}", settings.model.source.as_deref().unwrap_or("(none)"));
+    let what = format!("{name} {}", settings.model.source.as_deref().unwrap_or("(none)"));
     match task::load(settings, &metrics) {
         Err(error) => {
             lines.say(&what, Err(error.to_string()));
-            lines.skip("memory", "the model did not load");
             None
         }
         Ok(compute) => {
@@ -390,8 +397,7 @@ fn model(settings: &Settings, lines: &mut Lines) -> Option<Vec<String>> {
             lines.say(&what, Ok(found));
             labels(settings, lines);
             refresh(settings, lines);
-            memory(settings, &about, lines);
-            Some(compute.pointers())
+            Some(compute)
         }
     }
 }
@@ -416,21 +422,27 @@ fn labels(settings: &Settings, lines: &Lines) {
     }
 }
 
-/// Compares the model plus `memory.limit` with the memory of the machine or the container.
-fn memory(settings: &Settings, about: &About, lines: &mut Lines) {
+/// Compares the model plus `memory.limit` with the memory of the machine or the container. `models`: the bytes of the
+/// weights of the model, and of the shadow's if there is one; `None`: it did not load.
+fn memory(settings: &Settings, models: &[Option<u64>], lines: &mut Lines) {
+    let loaded: Vec<u64> = models.iter().copied().flatten().collect();
+    if loaded.len() < models.len() {
+        return lines.skip("memory", "the model did not load");
+    }
     let Some(room) = host_memory::limit() else {
         return lines.skip("memory", "the system does not report its memory");
     };
-    let model = about.host_memory;
-    let need = model + settings.memory.limit.0;
     let mib = |bytes: u64| bytes >> 20;
-    let found = format!(
-        "model {} MiB + memory.limit {} MiB, of {} MiB",
-        mib(model),
-        mib(settings.memory.limit.0),
-        mib(room)
-    );
-    if settings.model.refresh.is_some() && need <= room && need + model > room {
+    let limit = settings.memory.limit.0;
+    let mut found = format!("model {} MiB + memory.limit {} MiB", mib(loaded[0]), mib(limit));
+    let mut need = loaded[0] + limit;
+    if let [_, shadow] = loaded[..] {
+        let waiting = settings.shadow.memory.0;
+        found += &format!(" + shadow model {} MiB + shadow.memory {} MiB", mib(shadow), mib(waiting));
+        need += shadow + waiting;
+    }
+    found += &format!(", of {} MiB", mib(room));
+    if settings.model.refresh.is_some() && need <= room && need + loaded[0] > room {
         let why = format!(
             "{found}, which does not hold two versions of the model: to replace it (model.refresh), kandle drops the one \
              that runs before it loads the other, and records wait meanwhile"

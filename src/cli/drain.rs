@@ -21,6 +21,7 @@ use crate::kafka::retention;
 use crate::pipeline::{self, Shared};
 use crate::record::Partition;
 use crate::settings::{Loaded, Settings, Start};
+use crate::shadow;
 use crate::source::{self, Bound, Drain, OriginalTopics};
 use crate::task;
 use crate::telemetry::traces::Traces;
@@ -95,6 +96,7 @@ fn work(
         model,
         model_digest,
         settings_digest: settings_digest.to_owned(),
+        shadow: settings.shadow.topic.iter().flat_map(|_| shadow::records(&shared.metrics)).collect(),
         ..Report::new(&drain.bounds(), &shared.metrics, started.elapsed(), &device, settings.cost.per_hour)
     };
     report.log();
@@ -251,6 +253,9 @@ struct Report {
     peak_rss_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cost: Option<CostReport>,
+    /// Records chosen for the shadow, by outcome.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    shadow: BTreeMap<&'static str, u64>,
     partitions: Vec<Part>,
 }
 

@@ -120,6 +120,7 @@ pub fn needed(settings: &Settings, transactional_id: &str) -> Vec<Permission> {
     all.push(Permission::new(Operation::Read, Resource::Group(settings.input.group.clone())));
     let written = [&settings.output.topic, &settings.dead_letters.topic];
     all.extend(written.map(|t| Permission::new(Operation::Write, topic(t))));
+    all.extend(settings.shadow.topic.iter().map(|t| Permission::new(Operation::Write, topic(t))));
     if settings.delivery.guarantee == Guarantee::ExactlyOnce {
         let id = Resource::TransactionalId(transactional_id.to_owned());
         all.push(Permission::new(Operation::Write, id));

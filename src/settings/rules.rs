@@ -3,7 +3,7 @@
 use rdkafka::ClientConfig;
 use serde::Serialize;
 
-use super::{Format, Guarantee, OnChange, Properties, Registry, Server, Settings, Task};
+use super::{Format, Guarantee, Model, OnChange, Properties, Registry, Server, Settings, Task, shadow};
 use crate::codec::FormatEntry;
 use crate::codec::select::{self, needs_members};
 use crate::codec::write;
@@ -132,13 +132,8 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         };
         problem("model.source", message.to_owned());
     }
-    if let Some(digest) = &settings.model.digest
-        && (!(16..=64).contains(&digest.len())
-            || !digest.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')))
-    {
-        let message =
-            "is not a digest: set 16 to 64 lower-case hex digits, as `kandle model verify` prints them";
-        problem("model.digest", message.to_owned());
+    if let Some(message) = check_digest(&settings.model) {
+        problem("model.digest", message);
     }
     if let Some(message) = check_refresh(settings) {
         problem("model.refresh", message);
@@ -199,6 +194,9 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     if settings.delivery.commit_interval.0.is_zero() {
         problem("delivery.commit_interval", "is zero".to_owned());
     }
+    for (key, message) in shadow::problems(settings) {
+        problem(&key, message);
+    }
     problems
 }
 
@@ -226,6 +224,16 @@ fn check_refresh(settings: &Settings) -> Option<String> {
         return None;
     };
     Some(message.to_owned())
+}
+
+/// The problem of `digest`, if it has one.
+pub(super) fn check_digest(model: &Model) -> Option<String> {
+    let digest = model.digest.as_ref()?;
+    let is_digest = (16..=64).contains(&digest.len())
+        && digest.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+    (!is_digest).then(|| {
+        "is not a digest: set 16 to 64 lower-case hex digits, as `kandle model verify` prints them".to_owned()
+    })
 }
 
 fn check_server(server: &Server) -> Vec<(&'static str, String)> {
@@ -347,7 +355,7 @@ fn check_registry(registry: &Registry) -> Vec<(&'static str, String)> {
 }
 
 /// Key and message of each problem of `task`: keys without effect on its kind, and what the kind's check reports.
-fn check_task(task: &Task, entry: &Kind, format: &FormatEntry) -> Vec<(String, String)> {
+pub(super) fn check_task(task: &Task, entry: &Kind, format: &FormatEntry) -> Vec<(String, String)> {
     let (set, name) = (task.set_keys(), entry.kind.name());
     let without_effect = set.keys().filter(|key| !entry.keys.contains(&key.as_str()));
     let mut problems: Vec<(String, String)> =
@@ -452,7 +460,7 @@ fn check_login(settings: &Settings) -> Vec<(String, String)> {
 }
 
 /// Kafka's rule for topic names: `[a-zA-Z0-9._-]{1,249}`, except `.` and `..`.
-fn check_topic(topic: &str) -> Result<(), String> {
+pub(super) fn check_topic(topic: &str) -> Result<(), String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if topic.is_empty() || topic.len() > 249 || !topic.chars().all(legal) || topic == "." || topic == ".." {
         return Err(format!(

@@ -8,6 +8,7 @@
 //!   compose        builds a record's message: topic, key, headers, size
 //!   window         a window in flight: the state of each record
 //!   producer       the Kafka client and its messages in flight       (acks: its delivery reports)
+//! side             the predictions of the shadow, without a guarantee
 //! ```
 
 mod acks;
@@ -18,6 +19,7 @@ mod isolation;
 mod producer;
 mod publisher;
 mod recovery;
+mod side;
 mod transaction_thread;
 mod transactional_id;
 mod transactions;
@@ -25,4 +27,5 @@ mod window;
 
 pub use error::{PublishError, TransactionalIdError};
 pub use publisher::{Context, Publisher};
+pub use side::SidePublisher;
 pub use transactional_id::first as first_transactional_id;

@@ -52,12 +52,14 @@ pub const TABLE: &[Row] = &[
     ("kandle_deadline_seconds", G, &[], "Time left until schedule.finish_by, negative once a drain is past it; +Inf if it is not set, or outside schedule.periods."),
     ("kandle_schedule_open", G, &[], "1 while the schedule allows consuming, 0 outside schedule.periods."),
     ("kandle_input_wait_seconds_total", C, &[], "Time with no records in flight, spent waiting for records from Kafka."),
-    ("kandle_memory_bytes", G, &["kind"], "Bytes held: fetched by the consumer but not read yet (prefetched), in windows that are not published yet, the open one included (windows), predictions waiting for acknowledgement (predictions), task.cache (cache)."),
+    ("kandle_memory_bytes", G, &["kind"], "Bytes held: fetched by the consumer but not read yet (prefetched), in windows that are not published yet, the open one included (windows), predictions waiting for acknowledgement (predictions), task.cache (cache), records waiting for the shadow (shadow)."),
     ("kandle_memory_limit_bytes", G, &[], "The setting memory.limit."),
     ("kandle_retries_total", C, &["cause"], "Operations retried: commit, produce, refused (a batch that the broker refused), registry (fetching schemas while it is away), topics (looking them up), transaction."),
     ("kandle_rebalances_total", C, &["cause"], "Changes of the assignment: assigned, revoked, lost."),
     ("kandle_oom_splits_total", C, &["cause"], "Batches that did not fit the device's memory: several inputs are halved (batch), a single one is retried alone (item)."),
     ("kandle_bisections_total", C, &[], "Failed batches halved to find the record at fault."),
+    ("kandle_shadow_records_total", C, &["outcome"], "Records chosen for the shadow model: with an acknowledged prediction (predicted) or tombstone (tombstone), not seen because the shadow could not keep up or was not loaded yet (skipped), or without a prediction because the shadow failed (failed)."),
+    ("kandle_shadow_agreement", G, &["measure"], "How much the shadow model agrees with the model: the mean of a measure of `kandle compare` over the last 1000 records that both predicted."),
     ("kandle_model_info", G, &["model", "digest", "task", "device", "dtype"], "Always 1; the labels name the model, its task and its device."),
     ("kandle_model_refreshes_total", C, &["outcome"], "Looks of model.refresh for another version of the model: unchanged, replaced (it took over), failed (it could not be found out, loaded or used, and the version before runs on)."),
     ("kandle_build_info", G, &["version"], "Always 1; the label is the version of kandle."),
@@ -94,6 +96,8 @@ pub struct Metrics {
     pub rebalances: IntCounterVec,
     pub oom_splits: IntCounterVec,
     pub bisections: IntCounter,
+    pub shadow_records: IntCounterVec,
+    pub shadow_agreement: GaugeVec,
     pub model_info: IntGaugeVec,
     pub model_refreshes: IntCounterVec,
 }
@@ -163,6 +167,8 @@ impl Metrics {
             rebalances: counters("kandle_rebalances_total"),
             oom_splits: counters("kandle_oom_splits_total"),
             bisections: counter("kandle_bisections_total"),
+            shadow_records: counters("kandle_shadow_records_total"),
+            shadow_agreement: register(r, "kandle_shadow_agreement", |o, _, l| GaugeVec::new(o, l)),
             model_info: gauges("kandle_model_info"),
             model_refreshes: counters("kandle_model_refreshes_total"),
             registry,
@@ -237,6 +243,8 @@ mod tests {
         metrics.device_busy.with_label_values(&["cpu"]);
         metrics.lag_records.with_label_values(&["t", "0"]);
         metrics.lag_seconds.with_label_values(&["t", "0"]);
+        metrics.shadow_records.with_label_values(&["predicted"]);
+        metrics.shadow_agreement.with_label_values(&["label_equal"]);
         metrics.model_info.with_label_values(&["m", "d", "t", "cpu", "f32"]);
         let text = metrics.text();
         for (name, ..) in TABLE {
