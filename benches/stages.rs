@@ -13,7 +13,8 @@ use kandle::settings::{self, Sources};
 use kandle::task::Kind;
 use kandle::task::classification::Classification;
 use kandle::task::text::{TextModel, TextTask, Texts};
-use kandle::telemetry::Metrics;
+use kandle::telemetry::{Health, Metrics};
+use kandle::watch::{Observer, Watch};
 use kandle::window::{ClosedBy, Gatherer, Limits, Window};
 
 const RECORDS: usize = 1024;
@@ -61,7 +62,27 @@ fn stages(c: &mut Criterion) {
     group.bench_function("predict", |b| {
         // All records are equal, so the model computes only one.
         let response = || batched.engine.answer(batched.prepare(gather(value))).expect("answers");
-        b.iter_batched(response, |response| batched.predict(response), criterion::BatchSize::SmallInput);
+        let alone = Observer::default();
+        b.iter_batched(
+            response,
+            |response| batched.predict(response, &alone),
+            criterion::BatchSize::SmallInput,
+        );
+    });
+    group.bench_function("predict and count", |b| {
+        let response = || batched.engine.answer(batched.prepare(gather(value))).expect("answers");
+        let (observer, metrics) = (Observer::new(&settings).expect("an observer"), Arc::new(Metrics::new()));
+        let health = Arc::new(Health::new(std::time::Duration::from_secs(1)));
+        let mut watch = Watch::new(&metrics, &health, None, None, 0.2);
+        b.iter_batched(
+            response,
+            |response| {
+                let encoded = batched.predict(response, &observer);
+                watch.published(&encoded.tally);
+                encoded
+            },
+            criterion::BatchSize::SmallInput,
+        );
     });
     group.bench_function("decode, tokenize and plan", |b| {
         let window = || gather(value);

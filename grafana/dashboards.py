@@ -217,6 +217,40 @@ ENGINE = [
     ]),
 ]
 
+LABELS = f"rate(kandle_predictions_total{{{JOB}}}{RATE})"
+RECORDS = f'sum(rate(kandle_records_total{{{JOB},outcome="predicted"}}{RATE}))'
+PREDICTIONS = [
+    ("What is predicted", [
+        lines("Predictions by label", "Published predictions per second by label; of token classifications, entities. At most 100 labels, the rest is other.", "cps",
+              (f"sum by (label) ({LABELS})", "{{label}}"), stack=True, width=12),
+        lines("Share of each label", "Each label's share of the predictions. A share that jumps means that the input has changed, or the model.", "percentunit",
+              (f"sum by (label) ({LABELS}) / on () group_left () sum({LABELS})", "{{label}}"), stack=True, width=12),
+        heatmap("Score", "Distribution of the score of the best label or result, or of each entity.", "percentunit", f"sum by (le) (increase(kandle_prediction_score_bucket{{{JOB}}}{RATE}))", width=8),
+        heatmap("Entropy", "Distribution of the entropy of each classification's scores: 0 if one label has everything, 1 if all labels have the same.", "percentunit", f"sum by (le) (increase(kandle_prediction_entropy_bucket{{{JOB}}}{RATE}))", width=8),
+        lines("Records without an entity", "Share of records in which a token classification found no entity.", "percentunit",
+              (f"sum(rate(kandle_records_without_entities_total{{{JOB}}}{RATE})) / {RECORDS}", "without an entity"), width=8),
+    ]),
+    ("Drift from the reference", [
+        lines("Population stability index", "Distance of the latest predictions from drift.reference, the largest of all members. Above drift.threshold predictions have drifted, and the alert fires. Empty without drift.reference.", "short",
+              (f'max by (namespace, job, of) (kandle_drift{{{JOB},measure="psi"}})', "{{job}} {{of}}"),
+              (f"max by (namespace, job) (kandle_drift_threshold{{{JOB}}} < Inf)", "{{job}} threshold"), width=12),
+        lines("Jensen-Shannon distance", "The same distance from 0 (equal) to 1 (nothing in common).", "short",
+              (f'max by (namespace, job, of) (kandle_drift{{{JOB},measure="js"}})', "{{job}} {{of}}"), width=12),
+    ]),
+    ("What comes in", [
+        lines("Size of a record", "Size of a record's inputs: tokens of texts, pixels of images, elements of tensors, points of series.", "short",
+              (f"histogram_quantile(0.5, sum by (le, unit) (rate(kandle_record_units_bucket{{{JOB}}}{RATE})))", "{{unit}} p50"),
+              (f"histogram_quantile(0.95, sum by (le, unit) (rate(kandle_record_units_bucket{{{JOB}}}{RATE})))", "{{unit}} p95"), width=8),
+        lines("Unknown tokens", "Share of tokens that stand for what the model's vocabulary lacks. If it grows, the input has another language, script or encoding.", "percentunit",
+              (f"sum(rate(kandle_unknown_tokens_total{{{JOB}}}{RATE})) / sum(rate(kandle_tokens_total{{{JOB}}}{RATE}))", "unknown"), width=8),
+        lines("Truncated records", "Share of records of which the model has read only a part.", "percentunit",
+              (f"sum(rate(kandle_truncated_records_total{{{JOB}}}{RATE})) / {RECORDS}", "truncated"), width=8),
+        lines("Length of vectors", "Length of the vectors that an embedding model returned, before they are scaled to length 1.", "short", *quantiles("kandle_embedding_norm"), width=12),
+        lines("Samples", "Samples for samples.topic per second by outcome. too_large and refused ones are left out.", "cps",
+              (f"sum by (outcome) (rate(kandle_samples_total{{{JOB}}}{RATE}))", "{{outcome}}"), stack=True, width=12),
+    ]),
+]
+
 PAIR = "namespace, job"
 FLEET = [
     ("Jobs", [
@@ -312,6 +346,7 @@ def dashboard(uid, title, rows, stage=False):
 ALL = {
     "overview": dashboard("kandle-overview", "overview", OVERVIEW),
     "engine": dashboard("kandle-engine", "engine", ENGINE, stage=True),
+    "predictions": dashboard("kandle-predictions", "predictions", PREDICTIONS),
     "fleet": dashboard("kandle-fleet", "fleet", FLEET),
 }
 

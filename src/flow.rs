@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::record::{Position, RecordError};
+use crate::watch::Tally;
 use crate::window::{Load, Span, Window};
 
 /// The version of a model that made predictions: what headers, commit metadata and traces say of it.
@@ -42,6 +43,18 @@ pub struct Encoded {
     pub outcomes: Vec<Outcome>,
     /// The bytes of the predictions, in parts.
     pub memory: Vec<Vec<u8>>,
+    /// What the predictions show.
+    pub tally: Tally,
+    /// The samples that are published beside them, in the order of the records.
+    pub samples: Vec<Sample>,
+}
+
+/// The sample of a record, for `samples.topic`.
+#[derive(Debug)]
+pub struct Sample {
+    /// Index of the record in the window.
+    pub record: u32,
+    pub value: Vec<u8>,
 }
 
 impl Encoded {

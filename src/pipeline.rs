@@ -10,10 +10,12 @@
 //!         commit_soon: revocation or memory waits ─────▶
 //! ```
 //!
+//! With a window go a tally of what its predictions show, from encode to publish, and the samples of some of its records.
+//!
 //! With a shadow ([`crate::shadow`]), windows pass a stage between encode and publish:
 //!
 //! ```text
-//! encode ─▶ sample ─▶ publish
+//! encode ─▶ choose ─▶ publish
 //!              └──▶ worker: a second [`Compute`] ─▶ shadow.topic        nothing comes back
 //! ```
 //!
@@ -34,6 +36,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{bounded, unbounded};
 
+use crate::codec::DecoderError;
 use crate::compute::{About, Compute, ComputeError, Stage, StageContext};
 use crate::flow::{CommitSoon, Encoded, Queued, Report};
 use crate::kafka::cluster::Topics;
@@ -45,6 +48,7 @@ use crate::sink::{self, PublishError, Publisher};
 use crate::source::{self, Drain, OriginalTopics, Source, SourceError};
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
+use crate::watch::{Observer, ReferenceError, Watch};
 use crate::window::Window;
 
 /// What a pipeline shares with the rest of the process.
@@ -103,6 +107,12 @@ pub enum PipelineError {
     Registration(#[from] RegistrationError),
     #[error("shadow: {0}")]
     Shadow(#[from] ShadowError),
+    /// `drift.reference` cannot be used with the model.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// What `samples` needs to read values cannot be read.
+    #[error("samples: {0}")]
+    Samples(#[from] DecoderError),
     #[error("thread {name}: {error}")]
     Thread { name: &'static str, error: std::io::Error },
     /// A stage requested a graceful shutdown for this reason; everything in flight was published.
@@ -148,6 +158,8 @@ pub fn run(
         return Ok(());
     }
     let shadow = Shadow::start(settings, shared.drain.is_some(), metrics, &shared.stop)?;
+    let watch = Watch::start(settings, &*compute, metrics, health)?;
+    let observer = Observer::new(settings)?;
     let failed = Arc::new(AtomicBool::new(false));
     let commit_soon = Arc::new(CommitSoon::default());
     let source = Source::new(
@@ -165,6 +177,7 @@ pub fn run(
             traced: shared.traces.is_some(),
             partitions: topics.input_partitions,
             compute: Arc::clone(&compute),
+            sampled: settings.samples.topic.as_ref().map(|_| settings.samples.share),
             transactional: settings.delivery.guarantee == Guarantee::ExactlyOnce,
         },
     )?;
@@ -178,6 +191,7 @@ pub fn run(
             group: source.group(),
             topics: topics.clone(),
             stop: Arc::clone(&shared.stop),
+            watch,
             traces: shared.traces.clone(),
         },
         report.clone(),
@@ -201,7 +215,8 @@ pub fn run(
         Arc::new(move |verdict: &str| shared.end(verdict))
     };
     let stop = Arc::clone(&shared.stop);
-    let wires = StageContext { windows, encoded, reports: report, health: Arc::clone(health), stop, end };
+    let wires =
+        StageContext { windows, encoded, reports: report, health: Arc::clone(health), observer, stop, end };
     let mut stages: Vec<Stage<PipelineError>> = compute.stages(wires).into_iter().map(Stage::into).collect();
     let source = Box::new(move || source.serve(gathered, &reports));
     let publish = Box::new(move || publisher.serve(&to_publish));

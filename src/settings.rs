@@ -44,6 +44,12 @@ pub struct Settings {
     pub output: Output,
     /// Where records go that could not become a prediction.
     pub dead_letters: DeadLetters,
+    /// A share of the inputs that is published with their predictions, for people to look at.
+    #[serde(default)]
+    pub samples: Samples,
+    /// The comparison of predictions with those of an earlier time.
+    #[serde(default)]
+    pub drift: Drift,
     /// The schema registry of the formats that have schemas.
     #[serde(default)]
     pub registry: Registry,
@@ -680,6 +686,11 @@ impl OutputTimestamp {
     pub fn is_now(self) -> bool {
         self == Self::Now
     }
+
+    /// The timestamp of what is published for a record with this timestamp; `None`: the time of publishing.
+    pub fn of(self, record: Option<i64>) -> Option<i64> {
+        record.filter(|_| !self.is_now())
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -688,6 +699,48 @@ pub struct DeadLetters {
     /// The topic of the dead letters.
     #[schemars(example = "tickets-dead")]
     pub topic: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Samples {
+    /// The topic of the samples: `{"input": …, "prediction": …}` in JSON, with the record's key and timestamp (default: no
+    /// samples are published). An input that is no JSON is a string: a text itself, other bytes in base64.
+    #[schemars(example = "tickets-samples")]
+    pub topic: Option<String>,
+    /// The share of records that are chosen, by a hash of their keys, or of their positions if they have none: the same
+    /// records in every replay.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub share: f64,
+    /// JSON Pointers to values of the input that are null in a sample, also where output.include copies them.
+    pub redact: Vec<String>,
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Self { topic: None, share: 0.001, redact: Vec::new() }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Drift {
+    /// File that `kandle reference` has written: the distributions of predictions that were good. kandle_drift is how far
+    /// the latest predictions are from them (default: nothing is compared).
+    pub reference: Option<PathBuf>,
+    /// Number of the latest predictions that are compared.
+    #[schemars(range(min = 200, max = 100_000_000))]
+    pub window: usize,
+    /// The population stability index (psi) above which predictions have drifted: kandle logs it, and the alert
+    /// KandlePredictionDrift fires.
+    #[schemars(range(min = 0.0))]
+    pub threshold: f64,
+}
+
+impl Default for Drift {
+    fn default() -> Self {
+        Self { reference: None, window: 10_000, threshold: 0.2 }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

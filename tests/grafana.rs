@@ -214,16 +214,35 @@ fn load(place: &Arc<Place>, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<(
     })
 }
 
+/// A reference of the bundled model in which each label is as frequent as the others.
+fn reference() -> support::File {
+    let labels: Value = serde_json::from_str(&read("demo/model/config.json")).expect("JSON");
+    let mut tally = kandle::watch::Tally::default();
+    for label in labels["id2label"].as_object().expect("labels").values() {
+        tally.add_label(label.as_str().expect("a label"));
+    }
+    tally.records = 1;
+    let reference = kandle::watch::Reference::new(&tally).expect("labels");
+    let reference = kandle::watch::Reference { task: "text-classification".to_owned(), ..reference };
+    support::file("reference.json", &serde_json::to_string(&reference).expect("JSON"))
+}
+
 #[test]
 fn every_query_has_data_from_a_kandle_under_load() {
     let place = Arc::new(Place::new("grafana", 3));
-    let shadow = format!("{}-shadow", place.output);
+    let reference = reference();
+    let [samples, shadow] = ["samples", "shadow"].map(|name| format!("{}-{name}", place.output));
+    place.create(&samples, 1, &[]);
     place.create(&shadow, 1, &[]);
+    let drift = format!("{{ reference: {}, window: 200 }}", reference.path.display());
+    let samples = format!("{{ topic: {samples}, share: 0.1 }}");
     let shadow = format!("{{ topic: {shadow}, model: {{ source: bundled }}, share: 0.5 }}");
     let more = [
         ("schedule", "{ finish_by: \"06:00\" }"),
         ("task", "{ kind: text-classification, cache: 16MiB }"),
-        ("shadow", &*shadow),
+        ("drift", drift.as_str()),
+        ("samples", samples.as_str()),
+        ("shadow", shadow.as_str()),
     ];
     let mut daemon = Daemon::start(&place.config(&more));
     let prometheus = Prometheus::start(

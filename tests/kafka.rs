@@ -28,3 +28,4 @@ mod shadow;
 mod tasks;
 mod tensor;
 mod traces;
+mod watch;

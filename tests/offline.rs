@@ -4,6 +4,7 @@ mod support;
 
 mod chart;
 mod config;
+mod drift;
 mod embeddings;
 mod gliner;
 mod models;

@@ -26,6 +26,7 @@ use crate::settings::{self, Guarantee, Loaded, Settings, TensorInput};
 use crate::sink;
 use crate::task::{self, Family, Kind};
 use crate::telemetry::Metrics;
+use crate::watch::Reference;
 
 const ATTEMPT: Duration = Duration::from_secs(8);
 
@@ -110,9 +111,9 @@ fn kafka(settings: &Settings, lines: &mut Lines) {
     }
     let written =
         [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)];
-    for (key, topic) in
-        written.into_iter().chain(settings.shadow.topic.as_ref().map(|topic| ("shadow.topic", topic)))
-    {
+    let optional = [("samples.topic", &settings.samples.topic), ("shadow.topic", &settings.shadow.topic)];
+    let optional = optional.into_iter().filter_map(|(key, topic)| Some((key, topic.as_ref()?)));
+    for (key, topic) in written.into_iter().chain(optional) {
         let found = cluster.partitions(key, topic);
         lines.say(
             &format!("{key} {topic}"),
@@ -397,8 +398,23 @@ fn model(settings: &Settings, name: &str, lines: &mut Lines) -> Option<Arc<dyn C
             lines.say(&what, Ok(found));
             labels(settings, lines);
             refresh(settings, lines);
+            drift(settings, &*compute, lines);
             Some(compute)
         }
+    }
+}
+
+/// Whether `drift.reference` fits the model.
+fn drift(settings: &Settings, compute: &dyn Compute, lines: &mut Lines) {
+    let what = "drift reference";
+    match Reference::of(settings, &compute.about(), compute.labels().as_deref()) {
+        Ok(None) => {}
+        Ok(Some((reference, warnings))) => {
+            warnings.iter().for_each(|warning| lines.warn(what, warning));
+            let names: Vec<&str> = reference.distributions.keys().map(String::as_str).collect();
+            lines.say(what, Ok(format!("{} predictions, with {}", reference.records, names.join(", "))));
+        }
+        Err(error) => lines.say(what, Err(error.to_string())),
     }
 }
 

@@ -12,6 +12,7 @@ mod offsets;
 mod output;
 mod predict;
 mod progress;
+mod reference;
 mod refusal;
 mod replay;
 mod run;
@@ -25,6 +26,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use crate::cli::output::outln;
 use crate::codec::write;
 use crate::kafka::range::RangeError;
+use crate::pipeline::PipelineError;
 use crate::registry::Registry;
 use crate::settings::{self, Loaded, Sources};
 
@@ -87,6 +89,14 @@ enum Command {
         configuration: Configuration,
         #[command(flatten)]
         options: compare::Options,
+    },
+    /// Write the distributions of the predictions between two points in time to a file, which the setting drift.reference
+    /// compares later ones with
+    Reference {
+        #[command(flatten)]
+        configuration: Configuration,
+        #[command(flatten)]
+        options: reference::Options,
     },
     /// Try everything that `run` needs, without consuming; one line per check
     Check(Configuration),
@@ -152,6 +162,9 @@ pub fn main() -> ExitCode {
         Command::Compare { configuration, options } => {
             with(&configuration, |loaded| compare::compare(loaded, &options))
         }
+        Command::Reference { configuration, options } => {
+            with(&configuration, |loaded| reference::reference(loaded, &options))
+        }
         Command::Check(configuration) => with(&configuration, check::check),
         Command::Predict { configuration, options } => {
             with(&configuration, |loaded| predict::predict(loaded, &options))
@@ -190,7 +203,9 @@ pub fn main() -> ExitCode {
                     || error.is::<predict::FailedLines>()
                 {
                     FOUND
-                } else if error.downcast_ref().is_some_and(|error| !matches!(error, RangeError::Kafka(_))) {
+                } else if error.downcast_ref().is_some_and(|error| !matches!(error, RangeError::Kafka(_)))
+                    || matches!(error.downcast_ref(), Some(PipelineError::Reference(_)))
+                {
                     WRONG
                 } else {
                     FAILED

@@ -112,6 +112,24 @@ impl<'a> Document<'a> {
     }
 }
 
+/// Replaces what is at a place by null: the names of members or indexes of items, from the outside in. Nothing happens
+/// if nothing is there.
+pub fn null_at(value: &mut serde_json::Value, place: &[String]) {
+    use serde_json::Value::{Array, Null, Object};
+    let Some((name, rest)) = place.split_first() else {
+        *value = Null;
+        return;
+    };
+    let inside = match value {
+        Object(members) => members.get_mut(name),
+        Array(items) => name.parse::<usize>().ok().and_then(|index| items.get_mut(index)),
+        _ => None,
+    };
+    if let Some(inside) = inside {
+        null_at(inside, rest);
+    }
+}
+
 /// The error for a missing value. `place` is a pointer into the record.
 pub fn missing(place: &str) -> RecordError {
     RecordError::new(Fault::Field, format!("{place:?} is missing"))

@@ -13,19 +13,19 @@ mod image;
 pub mod json;
 mod json_schema;
 mod protobuf;
-mod read_back;
 mod schemas;
 pub mod select;
 mod selected;
 mod text;
+mod whole;
 pub mod write;
 
 use std::path::PathBuf;
 
-pub use read_back::PredictionReader;
 pub use schemas::{SchemaError, Stopped, Waiting};
 pub use select::{Input, Select};
 pub use selected::{Selected, tokens};
+pub use whole::WholeReader;
 
 use crate::record::{Raw, RecordError};
 use crate::registry::{RegistryError, Schema, SchemaKind};

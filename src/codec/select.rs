@@ -75,7 +75,7 @@ impl Template {
 }
 
 /// The name that a pointer's value has in a prediction: the pointer's last reference token.
-pub(super) fn last_name(pointer: &str) -> String {
+pub fn last_name(pointer: &str) -> String {
     unescape(pointer.rsplit('/').next().unwrap_or_default())
 }
 
@@ -187,7 +187,7 @@ pub fn needs_members(format: &FormatEntry) -> String {
 }
 
 /// Whether the value at a pointer has some of the text: it is a field of the text, or has one, or is in one.
-fn holds_text(input: &settings::Input, pointer: &str) -> bool {
+pub fn holds_text(input: &settings::Input, pointer: &str) -> bool {
     let within =
         |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     let Some(source) = &input.template else {

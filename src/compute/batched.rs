@@ -16,11 +16,12 @@ use crate::engine::{
     Answers, Calibration, Engine, EngineError, Item, Model, Request, Response, RunError, TOKENS,
 };
 use crate::failpoint;
-use crate::flow::{Encoded, Outcome, Queued, Report};
+use crate::flow::{Encoded, Outcome, Queued, Report, Sample};
 use crate::record::{Fault, Position, RecordError};
 use crate::task::Task;
 use crate::telemetry::health;
 use crate::telemetry::{Health, Metrics};
+use crate::watch::{Observer, Tally};
 use crate::window::Window;
 
 /// Records of a window that one core takes at a time, when decoding, preparing and encoding.
@@ -86,6 +87,14 @@ impl<K> Prepared<K> {
     }
 }
 
+/// The predictions of consecutive records.
+struct Predicted {
+    outcomes: Vec<Outcome>,
+    memory: Vec<u8>,
+    tally: Tally,
+    samples: Vec<Sample>,
+}
+
 /// Consecutive records and their items.
 type Part<T> = (Vec<State<<T as Task>::Kept>>, Vec<<T as Task>::Item>);
 type RequestOf<T> = Request<Prepared<<T as Task>::Kept>, <T as Task>::Item, <T as Task>::Value>;
@@ -128,6 +137,15 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         if T::Item::UNIT == TOKENS {
             self.metrics.tokens.inc_by(units);
         }
+        self.metrics.unknown_tokens.inc_by(items.iter().map(|item| self.engine.model().unknown(item)).sum());
+        let sizes = self.metrics.record_units.with_label_values(&[T::Item::UNIT]).local();
+        for state in &states {
+            if let State::Pending(pending) = state {
+                let of_record: u64 = items[pending.items.clone()].iter().map(Item::units).sum();
+                sizes.observe(of_record as f64);
+            }
+        }
+        sizes.flush();
         let suspects: HashSet<usize> = (window.records.iter().zip(&states))
             .filter(|(record, _)| record.suspect)
             .flat_map(|(_, state)| match state {
@@ -163,58 +181,90 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         (states, items)
     }
 
-    /// Turns answers into predictions, in `output.format`.
-    pub fn predict(&self, response: ResponseOf<T>) -> Encoded {
-        self.predict_in(self.writer.encoding(), response)
+    /// Turns answers into predictions, in `output.format`, and shows them to the observer.
+    pub fn predict(&self, response: ResponseOf<T>, observer: &Observer) -> Encoded {
+        self.predict_in(self.writer.encoding(), response, observer)
     }
 
     /// Turns answers into predictions, as bytes. Without an encoding, what the task writes is published.
-    fn predict_in(&self, encoding: Option<Encoding<'_>>, response: ResponseOf<T>) -> Encoded {
+    fn predict_in(
+        &self,
+        encoding: Option<Encoding<'_>>,
+        response: ResponseOf<T>,
+        observer: &Observer,
+    ) -> Encoded {
         let started = Instant::now();
         let Response { window: Prepared { window, mut states }, answers, failed, busy, .. } = response;
         if !failed.is_empty() {
             fail(&mut states, failed);
         }
-        let parts: Vec<(Vec<Outcome>, Vec<u8>)> = states
+        let parts: Vec<Predicted> = states
             .into_par_iter()
             .chunks(ENCODE_CHUNK)
             .enumerate()
-            .map(|(part, states)| self.predict_part(encoding, part as u32, states, &answers))
+            .map(|(part, states)| self.predict_part(encoding, part, states, &answers, &window, observer))
             .collect();
-        let (outcomes, memory): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+        let (mut outcomes, mut memory) = (Vec::with_capacity(window.records.len()), Vec::new());
+        let (mut tally, mut samples) = (Tally::default(), Vec::new());
+        for part in parts {
+            outcomes.extend(part.outcomes);
+            memory.push(part.memory);
+            tally.append(part.tally);
+            samples.extend(part.samples);
+        }
         let ended = self.observe("encode", started);
         // Inference and predictions of different windows overlap, so the slower of the two sets the pace.
         self.pace.observe(&window, busy.max(ended - started));
         let model = Arc::new(self.about.version());
-        Encoded { window, model, outcomes: outcomes.into_iter().flatten().collect(), memory }
+        Encoded { window, model, outcomes, memory, tally, samples }
     }
 
     fn predict_part(
         &self,
         encoding: Option<Encoding<'_>>,
-        part: u32,
+        part: usize,
         states: Vec<State<T::Kept>>,
         answers: &Answers<T::Value>,
-    ) -> (Vec<Outcome>, Vec<u8>) {
-        let pending = states.iter().filter_map(|state| match state {
-            State::Pending(pending) => Some(pending),
+        window: &Window,
+        observer: &Observer,
+    ) -> Predicted {
+        let pending = states.iter().enumerate().filter_map(|(at, state)| match state {
+            State::Pending(pending) => Some((part * ENCODE_CHUNK + at, pending)),
             State::Tombstone | State::Failed(_) => None,
         });
         let (mut json, mut start, mut predictions) = (Vec::new(), 0, Vec::with_capacity(states.len()));
+        let (mut tally, mut samples) = (Tally::default(), Vec::new());
         let mut memory = Vec::new();
-        let records: Vec<_> = pending.clone().map(|of| (&of.kept, answers.rows(of.items.clone()))).collect();
-        let mut includes = pending.map(|of| of.include.as_str());
+        let records: Vec<_> =
+            pending.clone().map(|(_, of)| (&of.kept, answers.rows(of.items.clone()))).collect();
+        if observer.counts() {
+            let items = pending.clone().flat_map(|(_, of)| of.items.clone());
+            tally.norms.extend(items.filter_map(|item| self.task.norm(answers.row(item))));
+        }
+        let mut asked = pending;
         self.task.predict_all(&records, &mut json, &mut |result, json| {
-            let include = includes.next().unwrap_or_default();
-            let mut written = json;
-            let mut result = result.map(|()| write::include(include, written));
+            let (record, include) =
+                asked.next().map(|(at, of)| (at, of.include.as_str())).unwrap_or_default();
+            let mut result = result.map(|()| write::include(include, json));
             if let Some(encoding) = encoding {
-                result = result.and_then(|()| encoding.write(written, &mut memory));
-                written.clear();
-                written = &mut memory;
+                result = result.and_then(|()| encoding.write(json, &mut memory));
             }
+            if result.is_ok() {
+                let prediction = &json[if encoding.is_some() { 0 } else { start }..];
+                observer.count(prediction, &mut tally);
+                samples.extend(observer.sample(window, record, Some(prediction)));
+            }
+            let written = match encoding {
+                None => json,
+                Some(_) => {
+                    json.clear();
+                    &mut memory
+                }
+            };
             predictions.push(match result {
-                Ok(()) => Outcome::Prediction { part, bytes: start as u32..written.len() as u32 },
+                Ok(()) => {
+                    Outcome::Prediction { part: part as u32, bytes: start as u32..written.len() as u32 }
+                }
                 Err(error) => {
                     written.truncate(start);
                     Outcome::Dead(error)
@@ -230,7 +280,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
             State::Pending(_) => predictions.next().expect("predict_all writes one prediction per record"),
         };
         let outcomes = states.into_iter().map(outcome).collect();
-        (outcomes, memory)
+        Predicted { outcomes, memory, tally, samples }
     }
 
     /// Prepares one window and runs the model over it.
@@ -248,6 +298,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         reports: &Sender<Report>,
         health: &Health,
         stop: &AtomicBool,
+        observer: &Observer,
     ) {
         let waiting = Waiting {
             stop: Some(stop),
@@ -257,7 +308,8 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         for window in windows {
             health.busy(health::Stage::Prepare);
             let window = window.take(&self.metrics, "wait_decode");
-            if self.decoder.fetch(window.values(), &waiting).is_err() {
+            let fetched = self.decoder.fetch(window.values(), &waiting);
+            if fetched.and_then(|()| observer.fetch(&window, &waiting)).is_err() {
                 return drop_windows(window, windows, reports);
             }
             let request = self.prepare(window);
@@ -292,6 +344,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         encoded: &Sender<Queued<Encoded>>,
         health: &Health,
         end: &dyn Fn(&str),
+        observer: &Observer,
     ) {
         for response in responses {
             health.busy(health::Stage::Encode);
@@ -303,7 +356,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
                      the stuck thread",
                 );
             }
-            let window = self.predict(response);
+            let window = self.predict(response, observer);
             health.idle(health::Stage::Encode);
             if encoded.send(Queued::new(window)).is_err() {
                 return;
@@ -319,6 +372,10 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
 
     fn pointers(&self) -> Vec<String> {
         self.decoder.pointers()
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        self.task.labels()
     }
 
     fn writer(&self) -> Option<Writer> {
@@ -338,7 +395,8 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
     }
 
     fn stages(self: Arc<Self>, wires: StageContext) -> Vec<Stage<ComputeError>> {
-        let StageContext { windows, encoded, reports, health, stop, end } = wires;
+        let StageContext { windows, encoded, reports, health, observer, stop, end } = wires;
+        let of_windows = observer.clone();
         let dropped = reports.clone();
         let (to_infer, requests) = bounded(1);
         let (to_predict, responses) = bounded(1);
@@ -349,7 +407,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
             stage(
                 "prepare",
                 Box::new(move || {
-                    preparer.prepare_all(&windows, &to_infer, &dropped, &of_prepare, &stop);
+                    preparer.prepare_all(&windows, &to_infer, &dropped, &of_prepare, &stop, &of_windows);
                     Ok(())
                 }),
             ),
@@ -357,7 +415,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
             stage(
                 "encode",
                 Box::new(move || {
-                    predictor.predict_all(&responses, &encoded, &of_predict, &*end);
+                    predictor.predict_all(&responses, &encoded, &of_predict, &*end, &observer);
                     Ok(())
                 }),
             ),
@@ -365,11 +423,11 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
     }
 
     fn answer(&self, window: Window) -> Result<Encoded, ComputeError> {
-        Ok(self.predict(self.respond(window)?))
+        Ok(self.predict(self.respond(window)?, &Observer::default()))
     }
 
     fn answer_in_json(&self, window: Window) -> Result<Encoded, ComputeError> {
-        Ok(self.predict_in(None, self.respond(window)?))
+        Ok(self.predict_in(None, self.respond(window)?, &Observer::default()))
     }
 
     fn calibrate(&self) -> Option<Result<Calibration, RunError>> {

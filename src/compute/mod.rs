@@ -29,6 +29,7 @@ use crate::flow::{Encoded, ModelVersion, Queued, Report};
 use crate::model::Digest;
 use crate::settings::TaskKind;
 use crate::telemetry::Health;
+use crate::watch::Observer;
 use crate::window::Window;
 
 /// Describes the task, its model and its device.
@@ -60,6 +61,8 @@ pub struct StageContext {
     pub encoded: Sender<Queued<Encoded>>,
     pub reports: Sender<Report>,
     pub health: Arc<Health>,
+    /// Counts and samples the predictions.
+    pub observer: Observer,
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
     /// Shuts the pipeline down gracefully and makes the process exit with this error message.
@@ -96,6 +99,9 @@ pub trait Compute: Send + Sync {
 
     /// The JSON Pointers to what it reads of a record.
     fn pointers(&self) -> Vec<String>;
+
+    /// The labels that its predictions may have; `None`: they have none, or every record may name its own.
+    fn labels(&self) -> Option<Vec<String>>;
 
     /// Encodes its predictions; `None` if they are the values, unchanged.
     fn writer(&self) -> Option<Writer>;

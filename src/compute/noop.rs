@@ -13,6 +13,7 @@ use crate::failpoint;
 use crate::flow::{Encoded, Outcome, Queued};
 use crate::telemetry::Metrics;
 use crate::telemetry::health;
+use crate::watch::{Observer, Tally};
 use crate::window::Window;
 
 /// Records of a window that one core takes at a time.
@@ -25,16 +26,18 @@ pub struct Noop {
 }
 
 impl Noop {
-    fn encoded(&self, window: Window) -> Encoded {
+    fn encoded(&self, window: Window, observer: &Observer) -> Encoded {
         let started = Instant::now();
         let outcome = |record| match window.raw(record).map(|value| self.decoder.decode(value)) {
             None => Outcome::Tombstone,
             Some(Ok(_)) => Outcome::Unchanged,
             Some(Err(error)) => Outcome::Dead(error),
         };
-        let outcomes = window.records.par_iter().with_min_len(CHUNK).map(outcome).collect();
+        let outcomes: Vec<Outcome> = window.records.par_iter().with_min_len(CHUNK).map(outcome).collect();
+        let samples = observer.samples(&window, &outcomes);
         self.metrics.stage.with_label_values(&["decode"]).observe(started.elapsed().as_secs_f64());
-        Encoded { window, model: Arc::new(self.about.version()), outcomes, memory: Vec::new() }
+        let model = Arc::new(self.about.version());
+        Encoded { window, model, outcomes, memory: Vec::new(), tally: Tally::default(), samples }
     }
 }
 
@@ -45,6 +48,10 @@ impl Compute for Noop {
 
     fn pointers(&self) -> Vec<String> {
         self.decoder.pointers()
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        None
     }
 
     fn writer(&self) -> Option<Writer> {
@@ -71,11 +78,12 @@ impl Compute for Noop {
                 let window = window.take(&self.metrics, "wait_decode");
                 let health = Some((&*wires.health, health::Stage::Encode));
                 let waiting = Waiting { stop: Some(&wires.stop), health, metrics: &self.metrics };
-                if self.decoder.fetch(window.values(), &waiting).is_err() {
+                let fetched = self.decoder.fetch(window.values(), &waiting);
+                if fetched.and_then(|()| wires.observer.fetch(&window, &waiting)).is_err() {
                     drop_windows(window, &wires.windows, &wires.reports);
                     break;
                 }
-                let encoded = self.encoded(window);
+                let encoded = self.encoded(window, &wires.observer);
                 wires.health.idle(health::Stage::Encode);
                 if wires.encoded.send(Queued::new(encoded)).is_err() {
                     break;
@@ -90,7 +98,7 @@ impl Compute for Noop {
         let waiting = Waiting { stop: None, health: None, metrics: &self.metrics };
         // Never stopped.
         let _ = self.decoder.fetch(window.values(), &waiting);
-        Ok(self.encoded(window))
+        Ok(self.encoded(window, &Observer::default()))
     }
 
     fn answer_in_json(&self, window: Window) -> Result<Encoded, ComputeError> {

@@ -46,15 +46,16 @@ struct Current {
     compute: Option<Arc<dyn Compute>>,
     about: About,
     pointers: Vec<String>,
+    labels: Option<Vec<String>>,
     writer: Option<Writer>,
     lanes: usize,
 }
 
 impl Current {
     fn of(compute: Arc<dyn Compute>) -> Self {
-        let (about, pointers, writer, lanes) =
-            (compute.about(), compute.pointers(), compute.writer(), compute.lanes());
-        Self { compute: Some(compute), about, pointers, writer, lanes }
+        let (about, pointers, labels) = (compute.about(), compute.pointers(), compute.labels());
+        let (writer, lanes) = (compute.writer(), compute.lanes());
+        Self { compute: Some(compute), about, pointers, labels, writer, lanes }
     }
 }
 
@@ -280,6 +281,7 @@ impl Running {
             encoded: wires.encoded.clone(),
             reports: wires.reports.clone(),
             health: Arc::clone(&wires.health),
+            observer: wires.observer.clone(),
             stop: Arc::clone(&wires.stop),
             end: Arc::clone(&wires.end),
         });
@@ -316,6 +318,10 @@ impl Compute for Replaceable {
 
     fn pointers(&self) -> Vec<String> {
         self.read().pointers.clone()
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        self.read().labels.clone()
     }
 
     fn writer(&self) -> Option<Writer> {
@@ -371,6 +377,7 @@ mod tests {
     use crate::settings::{Settings, Sources, load};
     use crate::task;
     use crate::telemetry::{Health, Metrics};
+    use crate::watch::Observer;
 
     /// A version that counts letters of at most `most` words: its answers tell it.
     fn version(most: usize) -> Arc<dyn Compute> {
@@ -418,6 +425,7 @@ mod tests {
             encoded: to_publish,
             reports,
             health: Arc::new(Health::new(Duration::from_secs(60))),
+            observer: Observer::default(),
             stop: Arc::new(AtomicBool::new(false)),
             end: Arc::new(|_| {}),
         };

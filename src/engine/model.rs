@@ -53,6 +53,11 @@ pub trait Model: Send + Sync + 'static {
     /// A known-good item of about this cost, which every healthy device answers. Used for the first forward pass,
     /// probes and calibration.
     fn sample(&self, cost: u32) -> Self::Item;
+
+    /// Number of an item's tokens that stand for what the model has no token for.
+    fn unknown(&self, _: &Self::Item) -> u64 {
+        0
+    }
 }
 
 /// Why a batch has no answers.

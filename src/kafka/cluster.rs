@@ -44,6 +44,8 @@ pub struct Topics {
     pub input_partitions: u64,
     pub output: OutputTopic,
     pub dead_letters: OutputTopic,
+    /// Set if `samples.topic` is.
+    pub samples: Option<OutputTopic>,
 }
 
 /// Why the configuration of a topic or of a broker cannot be read.
@@ -275,6 +277,7 @@ impl<'a> Cluster<'a> {
             input_partitions,
             output: written("output.topic", &self.settings.output.topic),
             dead_letters: written("dead_letters.topic", &self.settings.dead_letters.topic),
+            samples: self.settings.samples.topic.as_ref().map(|topic| written("samples.topic", topic)),
         };
         if problems.is_empty() { Ok(topics) } else { Err(problems) }
     }

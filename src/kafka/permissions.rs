@@ -118,9 +118,9 @@ pub fn needed(settings: &Settings, transactional_id: &str) -> Vec<Permission> {
     let mut all: Vec<Permission> =
         named_inputs(settings).map(|t| Permission::new(Operation::Read, topic(t))).collect();
     all.push(Permission::new(Operation::Read, Resource::Group(settings.input.group.clone())));
-    let written = [&settings.output.topic, &settings.dead_letters.topic];
-    all.extend(written.map(|t| Permission::new(Operation::Write, topic(t))));
-    all.extend(settings.shadow.topic.iter().map(|t| Permission::new(Operation::Write, topic(t))));
+    let optional = settings.samples.topic.iter().chain(&settings.shadow.topic);
+    let written = [&settings.output.topic, &settings.dead_letters.topic].into_iter().chain(optional);
+    all.extend(written.clone().map(|t| Permission::new(Operation::Write, topic(t))));
     if settings.delivery.guarantee == Guarantee::ExactlyOnce {
         let id = Resource::TransactionalId(transactional_id.to_owned());
         all.push(Permission::new(Operation::Write, id));
@@ -133,6 +133,11 @@ pub fn needed(settings: &Settings, transactional_id: &str) -> Vec<Permission> {
         ..Permission::new(Operation::DescribeConfigs, topic(t))
     }));
     all
+}
+
+/// What `reference` needs, which reads the predictions in `output`.
+pub fn needed_by_reference(output: &str) -> Vec<Permission> {
+    vec![Permission::new(Operation::Read, Resource::Topic(output.to_owned()))]
 }
 
 /// What `audit` needs, which reads the predictions in `output` and the dead letters too.

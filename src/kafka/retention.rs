@@ -56,7 +56,12 @@ fn warnings_of(settings: &Settings, topics: &Topics, oldest: Timestamp, now: Tim
         (&settings.output.topic, &topics.output.rules),
         (&settings.dead_letters.topic, &topics.dead_letters.rules),
     ];
-    written.into_iter().filter_map(|(topic, rules)| warning(topic, rules, oldest, now)).collect()
+    let samples = settings.samples.topic.as_ref().zip(topics.samples.as_ref().map(|topic| &topic.rules));
+    written
+        .into_iter()
+        .chain(samples)
+        .filter_map(|(topic, rules)| warning(topic, rules, oldest, now))
+        .collect()
 }
 
 fn warning(topic: &str, rules: &TopicRules, oldest: Timestamp, now: Timestamp) -> Option<String> {

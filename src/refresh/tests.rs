@@ -11,6 +11,7 @@ use crate::flow::{Encoded, Queued, Report};
 use crate::lease::Lease;
 use crate::record::{Arrival, Partition};
 use crate::settings::{Sources, load};
+use crate::watch::Observer;
 use crate::window::{ClosedBy, Gatherer, Limits};
 
 /// Adds a version whose classifier has this bias.
@@ -80,6 +81,7 @@ impl Bench {
             encoded: to_publish,
             reports,
             health: Arc::clone(&health),
+            observer: Observer::default(),
             stop: Arc::new(AtomicBool::new(false)),
             end: Arc::new(|_| {}),
         };

@@ -11,6 +11,7 @@ use crate::kafka::login;
 use crate::kafka::topics::TopicFilter;
 use crate::schedule::Schedule;
 use crate::task::{Family, Kind};
+use crate::watch;
 
 /// librdkafka properties that kandle manages, each with the setting to use instead or the reason.
 const OWNED: &[(&str, &str)] = &[
@@ -79,8 +80,11 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
     if let Some((_, topic)) = twice {
         problem("input.topics", format!("{topic} is named twice"));
     }
+    let samples = settings.samples.topic.as_ref().map(|topic| ("samples.topic", topic));
     for (key, topic) in
         [("output.topic", &settings.output.topic), ("dead_letters.topic", &settings.dead_letters.topic)]
+            .into_iter()
+            .chain(samples)
     {
         if let Err(message) = check_topic(topic) {
             problem(key, message);
@@ -102,6 +106,17 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
             "dead_letters.topic",
             "is the same as output.topic: readers could not tell them apart".to_owned(),
         );
+    }
+    if let Some((key, topic)) = samples
+        && [&settings.output.topic, &settings.dead_letters.topic].contains(&topic)
+    {
+        problem(
+            key,
+            format!("{topic} is also output.topic or dead_letters.topic: readers could not tell them apart"),
+        );
+    }
+    for (key, message) in watch::problems(settings) {
+        problem(key, message);
     }
     if input.group.is_empty() {
         problem("input.group", "is empty".to_owned());
@@ -190,6 +205,12 @@ pub(super) fn check(settings: &Settings) -> Vec<(String, String)> {
         && !["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme))
     {
         problem("otel.endpoint", format!("{endpoint:?} is not an address such as http://localhost:4318"));
+    }
+    if settings.drift.reference.is_none() && settings.drift != super::Drift::default() {
+        problem(
+            "drift.reference",
+            "is required for drift: a file that `kandle reference` has written".to_owned(),
+        );
     }
     if settings.delivery.commit_interval.0.is_zero() {
         problem("delivery.commit_interval", "is zero".to_owned());

@@ -15,7 +15,6 @@
 
 mod agreement;
 mod room;
-mod share;
 mod worker;
 
 use std::sync::Arc;
@@ -28,11 +27,11 @@ use crate::agreement::Comparer;
 use crate::flow::{Encoded, Outcome, Queued};
 use crate::record::Arrival;
 use crate::settings::Settings;
+use crate::share::Share;
 use crate::task::{self, TaskError};
 use crate::telemetry::Metrics;
 use crate::window::{ClosedBy, Gatherer, Limits, Window};
 use room::{Held, Room};
-use share::Share;
 use worker::Worker;
 
 /// How long the worker may take to finish once the pipeline was asked to stop.

@@ -11,7 +11,7 @@ use super::Job;
 use super::agreement::Agreement;
 use super::room::Room;
 use crate::agreement::Comparer;
-use crate::codec::{PredictionReader, Waiting};
+use crate::codec::{Waiting, WholeReader};
 use crate::compute::Compute;
 use crate::failpoint;
 use crate::flow::{Encoded, Outcome};
@@ -55,7 +55,7 @@ struct Running {
     compute: Arc<dyn Compute>,
     /// Decoding and encoding run here, so that the pipeline's threads stay the pipeline's.
     pool: ThreadPool,
-    reader: PredictionReader,
+    reader: WholeReader,
     publisher: SidePublisher,
     agreement: Agreement,
 }
@@ -83,13 +83,13 @@ impl Worker {
         };
         let health = Health::new(Duration::MAX);
         if let Some(writer) = compute.writer()
-            && !registration::register(&self.settings, writer, &self.of_compute, &health, &self.stop)?
+            && !registration::register(&self.settings, &writer, &self.of_compute, &health, &self.stop)?
         {
             return Ok(None);
         }
         let about = compute.about();
         let timeout = if self.bounded { BOUNDED_TIMEOUT } else { RUN_TIMEOUT };
-        let publisher = SidePublisher::new(&self.settings, &about.model, about.digest.short(), timeout)?;
+        let publisher = SidePublisher::new(&self.settings, timeout)?;
         let lanes = self.settings.batch.lanes.unwrap_or(1);
         let name = |_| "kandle-shadow-pool".to_owned();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(lanes).thread_name(name).build()?;
@@ -103,7 +103,7 @@ impl Worker {
         );
         Ok(Some(Running {
             pool,
-            reader: PredictionReader::new(&self.settings)?,
+            reader: WholeReader::of_predictions(&self.settings)?,
             agreement: Agreement::new(self.comparer.clone()),
             publisher,
             compute,
@@ -166,7 +166,7 @@ impl Worker {
             let (Outcome::Prediction { part, bytes }, Some(model)) = (outcome, model) else { continue };
             let json = |bytes| {
                 let raw = Raw { bytes, headers: None };
-                reader.fetch(raw, &waiting).ok()?;
+                reader.fetch(std::iter::once(raw), &waiting).ok()?;
                 reader.json(raw).ok()
             };
             if let (Some(model), Some(shadow)) = (json(&**model), json(encoded.prediction(*part, bytes))) {

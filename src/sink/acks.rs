@@ -13,13 +13,15 @@ use rdkafka::types::RDKafkaErrorCode;
 use crate::kafka::log;
 use crate::telemetry::Health;
 
-/// Identifies the record of a message in flight: the window's id and the record's index in the window, packed into
-/// the one word that librdkafka returns in the delivery report.
+/// Identifies a message in flight: the window's id, the record's index in the window, and whether it is the record's sample,
+/// packed into the one word that librdkafka returns in the delivery report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ticket(usize);
 
 /// Bits of the index in the window; `window.max_records` is at most 1,000,000.
 const PLACE_BITS: u32 = 24;
+/// The bit of the index that marks a sample.
+const SAMPLE: usize = 1 << (PLACE_BITS - 1);
 
 impl Ticket {
     pub fn new(window: u64, place: usize) -> Self {
@@ -31,7 +33,16 @@ impl Ticket {
     }
 
     pub fn place(self) -> usize {
-        self.0 & ((1 << PLACE_BITS) - 1)
+        self.0 & (SAMPLE - 1)
+    }
+
+    /// The message is the record's sample.
+    pub fn of_sample(self) -> Self {
+        Self(self.0 | SAMPLE)
+    }
+
+    pub fn is_sample(self) -> bool {
+        self.0 & SAMPLE != 0
     }
 
     pub fn word(self) -> usize {
@@ -121,5 +132,8 @@ mod tests {
         assert_eq!((ticket.window(), ticket.place()), (1 << 33, 999_999));
         assert_eq!(Ticket(ticket.word()), ticket);
         assert!(Ticket::new(1, 999_999) < Ticket::new(2, 0), "in the order of publishing");
+        let sample = ticket.of_sample();
+        assert_eq!((sample.window(), sample.place()), (1 << 33, 999_999));
+        assert!(sample.is_sample() && !ticket.is_sample());
     }
 }

@@ -16,6 +16,7 @@ use crate::settings::{OutputTimestamp, Partitioning, Settings};
 pub(super) enum Target {
     Output,
     DeadLetters,
+    Samples,
 }
 
 impl Target {
@@ -28,6 +29,8 @@ impl Target {
         match self {
             Self::Output => &settings.output.topic,
             Self::DeadLetters => &settings.dead_letters.topic,
+            // Only messages for it have this target.
+            Self::Samples => settings.samples.topic.as_deref().unwrap_or_default(),
         }
     }
 }
@@ -64,6 +67,28 @@ impl Composer {
             partitioning: settings.output.partition,
             timestamps: settings.output.timestamp,
             source: SourceText::default(),
+        }
+    }
+
+    /// Builds the message of the sample of the record at `place`.
+    pub fn sample<'a>(
+        &'a mut self,
+        window: &'a InFlightWindow,
+        place: usize,
+        value: &'a [u8],
+    ) -> Composed<'a> {
+        let content = &window.content.window;
+        let record = &content.records[place];
+        let (partition, offset) = content.origin(record);
+        let source = self.source.at(partition, offset);
+        let headers = headers::with(OwnedHeaders::new_with_capacity(2), headers::SOURCE, source);
+        Composed {
+            target: Target::Samples,
+            key: content.key(record),
+            value: Some(value),
+            headers: headers::with(headers, headers::MODEL_DIGEST, &window.content.model.digest),
+            timestamp: self.timestamps.of(record.timestamp),
+            source_partition: partition.number,
         }
     }
 
@@ -104,10 +129,7 @@ impl Composer {
                     Outcome::Tombstone | Outcome::Dead(_) => None,
                 },
                 headers: prediction(own, matches!(outcome, Outcome::Unchanged), source, &content.model),
-                timestamp: match self.timestamps {
-                    OutputTimestamp::Record => record.timestamp,
-                    OutputTimestamp::Now => None,
-                },
+                timestamp: self.timestamps.of(record.timestamp),
                 source_partition: partition.number,
             },
         }

@@ -6,6 +6,7 @@
 //!   transactions   exactly_once: begin, commit, abort                (transaction_thread: the blocking calls)
 //!   recovery       after a refused batch: finds the record to blame  (isolation: the decision, pure)
 //!   compose        builds a record's message: topic, key, headers, size
+//!   samples        publishes samples beside their records
 //!   window         a window in flight: the state of each record
 //!   producer       the Kafka client and its messages in flight       (acks: its delivery reports)
 //! side             the predictions of the shadow, without a guarantee
@@ -19,6 +20,7 @@ mod isolation;
 mod producer;
 mod publisher;
 mod recovery;
+mod samples;
 mod side;
 mod transaction_thread;
 mod transactional_id;

@@ -26,7 +26,7 @@ use super::error::PublishError;
 use super::isolation::Meaning;
 use super::producer::{NotTaken, ProducerLimits, RecordProducer, compresses, config};
 use super::transactions::Transactions;
-use super::window::InFlightWindow;
+use super::window::{InFlightWindow, SampleOutcome};
 use crate::failpoint;
 use crate::flow::{CommitSoon, Encoded, Outcome, Published, Queued, Report};
 use crate::kafka::cluster::{Cluster, OutputTopic, Topics};
@@ -39,6 +39,7 @@ use crate::settings::{Guarantee, Settings};
 use crate::telemetry::health::Stage;
 use crate::telemetry::traces::Traces;
 use crate::telemetry::{Health, Metrics};
+use crate::watch::Watch;
 
 /// Interval between polls for delivery reports while windows are in flight.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
@@ -47,7 +48,7 @@ const IDLE_POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// Most messages sent between two polls for delivery reports.
 const BURST: usize = 4096;
 /// A topic's configuration that is older than this is read again before a record is refused because of it.
-const RULES_AGE: Duration = Duration::from_secs(10);
+pub(super) const RULES_AGE: Duration = Duration::from_secs(10);
 
 /// What the publisher needs from the rest of the pipeline.
 pub struct Context {
@@ -59,6 +60,8 @@ pub struct Context {
     pub topics: Topics,
     /// Set when the process is asked to stop.
     pub stop: Arc<AtomicBool>,
+    /// Counts what the published predictions show.
+    pub watch: Watch,
     pub traces: Option<Arc<Traces>>,
 }
 
@@ -79,6 +82,7 @@ pub(super) struct Cursor {
 pub(super) struct TopicsWritten {
     output: OutputTopic,
     dead_letters: OutputTopic,
+    samples: OutputTopic,
     read: Instant,
 }
 
@@ -87,12 +91,14 @@ impl TopicsWritten {
         match target {
             Target::Output => &self.output,
             Target::DeadLetters => &self.dead_letters,
+            Target::Samples => &self.samples,
         }
     }
 
-    /// Largest batch in bytes that both topics accept; `None`: unknown.
+    /// Largest batch in bytes that all topics accept; `None`: unknown.
     pub fn batch_limit(&self) -> Option<u64> {
-        [self.output.rules.max_bytes, self.dead_letters.rules.max_bytes].into_iter().flatten().min()
+        let all = [&self.output, &self.dead_letters, &self.samples];
+        all.into_iter().filter_map(|topic| topic.rules.max_bytes).min()
     }
 }
 
@@ -102,9 +108,9 @@ pub struct Publisher {
     pub(super) producer: RecordProducer,
     pub(super) delivery: Delivery,
     pub(super) topics: TopicsWritten,
-    composer: Composer,
+    pub(super) composer: Composer,
     /// Messages are compressed, so their size on the wire is not known in advance.
-    compresses: bool,
+    pub(super) compresses: bool,
     /// Windows received and not yet reported. The source's share of the memory limit bounds them.
     pub(super) windows: VecDeque<InFlightWindow>,
     /// Id of the last window received, plus 1. Window ids increase.
@@ -115,6 +121,10 @@ pub struct Publisher {
     made_by: HashMap<Partition, (Lease, MadeBy)>,
     /// Messages that the broker refused and `recover` has yet to handle.
     pub(super) refused: Vec<Failure>,
+    /// A sample that the client could not take, to be sent before anything else.
+    pub(super) owed_sample: Option<Ticket>,
+    /// The broker has refused a batch of samples, which `recover` has yet to handle.
+    pub(super) sample_refused: bool,
     /// Why the open transaction cannot be committed, if so.
     pub(super) abort_reason: Option<String>,
     /// The producer has stopped because it could not deliver a batch.
@@ -126,7 +136,7 @@ pub struct Publisher {
     /// Whether to send such messages at once when no more records are waiting.
     sends_at_once: bool,
     /// When the current burst began, in milliseconds since the Unix epoch.
-    now: i64,
+    pub(super) now: i64,
     pub(super) reports: Sender<Report>,
 }
 
@@ -135,6 +145,7 @@ impl Publisher {
         let topics = TopicsWritten {
             output: context.topics.output.clone(),
             dead_letters: context.topics.dead_letters.clone(),
+            samples: context.topics.samples.clone().unwrap_or_default(),
             read: Instant::now(),
         };
         let limits = ProducerLimits { batch: topics.batch_limit(), halved: 0, one_request_at_a_time: false };
@@ -163,6 +174,8 @@ impl Publisher {
             cursor: Cursor::default(),
             made_by: HashMap::new(),
             refused: Vec::new(),
+            owed_sample: None,
+            sample_refused: false,
             abort_reason: None,
             producer_stopped: false,
             lingers: false,
@@ -196,6 +209,7 @@ impl Publisher {
             } else if ending || !self.may_send() {
                 std::thread::park_timeout(pause);
             }
+            self.send_owed_sample()?;
             if !ending {
                 self.send()?;
             }
@@ -204,7 +218,7 @@ impl Publisher {
                 self.producer.send_now();
             }
             self.process_reports()?;
-            if self.producer_stopped || !self.refused.is_empty() {
+            if self.producer_stopped || self.sample_refused || !self.refused.is_empty() {
                 self.recover()?;
             }
             match self.delivery {
@@ -258,6 +272,8 @@ impl Publisher {
             && self.abort_reason.is_none()
             && !self.producer_stopped
             && self.refused.is_empty()
+            && self.owed_sample.is_none()
+            && !self.sample_refused
             && self.producer.bytes < self.settings.memory.limit.0 / 4
     }
 
@@ -288,14 +304,19 @@ impl Publisher {
         Ok(())
     }
 
-    /// Sends a record unless it is settled or its lease has ended. Returns false if it cannot be sent now.
+    /// Sends a record and its sample unless they are settled or its lease has ended. Returns false if the record cannot
+    /// be sent now.
     pub(super) fn send_if_ours(&mut self, index: usize, place: usize) -> Result<bool, PublishError> {
         let window = &mut self.windows[index];
         if window.is_settled(place) {
             return Ok(true);
         }
         if window.is_held(place) {
-            return self.send_record(index, place);
+            if !window.record_is_settled(place) && !self.send_record(index, place)? {
+                return Ok(false);
+            }
+            self.send_sample(index, place)?;
+            return Ok(true);
         }
         if matches!(self.delivery, Delivery::ExactlyOnce(_)) {
             // The transaction may hold records of the same lease, so it must be aborted.
@@ -399,10 +420,14 @@ impl Publisher {
         self.topics.read = Instant::now();
         let Ok(cluster) = Cluster::connect(&self.settings) else { return false };
         let mut read = false;
+        let samples = self.settings.samples.topic.as_ref().map(|topic| (topic, &mut self.topics.samples));
         for (topic, written) in [
             (&self.settings.output.topic, &mut self.topics.output),
             (&self.settings.dead_letters.topic, &mut self.topics.dead_letters),
-        ] {
+        ]
+        .into_iter()
+        .chain(samples)
+        {
             match cluster.rules(topic) {
                 Ok(rules) => {
                     if written.rules != rules {
@@ -507,15 +532,26 @@ impl Publisher {
     pub(super) fn process(&mut self, arrived: Arrived) -> Result<(), PublishError> {
         for ticket in arrived.acknowledged {
             let Some(at) = self.index(ticket.window()) else { continue };
-            let bytes = self.windows[at].take_size(ticket.place());
+            let (window, place) = (&mut self.windows[at], ticket.place());
+            let bytes = match ticket.is_sample() {
+                true => window.sample_acknowledged(place),
+                false => window.take_size(place),
+            };
             self.producer.finished(bytes);
             match &mut self.delivery {
-                Delivery::AtLeastOnce => drop(self.windows[at].settle(ticket.place())),
+                Delivery::AtLeastOnce if ticket.is_sample() => {
+                    window.settle_sample(place, SampleOutcome::Published);
+                }
+                Delivery::AtLeastOnce => window.settle(place),
                 Delivery::ExactlyOnce(transactions) => transactions.acknowledged(bytes),
             }
         }
         for failure in arrived.failed {
             let Some(at) = self.index(failure.ticket.window()) else { continue };
+            if failure.ticket.is_sample() {
+                self.sample_failed(at, &failure)?;
+                continue;
+            }
             let bytes = self.windows[at].take_size(failure.ticket.place());
             self.producer.finished(bytes);
             match Meaning::of(failure.code) {
@@ -557,10 +593,17 @@ impl Publisher {
     }
 
     /// Counts the records of a published window in the metrics, traces it, and makes its report.
-    fn finish(&self, done: InFlightWindow, committed: bool) -> Published {
+    fn finish(&mut self, done: InFlightWindow, committed: bool) -> Published {
         let live: Vec<bool> =
             (0..done.content.window.spans.len()).map(|span| done.is_live(span as u32)).collect();
-        let InFlightWindow { content: Encoded { window, model, outcomes, memory: _ }, started, .. } = done;
+        for (place, outcome) in done.sample_outcomes() {
+            let span = done.content.window.records[place].span as usize;
+            if let Some(name) = outcome.name().filter(|_| live[span]) {
+                self.context.metrics.samples.with_label_values(&[name]).inc();
+            }
+        }
+        let InFlightWindow { content: Encoded { window, model, outcomes, tally, .. }, started, .. } = done;
+        self.context.watch.published(&tally);
         let metrics = &self.context.metrics;
         metrics.stage.with_label_values(&["publish"]).observe(started.elapsed().as_secs_f64());
         let mut counts = vec![[0u64; 3]; window.spans.len()];
@@ -622,6 +665,8 @@ impl Publisher {
     pub(super) fn show_memory(&self) {
         let bytes: usize =
             self.windows.iter().flat_map(|window| &window.content.memory).map(Vec::capacity).sum();
+        let samples: usize = self.windows.iter().map(InFlightWindow::sample_bytes).sum();
+        let bytes = bytes + samples;
         self.context.metrics.memory.with_label_values(&["predictions"]).set(bytes as i64);
     }
 

@@ -33,7 +33,7 @@ const ALWAYS: Duration = Duration::ZERO;
 /// The result of sending a group of records.
 enum Sent {
     Published,
-    /// Some were refused. Holds the failures reported for them, perhaps none.
+    /// Some, or samples of them, were refused. Holds the failures reported for them, perhaps none.
     Refused(Vec<Failure>),
 }
 
@@ -61,6 +61,7 @@ impl Publisher {
         if !failures.is_empty() {
             self.apply(judge(&all, &failures), &all, &mut groups)?;
         }
+        self.sample_refused = false;
         while let Some(group) = groups.pop_front() {
             let group: Vec<Ticket> = group.into_iter().filter(|ticket| !self.is_settled(*ticket)).collect();
             if group.is_empty() {
@@ -68,8 +69,15 @@ impl Publisher {
             }
             let Sent::Refused(mut failures) = self.publish_group(&group)? else { continue };
             self.context.metrics.retries.with_label_values(&["refused"]).inc();
+            let mut of_samples = std::mem::take(&mut self.sample_refused);
             self.stop_after_refusal()?;
+            of_samples |= std::mem::take(&mut self.sample_refused);
             let left: Vec<Ticket> = group.into_iter().filter(|ticket| !self.is_settled(*ticket)).collect();
+            if of_samples && failures.is_empty() {
+                // No record is to blame, and a sample is sent again only once.
+                groups.push_front(left);
+                continue;
+            }
             if let ([alone], []) = (&left[..], &failures[..]) {
                 // No failure was reported for it, but no other record is left to blame.
                 let reason = "its batch was refused".to_owned();
@@ -157,11 +165,8 @@ impl Publisher {
             Delivery::AtLeastOnce => {
                 self.producer = RecordProducer::new(&config, &self.settings, &self.context.health)
                     .map_err(PublishError::Client)?;
-                for window in &mut self.windows {
-                    for place in 0..window.len() {
-                        window.take_size(place);
-                    }
-                }
+                self.owed_sample = None;
+                self.windows.iter_mut().for_each(InFlightWindow::forget_sent);
                 Ok(())
             }
             // A transaction holds only one group, so several requests at a time do no harm.
@@ -188,6 +193,10 @@ impl Publisher {
                 {
                     self.wait_for_reports()?;
                 }
+                while self.owed_sample.is_some() && self.goes_on() {
+                    self.wait_for_reports()?;
+                    self.send_owed_sample()?;
+                }
             }
             while self.producer.unacknowledged > 0 && self.goes_on() {
                 self.wait_for_reports()?;
@@ -196,7 +205,7 @@ impl Publisher {
                 // The client stops before it reports the messages that made it stop.
                 self.wind_up(WIND_UP)?;
             }
-            if self.producer_stopped || !self.refused.is_empty() {
+            if self.producer_stopped || self.sample_refused || !self.refused.is_empty() {
                 return Ok(Sent::Refused(self.take_refused()));
             }
             if matches!(self.delivery, Delivery::AtLeastOnce) {
@@ -219,7 +228,8 @@ impl Publisher {
         if self.is_too_slow() {
             self.abort_reason.get_or_insert_with(|| "not acknowledged in time".to_owned());
         }
-        self.abort_reason.is_none() && self.refused.is_empty() && !self.producer_stopped
+        let refused = self.sample_refused || !self.refused.is_empty();
+        self.abort_reason.is_none() && !refused && !self.producer_stopped
     }
 
     fn wait_for_reports(&mut self) -> Result<(), PublishError> {

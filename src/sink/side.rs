@@ -11,7 +11,7 @@ use rdkafka::message::Message;
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext};
 use rdkafka::types::RDKafkaErrorCode;
 
-use super::compose::{Composer, Stamp, Target, partition};
+use super::compose::{Composer, Target, partition};
 use super::producer::{ProducerLimits, config};
 use super::window::InFlightWindow;
 use crate::flow::{Encoded, Outcome};
@@ -108,12 +108,12 @@ pub struct SidePublisher {
 }
 
 impl SidePublisher {
-    /// `settings`: their `output` says where and how, and a quarter of `memory.limit` bounds what waits to be sent. `model`
-    /// and `digest` are for the headers. A message is given up after `timeout`.
+    /// `settings`: their `output` says where and how, and a quarter of `memory.limit` bounds what waits to be sent. A message
+    /// is given up after `timeout`.
     ///
     /// # Errors
     /// The client cannot be created.
-    pub fn new(settings: &Settings, model: &str, digest: &str, timeout: Duration) -> KafkaResult<Self> {
+    pub fn new(settings: &Settings, timeout: Duration) -> KafkaResult<Self> {
         let topic = settings.output.topic.clone();
         // Without its limit, batches are as large as the client makes them.
         let rules = Cluster::connect(settings).ok().and_then(|cluster| cluster.rules(&topic).ok());
@@ -131,8 +131,7 @@ impl SidePublisher {
                 (settings.memory.limit.0 / 4 / 1024).clamp(1024, 2_097_151).to_string(),
             );
         let client = login::create(&config, Reports::default())?;
-        let stamp = Stamp { model: model.to_owned(), digest: digest.to_owned() };
-        let composer = Composer::new(settings, stamp);
+        let composer = Composer::new(settings);
         Ok(Self { client, composer, topic, partitions: None, asked: None, timeout })
     }
 

@@ -28,6 +28,7 @@ use super::producer::RecordProducer;
 use super::publisher::{Cursor, Delivery, Publisher};
 use super::transaction_thread::{Call, CallError, TransactionThread};
 use super::transactional_id::TransactionalId;
+use super::window::SampleOutcome;
 use crate::failpoint;
 use crate::flow::ModelVersion;
 use crate::kafka::metadata::{Metadata, add_offset};
@@ -188,13 +189,14 @@ impl Publisher {
             return self.abort("not acknowledged in time");
         }
         let (waiting, to) = (self.producer.unacknowledged > 0, self.cursor);
+        let owed = self.owed_sample.is_some();
         let Some(transactions) = self.transactions() else { return Ok(()) };
         let Some(open) = &transactions.open else {
             // Windows that have lost all their leases need no commit.
             self.report_published(true);
             return Ok(());
         };
-        if !due || waiting {
+        if !due || waiting || owed {
             return Ok(());
         }
         let (limited, took, timeout) = (transactions.is_full(), open.begun.elapsed(), transactions.timeout);
@@ -261,6 +263,7 @@ impl Publisher {
                 for ticket in tickets {
                     if let Some(index) = self.index(ticket.window()) {
                         self.windows[index].settle(ticket.place());
+                        self.windows[index].settle_sample(ticket.place(), SampleOutcome::Published);
                     }
                 }
                 Ok(true)
@@ -323,10 +326,9 @@ impl Publisher {
         if let Some(open) = self.transactions().and_then(|transactions| transactions.open.take()) {
             self.cursor = open.from;
         }
+        (self.owed_sample, self.sample_refused) = (None, false);
         for window in &mut self.windows {
-            for place in 0..window.len() {
-                window.take_size(place);
-            }
+            window.forget_sent();
             window.drop_lost();
         }
         (self.producer.unacknowledged, self.producer.bytes) = (0, 0);

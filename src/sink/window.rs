@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::acks::Ticket;
-use crate::flow::Encoded;
+use crate::flow::{Encoded, Sample};
 use crate::kafka::metadata::Metadata;
 use crate::record::{Partition, Position, Record};
 
@@ -19,15 +19,60 @@ pub(super) struct DeadLetterForm {
     pub bare: bool,
 }
 
+/// What became of a sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SampleOutcome {
+    Published,
+    /// Left out: larger than the topic's `max.message.bytes`.
+    TooLarge,
+    /// Left out: by the topic's or the broker's rules.
+    Refused,
+    /// Left out: its record's lease has ended, or the record became a dead letter after all.
+    Dropped,
+}
+
+impl SampleOutcome {
+    /// The label `outcome` of `kandle_samples_total`; `None`: it is not counted.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Published => Some("published"),
+            Self::TooLarge => Some("too_large"),
+            Self::Refused => Some("refused"),
+            Self::Dropped => None,
+        }
+    }
+}
+
+/// Where a sample is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SampleState {
+    Unsent,
+    /// In flight, with so many bytes.
+    Sent(u64),
+    /// Acknowledged, in a transaction that is not committed yet.
+    Acknowledged,
+    Settled(SampleOutcome),
+}
+
+/// The sample of a record, which is published beside it: a record is settled when its sample is, too.
+struct SampleInFlight {
+    value: Vec<u8>,
+    state: SampleState,
+    /// The broker has refused a batch with it before.
+    refused: bool,
+}
+
 /// A window whose records are being published.
 pub(super) struct InFlightWindow {
     pub content: Encoded,
     /// For each span, whether its lease was held at the last [`Self::drop_lost`].
     live: Vec<bool>,
-    /// One bit per record: set when it is published and acknowledged, or when its lease has ended.
+    /// One bit per record: set when it is published and acknowledged, or when its lease has ended. Its sample may not be.
     settled: Vec<u64>,
-    /// Number of records that are not settled.
+    /// Number of records and samples that are not settled.
     left: usize,
+    /// The samples, by their records' indexes.
+    samples: BTreeMap<usize, SampleInFlight>,
     /// Bytes of each record's message in flight; 0: none is.
     sizes: Vec<u32>,
     /// Forms of dead letters that their topic refuses otherwise, by the record's index.
@@ -36,12 +81,19 @@ pub(super) struct InFlightWindow {
 }
 
 impl InFlightWindow {
-    pub fn new(content: Encoded) -> Self {
+    pub fn new(mut content: Encoded) -> Self {
         let count = content.outcomes.len();
+        let samples: BTreeMap<usize, SampleInFlight> = std::mem::take(&mut content.samples)
+            .into_iter()
+            .map(|Sample { record, value }| {
+                (record as usize, SampleInFlight { value, state: SampleState::Unsent, refused: false })
+            })
+            .collect();
         let mut window = Self {
             live: vec![true; content.window.spans.len()],
             settled: vec![0; count.div_ceil(64)],
-            left: count,
+            left: count + samples.len(),
+            samples,
             sizes: vec![0; count],
             forms: BTreeMap::new(),
             started: Instant::now(),
@@ -67,21 +119,95 @@ impl InFlightWindow {
         self.content.window.position(&self.content.window.records[place])
     }
 
+    /// Whether a record and its sample are settled.
     pub fn is_settled(&self, place: usize) -> bool {
+        self.record_is_settled(place)
+            && self.samples.get(&place).is_none_or(|sample| matches!(sample.state, SampleState::Settled(_)))
+    }
+
+    /// Whether a record is settled; its sample may not be.
+    pub fn record_is_settled(&self, place: usize) -> bool {
         self.settled[place / 64] >> (place % 64) & 1 == 1
     }
 
-    /// Settles a record. Returns true if it was not settled before.
-    pub fn settle(&mut self, place: usize) -> bool {
-        let new = !self.is_settled(place);
-        if new {
+    /// Settles a record, but not its sample.
+    pub fn settle(&mut self, place: usize) {
+        if !self.record_is_settled(place) {
             self.settled[place / 64] |= 1 << (place % 64);
             self.left -= 1;
         }
-        new
     }
 
-    /// Whether every record is settled.
+    /// Settles a record's sample, if it has one that is not.
+    pub fn settle_sample(&mut self, place: usize, outcome: SampleOutcome) {
+        if let Some(sample) = self.samples.get_mut(&place)
+            && !matches!(sample.state, SampleState::Settled(_))
+        {
+            sample.state = SampleState::Settled(outcome);
+            self.left -= 1;
+        }
+    }
+
+    /// The broker has refused a batch with a record's sample. It is sent again once, since the topic's limits are read again
+    /// before; after that it is left out.
+    pub fn sample_refused(&mut self, place: usize, outcome: SampleOutcome) {
+        match self.samples.get_mut(&place) {
+            Some(sample) if !sample.refused => sample.refused = true,
+            _ => self.settle_sample(place, outcome),
+        }
+    }
+
+    /// The value of a record's sample that is still to be sent.
+    pub fn sample_to_send(&self, place: usize) -> Option<&[u8]> {
+        let sample = self.samples.get(&place).filter(|sample| sample.state == SampleState::Unsent)?;
+        Some(&sample.value)
+    }
+
+    /// Marks a record's sample, of `bytes` bytes, as in flight.
+    pub fn sample_sent(&mut self, place: usize, bytes: u64) {
+        if let Some(sample) = self.samples.get_mut(&place) {
+            sample.state = SampleState::Sent(bytes);
+        }
+    }
+
+    /// Marks a record's sample as acknowledged. Returns its bytes, or 0 if it was not in flight.
+    pub fn sample_acknowledged(&mut self, place: usize) -> u64 {
+        match self.samples.get_mut(&place).map(|sample| &mut sample.state) {
+            Some(state) => match *state {
+                SampleState::Sent(bytes) => {
+                    *state = SampleState::Acknowledged;
+                    bytes
+                }
+                _ => 0,
+            },
+            None => 0,
+        }
+    }
+
+    /// Nothing is in flight any more: what was sent and is not settled has to be sent again.
+    pub fn forget_sent(&mut self) {
+        self.sizes.fill(0);
+        for sample in self.samples.values_mut() {
+            if !matches!(sample.state, SampleState::Settled(_)) {
+                sample.state = SampleState::Unsent;
+            }
+        }
+    }
+
+    /// The outcomes of the settled samples, each with its record's index.
+    pub fn sample_outcomes(&self) -> impl Iterator<Item = (usize, SampleOutcome)> + '_ {
+        self.samples.iter().filter_map(|(place, sample)| match sample.state {
+            SampleState::Settled(outcome) => Some((*place, outcome)),
+            _ => None,
+        })
+    }
+
+    /// Bytes of the samples.
+    pub fn sample_bytes(&self) -> usize {
+        self.samples.values().map(|sample| sample.value.capacity()).sum()
+    }
+
+    /// Whether every record and sample is settled.
     pub fn is_done(&self) -> bool {
         self.left == 0
     }
@@ -116,6 +242,7 @@ impl InFlightWindow {
         for place in 0..self.len() {
             if !self.live[self.content.window.records[place].span as usize] {
                 self.settle(place);
+                self.settle_sample(place, SampleOutcome::Dropped);
             }
         }
     }

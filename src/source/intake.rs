@@ -13,12 +13,12 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::doubt::Cause;
 use super::ledger::{OffsetOrder, PartitionState};
-use super::serve::{POLL, Source, SourceError};
-use crate::compute::Compute;
+use super::serve::{Context, POLL, Source, SourceError};
 use crate::flow::Queued;
 use crate::kafka::headers::{self, Headers};
 use crate::record::{Arrival, Partition, TraceParent};
 use crate::settings::WhenIdle;
+use crate::watch::Sampler;
 use crate::window::{ClosedBy, Gatherer, Load, Window};
 
 /// Most messages taken from the client in one loop iteration.
@@ -232,7 +232,7 @@ impl Source {
             let suspect = owned.suspects.contains(&message.offset());
             let parent = || TraceParent::read(headers::last(&message, headers::TRACEPARENT)?);
             let trace = if self.context.traced { parent().map(Box::new) } else { None };
-            let arrival = Arrival { origin, trace, ..arrival(&message, suspect, &*self.context.compute) };
+            let arrival = Arrival { origin, trace, ..arrival(&message, suspect, &self.context) };
             full = self.intake.gatherer.push(&owned.partition, &owned.lease, arrival, now);
             if end == Some(message.offset() + 1) {
                 ended.insert(owned.partition.clone());
@@ -362,10 +362,11 @@ impl Source {
     }
 }
 
-fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool, compute: &dyn Compute) -> Arrival<'a> {
-    let value = message.payload();
+fn arrival<'a>(message: &'a BorrowedMessage<'_>, suspect: bool, context: &Context) -> Arrival<'a> {
+    let (value, compute) = (message.payload(), &context.compute);
+    let of_sample = |bytes| context.sampled.map_or(0, |share| Sampler::footprint(share, bytes));
     Arrival {
-        footprint: value.map_or(0, |value| compute.footprint(value)),
+        footprint: value.map_or(0, |value| compute.footprint(value) + of_sample(value.len())),
         work: value.map_or(0.0, |value| compute.work(value.len())) as f32,
         offset: message.offset(),
         timestamp: timestamp(message),

@@ -95,6 +95,8 @@ pub struct Context {
     pub partitions: u64,
     /// Estimates the memory and the work of a record, and knows the model's present version.
     pub compute: Arc<dyn Compute>,
+    /// The share of records that are published as samples too, which take memory.
+    pub sampled: Option<f64>,
     /// Offsets are committed in the sink's transactions.
     pub transactional: bool,
 }

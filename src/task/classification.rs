@@ -9,11 +9,13 @@ use crate::codec::write::schema::{Field, Type};
 use crate::model::{self, Output};
 use crate::record::RecordError;
 use crate::settings::{self, ChunkScores, Overflow, TaskKind};
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-classification"),
     prediction: "`{\"label\":…,\"score\":…,\"scores\":{…}}`",
     fields,
+    shows: |task| Shows::Label { all: task.top_k.is_none() },
     keys: &["top_k", "overflow", "stride", "chunk_scores", "cache"],
     pointers: &[],
     overflow: CHUNKS,
@@ -90,6 +92,10 @@ impl Classification {
 impl PredictText for Classification {
     fn write(&self, chunks: &[Chunk<'_>], out: &mut Vec<u8>) -> Result<(), RecordError> {
         write(&self.labels, &self.of(chunks), self.top_k, out)
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        Some(self.labels.clone())
     }
 
     fn bytes(&self) -> usize {

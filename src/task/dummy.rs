@@ -13,6 +13,7 @@ use crate::model::Digest;
 use crate::ragged::Ragged;
 use crate::record::{Fault, RecordError};
 use crate::settings::TaskKind;
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("dummy"),
@@ -20,6 +21,7 @@ pub(super) const KIND: Kind = Kind {
     fields: |_| {
         vec![Field::new(1, "letters", Type::list(Type::Float), "How often each word has the letter e")]
     },
+    shows: |_| Shows::Nothing,
     keys: &["top_k"],
     pointers: &[],
     overflow: &[],

@@ -10,6 +10,7 @@ use crate::codec::write::schema::Field;
 use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, TaskKind};
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("text-embedding"),
@@ -22,6 +23,7 @@ pub(super) const KIND: Kind = Kind {
             "The vector of the text, as task.encoding says",
         )]
     },
+    shows: |_| Shows::Nothing,
     keys: &["prompt", "prompt_name", "dimensions", "encoding", "ranges", "overflow", "stride", "cache"],
     pointers: &[],
     overflow: CHUNKS,
@@ -92,6 +94,11 @@ impl Vectors {
         if self.normalize { Cow::Owned(normalized(kept)) } else { Cow::Borrowed(kept) }
     }
 
+    /// The length of an answer's vector, before it is scaled to length 1.
+    pub fn norm(&self, answer: &[f32]) -> f32 {
+        length(&answer[..self.width]) as f32
+    }
+
     /// The vector of a text: of several chunks, the mean of their vectors weighted by their numbers of tokens.
     pub fn of<'a>(&self, chunks: &[Chunk<'a>]) -> Cow<'a, [f32]> {
         if let [one] = chunks {
@@ -119,14 +126,22 @@ impl PredictText for Embed {
         Ok(())
     }
 
+    fn norm(&self, answer: &[f32]) -> Option<f32> {
+        Some(self.vectors.norm(answer))
+    }
+
     fn bytes(&self) -> usize {
         16 + self.encoder.bytes(self.vectors.width)
     }
 }
 
+fn length(row: &[f32]) -> f64 {
+    row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+}
+
 /// Scales to length 1, as torch's `normalize` does: a zero vector stays zero.
 pub(super) fn normalized(row: &[f32]) -> Vec<f32> {
-    let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
+    let length = length(row).max(1e-12);
     row.iter().map(|x| (f64::from(*x) / length) as f32).collect()
 }
 

@@ -17,6 +17,7 @@ use crate::model::series::{Series, SeriesError, SeriesModel, interpolate};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, Settings, TaskKind};
 use crate::telemetry::Metrics;
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("forecast"),
@@ -33,6 +34,7 @@ pub(super) const KIND: Kind = Kind {
             Field::new(2, "quantiles", Type::map(points()), "The quantiles of these points, by level"),
         ]
     },
+    shows: |_| Shows::Nothing,
     keys: &["horizon", "quantiles", "cache"],
     pointers: &[],
     overflow: &[],

@@ -233,6 +233,10 @@ impl Task for LabelledSpans {
         }
     }
 
+    fn labels(&self) -> Option<Vec<String>> {
+        Some(self.labels.clone())
+    }
+
     fn footprint(&self, value: &[u8]) -> usize {
         let room = self.model.room();
         // Each token is at least one byte of the text. Chunks repeat the prompt and some tokens.

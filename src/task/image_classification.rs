@@ -5,11 +5,13 @@ use super::images;
 use super::kinds::{Family, Kind, NO_RULES, Reads};
 use crate::model::vision::Output;
 use crate::settings::TaskKind;
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("image-classification"),
     prediction: "`{\"label\":…,\"score\":…,\"scores\":{…}}` of an image",
     fields: classification::fields,
+    shows: |task| Shows::Label { all: task.top_k.is_none() },
     keys: &["top_k", "max_pixels", "max_bytes", "cache"],
     pointers: &[],
     overflow: &[],

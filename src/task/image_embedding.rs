@@ -6,6 +6,7 @@ use super::{encoding, images};
 use crate::codec::write::schema::Field;
 use crate::model::vision::Output;
 use crate::settings::TaskKind;
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("image-embedding"),
@@ -14,6 +15,7 @@ pub(super) const KIND: Kind = Kind {
         let doc = "The vector of the image, as task.encoding says";
         vec![Field::new(1, "embedding", encoding::type_of(task), doc)]
     },
+    shows: |_| Shows::Nothing,
     keys: &["normalize", "dimensions", "encoding", "ranges", "max_pixels", "max_bytes", "cache"],
     pointers: &[],
     overflow: &[],

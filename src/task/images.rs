@@ -105,6 +105,14 @@ impl<P: PredictText> Task for ImageTask<P> {
         Ok(())
     }
 
+    fn labels(&self) -> Option<Vec<String>> {
+        self.predict.labels()
+    }
+
+    fn norm(&self, answer: &[f32]) -> Option<f32> {
+        self.predict.norm(answer)
+    }
+
     fn predict(&self, (): &(), answers: Rows<'_, f32>, out: &mut Vec<u8>) -> Result<(), RecordError> {
         self.predict.write(&[Chunk::whole(answers.only())], out)
     }

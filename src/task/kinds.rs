@@ -15,6 +15,7 @@ use crate::compute::Compute;
 use crate::model::{Output, Wants, vision};
 use crate::settings::{Overflow, Settings, Task, TaskKind};
 use crate::telemetry::Metrics;
+use crate::watch::Shows;
 
 /// What a task reads of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +54,8 @@ pub struct Kind {
     pub prediction: &'static str,
     /// Members of the prediction, in the order in which the task writes them; none if it is the value, unchanged.
     pub fields: fn(&Task) -> Vec<Field>,
+    /// What predictions show, for the metrics of predictions and for drift.
+    pub shows: fn(&Task) -> Shows,
     /// Keys of `task` that have an effect, beside `kind`.
     pub keys: &'static [&'static str],
     /// The subset of `keys` that hold a JSON Pointer into the record.

@@ -65,6 +65,17 @@ pub trait Task: Send + Sync + 'static {
         }
     }
 
+    /// The labels that predictions may have; `None`: they have none, or every record may name its own.
+    fn labels(&self) -> Option<Vec<String>> {
+        None
+    }
+
+    /// The length of an answer that is a vector, before it is scaled to length 1: for `kandle_embedding_norm`. `None`:
+    /// answers are no vectors.
+    fn norm(&self, _: &[Self::Value]) -> Option<f32> {
+        None
+    }
+
     /// Bytes of host memory that the task itself takes, beside the model.
     fn memory(&self) -> usize {
         0

@@ -8,11 +8,13 @@ use crate::compute::{About, Compute, Noop};
 use crate::model::Digest;
 use crate::settings::{Settings, TaskKind};
 use crate::telemetry::Metrics;
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("noop"),
     prediction: "the input value, unchanged: no model, for benchmarks",
     fields: |_| Vec::new(),
+    shows: |_| Shows::Nothing,
     keys: &[],
     pointers: &[],
     overflow: &[],

@@ -18,6 +18,7 @@ use crate::engine::Rows;
 use crate::model::{Output, PairPrompt, Scores, Shorten, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, TaskKind};
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("reranking"),
@@ -30,6 +31,7 @@ pub(super) const KIND: Kind = Kind {
         ];
         vec![Field::new(1, "results", Type::objects("Result", result), "The documents, the best first")]
     },
+    shows: |_| Shows::Best,
     keys: &["documents", "instruction", "top_k", "overflow", "cache"],
     pointers: &["documents"],
     overflow: BEGINNING,

@@ -17,6 +17,7 @@ use crate::model::vectors::is_file_of_vectors;
 use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, TaskKind};
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("similarity"),
@@ -33,6 +34,7 @@ pub(super) const KIND: Kind = Kind {
             "The nearest candidates, the nearest first",
         )]
     },
+    shows: |_| Shows::Best,
     keys: &[
         "top_k",
         "candidates",
@@ -136,6 +138,10 @@ impl PredictText for Similarity {
             let result = to_json(&Matches { matches }, out);
             written(result, out);
         }
+    }
+
+    fn norm(&self, answer: &[f32]) -> Option<f32> {
+        Some(self.of_record.norm(answer))
     }
 
     fn bytes(&self) -> usize {

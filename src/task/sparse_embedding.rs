@@ -13,6 +13,7 @@ use crate::codec::write::schema::{Field, Type};
 use crate::model::{Model, Output};
 use crate::record::RecordError;
 use crate::settings::{self, Overflow, TaskKind};
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("sparse-embedding"),
@@ -28,6 +29,7 @@ pub(super) const KIND: Kind = Kind {
         }
         fields
     },
+    shows: |_| Shows::Nothing,
     keys: &["top_k", "tokens", "prompt", "prompt_name", "overflow", "stride", "cache"],
     pointers: &[],
     overflow: CHUNKS,

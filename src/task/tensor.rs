@@ -26,11 +26,16 @@ use crate::settings::{
     self, Activation, DeviceChoice, Dtype, Settings, TaskKind, TensorForm, TensorInput, check_pointer,
 };
 use crate::telemetry::Metrics;
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("tensor"),
     prediction: "`{\"outputs\":{name: values, …}}` of any ONNX model; with `as: classification` as text-classification",
     fields,
+    shows: |task| match task.form {
+        TensorForm::Tensor => Shows::Nothing,
+        TensorForm::Classification => Shows::Label { all: task.top_k.is_none() },
+    },
     keys: &["inputs", "outputs", "defaults", "as", "activation", "labels", "top_k", "cache"],
     pointers: &[],
     overflow: &[],
@@ -195,6 +200,10 @@ impl Task for Tensor {
 
     fn predict(&self, one_row: &bool, answers: Rows<'_, Cell>, out: &mut Vec<u8>) -> Result<(), RecordError> {
         self.form.write(answers.only(), *one_row, out)
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        self.form.labels()
     }
 
     fn footprint(&self, value: &[u8]) -> usize {

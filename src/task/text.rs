@@ -208,6 +208,16 @@ pub trait PredictText: Send + Sync + 'static {
     /// Approximate maximum bytes of a prediction.
     fn bytes(&self) -> usize;
 
+    /// As [`Task::labels`].
+    fn labels(&self) -> Option<Vec<String>> {
+        None
+    }
+
+    /// As [`Task::norm`].
+    fn norm(&self, _: &[f32]) -> Option<f32> {
+        None
+    }
+
     /// As [`Task::memory`].
     fn memory(&self) -> usize {
         0
@@ -268,6 +278,14 @@ impl<P: PredictText> Task for TextTask<P> {
             records.iter().map(|(lengths, answers)| chunks(lengths, answers)).collect();
         let texts: Vec<&[Chunk<'_>]> = texts.iter().map(Vec::as_slice).collect();
         self.predict.write_all(&texts, out, written);
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        self.predict.labels()
+    }
+
+    fn norm(&self, answer: &[f32]) -> Option<f32> {
+        self.predict.norm(answer)
     }
 
     fn memory(&self) -> usize {

@@ -2,6 +2,7 @@
 //! `TokenClassificationPipeline`: its aggregations, its words, and how it merges entities of overlapping chunks. Tokens
 //! and entities with the label "O" (outside) are left out. With `task.labels`, the model is [`gliner`] instead.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -16,11 +17,13 @@ use crate::model::{Gliner, Output, Span, Tokens};
 use crate::record::RecordError;
 use crate::settings::{self, Aggregation, Overflow, Settings, TaskKind};
 use crate::telemetry::Metrics;
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("token-classification"),
     prediction: "`{\"entities\":[{\"label\":…,\"start\":…,\"end\":…,\"text\":…,\"score\":…},…]}`, offsets in Unicode characters of the text; with `redact`, `{\"text\":…,\"entities\":[…]}`: the text with `[LABEL]` for each entity, and the entities without their texts",
     fields: |task| entities::fields(task.redact),
+    shows: |_| Shows::Entities,
     keys: &[
         "aggregation",
         "labels",
@@ -326,6 +329,15 @@ impl Task for TokenClassification {
             true => entities::write_redacted(&kept.text, replaced, entities, out),
             false => entities::write(&kept.text, entities, out),
         }
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        let published = |label: &Label| match self.aggregation {
+            Aggregation::None => label.name.clone(),
+            _ => label.name[label.group..].to_owned(),
+        };
+        let names: BTreeSet<String> = self.labels.iter().map(published).collect();
+        Some(names.into_iter().filter(|name| name != OUTSIDE).collect())
     }
 
     fn footprint(&self, value: &[u8]) -> usize {

@@ -14,11 +14,13 @@ use crate::engine::Rows;
 use crate::model::{Output, Part, Shorten, Tokens};
 use crate::record::{Fault, RecordError};
 use crate::settings::{self, TaskKind};
+use crate::watch::Shows;
 
 pub(super) const KIND: Kind = Kind {
     kind: TaskKind("zero-shot-classification"),
     prediction: "as `text-classification`, with labels that the configuration or the record names",
     fields: classification::fields,
+    shows: |task| Shows::Label { all: task.top_k.is_none() && !task.multi_label },
     keys: &["labels", "labels_field", "hypothesis", "multi_label", "top_k", "overflow", "cache"],
     pointers: &["labels_field"],
     overflow: BEGINNING,
@@ -211,6 +213,13 @@ impl Task for ZeroShot {
             Labels::At(_) => own,
         };
         classification::write(labels, &self.scores(&answers), self.top_k, out)
+    }
+
+    fn labels(&self) -> Option<Vec<String>> {
+        match &self.labels {
+            Labels::Same(labels, _) => Some(labels.clone()),
+            Labels::At(_) => None,
+        }
     }
 
     fn footprint(&self, value: &[u8]) -> usize {

@@ -33,6 +33,8 @@ pub struct Health {
     about: Mutex<Value>,
     /// The part of `model.refresh`: what was looked for and what came of it.
     refresh: Mutex<Value>,
+    /// How far predictions are from the reference.
+    drift: Mutex<Value>,
     errors: Mutex<VecDeque<Value>>,
 }
 
@@ -46,6 +48,7 @@ impl Health {
             source: Mutex::new(Value::Null),
             about: Mutex::new(Value::Null),
             refresh: Mutex::new(Value::Null),
+            drift: Mutex::new(Value::Null),
             errors: Mutex::default(),
         }
     }
@@ -88,6 +91,10 @@ impl Health {
         *self.refresh.lock().unwrap_or_else(|e| e.into_inner()) = refresh;
     }
 
+    pub fn set_drift(&self, drift: Value) {
+        *self.drift.lock().unwrap_or_else(|e| e.into_inner()) = drift;
+    }
+
     pub fn set_source(&self, source: Value) {
         *self.source.lock().unwrap_or_else(|e| e.into_inner()) = source;
     }
@@ -111,6 +118,7 @@ impl Health {
             "model": *self.about.lock().unwrap_or_else(|e| e.into_inner()),
             "refresh": *self.refresh.lock().unwrap_or_else(|e| e.into_inner()),
             "source": *self.source.lock().unwrap_or_else(|e| e.into_inner()),
+            "drift": *self.drift.lock().unwrap_or_else(|e| e.into_inner()),
             "errors": *self.errors.lock().unwrap_or_else(|e| e.into_inner()),
         })
     }

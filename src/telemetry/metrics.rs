@@ -23,6 +23,27 @@ const AGES: &[f64] =
     &[0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0, 259_200.0];
 const COUNTS: &[f64] =
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0];
+const UNITS: &[f64] = &[
+    1.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+    64.0,
+    128.0,
+    256.0,
+    512.0,
+    1024.0,
+    4096.0,
+    16384.0,
+    65536.0,
+    262_144.0,
+    1_048_576.0,
+    16_777_216.0,
+];
+const SHARES: &[f64] = &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999];
+const NORMS: &[f64] =
+    &[0.01, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0];
 const TOKENS: &[f64] =
     &[16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0];
 
@@ -41,8 +62,18 @@ pub const TABLE: &[Row] = &[
     ("kandle_batch_tokens", H(TOKENS), &[], "Work in a batch: tokens of texts, patches of images, elements of tensors."),
     ("kandle_tokens_total", C, &[], "Tokens of all texts for the model, including those whose answer was reused."),
     ("kandle_input_units_total", C, &["unit"], "Size of all inputs for the model, including those whose answer was reused: tokens of texts, pixels of images, elements of tensors, points of series."),
+    ("kandle_record_units", H(UNITS), &["unit"], "Size of each record's inputs for the model, in the units of kandle_input_units_total."),
+    ("kandle_unknown_tokens_total", C, &[], "Tokens of texts that stand for what the model's vocabulary lacks; part of kandle_tokens_total."),
     ("kandle_reused_predictions_total", C, &["from"], "Inputs not computed because their answer was reused: from an equal input in the same window (window), or from task.cache (cache)."),
     ("kandle_truncated_records_total", C, &[], "Records truncated to the model's maximum number of tokens."),
+    ("kandle_predictions_total", C, &["label"], "Published predictions by label: of a classification its best label, of a token classification the label of each entity. At most 100 labels, the rest as other."),
+    ("kandle_prediction_score", H(SHARES), &[], "Score of each published prediction: of its best label or result, or of each entity."),
+    ("kandle_prediction_entropy", H(SHARES), &[], "Entropy of each published classification whose scores are of all labels and sum to 1, as a part of the largest possible one: 0 if one label has everything, 1 if all have the same."),
+    ("kandle_records_without_entities_total", C, &[], "Published token classifications without any entity."),
+    ("kandle_embedding_norm", H(NORMS), &[], "Length of each vector that an embedding model returned, before it is scaled to length 1."),
+    ("kandle_drift", G, &["of", "measure"], "Distance of the latest published predictions from drift.reference: of label, score, entropy or entities (entities per record), as population stability index (psi) or Jensen-Shannon distance with base 2 (js)."),
+    ("kandle_drift_threshold", G, &[], "The setting drift.threshold, for the psi of kandle_drift; +Inf without drift.reference."),
+    ("kandle_samples_total", C, &["outcome"], "Samples for samples.topic: published, too_large (left out: more than the topic's max.message.bytes), refused (left out: by the topic's or the broker's rules)."),
     ("kandle_skipped_records_total", C, &["topic", "cause"], "Offsets skipped because they could not be read: deleted by retention (retention), or in a batch that fails its checksum (damaged)."),
     ("kandle_topic_recreated_total", C, &["topic"], "Partitions read from their start again because their topic was deleted and recreated."),
     ("kandle_device_busy_seconds_total", C, &["device"], "Time that the device was computing; on a CPU, the mean over its lanes."),
@@ -79,8 +110,18 @@ pub struct Metrics {
     pub batch_tokens: Histogram,
     pub tokens: IntCounter,
     pub input_units: IntCounterVec,
+    pub record_units: HistogramVec,
+    pub unknown_tokens: IntCounter,
     pub reused: IntCounterVec,
     pub truncated: IntCounter,
+    pub predictions: IntCounterVec,
+    pub prediction_score: Histogram,
+    pub prediction_entropy: Histogram,
+    pub without_entities: IntCounter,
+    pub embedding_norm: Histogram,
+    pub drift: GaugeVec,
+    pub drift_threshold: Gauge,
+    pub samples: IntCounterVec,
     pub skipped: IntCounterVec,
     pub topic_recreated: IntCounterVec,
     pub device_busy: CounterVec,
@@ -150,8 +191,20 @@ impl Metrics {
             batch_tokens: histogram("kandle_batch_tokens"),
             tokens: counter("kandle_tokens_total"),
             input_units: counters("kandle_input_units_total"),
+            record_units: register(r, "kandle_record_units", |o, b, l| {
+                HistogramVec::new(HistogramOpts::from(o).buckets(b.to_vec()), l)
+            }),
+            unknown_tokens: counter("kandle_unknown_tokens_total"),
             reused: counters("kandle_reused_predictions_total"),
             truncated: counter("kandle_truncated_records_total"),
+            predictions: counters("kandle_predictions_total"),
+            prediction_score: histogram("kandle_prediction_score"),
+            prediction_entropy: histogram("kandle_prediction_entropy"),
+            without_entities: counter("kandle_records_without_entities_total"),
+            embedding_norm: histogram("kandle_embedding_norm"),
+            drift: register(r, "kandle_drift", |o, _, l| GaugeVec::new(o, l)),
+            drift_threshold: gauge("kandle_drift_threshold"),
+            samples: counters("kandle_samples_total"),
             skipped: counters("kandle_skipped_records_total"),
             topic_recreated: counters("kandle_topic_recreated_total"),
             device_busy: register(r, "kandle_device_busy_seconds_total", |o, _, l| CounterVec::new(o, l)),
@@ -206,6 +259,10 @@ impl Metrics {
         for cause in ["commit", "produce", "refused", "registry", "topics", "transaction"] {
             self.retries.with_label_values(&[cause]);
         }
+        for outcome in ["published", "too_large", "refused"] {
+            self.samples.with_label_values(&[outcome]);
+        }
+        self.drift_threshold.set(f64::INFINITY);
         self.deadline.set(f64::INFINITY);
         self.schedule_open.set(1.0);
         for outcome in crate::refresh::Outcome::ALL {
@@ -240,6 +297,9 @@ mod tests {
         metrics.topic_recreated.with_label_values(&["t"]);
         metrics.stage.with_label_values(&["decode"]);
         metrics.input_units.with_label_values(&["tokens"]);
+        metrics.record_units.with_label_values(&["tokens"]);
+        metrics.predictions.with_label_values(&["a"]);
+        metrics.drift.with_label_values(&["label", "psi"]);
         metrics.device_busy.with_label_values(&["cpu"]);
         metrics.lag_records.with_label_values(&["t", "0"]);
         metrics.lag_seconds.with_label_values(&["t", "0"]);

@@ -13,7 +13,7 @@ use rdkafka::message::{BorrowedMessage, Message};
 use super::tally::{Pairs, Side};
 use crate::agreement::{Comparer, Unlike};
 use crate::cli::offsets::{read, read_until};
-use crate::codec::{PredictionReader, Waiting};
+use crate::codec::{Waiting, WholeReader};
 use crate::kafka::consumer::Reader;
 use crate::kafka::headers;
 use crate::kafka::range::{self, Point, Range, RangeError};
@@ -36,7 +36,7 @@ pub(super) struct Join<'a> {
     /// The bounds of the input; `None`: every position.
     input: Option<&'a BTreeMap<Partition, Range>>,
     /// `None`: values are compared as they are.
-    reader: Option<PredictionReader>,
+    reader: Option<WholeReader>,
     /// Of the reader alone.
     metrics: Metrics,
     /// Bytes of a block.
@@ -96,7 +96,7 @@ impl<'a> Join<'a> {
     ) -> anyhow::Result<Self> {
         let reader = match comparer.is_of_bytes() {
             true => None,
-            false => Some(PredictionReader::new(settings)?),
+            false => Some(WholeReader::of_predictions(settings)?),
         };
         let limit = usize::try_from(settings.memory.limit.0 / 2).unwrap_or(usize::MAX);
         Ok(Self { consumer, input, reader, metrics: Metrics::new(), limit, pairs: Pairs::new(comparer) })
@@ -217,7 +217,7 @@ impl<'a> Join<'a> {
                 let json = |value| {
                     let raw = Raw { bytes: value, headers: None };
                     // Never stopped.
-                    let _ = reader.fetch(raw, &waiting);
+                    let _ = reader.fetch(std::iter::once(raw), &waiting);
                     reader.json(raw)
                 };
                 match (json(a), json(b)) {

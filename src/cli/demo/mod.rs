@@ -95,6 +95,7 @@ pub fn demo(options: &Options) -> anyhow::Result<()> {
         input_partitions: PARTITIONS as u64,
         output: OutputTopic { partitions: PARTITIONS, rules: TopicRules::default() },
         dead_letters: OutputTopic { partitions: 1, rules: TopicRules::default() },
+        samples: None,
     };
     let device = about.device;
     let running = {

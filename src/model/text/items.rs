@@ -52,6 +52,10 @@ impl engine::Model for Model {
             unpooled: 0,
         }
     }
+
+    fn unknown(&self, item: &Tokens) -> u64 {
+        self.tokenizer.unknown(&item.ids)
+    }
 }
 
 /// Candle has one error type; the kind is recognised by the driver's error name in the message.

@@ -99,6 +99,14 @@ impl Form {
         Ok(Self::Classes { output: output.clone(), labels, scores, top_k })
     }
 
+    /// Those of a classifier.
+    pub fn labels(&self) -> Option<Vec<String>> {
+        match self {
+            Self::Tensors(_) => None,
+            Self::Classes { labels, .. } => Some(labels.clone()),
+        }
+    }
+
     /// Appends the prediction.
     ///
     /// # Errors

@@ -59,6 +59,12 @@ impl Spelling {
 }
 
 impl Tokenizer {
+    /// How many of these tokens are the unknown token.
+    pub fn unknown(&self, ids: &[u32]) -> u64 {
+        let Some(unknown) = self.spelling.unknown else { return 0 };
+        ids.iter().filter(|id| **id == unknown).count() as u64
+    }
+
     /// All tokens of a text with their offsets. `words` also sets [`Span::continues`].
     ///
     /// # Errors

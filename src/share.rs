@@ -1,4 +1,4 @@
-//! Which records the shadow sees. Pure: the same records each time, whoever asks.
+//! Which records belong to a share of them all: the shadow's, and the samples. The same records each time, whoever asks.
 
 use sha2::{Digest, Sha256};
 
@@ -6,7 +6,7 @@ use crate::record::Partition;
 
 /// A share of all records. A larger share holds those of a smaller one.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Share {
+pub struct Share {
     /// Hashes below this are held; `None`: all.
     below: Option<u64>,
 }
