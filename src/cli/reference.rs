@@ -8,7 +8,7 @@ use clap::Args;
 use rdkafka::message::Message;
 
 use super::offsets::read;
-use super::{pretty, refusal};
+use super::refusal;
 use crate::cli::output::outln;
 use crate::codec::{Waiting, WholeReader};
 use crate::kafka::headers::{self, Headers};
@@ -52,7 +52,7 @@ pub fn reference(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     let topic = options.topic.as_deref().unwrap_or(&settings.output.topic);
     let made = make(&settings, topic, options)
         .map_err(|error| refusal::explain(error, &settings, &permissions::needed_by_reference(topic)))?;
-    let text = pretty(&serde_json::to_value(&made)?);
+    let text = serde_json::to_string_pretty(&made)?;
     let Some(path) = &options.output else {
         outln!("{text}");
         return Ok(());
