@@ -127,6 +127,7 @@ bench: ## All benchmarks: the pipeline on a real Kafka, the process's footprint,
 	benches/reranking.sh
 	benches/table.sh
 	benches/forecast.sh
+	benches/images.sh
 
 .PHONY: bench-engine
 bench-engine: ## The engine against sentence-transformers, ONNX Runtime and OpenVINO (half an hour; needs Python)

@@ -9,6 +9,7 @@ use crate::kafka::headers::Headers;
 use crate::kafka::metadata::Metadata;
 use crate::lease::Lease;
 use crate::record::{Arrival, Partition, Position, Raw, Record};
+use crate::settings::Settings;
 
 /// When a window closes.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +39,18 @@ impl Limits {
         max_work: Duration::MAX,
         work_records: 1,
     };
+
+    /// Those that the settings ask for; `lanes`: the number of records that keep the device busy.
+    pub fn of(settings: &Settings, lanes: usize) -> Self {
+        Self {
+            max_records: settings.window.max_records,
+            max_bytes: settings.window.max_bytes.0 as usize,
+            max_wait: settings.window.max_wait.0,
+            max_memory: settings.window_memory(),
+            max_work: settings.window.max_work.0,
+            work_records: lanes,
+        }
+    }
 }
 
 /// Why a window closed: the label of `kandle_windows_total`.

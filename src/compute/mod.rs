@@ -9,6 +9,7 @@
 //! ```
 
 mod batched;
+pub mod detached;
 mod noop;
 mod pace;
 mod replaceable;

@@ -159,14 +159,7 @@ impl Source {
         let refresh = settings.property("topic.metadata.refresh.interval.ms");
         // -1, which does not parse here, turns the client's refresh off.
         let refresh = refresh.and_then(|ms| ms.parse().ok()).map(Duration::from_millis);
-        let limits = Limits {
-            max_records: settings.window.max_records,
-            max_bytes: settings.window.max_bytes.0 as usize,
-            max_wait: settings.window.max_wait.0,
-            max_memory: settings.window_memory(),
-            max_work: settings.window.max_work.0,
-            work_records: context.compute.lanes(),
-        };
+        let limits = Limits::of(settings, context.compute.lanes());
         let source = Self {
             offsets: Offsets::new(committer, settings.delivery.commit_interval.0),
             consumer,

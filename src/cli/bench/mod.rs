@@ -2,6 +2,7 @@
 
 mod calibrate;
 mod engine;
+mod images;
 mod latency;
 mod pipeline;
 mod topics;
@@ -16,6 +17,8 @@ pub enum Command {
     Calibrate(super::Configuration),
     /// Measure a model over a file of texts, including tokenising, without Kafka
     Engine(engine::Options),
+    /// Measure a model over image files, including decoding and preprocessing, without Kafka
+    Images(images::Options),
     /// Measure latency at low load, from a record's produce call to its prediction, on a broker
     Latency(latency::Options),
     /// Compare the pipeline without a model with a bare consume, produce, commit loop on the same broker
@@ -26,6 +29,7 @@ pub fn bench(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Calibrate(configuration) => super::with(&configuration, calibrate::bench),
         Command::Engine(options) => engine::bench(&options),
+        Command::Images(options) => images::bench(&options),
         Command::Latency(options) => latency::bench(&options),
         Command::Pipeline(options) => pipeline::bench(options),
     }
