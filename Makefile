@@ -63,6 +63,11 @@ chaos: ## 200 faults under each guarantee; the memory limit under long backlogs 
 	cargo test --features failpoints --test kafka -- drain:: --ignored --nocapture --test-threads 1
 	cargo test --features failpoints --test memory -- --ignored --nocapture --test-threads 1
 
+.PHONY: estimates
+estimates: ## Ten jobs of mixed lengths after their dry runs: nine have to end within the interval (ten minutes, on an idle machine)
+	@scripts/setup.sh test
+	cargo test --features failpoints --test kafka -- estimates:: --ignored --nocapture --test-threads 1
+
 .PHONY: chart-test
 chart-test: ## The chart: rendering, installs on a real Kubernetes API server, its README (needs Go; slow at first)
 	@scripts/setup.sh build

@@ -10,6 +10,7 @@ pub mod clock;
 pub mod codec;
 pub mod compute;
 pub mod engine;
+pub mod estimate;
 pub mod failpoint;
 pub mod flow;
 pub mod guard;

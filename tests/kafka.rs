@@ -10,6 +10,7 @@ mod compare;
 mod compose;
 mod delivery;
 mod drain;
+mod estimates;
 mod forecast;
 mod grafana;
 mod images;

@@ -7,6 +7,7 @@ mod check;
 mod compare;
 pub mod demo;
 mod drain;
+mod dry_run;
 mod model;
 mod offsets;
 mod output;

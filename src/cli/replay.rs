@@ -1,32 +1,23 @@
 //! `replay`: drains the records between two points in time, or the dead letters, in a group of its own.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
-use rdkafka::message::Message;
-use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::{drain, refusal};
-use crate::cli::output::outln;
+use super::{drain, dry_run, refusal};
 use crate::hex::hex;
-use crate::kafka::cluster::Cluster;
 use crate::kafka::consumer;
 use crate::kafka::permissions;
 use crate::kafka::range::{self, Point, Range};
 use crate::kafka::topics::TopicFilter;
-use crate::lease::Lease;
-use crate::pipeline::Shared;
-use crate::record::{Arrival, Partition};
+use crate::record::Partition;
 use crate::settings::{Loaded, Settings};
 use crate::sink;
 use crate::source::{self, Drain, OriginalTopics};
-use crate::task;
 use crate::telemetry::logging;
-use crate::window::{ClosedBy, Gatherer, Limits};
 
 #[derive(Args)]
 pub struct Options {
@@ -43,15 +34,12 @@ pub struct Options {
     /// input, range, model and output topic
     #[arg(long, value_name = "NAME")]
     id: Option<String>,
-    /// Estimate the number of records, the duration and the cost, from a sample that goes through the model;
-    /// publish and commit nothing
-    #[arg(long)]
-    dry_run: bool,
     #[command(flatten)]
     drain: drain::Options,
 }
 
 pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
+    let started = Instant::now();
     let mut settings = loaded.settings;
     logging::start(&settings.log);
     let settings_digest = drain::digest(&loaded.shown);
@@ -70,7 +58,7 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     settings.input.properties.remove("group.instance.id");
     settings.kafka.properties.remove("group.instance.id");
 
-    replay_as(&settings, options, &id, reprocess, &settings_digest).map_err(|error| {
+    replay_as(&settings, options, &id, reprocess, (&settings_digest, started)).map_err(|error| {
         match sink::first_transactional_id(&settings) {
             Ok(transactional_id) => {
                 refusal::explain(error, &settings, &permissions::needed(&settings, &transactional_id))
@@ -80,13 +68,13 @@ pub fn replay(loaded: Loaded, options: &Options) -> anyhow::Result<()> {
     })
 }
 
-/// `settings`: with the replay's group and topics.
+/// `settings`: with the replay's group and topics; `started`: when the process was started.
 fn replay_as(
     settings: &Settings,
     options: &Options,
     id: &str,
     reprocess: Option<OriginalTopics>,
-    settings_digest: &str,
+    (settings_digest, started): (&str, Instant),
 ) -> anyhow::Result<()> {
     let consumer = consumer::reader(settings)?;
     let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
@@ -100,18 +88,11 @@ fn replay_as(
         output = settings.output.topic,
         "starting the replay"
     );
-    if options.dry_run {
-        match Cluster::connect(settings)?.topics() {
-            Ok(topics) => drain::warn_of_retention(settings, &topics, Some(&ranges)),
-            Err(problems) => {
-                problems
-                    .iter()
-                    .for_each(|problem| tracing::warn!(error = %problem, "cannot check the topics"));
-            }
-        }
-        return dry_run(settings, &consumer, &ranges, reprocess.as_ref());
-    }
     refuse_another_range(settings, &ranges, id)?;
+    if options.drain.dry_run {
+        let report = options.drain.report.as_deref();
+        return dry_run::dry_run(settings, Some(ranges), reprocess.as_ref(), started, report);
+    }
     drain::drain_and_report(settings, Drain::between(ranges), reprocess, settings_digest, &options.drain)
 }
 
@@ -149,117 +130,4 @@ fn refuse_another_range(
         }
     }
     Ok(())
-}
-
-/// Records of a sample.
-const SAMPLE: usize = 2000;
-/// Minimum number of records from each place.
-const MIN_PER_PLACE: usize = 16;
-/// Number of places in a partition from which records are taken.
-const PLACES: i64 = 4;
-/// Timeout for reading the records of one place.
-const SAMPLE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Estimate for a replay.
-#[derive(Debug, Serialize)]
-struct Estimate {
-    /// Offsets in the ranges of all partitions. There are fewer records if some were compacted away or are control
-    /// records of transactions.
-    records: i64,
-    sampled: usize,
-    sample_dead_letters: u64,
-    tokens_per_record: f64,
-    records_per_second: f64,
-    seconds: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cost: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cost_per_million_records: Option<f64>,
-}
-
-fn dry_run<C: rdkafka::consumer::ConsumerContext>(
-    settings: &Settings,
-    consumer: &rdkafka::consumer::BaseConsumer<C>,
-    ranges: &BTreeMap<Partition, Range>,
-    reprocess: Option<&OriginalTopics>,
-) -> anyhow::Result<()> {
-    let shared = Shared::new(settings);
-    let compute = task::load(settings, &shared.metrics)?;
-    let mut gatherer = Gatherer::new(Limits::NONE);
-    let wanted = ranges.values().filter(|range| range.from < range.to).count().max(1);
-    let each = (SAMPLE / wanted / PLACES as usize).max(MIN_PER_PLACE);
-    for (partition, range) in ranges {
-        let length = range.to - range.from;
-        let mut next = range.from;
-        for place in 0..PLACES {
-            let from = next.max(range.from + length * place / PLACES);
-            if from >= range.to {
-                break;
-            }
-            next = sample(consumer, partition, from, range.to, each, reprocess, &mut gatherer)?;
-        }
-    }
-    let Some(window) = gatherer.close(ClosedBy::End) else {
-        bail!("no record could be read from the range: there is nothing to estimate from");
-    };
-    let sampled = window.records.len();
-    let started = Instant::now();
-    let encoded = compute.answer(window)?;
-    let seconds = started.elapsed().as_secs_f64().max(1e-9);
-    let dead = encoded.outcomes.iter().filter(|o| matches!(o, crate::flow::Outcome::Dead(_))).count();
-    let records: i64 = ranges.values().map(|range| range.to - range.from).sum();
-    let rate = sampled as f64 / seconds;
-    let whole = records as f64 / rate;
-    let cost = settings.cost.per_hour.map(|per_hour| per_hour * whole / 3600.0);
-    let estimate = Estimate {
-        records,
-        sampled,
-        sample_dead_letters: dead as u64,
-        tokens_per_record: shared.metrics.tokens.get() as f64 / sampled as f64,
-        records_per_second: rate,
-        seconds: whole,
-        cost,
-        cost_per_million_records: cost.map(|cost| cost / records as f64 * 1e6),
-    };
-    outln!("{}", super::pretty(&serde_json::to_value(&estimate)?));
-    Ok(())
-}
-
-/// Gathers up to `count` records from offset `from` on; returns the offset after the last one.
-fn sample<C: rdkafka::consumer::ConsumerContext>(
-    consumer: &rdkafka::consumer::BaseConsumer<C>,
-    partition: &Partition,
-    from: i64,
-    to: i64,
-    count: usize,
-    reprocess: Option<&OriginalTopics>,
-    gatherer: &mut Gatherer,
-) -> anyhow::Result<i64> {
-    let lease = Lease::new(0);
-    let deadline = Instant::now() + SAMPLE_TIMEOUT;
-    let (mut next, mut taken) = (from, 0);
-    let read = range::read(consumer, partition, from, SAMPLE_TIMEOUT, |message| {
-        if message.offset() >= to {
-            return ControlFlow::Break(());
-        }
-        next = message.offset() + 1;
-        if reprocess.is_none_or(|topics| topics.origin(message).is_some()) {
-            taken += 1;
-            let arrival = Arrival {
-                offset: message.offset(),
-                timestamp: message.timestamp().to_millis(),
-                key: message.key(),
-                value: message.payload(),
-                ..Arrival::default()
-            };
-            // The gatherer has no limits, so this returns no window.
-            gatherer.push(partition, &lease, arrival, Instant::now());
-        }
-        match taken < count && next < to && Instant::now() < deadline {
-            true => ControlFlow::Continue(()),
-            false => ControlFlow::Break(()),
-        }
-    });
-    read.with_context(|| format!("reading {partition}"))?;
-    Ok(next)
 }

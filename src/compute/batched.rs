@@ -158,6 +158,13 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         Request { id: window.id, window: Prepared { window, states }, items, plan }
     }
 
+    /// Fetches the schemas of a window's records, for however long the registry is away.
+    fn fetch_for(&self, window: &Window) {
+        let waiting = Waiting { stop: None, health: None, metrics: &self.metrics };
+        // Never stopped.
+        let _ = self.decoder.fetch(window.values(), &waiting);
+    }
+
     fn prepare_part(&self, inputs: Vec<Option<Result<Input<'_>, RecordError>>>) -> Part<T> {
         let mut items = Vec::with_capacity(inputs.len());
         let state = |input: Option<Result<Input<'_>, RecordError>>| {
@@ -285,9 +292,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
 
     /// Prepares one window and runs the model over it.
     fn respond(&self, window: Window) -> Result<ResponseOf<T>, ComputeError> {
-        let waiting = Waiting { stop: None, health: None, metrics: &self.metrics };
-        // Never stopped.
-        let _ = self.decoder.fetch(window.values(), &waiting);
+        self.fetch_for(&window);
         self.engine.answer(self.prepare(window)).map_err(EngineError::without_window)
     }
 
@@ -388,6 +393,23 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Compute for Batched<T,
 
     fn work(&self, value_bytes: usize) -> f64 {
         self.pace.of_record(value_bytes)
+    }
+
+    fn costs(&self, window: Window) -> Vec<u64> {
+        self.fetch_for(&window);
+        let Request { window: Prepared { states, .. }, items, plan, .. } = self.prepare(window);
+        let computed = plan.computed();
+        let cost =
+            |item: usize| if computed.contains(&(item as u32)) { u64::from(items[item].cost()) } else { 0 };
+        let of_record = |state: &State<T::Kept>| match state {
+            State::Pending(pending) => pending.items.clone().map(cost).sum(),
+            State::Tombstone | State::Failed(_) => 0,
+        };
+        states.iter().map(of_record).collect()
+    }
+
+    fn full(&self) -> u64 {
+        (self.engine.lanes() * self.engine.budget()) as u64
     }
 
     fn lanes(&self) -> usize {

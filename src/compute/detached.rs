@@ -11,6 +11,7 @@ use crossbeam_channel::{bounded, unbounded};
 use super::{Compute, ComputeError, StageContext};
 use crate::flow::{Encoded, Queued};
 use crate::telemetry::Health;
+use crate::watch::Observer;
 use crate::window::Window;
 
 /// Encoded windows that may wait for the caller, as many as wait for the publisher in `run`.
@@ -46,7 +47,7 @@ pub fn answer_all(
     let (verdict, stop) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
     let end = {
         let (verdict, stop) = (Arc::clone(&verdict), Arc::clone(&stop));
-        Box::new(move |reason: &str| {
+        Arc::new(move |reason: &str| {
             // The first reason is the one reported.
             let _ = verdict.set(reason.to_owned());
             stop.store(true, Ordering::Relaxed);
@@ -58,6 +59,7 @@ pub fn answer_all(
         encoded: to_caller,
         reports,
         health,
+        observer: Observer::default(),
         stop: Arc::clone(&stop),
         end,
     };
@@ -151,5 +153,17 @@ mod tests {
         })
         .expect("answered");
         assert_eq!(count, 90, "all of them");
+    }
+
+    #[test]
+    fn the_costs_of_records_are_those_of_their_items() {
+        let compute = compute();
+        let (mut gatherer, lease) = (Gatherer::new(Limits::NONE), Lease::new(0));
+        for (offset, text) in (0..).zip(["one three", "", "do not shout!", "four"]) {
+            let arrival = Arrival { offset, value: Some(text.as_bytes()), ..Arrival::default() };
+            assert!(gatherer.push(&Partition::new("in", 0), &lease, arrival, Instant::now()).is_none());
+        }
+        let window = gatherer.close(ClosedBy::End).expect("records");
+        assert_eq!(compute.costs(window), [8, 0, 0, 4]);
     }
 }

@@ -113,6 +113,13 @@ pub trait Compute: Send + Sync {
     /// Estimated device seconds for a record with a value of `value_bytes`.
     fn work(&self, value_bytes: usize) -> f64;
 
+    /// Prepares a window without running it: the work of each of its records, in the model's unit. A record whose items are equal
+    /// to those of an earlier one has none, because they are not computed again.
+    fn costs(&self, window: Window) -> Vec<u64>;
+
+    /// Work, in the same unit, that fills the largest batch on every lane.
+    fn full(&self) -> u64;
+
     /// Number of records that keep the device busy when each is a batch of its own.
     fn lanes(&self) -> usize;
 

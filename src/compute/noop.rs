@@ -66,6 +66,14 @@ impl Compute for Noop {
         0.0
     }
 
+    fn costs(&self, window: Window) -> Vec<u64> {
+        vec![1; window.records.len()]
+    }
+
+    fn full(&self) -> u64 {
+        CHUNK as u64
+    }
+
     fn lanes(&self) -> usize {
         1
     }

@@ -346,6 +346,16 @@ impl Compute for Replaceable {
         work
     }
 
+    fn costs(&self, window: Window) -> Vec<u64> {
+        // Between two versions nothing says what a record costs.
+        let compute = self.read().compute.clone();
+        compute.map_or_else(|| vec![0; window.records.len()], |compute| compute.costs(window))
+    }
+
+    fn full(&self) -> u64 {
+        self.read().compute.as_ref().map_or(0, |compute| compute.full())
+    }
+
     fn lanes(&self) -> usize {
         self.read().lanes
     }

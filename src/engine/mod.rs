@@ -15,6 +15,7 @@ mod reuse;
 mod settle;
 mod windows;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,13 @@ pub struct Plan<V> {
     batches: Vec<Batch>,
     duplicates: Vec<(u32, u32)>,
     cached: Vec<(u32, Arc<[V]>)>,
+}
+
+impl<V> Plan<V> {
+    /// The items that are computed: neither duplicates of others nor cached.
+    pub fn computed(&self) -> HashSet<u32> {
+        self.batches.iter().flat_map(|batch| batch.items.iter().copied()).collect()
+    }
 }
 
 /// One window for the engine to answer.
@@ -165,6 +173,11 @@ impl<M: Model> Engine<M> {
 
     pub fn lanes(&self) -> usize {
         self.lanes
+    }
+
+    /// Maximum cost of a batch at present.
+    pub fn budget(&self) -> usize {
+        self.device.budget.tokens()
     }
 
     /// Plans the items of a window. A `suspect`, on which inference timed out before, runs alone.

@@ -118,6 +118,14 @@ pub fn reader(settings: &Settings) -> KafkaResult<Reader> {
     reader_with(&config(settings, Role::Drain, "", 1))
 }
 
+/// A reader that reads short runs of records, many of them at the end of a log.
+pub fn sampler(settings: &Settings) -> KafkaResult<Reader> {
+    let mut config = reader_config(&config(settings, Role::Drain, "", 1));
+    // The request that finds the end of a log would delay the next run by half a second: a broker answers one at a time.
+    config.set("fetch.wait.max.ms", "10");
+    login::create(&config, ReaderContext)
+}
+
 /// Like [`reader`], with the properties of a group member.
 pub fn reader_with(config: &ClientConfig) -> KafkaResult<Reader> {
     login::create(&reader_config(config), ReaderContext)

@@ -297,6 +297,18 @@ pub fn committed_offsets<'a>(
     committed_offsets_of(&consumer::offset_reader(&config)?, partitions)
 }
 
+/// What a drain that starts now has to process, of each partition. `ranges`: those of a replay. Changes nothing.
+pub fn remaining(
+    settings: &Settings,
+    ranges: Option<BTreeMap<Partition, Range>>,
+) -> Result<BTreeMap<Partition, Bound>, RangeError> {
+    let drain = ranges.map_or_else(Drain::default, Drain::between);
+    let config = consumer::config(settings, consumer::Role::Drain, "", 1);
+    let topics: Vec<&str> = settings.input.topics.iter().map(String::as_str).collect();
+    drain.freeze(&config, &topics, settings.input.start)?;
+    Ok(drain.bounds())
+}
+
 /// Same as [`committed_offsets`], for the group of an existing client.
 pub(super) fn committed_offsets_of<'a>(
     consumer: &Reader,

@@ -42,5 +42,5 @@ mod start;
 mod subscription;
 
 pub use dead_letters::OriginalTopics;
-pub use drain::{Bound, Drain, committed_offsets};
+pub use drain::{Bound, Drain, committed_offsets, remaining};
 pub use serve::{Context, Source, SourceError};
