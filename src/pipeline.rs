@@ -15,9 +15,12 @@
 //! With a shadow ([`crate::shadow`]), windows pass a stage between encode and publish:
 //!
 //! ```text
-//! encode ─▶ choose ─▶ publish
-//!              └──▶ worker: a second [`Compute`] ─▶ shadow.topic        nothing comes back
+//! encode ─▶ shadow ─▶ publish
+//!              └──▶ worker: a second [`Compute`] ─▶ shadow.topic
 //! ```
+//!
+//! Under `run` nothing comes back from the worker; in a drain or replay, a window waits in `shadow` until the worker is done
+//! with it.
 //!
 //! Not shown: `stop` (a graceful shutdown is requested), `failed` (a stage has failed: the source leaves the group),
 //! health and metrics.
@@ -199,15 +202,15 @@ pub fn run(
 
     let (gathered, windows) = bounded::<Queued<Window>>(1);
     let (encoded, to_publish) = bounded::<Queued<Encoded>>(BEFORE_PUBLISH);
-    let (encoded, sample) = match shadow {
+    let (encoded, shadow) = match shadow {
         None => (encoded, None),
         Some(shadow) => {
             let (passed, (encoded, windows)) = (encoded, bounded(1));
-            let sample = Box::new(move || {
-                shadow.sample(&windows, passed);
+            let work = Box::new(move || {
+                shadow.choose(&windows, passed);
                 Ok::<(), PipelineError>(())
             });
-            (encoded, Some(Stage { name: "sample", work: sample }))
+            (encoded, Some(Stage { name: "shadow", work }))
         }
     };
     let end = {
@@ -220,7 +223,7 @@ pub fn run(
     let mut stages: Vec<Stage<PipelineError>> = compute.stages(wires).into_iter().map(Stage::into).collect();
     let source = Box::new(move || source.serve(gathered, &reports));
     let publish = Box::new(move || publisher.serve(&to_publish));
-    stages.extend(sample);
+    stages.extend(shadow);
     stages.push(Stage { name: "source", work: source }.into());
     stages.push(Stage { name: "publish", work: publish }.into());
     let (ended, ends) = unbounded();

@@ -20,6 +20,14 @@ fn section(topic: &str, more: &str) -> String {
     format!("{{ topic: {topic}, model: {{ source: bundled }}, task: {{ top_k: 1 }}, {more} }}")
 }
 
+/// The section `input` of a job that may be killed: its partitions are free again soon.
+fn brief_sessions(place: &Place) -> String {
+    format!(
+        "{{ topics: [{}], group: {}, field: /text, properties: {{ session.timeout.ms: 6000 }} }}",
+        place.input, place.group
+    )
+}
+
 /// A metric's value; 0 while there is none.
 fn metric(daemon: &mut Daemon, name: &str) -> f64 {
     let (_, text) = daemon.get("/metrics");
@@ -237,15 +245,68 @@ fn replays_choose_the_same_records_and_give_the_same_report() {
     assert_eq!(one, other);
 }
 
+/// A window is published once the shadow's predictions of it are, so that a killed drain lacks none of them.
+#[test]
+fn a_killed_drain_has_all_predictions_of_the_shadow_after_the_next() {
+    for delivery in GUARANTEES {
+        let (place, topic) = place("shadow-drain", &[]);
+        place.produce((0..1000).map(|i| Sent::ticket((i % 2) as i32, i, "where is my order?")));
+        let shadow = section(&topic, "share: 1.0");
+        let input = brief_sessions(&place);
+        let more = [
+            ("shadow", &*shadow),
+            ("delivery", delivery),
+            ("input", &*input),
+            ("window", "{ max_records: 50 }"),
+        ];
+        let text = place.config(&more);
+        let mut drain = Daemon::spawn("drain", &text, |command| {
+            command.env("FAILPOINTS", "shadow=6*off->return");
+        });
+        // It holds the seventh of at least twenty windows.
+        drain.wait_log("failpoint shadow reached");
+        let done = outcome(&mut drain, "predicted") as usize;
+        assert!((6..=300).contains(&done), "{done}");
+        let of_shadow = sources(&place.read(&topic, "six windows", |got| sources(got).len() >= done));
+        assert_eq!(of_shadow.len(), done);
+        let mut ledger = Ledger::of(&place);
+        until("the predictions of the model", || {
+            ledger.read(std::time::Duration::from_millis(50));
+            (ledger.count() == done).then_some(())
+        });
+        drain.kill();
+        ledger.read(std::time::Duration::from_millis(300));
+        assert_eq!(ledger.count(), done);
+        let config = file("kandle.yaml", &text);
+        let (code, _, log) = finish(kandle().args(["drain", "-c"]).arg(&config.path), b"");
+        assert_eq!(code, 0, "{log}");
+        for topic in [&place.output, &topic] {
+            let got = place.read(topic, "all predictions", |got| sources(got).len() >= 1000);
+            assert_eq!(sources(&got).len(), 1000);
+        }
+    }
+}
+
+#[test]
+fn a_drain_needs_the_topic_of_its_shadow() {
+    let place = Place::new("shadow-topic", 1);
+    place.produce([Sent::ticket(0, 1, "where is my order?")]);
+    let shadow = section(&format!("{}-none", place.output), "share: 1.0");
+    let config = file("kandle.yaml", &place.config(&[("shadow", &shadow)]));
+    let (code, _, log) = finish(kandle().args(["drain", "-c"]).arg(&config.path), b"");
+    assert!(
+        code == 1 && log.contains("shadow.topic: topic") && log.contains("does not exist"),
+        "{code} {log}"
+    );
+    assert_eq!(Ledger::count_of(&place), 0);
+}
+
 #[test]
 fn a_killed_job_with_a_shadow_loses_nothing_of_the_model() {
     for delivery in GUARANTEES {
         let (place, topic) = place("shadow-killed", &[]);
         let shadow = section(&topic, "share: 1.0");
-        let input = format!(
-            "{{ topics: [{}], group: {}, field: /text, properties: {{ session.timeout.ms: 6000 }} }}",
-            place.input, place.group
-        );
+        let input = brief_sessions(&place);
         let more = [
             ("shadow", &*shadow),
             ("delivery", delivery),

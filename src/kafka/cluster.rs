@@ -281,6 +281,15 @@ impl<'a> Cluster<'a> {
         };
         if problems.is_empty() { Ok(topics) } else { Err(problems) }
     }
+
+    /// Checks the shadow's topic for a batch job, which predicts the same each time. A daemon goes on without it.
+    fn shadow(&self, missing: Missing) -> Result<(), Vec<ClusterError>> {
+        let Some(topic) = self.settings.shadow.topic.as_ref().filter(|_| missing == Missing::Fail) else {
+            return Ok(());
+        };
+        let client = self.creator.as_ref().unwrap_or(&self.client);
+        self.partitions_by(client, "shadow.topic", topic).map(drop).map_err(|problem| vec![problem])
+    }
 }
 
 /// A member of a group.
@@ -356,7 +365,7 @@ pub fn wait(
     let mut backoff = Backoff::new(BACKOFF);
     loop {
         let problems = match cluster.reach() {
-            Ok(_) => match cluster.topics() {
+            Ok(_) => match cluster.shadow(missing).and_then(|()| cluster.topics()) {
                 Ok(topics) => return Ok(Some(topics)),
                 Err(problems) => problems,
             },

@@ -2,26 +2,29 @@
 //! predictions go to a topic of their own.
 //!
 //! ```text
-//! encode ─▶ sample ─▶ publish          the model's windows pass through, unchanged
+//! encode ─▶ shadow ─▶ publish          the model's windows pass through, unchanged
 //!              │ copies of the records that the share holds, and the model's predictions of them
 //!              ▼ within shadow.memory
 //!           worker: the shadow's Compute ─▶ agreement ─▶ sink::SidePublisher ─▶ shadow.topic
 //! ```
 //!
-//! `sample` is a stage of the pipeline. Under `run` it never waits: what does not fit into `shadow.memory` is skipped and
-//! counted. Under `drain` and `replay` it waits, so that the same records are predicted each time. The worker is a thread
-//! outside of the pipeline: whatever happens to it, the model's windows go on. It commits nothing and uses no transaction,
-//! so after a restart some of its predictions are missing, or published again.
+//! `shadow` is a stage of the pipeline. Under `run` it never waits: what does not fit into `shadow.memory` is skipped and
+//! counted. Under `drain` and `replay` it waits, so that the same records are predicted each time, and passes a window on
+//! once the shadow's predictions of it are acknowledged, so that a job that is killed and run again lacks none. The worker
+//! is a thread outside of the pipeline: whatever happens to it, the model's windows go on. It commits nothing and uses no
+//! transaction, so after a restart some of its predictions are published again, and under `run` some may be missing.
 
 mod agreement;
 mod room;
 mod worker;
 
+use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never, select, unbounded};
 
 use crate::agreement::Comparer;
 use crate::flow::{Encoded, Outcome, Queued};
@@ -62,6 +65,8 @@ struct Job {
     window: Window,
     model: Predictions,
     held: Held,
+    /// Dropped when the job is done.
+    pending: Sender<Infallible>,
 }
 
 /// A running shadow.
@@ -128,34 +133,78 @@ impl Shadow {
         }))
     }
 
-    /// Passes windows on and offers the shadow its share of them, until the channel closes or the receiver is gone.
-    /// Afterwards, waits for the worker: as long as it takes in a drain or replay that comes to its end, else for
-    /// [`STOP_TIMEOUT`].
-    pub fn sample(self, windows: &Receiver<Queued<Encoded>>, passed: Sender<Queued<Encoded>>) {
-        for window in windows {
-            self.offer(window.get());
-            if passed.send(window).is_err() {
-                return;
-            }
+    /// Passes windows on, in their order, and offers the shadow its share of them, until the channel closes or the receiver
+    /// is gone. In a drain or replay, a window is passed on once the shadow is done with it. Afterwards, waits for the
+    /// worker: as long as it takes in a drain or replay that comes to its end, else for [`STOP_TIMEOUT`].
+    pub fn choose(self, windows: &Receiver<Queued<Encoded>>, passed: Sender<Queued<Encoded>>) {
+        match self.bounded {
+            true => self.pass_done(windows, &passed),
+            false => self.pass_at_once(windows, &passed),
         }
         // The publisher does not wait for the shadow.
         drop(passed);
         self.finish();
     }
 
-    fn offer(&self, encoded: &Encoded) {
-        let Some((window, model)) = self.chosen(encoded) else { return };
+    fn pass_at_once(&self, windows: &Receiver<Queued<Encoded>>, passed: &Sender<Queued<Encoded>>) {
+        for window in windows {
+            self.offer(window.get());
+            if passed.send(window).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn pass_done(&self, windows: &Receiver<Queued<Encoded>>, passed: &Sender<Queued<Encoded>>) {
+        // The windows that are not passed on yet, each with a channel that closes when the shadow is done with it.
+        let mut held: VecDeque<(Queued<Encoded>, Receiver<Infallible>)> = VecDeque::new();
+        let closed = never();
+        let mut open = true;
+        let mut deadline = None;
+        while open || !held.is_empty() {
+            let done = held.front().map_or_else(never, |(_, done)| done.clone());
+            let windows = if open { windows } else { &closed };
+            let mut is_done = false;
+            select! {
+                recv(done) -> _ => is_done = true,
+                recv(windows) -> window => match window {
+                    Ok(window) => {
+                        let done = self.offer(window.get());
+                        held.push_back((window, done));
+                    }
+                    Err(_) => open = false,
+                },
+                default(POLL_INTERVAL) => {}
+            }
+            if deadline.is_none() && self.stop.load(Ordering::Relaxed) {
+                deadline = Some(Instant::now() + STOP_TIMEOUT);
+            }
+            // What is predicted is published when the job is stopped, done or not.
+            if (is_done || deadline.is_some_and(|deadline| Instant::now() >= deadline))
+                && let Some((window, _)) = held.pop_front()
+                && passed.send(window).is_err()
+            {
+                return;
+            }
+        }
+    }
+
+    /// Gives the shadow its share of a window. Returns a channel that closes when the shadow is done with it.
+    fn offer(&self, encoded: &Encoded) -> Receiver<Infallible> {
+        let (pending, done) = bounded(0);
+        let Some((window, model)) = self.chosen(encoded) else { return done };
         let records = window.records.len() as u64;
         let bytes = window.load().bytes + model.iter().flatten().map(|bytes| bytes.len()).sum::<usize>();
         let held = match self.bounded {
             true => self.room.wait(bytes, || !self.stop.load(Ordering::Relaxed)),
             false => self.room.take(bytes),
         };
-        let sent = held.is_some_and(|held| self.jobs.send(Job { window, model, held }).is_ok());
+        let sent = held.is_some_and(|held| self.jobs.send(Job { window, model, held, pending }).is_ok());
         if !sent {
             self.metrics.shadow_records.with_label_values(&["skipped"]).inc_by(records);
         }
         self.metrics.memory.with_label_values(&["shadow"]).set(self.room.held() as i64);
+        done
     }
 
     /// Copies of the records that the share holds; `None` if it holds none.

@@ -129,13 +129,16 @@ impl Worker {
     }
 
     /// Predicts, compares and publishes. Returns false if nothing more can be predicted.
-    fn work_on(&self, running: &mut Running, Job { window, model, held }: Job) -> bool {
+    fn work_on(&self, running: &mut Running, Job { window, model, held, pending }: Job) -> bool {
         let records = window.records.len() as u64;
         let Running { compute, pool, .. } = &*running;
         match pool.install(|| compute.answer(window)) {
             Ok(encoded) => {
                 self.compare(running, &encoded, &model);
                 self.count("failed", running.publisher.publish(encoded));
+                if self.bounded {
+                    running.publisher.flush();
+                }
             }
             Err(error) => {
                 // Its thread may be stuck for ever, and the next one would be too.
@@ -148,7 +151,7 @@ impl Worker {
             }
         }
         running.agreement.show(&self.metrics);
-        drop(held);
+        drop((held, pending));
         self.metrics.memory.with_label_values(&["shadow"]).set(self.room.held() as i64);
         true
     }
