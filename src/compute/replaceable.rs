@@ -347,9 +347,11 @@ impl Compute for Replaceable {
     }
 
     fn costs(&self, window: Window) -> Vec<u64> {
-        // Between two versions nothing says what a record costs.
-        let compute = self.read().compute.clone();
-        compute.map_or_else(|| vec![0; window.records.len()], |compute| compute.costs(window))
+        match self.loaded() {
+            Ok(compute) => compute.costs(window),
+            // Between two versions nothing says what a record costs.
+            Err(_) => vec![0; window.records.len()],
+        }
     }
 
     fn full(&self) -> u64 {

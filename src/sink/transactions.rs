@@ -131,7 +131,9 @@ impl Publisher {
     /// Whether the next record to send has a prediction of another model than the open transaction's: a model is
     /// replaced between two transactions.
     fn next_is_of_another_model(&self, open: &Open) -> bool {
-        let next = self.next_window().map(|window| &window.content.model);
+        // A window has predictions of one model only.
+        let next = if self.cursor.place == 0 { self.next_window() } else { None };
+        let next = next.map(|window| &window.content.model);
         matches!((next, &open.model), (Some(next), Some(model)) if next != model)
     }
 
@@ -139,11 +141,11 @@ impl Publisher {
     /// more records.
     pub(super) fn begin_transaction(&mut self) -> Result<bool, PublishError> {
         let cursor = self.cursor;
-        let model = self.next_window().map(|window| Arc::clone(&window.content.model));
         let Delivery::ExactlyOnce(transactions) = &self.delivery else { return Ok(true) };
         if let Some(open) = &transactions.open {
             return Ok(!transactions.is_full() && !self.next_is_of_another_model(open));
         }
+        let model = self.next_window().map(|window| Arc::clone(&window.content.model));
         let Delivery::ExactlyOnce(transactions) = &mut self.delivery else { return Ok(true) };
         match self.producer.client.begin_transaction() {
             Ok(()) => {

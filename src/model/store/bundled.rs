@@ -1,6 +1,6 @@
 //! `model.source: bundled`: the models that are part of the binary, for `kandle demo` and the tests.
 
-use super::{FilesError, Place, Snapshot, Wants};
+use super::{FilesError, Place, Snapshot, Version, Wants};
 use crate::settings;
 
 type Files = &'static [(&'static str, &'static [u8])];
@@ -22,12 +22,8 @@ const SHAPES: Files = &[
 ];
 
 /// Part of the program, so always the same.
-pub fn version(
-    model: &settings::Model,
-    source: &str,
-    wants: Wants,
-) -> Result<Option<Option<String>>, FilesError> {
-    Ok(open(model, source, wants)?.map(|_| None))
+pub fn version(model: &settings::Model, source: &str, wants: Wants) -> Result<Version, FilesError> {
+    Ok(open(model, source, wants)?.map_or(Version::NotHere, |_| Version::Fixed))
 }
 
 pub fn open(_: &settings::Model, source: &str, _: Wants) -> Result<Option<Snapshot>, FilesError> {

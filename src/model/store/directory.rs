@@ -6,18 +6,14 @@ use std::time::UNIX_EPOCH;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Files, FilesError, Place, Snapshot, Wants, io};
+use super::{Files, FilesError, Place, Snapshot, Version, Wants, io};
 use crate::hex::hex;
 use crate::settings;
 
 /// A hash of where the model's files really are, their sizes and when they were written. So it changes when a file is
 /// replaced or written to, and when a symbolic link on the way to it is.
-pub fn version(
-    model: &settings::Model,
-    source: &str,
-    wants: Wants,
-) -> Result<Option<Option<String>>, FilesError> {
-    let Some(snapshot) = open(model, source, wants)? else { return Ok(None) };
+pub fn version(model: &settings::Model, source: &str, wants: Wants) -> Result<Version, FilesError> {
+    let Some(snapshot) = open(model, source, wants)? else { return Ok(Version::NotHere) };
     let files = Files::of(snapshot, model, wants);
     let mut seen = String::new();
     for name in files.names()? {
@@ -31,7 +27,7 @@ pub fn version(
         // Writing to a String cannot fail.
         let _ = writeln!(seen, "{name} {} {bytes} {}", place.display(), written.as_nanos());
     }
-    Ok(Some(Some(hex(&Sha256::digest(seen)))))
+    Ok(Version::Now(hex(&Sha256::digest(seen))))
 }
 
 pub fn open(_: &settings::Model, source: &str, _: Wants) -> Result<Option<Snapshot>, FilesError> {

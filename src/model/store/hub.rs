@@ -7,7 +7,7 @@ use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
-use super::{FilesError, Place, Wants};
+use super::{FilesError, Place, Version, Wants};
 use crate::model::manifest;
 use crate::model::text::GLINER_CONFIG;
 use crate::model::text::sentence::module_files;
@@ -38,23 +38,19 @@ pub fn open(
 }
 
 /// The commit that the revision names now.
-pub fn version(
-    model: &settings::Model,
-    source: &str,
-    wants: Wants,
-) -> Result<Option<Option<String>>, FilesError> {
+pub fn version(model: &settings::Model, source: &str, wants: Wants) -> Result<Version, FilesError> {
     if !is_id(source) {
-        return Ok(None);
+        return Ok(Version::NotHere);
     }
     let (cache, revision) = (cache(model), revision(model));
     if is_offline(model) {
         // Another process may have fetched a new commit into the cache.
         let found = cached(&cache, source, &revision, wants);
         let snapshot = found.ok_or_else(|| not_cached(&cache, source, &revision))?;
-        return Ok(Some(Some(snapshot.commit)));
+        return Ok(Version::Now(snapshot.commit));
     }
     match resolve(model, &cache, source, &revision) {
-        Ok((_, info)) => Ok(Some(Some(info.sha))),
+        Ok((_, info)) => Ok(Version::Now(info.sha)),
         Err(Asked::Unreachable(reason)) => Err(FilesError::Hub(format!("{source}@{revision}: {reason}"))),
         Err(Asked::Refused(error)) => Err(error),
     }

@@ -27,9 +27,18 @@ pub enum Wants {
 struct Store {
     /// Opens the model that the source names; `None` if the source is not of this store's form.
     open: fn(&settings::Model, &str, Wants) -> Result<Option<Snapshot>, FilesError>,
-    /// What version the source names now, found without fetching files; `None` if it is not of this store's form,
-    /// `Some(None)` if it always names the same.
-    version: fn(&settings::Model, &str, Wants) -> Result<Option<Option<String>>, FilesError>,
+    /// What version the source names now, found without fetching files.
+    version: fn(&settings::Model, &str, Wants) -> Result<Version, FilesError>,
+}
+
+/// What a store says about the version that a source names.
+enum Version {
+    /// The source is not of this store's form.
+    NotHere,
+    /// The source always names the same version.
+    Fixed,
+    /// A text that is another one once the source names other files.
+    Now(String),
 }
 
 /// The stores, in the order in which they are tried.
@@ -47,8 +56,10 @@ const STORES: &[Store] = &[
 pub fn version(model: &settings::Model, wants: Wants) -> Result<Option<String>, FilesError> {
     let source = model.source.as_deref().unwrap_or_default();
     for store in STORES {
-        if let Some(version) = (store.version)(model, source, wants)? {
-            return Ok(version);
+        match (store.version)(model, source, wants)? {
+            Version::NotHere => {}
+            Version::Fixed => return Ok(None),
+            Version::Now(version) => return Ok(Some(version)),
         }
     }
     Err(FilesError::NoSuchModel)
