@@ -273,7 +273,7 @@ fn candidates_have_a_prompt_of_their_own() {
 }
 
 /// A file of NumPy with rows of f32.
-fn npy(path: &Path, rows: &[Vec<f32>]) {
+pub fn npy(path: &Path, rows: &[Vec<f32>]) {
     let header = format!(
         "{{'descr': '<f4', 'fortran_order': False, 'shape': ({}, {}), }}\n",
         rows.len(),

@@ -13,6 +13,7 @@ type Test = (&'static str, &'static str);
 const LOGITS: Test = ("golden.rs", "tokens_and_logits_equal_those_of_transformers");
 const OLD_CONFIG: Test = ("golden.rs", "a_config_json_of_transformers_4_gives_the_same_model");
 const VECTORS: Test = ("golden.rs", "embeddings_for_every_pooling");
+const TOWERS: Test = ("towers.rs", "vectors_of_texts_equal_those_of_transformers");
 const DECODER_VECTORS: Test = ("golden.rs", "vectors_of_decoders_equal_those_of_sentence_transformers");
 const PRECISIONS: Test = ("golden.rs", "lower_precisions_stay_close_to_f32");
 const ENTITIES: Test = ("tasks.rs", "entities_equal_those_of_transformers");
@@ -67,6 +68,8 @@ const ROWS: &[Row] = &[
     ("text-embedding", "bert", "BERT", "bert", VECTORS, "sentence-transformers/all-MiniLM-L6-v2"),
     ("text-embedding", "bert", "JinaBERT v2", "jina", VECTORS, "jinaai/jina-embeddings-v2-base-en"),
     ("text-embedding", "camembert", "CamemBERT", "camembert", VECTORS, "dangvantuan/sentence-camembert-base"),
+    ("text-embedding", "clip", "CLIP", "image-clip-both", TOWERS, "openai/clip-vit-base-patch32"),
+    ("text-embedding", "clip_text_model", "CLIP, the tower of texts", "clip-text", TOWERS, "openai/clip-vit-large-patch14"),
     ("text-embedding", "deberta-v2", "DeBERTa v2", "deberta-v2", VECTORS, "microsoft/deberta-v2-xlarge"),
     ("text-embedding", "deberta-v2", "DeBERTa v3", "deberta-v3", VECTORS, "microsoft/deberta-v3-base"),
     ("text-embedding", "distilbert", "DistilBERT", "distilbert", VECTORS, "sentence-transformers/multi-qa-distilbert-cos-v1"),
@@ -80,6 +83,8 @@ const ROWS: &[Row] = &[
     ("text-embedding", "qwen3", "Qwen3", "qwen3", VECTORS, "Qwen/Qwen3-Embedding-0.6B"),
     ("text-embedding", "qwen3", "Qwen3, its own pooling", "embed-qwen3", DECODER_VECTORS, "Qwen/Qwen3-Embedding-0.6B"),
     ("text-embedding", "roberta", "RoBERTa", "roberta", VECTORS, "sentence-transformers/all-distilroberta-v1"),
+    ("text-embedding", "siglip", "SigLIP", "image-siglip-both", TOWERS, "google/siglip-base-patch16-224"),
+    ("text-embedding", "siglip_text_model", "SigLIP, the tower of texts", "siglip-text", TOWERS, "google/siglip-base-patch16-224"),
     ("text-embedding", "xlm-roberta", "XLM-RoBERTa", "xlm-roberta", VECTORS, "intfloat/multilingual-e5-large"),
     ("sparse-embedding", "albert", "ALBERT", "sparse-albert", SPARSE, "albert/albert-base-v2"),
     ("sparse-embedding", "bert", "BERT", "sparse-bert", SPARSE, "naver/splade-cocondenser-ensembledistil"),
@@ -108,8 +113,9 @@ fn read(path: &str) -> String {
 fn cells(&(task, _, _, fixture, test, _): &Row) -> [&'static str; 6] {
     let golden = test.0 == "golden.rs" && test != DECODER_VECTORS && test != OLD_CONFIG;
     // The test of lower precisions compares embeddings.
+    let golden = golden || test == TOWERS;
     let lower = if golden && task == "text-embedding" { "yes" } else { "layers" };
-    let cuda = golden && ON_CUDA.contains(&fixture);
+    let cuda = golden && test != TOWERS && ON_CUDA.contains(&fixture);
     let on_cuda = |what| if cuda { what } else { "" };
     ["yes", lower, lower, on_cuda("yes"), on_cuda(lower), on_cuda(lower)]
 }

@@ -11,3 +11,4 @@ mod models;
 mod schemas;
 mod series;
 mod sparse;
+mod towers;

@@ -12,9 +12,15 @@ pub enum Activation {
     Gelu,
     /// GELU approximated with tanh.
     GeluTanh,
+    /// min(max(x + 3, 0), 6) / 6, an approximation of the sigmoid that MobileNetV3 has (arXiv:1905.02244).
+    HardSigmoid,
+    /// x times [`Activation::HardSigmoid`] of it.
+    HardSwish,
     /// x sigmoid(1.702 x), an approximation of GELU that CLIP has.
     QuickGelu,
     Relu,
+    /// min(max(x, 0), 6).
+    Relu6,
     Sigmoid,
     Silu,
     Tanh,
@@ -22,10 +28,13 @@ pub enum Activation {
 
 impl Activation {
     /// By Candle's own operations, for devices that have no fused form.
-    pub(super) fn tensor(self, x: &Tensor) -> Result<Tensor> {
+    pub fn tensor(self, x: &Tensor) -> Result<Tensor> {
         match self {
             Activation::Gelu => x.gelu_erf(),
             Activation::GeluTanh => x.gelu(),
+            Activation::HardSigmoid => (x + 3.0)?.clamp(0.0, 6.0)? / 6.0,
+            Activation::HardSwish => x * ((x + 3.0)?.clamp(0.0, 6.0)? / 6.0)?,
+            Activation::Relu6 => x.clamp(0.0, 6.0),
             Activation::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
             Activation::Relu => x.relu(),
             Activation::Sigmoid => candle_nn::ops::sigmoid(x),
@@ -50,6 +59,9 @@ impl Activation {
                 let inner = simd.mul_add_e_f32s(cube, splat(0.044_715), x);
                 simd.mul_f32s(x, sigmoid(simd, simd.mul_f32s(inner, splat(1.595_769))))
             }
+            Activation::HardSigmoid => hard_sigmoid(simd, x),
+            Activation::HardSwish => simd.mul_f32s(x, hard_sigmoid(simd, x)),
+            Activation::Relu6 => simd.min_f32s(splat(6.0), simd.max_f32s(splat(0.0), x)),
             Activation::QuickGelu => simd.mul_f32s(x, sigmoid(simd, simd.mul_f32s(x, splat(1.702)))),
             Activation::Relu => simd.max_f32s(splat(0.0), x),
             Activation::Sigmoid => sigmoid(simd, x),
@@ -57,6 +69,12 @@ impl Activation {
             Activation::Tanh => tanh(simd, x),
         }
     }
+}
+
+#[inline(always)]
+fn hard_sigmoid<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let shifted = simd.max_f32s(simd.splat_f32s(0.0), simd.add_f32s(x, simd.splat_f32s(3.0)));
+    simd.mul_f32s(simd.min_f32s(simd.splat_f32s(6.0), shifted), simd.splat_f32s(1.0 / 6.0))
 }
 
 /// Applies the activation to every element of `x`, in place.
@@ -79,7 +97,7 @@ pub(super) fn activate<S: Simd>(simd: S, activation: Activation, x: &mut [f32]) 
             }
         };
     }
-    each!(Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh);
+    each!(Gelu, GeluTanh, HardSigmoid, HardSwish, QuickGelu, Relu, Relu6, Sigmoid, Silu, Tanh);
 }
 
 /// Applies the activation to the first `width` elements of each row, in place. Rows are `stride` elements apart.
@@ -193,7 +211,9 @@ mod tests {
         let exact = Tensor::from_vec(x.iter().map(|&x| f64::from(x)).collect(), x.len(), &Device::Cpu);
         let exact = exact.unwrap();
         use Activation::*;
-        for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
+        for activation in
+            [Gelu, GeluTanh, HardSigmoid, HardSwish, QuickGelu, Relu, Relu6, Sigmoid, Silu, Tanh]
+        {
             let mut got = x.clone();
             dispatch(All(activation, &mut got));
             let want = activation.tensor(&exact).unwrap().to_vec1::<f64>().unwrap();
@@ -207,7 +227,9 @@ mod tests {
     #[test]
     fn nan_stays_nan() {
         use Activation::*;
-        for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
+        for activation in
+            [Gelu, GeluTanh, HardSigmoid, HardSwish, QuickGelu, Relu, Relu6, Sigmoid, Silu, Tanh]
+        {
             let mut x = [f32::NAN; 35];
             dispatch(All(activation, &mut x));
             assert!(x.iter().all(|x| x.is_nan()), "{activation:?}: {x:?}");

@@ -100,6 +100,8 @@ pub struct Attention {
     pub norms: Option<[Norm; 2]>,
     /// Added to the scores; shared by layers.
     pub distances: Option<Arc<DistanceBias>>,
+    /// All sequences have as many tokens as this one has places.
+    pub pairs: Option<Arc<PairBias>>,
     /// The layer's terms by distance that depend on queries and keys too.
     pub disentangled: Option<Disentangled>,
 }
@@ -112,6 +114,27 @@ pub struct DistanceBias {
     pub(super) span: usize,
     /// The table's elements, if it is on the CPU.
     host: Option<Vec<f32>>,
+}
+
+/// A bias on attention scores, by head and by the places of query and key: of the patches of an image, which are in rows.
+pub struct PairBias {
+    /// `[heads, queries, keys]` in f32.
+    table: Tensor,
+    /// Places of a sequence.
+    length: usize,
+    /// The elements, `[heads, keys, queries]`, if the table is on the CPU.
+    host: Option<Vec<f32>>,
+}
+
+impl PairBias {
+    /// `table` is `[heads, queries, keys]`.
+    pub fn new(table: &Tensor) -> Result<Self> {
+        let (_, length, _) = table.dims3()?;
+        let table = table.to_dtype(DType::F32)?;
+        let host =
+            if table.device().is_cpu() { Some(host(&table.transpose(1, 2)?.contiguous()?)?) } else { None };
+        Ok(Self { table, length, host })
+    }
 }
 
 impl DistanceBias {
@@ -198,7 +221,17 @@ impl Attention {
     /// One head of keys per head of queries, with scores scaled by 1 / √width (arXiv:1706.03762).
     pub fn new(heads: usize, width: usize, mask: Mask) -> Self {
         let scale = 1.0 / (width as f32).sqrt();
-        Self { heads, keys: heads, width, scale, mask, norms: None, distances: None, disentangled: None }
+        Self {
+            heads,
+            keys: heads,
+            width,
+            scale,
+            mask,
+            norms: None,
+            distances: None,
+            pairs: None,
+            disentangled: None,
+        }
     }
 
     /// Elements of a row of the input: queries, keys and values of all heads.
@@ -229,9 +262,10 @@ impl Attention {
             }
             None => {
                 #[cfg(feature = "cuda")]
-                // The kernel has no masks of tokens, which few batches have.
+                // The kernel has no masks of tokens and no bias of pairs, which few models have.
                 if qkv.device().is_cuda()
                     && batch.masked().is_none()
+                    && self.pairs.is_none()
                     && let Some(y) = super::cuda::attend(self, qkv, bias, rotation, batch)?
                 {
                     return Ok(y);
@@ -282,6 +316,9 @@ impl Attention {
             let mut scores = (q.matmul(&k.t()?)? * f64::from(scale))?;
             if let Some(distances) = &self.distances {
                 scores = scores.broadcast_add(&distances.tensor(run.length, scores.dtype())?)?;
+            }
+            if let Some(pairs) = &self.pairs {
+                scores = scores.broadcast_add(&pairs.table.to_dtype(scores.dtype())?)?;
             }
             if let Some(terms) = &self.disentangled {
                 scores = terms.add(scores, &q, &k)?;
@@ -346,7 +383,8 @@ impl WithSimd for Run<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { attention, rotation, batch, qkv, out, buffers } = self;
-        let Attention { heads, keys, width, mask, ref distances, ref disentangled, .. } = *attention;
+        let Attention { heads, keys, width, mask, ref distances, ref pairs, ref disentangled, .. } =
+            *attention;
         let distances = distances
             .as_ref()
             .map(|bias| (bias.span, &bias.host.as_ref().expect("the table is on the CPU")[..]));
@@ -371,7 +409,12 @@ impl WithSimd for Run<'_> {
                     let positions = disentangled
                         .as_ref()
                         .map(|terms| terms.head(head, width).expect("the tables are on the CPU"));
-                    let bias = Bias { distances, positions };
+                    let pairs = pairs.as_ref().map(|pairs| {
+                        assert_eq!(pairs.length, length, "tokens of a sequence");
+                        let all = pairs.host.as_ref().expect("the table is on the CPU");
+                        &all[head * length * length..][..length * length]
+                    });
+                    let bias = Bias { distances, pairs, positions };
                     sequence.head(simd, mask, head, bias, &mut out[head * width..], buffers);
                 }
             }
@@ -399,6 +442,8 @@ struct Sequence<'a> {
 struct Bias<'a> {
     /// The longest sequence's length, and the bias for each distance.
     distances: Option<(usize, &'a [f32])>,
+    /// `[keys, queries]`.
+    pairs: Option<&'a [f32]>,
     positions: Option<disentangled::Head<'a>>,
 }
 
@@ -522,6 +567,11 @@ impl Sequence<'_> {
             if let Some((span, distances)) = bias.distances {
                 for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
                     add(simd, &mut scores[..count], &distances[first + span - 1 - key..][..count]);
+                }
+            }
+            if let Some(pairs) = bias.pairs {
+                for (key, scores) in (from..to).zip(scores.chunks_exact_mut(columns)) {
+                    add(simd, &mut scores[..count], &pairs[key * length + first..][..count]);
                 }
             }
             if let Some(terms) = &bias.positions {
@@ -791,6 +841,20 @@ pub(super) mod tests {
             .unwrap();
             assert!(difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() > 1e-2);
         }
+    }
+
+    #[test]
+    fn a_bias_of_pairs_is_added() {
+        let (heads, width, length) = (3, 16, 37);
+        let table = tensor(heads * length, length, 9).reshape((heads, length, length)).unwrap();
+        let packed = Packed::of_lengths(&[length, length]);
+        let qkv = tensor(packed.tokens(), 3 * heads * width, 5);
+        let pairs = Some(Arc::new(PairBias::new(&table).unwrap()));
+        let with = Attention { pairs, ..Attention::new(heads, width, Mask::Full) };
+        both_forms_agree(&with, &qkv, None, &packed, &Workspace::default());
+        let plain = Attention::new(heads, width, Mask::Full).tensors(&qkv, None, &packed).unwrap();
+        let difference = (plain - with.tensors(&qkv, None, &packed).unwrap()).unwrap();
+        assert!(difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() > 1e-2);
     }
 
     /// A masked token changes no result but its own.

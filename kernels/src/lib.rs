@@ -14,6 +14,7 @@ pub mod cuda;
 mod disentangled;
 mod embed;
 pub mod forest;
+pub mod image;
 mod linear;
 mod lstm;
 pub mod matmul;
@@ -33,7 +34,7 @@ use std::cell::RefCell;
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor};
 
 pub use activation::{Activation, Gate, gated};
-pub use attention::{Attention, DistanceBias, Mask, Rope, Rotation};
+pub use attention::{Attention, DistanceBias, Mask, PairBias, Rope, Rotation};
 pub use convolution::Convolution;
 pub use cross::CrossAttention;
 pub use disentangled::{Buckets, Disentangled};

@@ -10,6 +10,7 @@
 //! in any batch.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use aligned_vec::AVec;
 use pulp::{Simd, WithSimd};
@@ -18,7 +19,7 @@ use super::activation::{Activation, activate};
 use super::norm::{Norm, add_norm};
 use super::quant::{Calibration, Precision, Quantized};
 use super::simd::{add, dispatch, lanes, load_two, store_two};
-use super::tile::{F32, Kernel, PackedA, Target, strip, tiles};
+use super::tile::{F32, Kernel, LINE, PackedA, Target, strip, tiles};
 
 /// Rows of the input that are processed at a time; a multiple of every tile height in [`super::tile`].
 const ROWS: usize = 264;
@@ -52,6 +53,8 @@ pub enum Epilogue<'a> {
     Activate(Activation),
     /// Adds a residual, `[rows, outputs]`.
     Add(&'a [f32]),
+    /// Adds a residual, then activates.
+    AddActivate(&'a [f32], Activation),
     /// Adds a residual, then normalises each row.
     AddNorm(&'a [f32], &'a Norm),
     /// Normalises each row, then adds a residual.
@@ -65,7 +68,8 @@ impl Panels {
     }
 
     fn f32(weight: &[f32], bias: Option<&[f32]>, inputs: usize, outputs: usize, width: usize) -> Self {
-        let depth = inputs.div_ceil(inputs.div_ceil(DEPTH));
+        // Whole lines, so that rows are packed without a copy on the way.
+        let depth = inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(LINE);
         let mut panels = AVec::with_capacity(0, outputs.next_multiple_of(width) * inputs);
         for part in (0..inputs).step_by(depth) {
             for column in (0..outputs).step_by(width) {
@@ -128,7 +132,8 @@ impl WithSimd for Multiply<'_> {
             match &panels.weights {
                 Weights::F32 { width, depth, panels: weights } => {
                     let layout = (*width, *depth, &weights[..]);
-                    multiply_f32(simd, x, (inputs, outputs), layout, &panels.bias, out, epilogue, rows);
+                    let x = Dense(x, inputs);
+                    multiply_f32(simd, &x, (inputs, outputs), layout, &panels.bias, out, epilogue, rows);
                 }
                 Weights::Quantized(quantized) => {
                     let activation = match epilogue {
@@ -138,24 +143,95 @@ impl WithSimd for Multiply<'_> {
                     quantized.multiply(x, &panels.bias, out, activation);
                 }
             }
-            let at = block * ROWS * outputs;
-            match epilogue {
-                Epilogue::Nothing | Epilogue::Activate(_) => {}
-                Epilogue::Add(residual) => add(simd, out, &residual[at..]),
-                Epilogue::AddNorm(residual, norm) => {
-                    let residual = residual[at..].chunks(outputs);
-                    for (row, residual) in out.chunks_mut(outputs).zip(residual) {
-                        add_norm(simd, row, Some(residual), norm);
-                    }
-                }
-                Epilogue::NormAdd(norm, residual) => {
-                    let residual = residual[at..].chunks(outputs);
-                    for (row, residual) in out.chunks_mut(outputs).zip(residual) {
-                        add_norm(simd, row, None, norm);
-                        add(simd, row, residual);
-                    }
-                }
+            after(simd, out, outputs, epilogue, block * ROWS * outputs);
+        }
+    }
+}
+
+/// What an epilogue does to whole rows, those whose elements begin at `at` in the residual.
+#[inline(always)]
+fn after<S: Simd>(simd: S, out: &mut [f32], outputs: usize, epilogue: &Epilogue<'_>, at: usize) {
+    match epilogue {
+        Epilogue::Nothing | Epilogue::Activate(_) => {}
+        Epilogue::Add(residual) => add(simd, out, &residual[at..]),
+        Epilogue::AddActivate(residual, activation) => {
+            add(simd, out, &residual[at..]);
+            activate(simd, *activation, out);
+        }
+        Epilogue::AddNorm(residual, norm) => {
+            let residual = residual[at..].chunks(outputs);
+            for (row, residual) in out.chunks_mut(outputs).zip(residual) {
+                add_norm(simd, row, Some(residual), norm);
             }
+        }
+        Epilogue::NormAdd(norm, residual) => {
+            let residual = residual[at..].chunks(outputs);
+            for (row, residual) in out.chunks_mut(outputs).zip(residual) {
+                add_norm(simd, row, None, norm);
+                add(simd, row, residual);
+            }
+        }
+    }
+}
+
+/// Where a multiplication finds its rows.
+pub(super) trait Rows {
+    /// Appends a part of the columns of all rows, in their order.
+    fn pack(&self, part: Range<usize>, packed: &mut PackedA<f32>);
+}
+
+/// A matrix of this many columns.
+struct Dense<'a>(&'a [f32], usize);
+
+impl Rows for Dense<'_> {
+    #[inline(always)]
+    fn pack(&self, part: Range<usize>, packed: &mut PackedA<f32>) {
+        for row in self.0.chunks(self.1) {
+            packed.push(&row[part.clone()]);
+        }
+    }
+}
+
+impl Panels {
+    /// Like [`Panels::multiply`], for rows that are put together as they are needed: `block` has those of a range. The
+    /// weights are f32.
+    ///
+    /// # Panics
+    /// If the weights are quantized.
+    pub(super) fn multiply_rows<R: Rows>(
+        &self,
+        block: impl Fn(Range<usize>) -> R,
+        out: &mut [f32],
+        epilogue: &Epilogue<'_>,
+    ) {
+        PACKED_A.with_borrow_mut(|rows| dispatch(MultiplyRows { panels: self, block, out, epilogue, rows }));
+    }
+}
+
+struct MultiplyRows<'a, F> {
+    panels: &'a Panels,
+    block: F,
+    out: &'a mut [f32],
+    epilogue: &'a Epilogue<'a>,
+    rows: &'a mut PackedA<f32>,
+}
+
+impl<R: Rows, F: Fn(Range<usize>) -> R> WithSimd for MultiplyRows<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { panels, block, out, epilogue, rows } = self;
+        let Weights::F32 { width, depth, panels: weights } = &panels.weights else {
+            panic!("the weights are quantized");
+        };
+        let (inputs, outputs) = (panels.inputs, panels.outputs);
+        for (at, out) in out.chunks_mut(ROWS * outputs).enumerate() {
+            let first = at * ROWS;
+            let x = block(first..first + out.len() / outputs);
+            let layout = (*width, *depth, &weights[..]);
+            multiply_f32(simd, &x, (inputs, outputs), layout, &panels.bias, out, epilogue, rows);
+            after(simd, out, outputs, epilogue, first * outputs);
         }
     }
 }
@@ -165,7 +241,7 @@ impl WithSimd for Multiply<'_> {
 #[allow(clippy::too_many_arguments)]
 fn multiply_f32<S: Simd>(
     simd: S,
-    x: &[f32],
+    x: &impl Rows,
     (inputs, outputs): (usize, usize),
     (width, part_depth, weights): (usize, usize, &[f32]),
     bias: &[f32],
@@ -178,14 +254,12 @@ fn multiply_f32<S: Simd>(
     for part in (0..inputs).step_by(part_depth) {
         let depth = part_depth.min(inputs - part);
         rows.start(depth, F32::<S>::HEIGHT);
-        for row in x.chunks(inputs) {
-            rows.push(&row[part..part + depth]);
-        }
+        x.pack(part..part + depth, rows);
         for column in (0..outputs).step_by(width) {
             let panel;
             (panel, rest) = rest.split_at(depth * width);
             let columns = column..(column + width).min(outputs);
-            let left = rows.some(0..x.len() / inputs, 0..depth);
+            let left = rows.some(0..out.len() / outputs, 0..depth);
             for (row, left, right) in tiles(kernel, left, panel, rest) {
                 let out = &mut out[row * outputs..][..left.count * outputs];
                 let mut target = Products {

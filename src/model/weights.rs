@@ -178,8 +178,13 @@ impl Weights {
 
     /// Number of elements in all floating-point tensors.
     pub fn parameters(&self) -> usize {
-        let floats = self.tensors.values().filter(|entry| entry.is_float());
-        floats.map(|entry| entry.shape.iter().product::<usize>()).sum()
+        self.parameters_of(|_| true)
+    }
+
+    /// Like [`Weights::parameters`], of the tensors with these names.
+    pub fn parameters_of(&self, is_one: impl Fn(&str) -> bool) -> usize {
+        let ones = self.tensors.iter().filter(|(name, entry)| entry.is_float() && is_one(name));
+        ones.map(|(_, entry)| entry.shape.iter().product::<usize>()).sum()
     }
 
     /// The shape of a tensor; `None` if there is none of this name.

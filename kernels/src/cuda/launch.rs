@@ -187,7 +187,7 @@ pub fn attend(
     rotation: Option<&Rotation>,
     batch: &Packed,
 ) -> Result<Option<Tensor>> {
-    let Attention { heads, keys, width, scale, mask, ref norms, ref distances, ref disentangled } =
+    let Attention { heads, keys, width, scale, mask, ref norms, ref distances, ref disentangled, .. } =
         *attention;
     let longest = batch.lengths().max().unwrap_or(0);
     let launch = AttentionLaunch::new(longest, width, qkv.dtype() != DType::F32);

@@ -26,6 +26,9 @@ fn activation_code(activation: Option<Activation>) -> i32 {
         Some(Activation::Tanh) => 5,
         Some(Activation::Sigmoid) => 6,
         Some(Activation::QuickGelu) => 7,
+        Some(Activation::Relu6) => 8,
+        Some(Activation::HardSigmoid) => 9,
+        Some(Activation::HardSwish) => 10,
     }
 }
 

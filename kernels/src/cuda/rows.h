@@ -4,7 +4,10 @@
 #include "elements.h"
 
 // Activations, with the numbers that number_of in mod.rs returns.
-enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH, SIGMOID, QUICK_GELU };
+enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH, SIGMOID, QUICK_GELU, RELU6, HARD_SIGMOID, HARD_SWISH };
+
+// x between 0 and 6. NaN stays.
+__device__ float to_six(float x) { return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x; }
 
 // 1 / (1 + e^-x) by two approximate instructions; within 1e-6.
 __device__ float sigmoid(float x) { return reciprocal(1.0f + power_of_two(-1.44269504f * x)); }
@@ -59,6 +62,15 @@ __device__ void activate(float (&x)[N], int activation) {
       break;
     case QUICK_GELU:
       for (int j = 0; j < N; j++) x[j] = x[j] / (1.0f + expf(-1.702f * x[j]));
+      break;
+    case RELU6:
+      for (int j = 0; j < N; j++) x[j] = to_six(x[j]);
+      break;
+    case HARD_SIGMOID:
+      for (int j = 0; j < N; j++) x[j] = to_six(x[j] + 3.0f) / 6.0f;
+      break;
+    case HARD_SWISH:
+      for (int j = 0; j < N; j++) x[j] *= to_six(x[j] + 3.0f) / 6.0f;
       break;
   }
 }

@@ -243,6 +243,7 @@ impl Shape {
                 dense_for_tokens: false,
             },
             masked_lm: None,
+            tower: None,
         }
     }
 }

@@ -44,6 +44,9 @@ impl Checkpoint {
         let config = config.ok_or_else(|| FilesError::Missing { file: "config.json".to_owned() })?;
         let architecture = Architecture::from_config(&config, files.ignored_keys())?;
         let weights = Weights::open(files)?;
+        if architecture.tower.is_some() {
+            return Ok(Self { embeds: true, ..Self::default() });
+        }
         let has = |per_token| {
             let out = format!("{}.weight", architecture.classifier.out(per_token));
             weights.contains_tensor(&out) && trained_for(&config).is_none_or(|tokens| tokens == per_token)

@@ -76,6 +76,20 @@ impl Layers {
         Ok(all)
     }
 
+    /// The linear layer of a tower, where it has one. `width` is that of the pooled vectors. Its weights are among those of
+    /// the tower, so that they are no parameters of these layers.
+    pub fn projection(vb: Option<&VarBuilder<'_>>, width: usize) -> Result<Self> {
+        let mut all = Self { layers: Vec::new(), width, parameters: 0 };
+        if let Some(vb) = vb.filter(|vb| vb.contains_tensor("weight")) {
+            let weight = vb.get_unchecked("weight")?;
+            all.width = weight.dim(0)?;
+            let bias = vb.contains_tensor("bias");
+            let linear = Linear::load(width, all.width, bias, None, std::slice::from_ref(vb))?;
+            all.layers.push(Layer::Dense(linear, None));
+        }
+        Ok(all)
+    }
+
     /// `pooled` is in [`Slot::Pooled`] of the workspace.
     pub fn forward(&self, pooled: Tensor, workspace: &Workspace) -> Result<Tensor> {
         let mut x = pooled;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::architecture::{Architecture, ConfigError};
+use super::architecture::{Architecture, ConfigError, End, Tower};
 use super::encoder::Encoder;
 use super::gliner::Gliner;
 use super::head::Head;
@@ -15,7 +15,7 @@ use super::question::{Question, is_language_model};
 use super::sentence::{Embedding, Splade, TextSettings, cross_encoder_scores, prompts_and_limit};
 use super::sparse::{LEXICAL, SparseHead};
 use super::tokenize::{TokenizeError, Tokenizer, Tokens};
-use crate::model::kernels::{KeptMemory, Packed, Transfer};
+use crate::model::kernels::{KeptMemory, Packed, Pooling, Transfer};
 use crate::model::message;
 use crate::model::placement::{Placement, Queueing};
 use crate::model::store::{Files, FilesError};
@@ -152,6 +152,8 @@ pub struct Model {
     width: usize,
     /// Tokens with this id at the end of a sequence have no effect.
     padding: Option<u32>,
+    /// Where a tower's texts end.
+    end: Option<End>,
     queueing: Queueing,
     /// The last field, so that it is dropped after all others.
     _kept_memory: KeptMemory,
@@ -178,9 +180,19 @@ impl Model {
             Output::Logits | Output::TokenLogits => TextSettings::default(),
         };
         refuse_another_head(&config, output)?;
+        refuse_of_tower(&architecture, &files, output)?;
+        let text = match architecture.tower {
+            Some(Tower { end: End::Padded { .. }, .. }) => {
+                TextSettings { lower_case: lower_cases(&files)?, ..text }
+            }
+            _ => text,
+        };
         let types = architecture.embeddings.token_type.map_or(0, |(_, count)| count);
         let tokenizer = Tokenizer::load(&files, architecture.max_tokens(), types, text)?;
         let (embedding, kept) = match output {
+            Output::Embedding if architecture.tower.is_some() => {
+                (Embedding { poolings: vec![Pooling::Last], ..Embedding::default() }, None)
+            }
             Output::Embedding => (Embedding::read(&files)?, None),
             Output::Sparse => {
                 let (prompts, kept) = prompts_and_limit(&files)?;
@@ -193,7 +205,13 @@ impl Model {
             false => None,
         };
         let weights = Weights::open(&files)?;
-        let mut parameters = weights.parameters();
+        let mut parameters = match architecture.tower {
+            // A checkpoint of both towers has the other one's weights too.
+            Some(_) => weights.parameters_of(|name| {
+                !name.starts_with("vision_model.") && !name.starts_with("visual_projection")
+            }),
+            None => weights.parameters(),
+        };
         let root = VarBuilder::from_backend(Box::new(weights), placement.dtype, placement.device.clone());
         let word = format!("{}.weight", architecture.embeddings.word);
         let inner = architecture.prefixes.iter().map(|prefix| root.pp(prefix));
@@ -216,7 +234,19 @@ impl Model {
         }
         let encoder = Encoder::load(architecture, &vb, placement.precision).map_err(weights)?;
         let a = encoder.architecture();
+        let end = match a.tower.map(|tower| tower.end) {
+            // The tokenizer knows better than config.json, whose default is that of other checkpoints.
+            Some(End::Padded { id }) => Some(End::Padded { id: tokenizer.padding(&files)?.unwrap_or(id) }),
+            end => end,
+        };
         let (head, width) = match (output, &question) {
+            (Output::Embedding, _) if a.tower.is_some() => {
+                let tower = a.tower.map(|tower| (tower.projection, tower.in_encoder));
+                let projection = tower.map(|(name, inner)| if inner { vb.pp(name) } else { root.pp(name) });
+                let layers = Layers::projection(projection.as_ref(), a.hidden).map_err(weights)?;
+                let width = layers.width;
+                (AnyHead::Rows(Head::embedding(embedding.poolings.clone(), layers)), width)
+            }
             (Output::Embedding, _) => {
                 let width = embedding.poolings.len() * a.hidden;
                 let layers = Layers::load(&embedding.layers, width, &files, &placement)?;
@@ -275,6 +305,7 @@ impl Model {
             most: AtomicUsize::new(0),
             width,
             padding,
+            end,
             queueing: Queueing::default(),
             _kept_memory: kept_memory,
         })
@@ -292,10 +323,20 @@ impl Model {
     /// Tokenizes a text with a prompt before it.
     pub fn prompted(&self, prompt: &Prompt, text: &str) -> Result<Tokens, TokenizeError> {
         if prompt.text.is_empty() {
-            return self.tokenizer.encode(text);
+            return self.tokenizer.encode(text).map(|tokens| self.ended(tokens));
         }
         let tokens = self.tokenizer.encode(&format!("{}{text}", prompt.text))?;
-        Ok(Tokens { unpooled: prompt.unpooled, ..tokens })
+        Ok(self.ended(Tokens { unpooled: prompt.unpooled, ..tokens }))
+    }
+
+    /// A tower's text up to its end.
+    fn ended(&self, mut tokens: Tokens) -> Tokens {
+        if let Some(end) = self.end {
+            end.apply(&mut tokens.ids, self.tokenizer.max_tokens());
+            // Towers have no token types.
+            tokens.type_ids = None;
+        }
+        tokens
     }
 
     /// How many tokens of a text fit in one sequence beside [`Model::prompt`] and the special tokens.
@@ -322,7 +363,7 @@ impl Model {
         let chunk = |part: Range<usize>| {
             let length = part.len() as u32;
             let tokens = self.tokenizer.whole(&[prompt, &ids[part]].concat());
-            (Tokens { unpooled: self.prompt.unpooled, ..tokens }, length)
+            (self.ended(Tokens { unpooled: self.prompt.unpooled, ..tokens }), length)
         };
         let chunks: Vec<_> =
             self.tokenizer.chunks(self.room(), ids.len(), overlap).into_iter().map(chunk).collect();
@@ -473,6 +514,31 @@ fn refuse_another_head(config: &serde_json::Value, output: Output) -> Result<(),
     };
     let name = config["architectures"][0].as_str().unwrap_or_default();
     Err(ModelError::Unsupported(format!("config.json says {name}: it is a model for {instead}")))
+}
+
+/// Refuses what the tower of texts of a model of images and texts is not for.
+fn refuse_of_tower(architecture: &Architecture, files: &Files, output: Output) -> Result<(), ModelError> {
+    let name = &architecture.name;
+    match (architecture.tower, output) {
+        (None, _) => Ok(()),
+        (Some(_), Output::Embedding) if files.exists("modules.json") => {
+            Err(ModelError::Unsupported(format!(
+                "modules.json with model_type {name:?} is not supported; use the checkpoint of transformers"
+            )))
+        }
+        (Some(_), Output::Embedding) => Ok(()),
+        (Some(_), _) => Err(ModelError::Unsupported(format!(
+            "model_type {name:?} embeds texts and images alike; supported: task.kind text-embedding, similarity, \
+             image-embedding"
+        ))),
+    }
+}
+
+/// tokenizer_config.json's `do_lower_case`: SigLIP's towers were trained with lower-cased texts, which not all of their
+/// tokenizer.json files say (CLIP's do).
+fn lower_cases(files: &Files) -> Result<bool, FilesError> {
+    let config = files.json("tokenizer_config.json")?.unwrap_or_default();
+    Ok(config["do_lower_case"].as_bool() == Some(true))
 }
 
 /// Whether config.json's `architectures` says that the checkpoint was trained to classify tokens (true) or texts

@@ -7,13 +7,15 @@ use candle_nn::VarBuilder;
 
 use super::architecture::{Blocks, RelativeBias};
 use crate::model::kernels::{
-    Attention, Buckets, Disentangled, DistanceBias, Epilogue, Linear, Norm, Slot, Workspace,
+    Attention, Buckets, Disentangled, DistanceBias, Epilogue, Linear, Norm, PairBias, Slot, Workspace,
 };
 
 /// What the layers of a model share.
 pub enum Relative<'a> {
     Nothing,
     Bias(Arc<DistanceBias>),
+    /// One per layer.
+    Pairs(Vec<Arc<PairBias>>),
     Positions {
         /// `[2 × span, hidden]`.
         table: Tensor,
@@ -31,6 +33,10 @@ impl<'a> Relative<'a> {
             Some(RelativeBias::Buckets { name, buckets, max_distance }) => {
                 let weight = vb.pp(name).get((*buckets, a.heads.queries), "weight")?;
                 Self::Bias(Arc::new(DistanceBias::new(&weight, *max_distance, longest)?))
+            }
+            Some(RelativeBias::Patches(names)) => {
+                let of = |name: &String| pairs(&vb.get_unchecked(name)?, longest, name).map(Arc::new);
+                Self::Pairs(names.iter().map(of).collect::<Result<_>>()?)
             }
             Some(RelativeBias::Slopes) => {
                 Self::Bias(Arc::new(DistanceBias::alibi(a.heads.queries, longest, vb.device())?))
@@ -61,6 +67,7 @@ impl<'a> Relative<'a> {
         match self {
             Self::Nothing => {}
             Self::Bias(bias) => attention.distances = Some(Arc::clone(bias)),
+            Self::Pairs(biases) => attention.pairs = Some(Arc::clone(&biases[layer])),
             Self::Positions { table, buckets, keys, queries } => {
                 let workspace = Workspace::default();
                 let project = |name: &fn(usize) -> String, slot| {
@@ -77,4 +84,30 @@ impl<'a> Relative<'a> {
         }
         Ok(attention)
     }
+}
+
+/// A bias for each pair of `tokens` tokens: one, then the patches of a square, row after row. `table` is
+/// `[distances + 3, heads]`: the last three are of the first token as query, as key, and as both.
+fn pairs(table: &Tensor, tokens: usize, name: &str) -> Result<PairBias> {
+    let side = (tokens - 1).isqrt();
+    let (rows, heads) = table.dims2()?;
+    let width = 2 * side - 1;
+    if side * side + 1 != tokens || width * width + 3 != rows {
+        candle_core::bail!(
+            "{name} has {rows} distances, which are not those of {} patches: the images have to be of the size of the training",
+            tokens - 1
+        );
+    }
+    let index = |query: usize, key: usize| match (query.checked_sub(1), key.checked_sub(1)) {
+        (None, Some(_)) => rows - 3,
+        (Some(_), None) => rows - 2,
+        (None, None) => rows - 1,
+        (Some(query), Some(key)) => {
+            let (down, right) = (query / side + side - 1 - key / side, query % side + side - 1 - key % side);
+            down * width + right
+        }
+    };
+    let all = (0..tokens).flat_map(|query| (0..tokens).map(move |key| index(query, key) as u32)).collect();
+    let all = Tensor::from_vec(all, tokens * tokens, table.device())?;
+    PairBias::new(&table.index_select(&all, 0)?.t()?.reshape((heads, tokens, tokens))?)
 }

@@ -173,7 +173,9 @@ impl Block {
         let sizes = [heads.all_queries(), heads.all_keys(), heads.all_keys()];
         let qkv = match &layer.qkv {
             Qkv::Fused(name) => vec![(vb.pp(name), sizes.iter().sum())],
-            Qkv::Separate(names) => names.iter().map(|name| vb.pp(name)).zip(sizes).collect(),
+            Qkv::Separate(names) | Qkv::KeysWithoutBias(names) => {
+                names.iter().map(|name| vb.pp(name)).zip(sizes).collect()
+            }
         };
         let ups: Vec<_> = layer.up.iter().map(|name| vb.pp(name)).collect();
         let norm = |name: &String, size: usize| Norm::load(size, a.norm, a.norm_eps, vb.pp(name));
@@ -208,7 +210,21 @@ impl Block {
             Some([out, down]) => [Some(out), Some(down)],
             None => [None, None],
         };
-        let qkv = Linear::load_parts(h, a.attention_bias, precision, values, &qkv)?;
+        let qkv = match &layer.qkv {
+            Qkv::KeysWithoutBias(_) => {
+                let weights = qkv.iter().map(|(vb, size)| vb.get((*size, h), "weight"));
+                let weight = Tensor::cat(&weights.collect::<Result<Vec<_>>>()?, 0)?;
+                let bias = |at: usize| qkv[at].0.get(qkv[at].1, "bias");
+                let none = Tensor::zeros(heads.all_keys(), vb.dtype(), vb.device())?;
+                Linear::calibrated(
+                    &weight,
+                    Some(Tensor::cat(&[bias(0)?, none, bias(2)?], 0)?),
+                    precision,
+                    values,
+                )?
+            }
+            _ => Linear::load_parts(h, a.attention_bias, precision, values, &qkv)?,
+        };
         let attention_out =
             scaled(&layer.attention_out, heads.all_queries(), a.attention_bias, None, out_scale)?;
         let each = a.up() / ups.len();

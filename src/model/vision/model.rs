@@ -3,8 +3,8 @@
 use candle_nn::VarBuilder;
 
 use super::architecture::{self, Network as Spec};
+use super::convnet::Convnet;
 use super::preprocess::{Preprocess, PreprocessError};
-use super::residual::Residual;
 use super::tower::Tower;
 use crate::engine::{self, Item, RunError};
 use crate::failpoint;
@@ -71,7 +71,7 @@ impl Item for Image {
 
 enum Network {
     Tower(Box<Tower>),
-    Residual(Box<Residual>),
+    Convnet(Box<Convnet>),
 }
 
 pub struct VisionModel {
@@ -102,9 +102,11 @@ impl VisionModel {
         let name = architecture::name(&config)?;
         let preprocess = Preprocess::read(&files, &config)?;
         let weights = Weights::open(&files)?;
-        let parameters = weights.parameters();
+        // A checkpoint of both towers has the one of texts too.
+        let parameters = weights
+            .parameters_of(|name| !name.starts_with("text_model.") && !name.starts_with("text_projection."));
         let spec = architecture::describe(&config, &weights, output, files.ignored_keys())?;
-        if let (Spec::Residual(_), Some(_)) = (&spec, placement.precision) {
+        if let (Spec::Convnet(_), Some(_)) = (&spec, placement.precision) {
             let dtype = placement.dtype_name();
             let message =
                 format!("model.dtype: {dtype} on a CPU is for transformers; convolutions support f32");
@@ -118,8 +120,8 @@ impl VisionModel {
                 let quantizable = spec.layers.len() * spec.blocks(tower.tokens()).layer_weights();
                 (Network::Tower(Box::new(tower)), quantizable)
             }
-            Spec::Residual(spec) => {
-                (Network::Residual(Box::new(Residual::load(spec, &vb).map_err(failed)?)), 0)
+            Spec::Convnet(spec) => {
+                (Network::Convnet(Box::new(Convnet::load(spec, &preprocess, &vb).map_err(failed)?)), 0)
             }
         };
         let mut model = Self {
@@ -146,7 +148,7 @@ impl VisionModel {
     pub fn width(&self) -> usize {
         match &self.network {
             Network::Tower(tower) => tower.width,
-            Network::Residual(network) => network.width,
+            Network::Convnet(network) => network.width,
         }
     }
 
@@ -154,7 +156,7 @@ impl VisionModel {
     pub fn cost(&self) -> u32 {
         match &self.network {
             Network::Tower(tower) => tower.tokens() as u32,
-            Network::Residual(_) => (self.preprocess.height * self.preprocess.width).div_ceil(256) as u32,
+            Network::Convnet(_) => (self.preprocess.height * self.preprocess.width).div_ceil(256) as u32,
         }
     }
 
@@ -179,7 +181,7 @@ impl engine::Model for VisionModel {
         let turn = self.queueing.turn(&self.placement.device);
         let answers = match &self.network {
             Network::Tower(tower) => tower.forward(batch, &self.preprocess),
-            Network::Residual(network) => network.forward(batch, &self.preprocess),
+            Network::Convnet(network) => network.forward(batch, &self.preprocess),
         };
         drop(turn);
         let values = answers.and_then(|answers| answers.finish()).map_err(|e| classify(&e.to_string()))?;

@@ -69,6 +69,9 @@ struct Defaults {
     crop: Option<u64>,
     mean: [f64; 3],
     std: [f64; 3],
+    /// The result is divided by the standard deviation once more, unless `include_top` is false, and `rescale_offset`
+    /// subtracts 1: EfficientNet.
+    twice: bool,
     /// A size below 384 is that of the crop of a larger image (`crop_pct`).
     crop_pct: bool,
 }
@@ -80,12 +83,15 @@ const fn exact(side: u32) -> Resize {
 /// The image processors. To add one, add a line.
 #[rustfmt::skip]
 const PROCESSORS: &[Defaults] = &[
-    Defaults { name: "Bit", size: Resize::Shortest(224), square: false, resample: 3, crop: Some(224), mean: CLIP_MEAN, std: CLIP_STD, crop_pct: false },
-    Defaults { name: "CLIP", size: Resize::Shortest(224), square: false, resample: 3, crop: Some(224), mean: CLIP_MEAN, std: CLIP_STD, crop_pct: false },
-    Defaults { name: "ConvNext", size: Resize::Shortest(384), square: false, resample: 3, crop: None, mean: HALF, std: HALF, crop_pct: true },
-    Defaults { name: "DeiT", size: exact(256), square: true, resample: 3, crop: Some(224), mean: HALF, std: HALF, crop_pct: false },
-    Defaults { name: "Siglip", size: exact(224), square: false, resample: 3, crop: None, mean: HALF, std: HALF, crop_pct: false },
-    Defaults { name: "ViT", size: exact(224), square: true, resample: 2, crop: None, mean: HALF, std: HALF, crop_pct: false },
+    Defaults { name: "Beit", size: exact(224), square: true, resample: 3, crop: None, mean: HALF, std: HALF, crop_pct: false, twice: false },
+    Defaults { name: "Bit", size: Resize::Shortest(224), square: false, resample: 3, crop: Some(224), mean: CLIP_MEAN, std: CLIP_STD, crop_pct: false, twice: false },
+    Defaults { name: "CLIP", size: Resize::Shortest(224), square: false, resample: 3, crop: Some(224), mean: CLIP_MEAN, std: CLIP_STD, crop_pct: false, twice: false },
+    Defaults { name: "ConvNext", size: Resize::Shortest(384), square: false, resample: 3, crop: None, mean: HALF, std: HALF, crop_pct: true, twice: false },
+    Defaults { name: "DeiT", size: exact(256), square: true, resample: 3, crop: Some(224), mean: HALF, std: HALF, crop_pct: false, twice: false },
+    Defaults { name: "EfficientNet", size: exact(346), square: true, resample: 3, crop: None, mean: HALF, std: HALF, crop_pct: false, twice: true },
+    Defaults { name: "MobileNetV2", size: Resize::Shortest(256), square: false, resample: 2, crop: Some(224), mean: HALF, std: HALF, crop_pct: false, twice: false },
+    Defaults { name: "Siglip", size: exact(224), square: false, resample: 3, crop: None, mean: HALF, std: HALF, crop_pct: false, twice: false },
+    Defaults { name: "ViT", size: exact(224), square: true, resample: 2, crop: None, mean: HALF, std: HALF, crop_pct: false, twice: false },
 ];
 
 impl Preprocess {
@@ -161,6 +167,15 @@ impl Preprocess {
                     .ok_or_else(|| wrong("image_std is not a number per channel".to_owned()))?,
             ),
             false => ([0.0; 3], [1.0; 3]),
+        };
+        let (mean, std) = match known.twice {
+            true => {
+                let again = channels(&json["image_std"], known.std).filter(|_| flag("include_top", true));
+                let offset = if flag("rescale_offset", false) { 1.0 } else { 0.0 };
+                let again = again.unwrap_or([1.0; 3]);
+                (mean.map(|mean| mean + offset), [0, 1, 2].map(|at| std[at] * again[at]))
+            }
+            false => (mean, std),
         };
         let resample = json["resample"].as_u64().unwrap_or(known.resample);
         // PIL.Image.Resampling.
@@ -410,7 +425,7 @@ mod tests {
     fn what_is_not_supported_is_refused() {
         let of = |json: Value| Preprocess::transformers(&json).map_err(|error| error.to_string());
         for (json, part) in [
-            (json!({}), "image_processor_type \"\" is not supported; supported: BitImageProcessor"),
+            (json!({}), "image_processor_type \"\" is not supported; supported: BeitImageProcessor"),
             (json!({ "image_processor_type": "Pix2StructImageProcessor" }), "Pix2StructImageProcessor"),
             (
                 json!({ "image_processor_type": "ViTImageProcessor", "size": { "longest_edge": 9 } }),

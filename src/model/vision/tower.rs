@@ -34,6 +34,8 @@ pub struct Tower {
     trunk: Trunk,
     pool: Pool,
     attention: Option<AttentionPool>,
+    /// Of the pooled vector.
+    norm_after: Option<Norm>,
     out: Option<Linear>,
     /// Values of the answer.
     pub width: usize,
@@ -56,6 +58,13 @@ impl Tower {
                 "images of {} × {} pixels are smaller than a patch of {patch}",
                 preprocess.height,
                 preprocess.width
+            );
+        }
+        if spec.relative_bias.is_some() && grid.0 != grid.1 {
+            candle_core::bail!(
+                "{} × {} patches are no square, which the biases of distances need",
+                grid.0,
+                grid.1
             );
         }
         let inputs = 3 * patch * patch;
@@ -89,6 +98,7 @@ impl Tower {
             trunk: Trunk::load(&spec.blocks(tokens), vb, precision, None)?,
             pool: spec.pool.clone(),
             attention,
+            norm_after: spec.norm_after.as_ref().map(norm).transpose()?,
             width: spec.out.as_ref().map_or(pooled, |out| out.outputs),
             out,
             workspaces: Mutex::default(),
@@ -171,6 +181,10 @@ impl Tower {
             (Pool::FirstAndMean, _) => Tensor::cat(&[first(1)?, mean()?], 1)?,
             (Pool::Mean | Pool::Attention(_), None) => mean()?,
         };
+        let pooled = match &self.norm_after {
+            Some(norm) => norm.forward(&pooled.contiguous()?, workspace.at(Slot::Hidden, &self.device))?,
+            None => pooled,
+        };
         let rows = match &self.out {
             Some(out) => out.forward(&pooled, Epilogue::Nothing, workspace.at(Slot::Logits, &self.device))?,
             None => pooled,
@@ -185,11 +199,19 @@ fn table(spec: &Spec, grid: (usize, usize), vb: &VarBuilder<'_>) -> Result<(usiz
     let host = |name: &str| -> Result<Vec<f32>> {
         vb.get_unchecked(name)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
     };
-    let positions = host(&spec.positions)?;
+    let Some(name) = &spec.positions else {
+        let mut table = Vec::new();
+        for name in &spec.tokens {
+            table.extend(host(name)?);
+        }
+        table.resize((before + grid.0 * grid.1) * hidden, 0.0);
+        return with_bias(spec, table, before, &host).map(|table| (before, table));
+    };
+    let positions = host(name)?;
     let count = (positions.len() / hidden).saturating_sub(before);
     let side = count.isqrt();
     if count == 0 || side * side != count || positions.len() % hidden != 0 {
-        candle_core::bail!("{} is not a table for {before} tokens and a square of patches", spec.positions);
+        candle_core::bail!("{name} is not a table for {before} tokens and a square of patches");
     }
     let (of_tokens, of_patches) = positions.split_at(before * hidden);
     let mut table = of_tokens.to_vec();
@@ -204,13 +226,23 @@ fn table(spec: &Spec, grid: (usize, usize), vb: &VarBuilder<'_>) -> Result<(usiz
         true => of_patches.to_vec(),
         false => positions::resized(of_patches, side, grid, hidden),
     });
+    with_bias(spec, table, before, &host).map(|table| (before, table))
+}
+
+/// Adds the bias of the patches' projection to a table, after the rows of the tokens before the patches.
+fn with_bias(
+    spec: &Spec,
+    mut table: Vec<f32>,
+    before: usize,
+    host: &impl Fn(&str) -> Result<Vec<f32>>,
+) -> Result<Vec<f32>> {
     if spec.projection_bias {
         let bias = host(&format!("{}.bias", spec.projection))?;
-        for row in table[before * hidden..].chunks_mut(hidden) {
+        for row in table[before * spec.hidden..].chunks_mut(spec.hidden) {
             row.iter_mut().zip(&bias).for_each(|(row, x)| *row += x);
         }
     }
-    Ok((before, table))
+    Ok(table)
 }
 
 /// The linear layer after the pooling, in f32 on a CPU: it is small.

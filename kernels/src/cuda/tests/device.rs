@@ -190,7 +190,9 @@ fn operations_on_rows() {
             }
         }
         use Activation::*;
-        for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
+        for activation in
+            [Gelu, GeluTanh, HardSigmoid, HardSwish, QuickGelu, Relu, Relu6, Sigmoid, Silu, Tanh]
+        {
             alike(&format!("{activation:?}, gated"), |place| {
                 gated(&place.at(&wide), activation, Gate::First, CANDLE)
             });

@@ -215,8 +215,11 @@ fn activations() {
             None,
             Some(Gelu),
             Some(GeluTanh),
+            Some(HardSigmoid),
+            Some(HardSwish),
             Some(QuickGelu),
             Some(Relu),
+            Some(Relu6),
             Some(Sigmoid),
             Some(Silu),
             Some(Tanh),
@@ -348,7 +351,7 @@ fn activations_in_bf16() {
     let mut x: Vec<bf16> =
         (0..2 * width).map(|i| bf16::from_f32(i as f32 * 9.0 / width as f32 - 9.0)).collect();
     x[7] = bf16::NAN;
-    for activation in [Gelu, GeluTanh, QuickGelu, Relu, Sigmoid, Silu, Tanh] {
+    for activation in [Gelu, GeluTanh, HardSigmoid, HardSwish, QuickGelu, Relu, Relu6, Sigmoid, Silu, Tanh] {
         let mut out = vec![bf16::ZERO; 2 * width];
         call!(c"host_add_activate_bf16",
             2 => u32, threads(2, width) => u32, out.as_mut_ptr() => *mut bf16, x.as_ptr() => *const bf16,

@@ -120,5 +120,6 @@ pub(super) fn encoder(
             dense_for_tokens: false,
         },
         masked_lm: None,
+        tower: None,
     })
 }

@@ -70,5 +70,6 @@ pub(super) fn describe(
             dense_for_tokens: false,
         },
         masked_lm: None,
+        tower: None,
     })
 }

@@ -67,6 +67,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             out_bias: true,
             dense_for_tokens: false,
         },
+        tower: None,
         masked_lm: Some(MaskedLm {
             dense: "vocab_transform",
             dense_bias: true,

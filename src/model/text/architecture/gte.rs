@@ -66,6 +66,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
         convolution: None,
         classifier: bert::classifier(),
         masked_lm: None,
+        tower: None,
     })
 }
 

@@ -15,12 +15,14 @@ mod mpnet;
 mod nomic;
 mod qwen3;
 mod roberta;
+mod tower;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 use serde_json::Value;
 
+pub use self::tower::{End, Tower};
 use super::sentence::is_off;
 pub use crate::model::kernels::{Activation, Gate, Mask, NormKind, Pooling, Rope};
 
@@ -29,6 +31,8 @@ const KNOWN: &[(&str, Describe)] = &[
     ("albert", albert::describe),
     ("bert", bert::describe),
     ("camembert", roberta::describe),
+    ("clip", tower::clip),
+    ("clip_text_model", tower::clip),
     ("deberta-v2", deberta::describe),
     ("distilbert", distilbert::describe),
     ("electra", electra::describe),
@@ -40,6 +44,8 @@ const KNOWN: &[(&str, Describe)] = &[
     ("nomic_bert", nomic::describe),
     ("qwen3", qwen3::describe),
     ("roberta", roberta::describe),
+    ("siglip", tower::siglip),
+    ("siglip_text_model", tower::siglip),
     ("xlm-roberta", roberta::describe),
 ];
 
@@ -197,6 +203,8 @@ pub struct Architecture {
     pub convolution: Option<LocalConvolution>,
     pub classifier: Classifier,
     pub masked_lm: Option<MaskedLm>,
+    /// It is one of two models, whose vectors of texts are compared with those of images.
+    pub tower: Option<Tower>,
 }
 
 /// What the layers of a model are built of, whatever comes before and after them: texts, or the patches of an image.
@@ -297,6 +305,9 @@ pub enum RelativeBias {
     },
     /// ALiBi's: a slope per head, without weights.
     Slopes,
+    /// BEiT's: for each layer the name of a table, which has a bias for each distance of two patches in rows and columns, and
+    /// three for the token before them. The patches are a square.
+    Patches(Vec<String>),
     /// DeBERTa's: one table of `2 × span` positions, which each layer projects to keys and queries.
     Disentangled {
         name: &'static str,
@@ -357,6 +368,8 @@ pub struct Layer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Qkv {
     Separate([String; 3]),
+    /// Of the keys there is no bias.
+    KeysWithoutBias([String; 3]),
     Fused(String),
 }
 
@@ -432,10 +445,12 @@ impl Architecture {
         };
         match KNOWN.iter().find(|(known, _)| *known == name) {
             Some((_, describe)) => {
-                let config = Config::new(json);
+                // CLIP and SigLIP have two models.
+                let two = json["text_config"].is_object() && json["vision_config"].is_object();
+                let config = Config::new(if two { &json["text_config"] } else { json });
                 let architecture = describe(&config)?;
                 config.refuse_others(ignored)?;
-                Ok(architecture)
+                Ok(Architecture { name: name.to_owned(), ..architecture })
             }
             None => Err(ConfigError(format!(
                 "model_type {name:?} is not supported; supported: {}{}",
@@ -585,6 +600,7 @@ impl<'a> Config<'a> {
             "gelu" | "gelu_python" => Activation::Gelu,
             "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
             "relu" => Activation::Relu,
+            "relu6" => Activation::Relu6,
             "silu" | "swish" => Activation::Silu,
             "quick_gelu" => Activation::QuickGelu,
             "tanh" => Activation::Tanh,
@@ -664,15 +680,14 @@ impl<'a> Config<'a> {
 
 /// What to use instead of a checkpoint of a type that kandle does not run; it follows the list of supported types.
 fn instead_of(model_type: &str) -> Option<&'static str> {
+    if crate::model::vision::knows(model_type) {
+        return Some(". It is a model of images, for task.kind: image-classification or image-embedding");
+    }
     INSTEAD.iter().find(|(types, _)| types.contains(&model_type)).map(|(_, instead)| *instead)
 }
 
 /// Model types that users ask for most, and a kind of checkpoint that does the same job.
 const INSTEAD: &[(&[&str], &str)] = &[
-    (
-        &["vit", "deit", "dinov2", "clip", "clip_vision_model", "siglip", "siglip_vision_model", "resnet"],
-        ". It is a model of images, for task.kind: image-classification or image-embedding",
-    ),
     (
         &["deberta"],
         ". It is the first version of DeBERTa; use a checkpoint of DeBERTa v2 or v3 (model_type \"deberta-v2\")",

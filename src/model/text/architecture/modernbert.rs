@@ -78,6 +78,7 @@ pub(super) fn describe(config: &Config<'_>) -> Result<Architecture, ConfigError>
             out_bias: true,
             dense_for_tokens: true,
         },
+        tower: None,
         masked_lm: Some(MaskedLm {
             dense: "head.dense",
             dense_bias: config.flag_or("classifier_bias", false),

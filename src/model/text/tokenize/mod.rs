@@ -134,6 +134,21 @@ impl Tokenizer {
         })
     }
 
+    /// Id of the padding token that tokenizer_config.json or special_tokens_map.json names.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn padding(&self, files: &Files) -> Result<Option<u32>, FilesError> {
+        for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+            let config = files.json(file)?.unwrap_or_default();
+            let token = &config["pad_token"];
+            if let Some(text) = token.as_str().or(token["content"].as_str()) {
+                return Ok(self.inner.token_to_id(text));
+            }
+        }
+        Ok(None)
+    }
+
     /// The most tokens a text may have, special ones included.
     pub fn max_tokens(&self) -> usize {
         self.max_tokens

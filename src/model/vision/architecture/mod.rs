@@ -1,34 +1,64 @@
 //! What differs between architectures, as data: sizes, tensor names, what is pooled. Each has a file.
 
+mod beit;
 mod clip;
+pub(super) mod convnet;
+mod convnext;
 mod dinov2;
+mod efficientnet;
+mod mobilenet;
 mod resnet;
 mod siglip;
 mod timm;
+mod timm_convnet;
 mod vit;
 
 use serde_json::Value;
 
+use self::convnet::{Convnet, Convolution, Step, Zeros};
 use super::{Output, VisionError};
 use crate::model::text::architecture::{
-    Blocks, Config, ConfigError, FeedForward, Heads, Layer, Mask, NormKind, NormPlacement, Qkv,
+    Blocks, Config, ConfigError, FeedForward, Heads, Layer, Mask, NormKind, NormPlacement, Qkv, RelativeBias,
 };
 use crate::model::weights::Weights;
 
 /// The architectures of transformers, by config.json's `model_type`. To add one, add a file and a line here.
 const KNOWN: &[(&str, Describe)] = &[
+    ("beit", beit::describe),
     ("clip", clip::describe),
     ("clip_vision_model", clip::describe),
+    ("convnext", convnext::transformers),
+    ("convnextv2", convnext::transformers),
     ("deit", vit::describe),
     ("dinov2", dinov2::describe),
-    ("resnet", resnet::describe),
+    ("efficientnet", efficientnet::describe),
+    ("mobilenet_v2", mobilenet::describe),
+    ("resnet", resnet::transformers),
     ("siglip", siglip::describe),
     ("siglip_vision_model", siglip::describe),
     ("vit", vit::describe),
 ];
 
 /// Those of timm, by how config.json's `architecture` begins.
-const TIMM: &[(&str, Describe)] = &[("deit_", timm::vit), ("resnet", timm::resnet), ("vit_", timm::vit)];
+const TIMM: &[(&str, Describe)] = &[
+    ("convnext", convnext::timm),
+    ("deit_", timm::vit),
+    ("efficientnet_b", timm_convnet::describe),
+    ("efficientnet_lite", timm_convnet::describe),
+    ("mobilenetv2_", timm_convnet::describe),
+    ("mobilenetv3_large_", timm_convnet::describe),
+    ("mobilenetv3_small_", timm_convnet::describe),
+    ("mobilenetv4_conv_", timm_convnet::describe),
+    ("resnet", resnet::timm),
+    ("tf_efficientnet_b", timm_convnet::describe),
+    ("tf_efficientnet_lite", timm_convnet::describe),
+    ("tf_mobilenetv3_large_", timm_convnet::describe),
+    ("tf_mobilenetv3_small_", timm_convnet::describe),
+    ("vit_", timm::vit),
+];
+
+/// What to use instead of the model that users ask for most.
+const SWIN: &str = ". Swin's windows of patches are not supported; use a ConvNeXt or ViT of the same size";
 
 type Describe = fn(&Checkpoint<'_>) -> Result<Network, VisionError>;
 
@@ -71,7 +101,7 @@ impl Checkpoint<'_> {
 #[derive(Debug)]
 pub enum Network {
     Tower(Box<Tower>),
-    Residual(Residual),
+    Convnet(Convnet),
 }
 
 /// A transformer over the patches of an image. Tensor names are whole.
@@ -85,10 +115,13 @@ pub struct Tower {
     /// Names of the tokens that are put before the patches.
     pub tokens: Vec<String>,
     /// Name of the table of positions, of which the tokens before the patches have the first ones.
-    pub positions: String,
+    pub positions: Option<String>,
+    pub relative_bias: Option<RelativeBias>,
     /// The norm before the first layer.
     pub norm_before: Option<String>,
     pub final_norm: Option<String>,
+    /// The norm of the pooled vector.
+    pub norm_after: Option<String>,
     pub hidden: usize,
     pub heads: Heads,
     pub intermediate: usize,
@@ -131,7 +164,7 @@ impl Tower {
             intermediate: self.intermediate,
             max_tokens: tokens,
             layers: &self.layers,
-            relative_bias: None,
+            relative_bias: self.relative_bias.as_ref(),
             norms: NormPlacement::Pre,
             norm: NormKind::Layer { bias: true },
             norm_eps: self.norm_eps,
@@ -143,33 +176,6 @@ impl Tower {
             convolution: None,
         }
     }
-}
-
-/// A network of residual blocks of convolutions (ResNet, arXiv:1512.03385). Tensor names are whole.
-#[derive(Debug)]
-pub struct Residual {
-    /// The convolution of the image, with a stride of 2, which a max-pooling follows.
-    pub stem: Convolution,
-    pub stages: Vec<Vec<ResidualBlock>>,
-    pub out: Option<Out>,
-    /// Values of the vector after the last stage.
-    pub width: usize,
-}
-
-/// A convolution without a bias, and the batch normalization after it.
-#[derive(Debug)]
-pub struct Convolution {
-    pub weight: String,
-    pub norm: String,
-    pub stride: usize,
-}
-
-/// The activation follows each convolution; after the last one, the block's input is added first.
-#[derive(Debug)]
-pub struct ResidualBlock {
-    pub convolutions: Vec<Convolution>,
-    /// Of the block's input, where its shape is another one.
-    pub shortcut: Option<Convolution>,
 }
 
 /// The names of transformers' encoder layers for an image, which most towers share.
@@ -252,6 +258,17 @@ const HARMLESS: &[&str] = &[
     "vision_config_dict",
 ];
 
+/// Whether a `model_type` is one of images.
+pub fn knows(model_type: &str) -> bool {
+    KNOWN.iter().any(|(known, _)| *known == model_type)
+}
+
+/// The names of all architectures; those of timm are how they begin.
+#[cfg(test)]
+pub fn names() -> impl Iterator<Item = &'static str> {
+    KNOWN.iter().chain(TIMM).map(|(name, _)| *name)
+}
+
 /// The name of a checkpoint's architecture.
 ///
 /// # Errors
@@ -273,9 +290,10 @@ fn find(json: &Value) -> Result<(String, Describe), VisionError> {
                 |of: &[(&str, Describe)]| of.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
             Err(ConfigError(format!(
                 "{key} {name:?} is not a model of images that kandle runs; supported: {}; of timm, an architecture that begins \
-                 with {}",
+                 with {}{}",
                 all(KNOWN),
-                all(TIMM)
+                all(TIMM),
+                if name.starts_with("swin") { SWIN } else { "" }
             ))
             .into())
         }
@@ -340,41 +358,15 @@ fn classifier(checkpoint: &Checkpoint<'_>, names: &[&str]) -> Result<Option<Out>
     Ok(Some(Out { names: names.iter().map(|name| (*name).to_owned()).collect(), bias: true, outputs }))
 }
 
-/// A residual block of stage and number, if the weights have it. The first block of each stage but the first halves the
-/// image: at the convolution of 3 × 3 pixels that is the first one of such.
-fn residual_block(
-    of: &Checkpoint<'_>,
-    (stage, i): (usize, usize),
-    convolution: impl Fn(usize, usize) -> Convolution,
-    shortcut: impl Fn(usize) -> Convolution,
-) -> Option<ResidualBlock> {
-    let count = (0..).take_while(|&at| of.has(&convolution(at, 1).weight)).count();
-    let halves = if stage > 0 && i == 0 { 2 } else { 1 };
-    let stride = |at: usize| if at == count / 3 { halves } else { 1 };
-    let shortcut = shortcut(halves);
-    let shortcut = of.has(&shortcut.weight).then_some(shortcut);
-    let block = || ResidualBlock {
-        convolutions: (0..count).map(|at| convolution(at, stride(at))).collect(),
-        shortcut,
-    };
-    (count > 0).then(block)
+/// The vector after the pooling, or the classifier `name` after it.
+fn out(of: &Checkpoint<'_>, name: &str) -> Result<Option<Out>, VisionError> {
+    match of.output {
+        Output::Embedding => Ok(None),
+        Output::Logits => classifier(of, &[name]),
+    }
 }
 
-/// A network of all the blocks that the weights have.
-fn residual(
-    of: &Checkpoint<'_>,
-    stem: Convolution,
-    block: impl Fn(usize, usize) -> Option<ResidualBlock>,
-    out: Option<Out>,
-) -> Result<Network, VisionError> {
-    let blocks = |stage| (0..).map_while(|i| block(stage, i)).collect::<Vec<_>>();
-    let stages: Vec<_> = (0..).map(blocks).take_while(|blocks| !blocks.is_empty()).collect();
-    let last = stages.last().and_then(|stage| stage.last()).and_then(|block| block.convolutions.last());
-    let Some(last) = last else {
-        return Err(VisionError::Unsupported(
-            "its weights have no residual blocks under the names of ResNet".to_owned(),
-        ));
-    };
-    let width = of.outputs(&last.weight)?;
-    Ok(Network::Residual(Residual { stem, stages, out, width }))
+/// How many there are of what has the tensor `name(0)`, `name(1)` and so on.
+fn count(of: &Checkpoint<'_>, name: impl Fn(usize) -> String) -> usize {
+    (0..).take_while(|&at| of.has(&name(at))).count()
 }

@@ -1,5 +1,5 @@
-//! ViT and ResNet with the tensor names of timm, whose config.json has only the name of the architecture: sizes are those of
-//! the weights.
+//! ViT with the tensor names of timm, whose config.json has only the name of the architecture: sizes are those of the
+//! weights.
 
 use super::*;
 use crate::model::text::architecture::Activation;
@@ -73,8 +73,10 @@ pub(super) fn vit(of: &Checkpoint<'_>) -> Result<Network, VisionError> {
         projection: "patch_embed.proj".to_owned(),
         projection_bias: of.has("patch_embed.proj.bias"),
         tokens: vec!["cls_token".to_owned()],
-        positions: "pos_embed".to_owned(),
+        positions: Some("pos_embed".to_owned()),
+        relative_bias: None,
         norm_before: clip.then(|| "norm_pre".to_owned()),
+        norm_after: None,
         final_norm: Some("norm".to_owned()),
         hidden,
         heads: heads(hidden, count)?,
@@ -88,34 +90,4 @@ pub(super) fn vit(of: &Checkpoint<'_>) -> Result<Network, VisionError> {
             Output::Logits => classifier(of, &["head"])?,
         },
     })))
-}
-
-pub(super) fn resnet(of: &Checkpoint<'_>) -> Result<Network, VisionError> {
-    if of.has("layer1.0.se.fc1.weight") || !of.has("bn1.weight") || !of.has("conv1.weight") {
-        let message = "a ResNet of timm with another stem or with attention is not supported; supported: resnet18 to resnet152";
-        return Err(VisionError::Unsupported(message.to_owned()));
-    }
-    let block = |stage: usize, i: usize| {
-        let start = format!("layer{}.{i}", stage + 1);
-        residual_block(
-            of,
-            (stage, i),
-            |at, stride| Convolution {
-                weight: format!("{start}.conv{}.weight", at + 1),
-                norm: format!("{start}.bn{}", at + 1),
-                stride,
-            },
-            |stride| Convolution {
-                weight: format!("{start}.downsample.0.weight"),
-                norm: format!("{start}.downsample.1"),
-                stride,
-            },
-        )
-    };
-    let stem = Convolution { weight: "conv1.weight".to_owned(), norm: "bn1".to_owned(), stride: 2 };
-    let out = match of.output {
-        Output::Embedding => None,
-        Output::Logits => classifier(of, &["fc"])?,
-    };
-    residual(of, stem, block, out)
 }
