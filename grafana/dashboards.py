@@ -194,7 +194,7 @@ ENGINE = [
     ("Stages", [
         heatmap("Time in stage $stage", "Distribution of the time that windows spent in the selected stages.", "s",
                 f'sum by (le) (increase(kandle_stage_seconds_bucket{{{JOB},stage=~"$stage"}}{RATE}))', width=12, height=9),
-        lines("Mean time by stage", "Mean time of a window per stage. wait_*: time spent waiting for that stage; it is longest before the slowest stage.", "s",
+        lines("Mean time by stage", "Mean time of a window per stage. wait_*: time spent waiting for that stage; it is longest before the slowest stage. decode_image: decoding and resizing of images.", "s",
               (f"sum by (stage) (rate(kandle_stage_seconds_sum{{{JOB}}}{RATE})) / sum by (stage) (rate(kandle_stage_seconds_count{{{JOB}}}{RATE}))", "{{stage}}"), width=12, height=9),
     ]),
     ("Memory", [

@@ -118,6 +118,15 @@ fn what_is_no_image_is_a_dead_letter_and_its_neighbours_are_not() {
             let sum: f64 = scores.as_object().expect("scores").values().filter_map(Value::as_f64).sum();
             assert!((sum - 1.0).abs() < 1e-5, "{scores}");
         }
+        let (_, metrics) = daemon.get("/metrics");
+        let seconds = |stage: &str| {
+            let name = format!("kandle_stage_seconds_sum{{stage=\"{stage}\"}} ");
+            metrics.lines().find_map(|line| line.strip_prefix(&name)?.parse::<f64>().ok())
+        };
+        // Decoding the images takes longer than reading the records and planning their batches.
+        let of_images = seconds("decode_image").expect("a stage");
+        assert!(of_images > seconds("decode").expect("a stage"), "{metrics}");
+        assert!(of_images > seconds("prepare").expect("a stage"), "{metrics}");
         daemon.stop();
         assert_eq!(place.dead_letters(6).len() + place.predictions(4).len(), values.len());
     }

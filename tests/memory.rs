@@ -28,8 +28,12 @@ fn base(place: &Place, config: &str) -> u64 {
 }
 
 fn settings(place: &Place, more: &[(&str, &str)]) -> String {
+    settings_within(LIMIT_MIB, place, more)
+}
+
+fn settings_within(limit_mib: u64, place: &Place, more: &[(&str, &str)]) -> String {
     place.create(&place.dead.replace("-dead", "-idle"), 1, &[]);
-    let limit = format!("{{ limit: {LIMIT_MIB}MiB }}");
+    let limit = format!("{{ limit: {limit_mib}MiB }}");
     let common = [
         ("memory", limit.as_str()),
         ("input", "{ topics: [$INPUT], group: $GROUP, format: text }"),
@@ -52,10 +56,10 @@ fn highest(daemon: &mut Daemon, mut done: impl FnMut(&mut Daemon) -> bool) -> u6
 }
 
 #[track_caller]
-fn assert_within(what: &str, base_kib: u64, highest_kib: u64) {
-    let ceiling = (base_kib + LIMIT_MIB * 1024) * 12 / 10;
+fn assert_within(limit_mib: u64, what: &str, base_kib: u64, highest_kib: u64) {
+    let ceiling = (base_kib + limit_mib * 1024) * 12 / 10;
     println!(
-        "memory: {what}: {} MiB at most, of {} MiB: ({} with its model + {LIMIT_MIB} limit) x 1.2",
+        "memory: {what}: {} MiB at most, of {} MiB: ({} with its model + {limit_mib} limit) x 1.2",
         highest_kib / 1024,
         ceiling / 1024,
         base_kib / 1024
@@ -74,6 +78,17 @@ fn published(daemon: &mut Daemon, topic: &str) -> u64 {
 /// the metrics at the end.
 #[track_caller]
 fn work_off(what: &str, place: &Place, config: &str, count: usize) -> (Duration, String) {
+    work_off_within(LIMIT_MIB, what, place, config, count)
+}
+
+#[track_caller]
+fn work_off_within(
+    limit_mib: u64,
+    what: &str,
+    place: &Place,
+    config: &str,
+    count: usize,
+) -> (Duration, String) {
     let base = base(place, config);
     let mut daemon = Daemon::start(config);
     let started = Instant::now();
@@ -81,7 +96,7 @@ fn work_off(what: &str, place: &Place, config: &str, count: usize) -> (Duration,
     let took = started.elapsed();
     let (_, metrics) = daemon.get("/metrics");
     daemon.stop();
-    assert_within(what, base, most);
+    assert_within(limit_mib, what, base, most);
     (took, metrics)
 }
 
@@ -125,6 +140,46 @@ fn many_documents(count: usize) {
     let by_memory =
         metrics.lines().find_map(|line| line.strip_prefix("kandle_windows_total{closed_by=\"memory\"} "));
     assert!(by_memory.is_some_and(|count| count != "0"), "no window closed by memory: {metrics}");
+}
+
+/// A PNG of noise, of about 4 MB.
+fn photo() -> Vec<u8> {
+    let mut state = 7u64;
+    let noise = std::iter::from_fn(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        Some((state >> 56) as u8)
+    });
+    let pixels = noise.take(3 * 1180 * 1180).collect();
+    let image = image::RgbImage::from_raw(1180, 1180, pixels).expect("pixels");
+    let mut png = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut png, image::ImageFormat::Png).expect("a PNG");
+    png.into_inner()
+}
+
+/// Copies of one large image, in windows of as many as a limit allows.
+fn images(limit_mib: u64, count: usize) {
+    let place = Place::new("photos", 4);
+    for topic in [&place.input, &place.dead] {
+        place.configure(topic, "max.message.bytes", "50000000");
+    }
+    let photo = photo();
+    assert!(photo.len() > 4_000_000, "{}", photo.len());
+    place.produce((0..count).map(|i| Sent::new((i % 4) as i32, photo.clone())));
+    let model = format!("{{ source: \"{}/tests/fixtures/image-vit\" }}", support::root().display());
+    let window =
+        format!("{{ max_records: 1000000, max_bytes: {}MiB, max_wait: 10s, max_work: 1h }}", limit_mib / 8);
+    let more = [
+        ("task", "{ kind: image-classification }"),
+        ("model", model.as_str()),
+        ("input", "{ topics: [$INPUT], group: $GROUP, format: image }"),
+        ("window", window.as_str()),
+    ];
+    let config = settings_within(limit_mib, &place, &more);
+    let what = format!("{count} images of {} MB", photo.len() / 1_000_000);
+    let (_, metrics) = work_off_within(limit_mib, &what, &place, &config, count);
+    let windows = metrics.lines().find_map(|line| line.strip_prefix("kandle_window_records_count "));
+    let windows: usize = windows.and_then(|count| count.parse().ok()).expect("windows");
+    assert!(windows * 2 <= count, "{windows} windows for {count} images: {metrics}");
 }
 
 /// Small values with large headers, which count towards the limit like values.
@@ -224,6 +279,17 @@ fn a_backlog_of_five_million_small_records() {
 }
 
 #[test]
+fn images_of_four_megabytes() {
+    images(LIMIT_MIB, 60);
+}
+
+#[test]
+#[ignore = "make chaos"]
+fn a_thousand_images_of_four_megabytes() {
+    images(512, 1024);
+}
+
+#[test]
 fn records_of_a_megabyte() {
     large_records(150);
 }
@@ -275,5 +341,5 @@ fn frozen(kafka: &Kafka, what: &str, records: impl ExactSizeIterator<Item = Sent
     kafka.thaw(0);
     let most = most.max(highest(&mut daemon, |d| published(d, &place.input) >= count));
     daemon.stop();
-    assert_within(what, base, most);
+    assert_within(LIMIT_MIB, what, base, most);
 }

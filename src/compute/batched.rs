@@ -120,6 +120,7 @@ impl<T: Task, M: Model<Item = T::Item, Value = T::Value>> Batched<T, M> {
         let decoded = self.observe("decode", started);
         let parts: Vec<Part<T>> =
             inputs.into_par_iter().chunks(PREPARE_CHUNK).map(|inputs| self.prepare_part(inputs)).collect();
+        let decoded = T::ITEMS_STAGE.map_or(decoded, |stage| self.observe(stage, decoded));
         let (mut states, mut items) = (Vec::with_capacity(window.records.len()), Vec::new());
         for (part, of_part) in parts {
             let before = items.len();

@@ -87,6 +87,7 @@ impl<P: PredictText> Task for ImageTask<P> {
     type Item = Image;
     type Value = f32;
     type Kept = ();
+    const ITEMS_STAGE: Option<&'static str> = Some("decode_image");
 
     fn prepare(&self, input: &Input<'_>, items: &mut Vec<Image>) -> Result<(), RecordError> {
         let failed = |message: String| RecordError::new(Fault::Image, format!("{}: {message}", self.place));

@@ -34,6 +34,9 @@ pub trait Task: Send + Sync + 'static {
     /// What [`Task::predict`] needs of a record beside the answers.
     type Kept: Send + 'static;
 
+    /// The stage of `kandle_stage_seconds` in which the items are made, if that is work of another kind than what follows.
+    const ITEMS_STAGE: Option<&'static str> = None;
+
     /// Appends the record's items; there may be none.
     ///
     /// # Errors

@@ -55,7 +55,7 @@ pub const TABLE: &[Row] = &[
     ("kandle_dead_letters_total", C, &["error"], "Acknowledged dead letters, by error."),
     ("kandle_record_latency_seconds", H(SECONDS), &[], "Time from a record's arrival in kandle to the acknowledgement of its window."),
     ("kandle_record_age_seconds", H(AGES), &[], "Time from a record's own timestamp to the acknowledgement of its window."),
-    ("kandle_stage_seconds", H(SECONDS), &["stage"], "Time that a window spends in a stage, or waiting for one (stage wait_*)."),
+    ("kandle_stage_seconds", H(SECONDS), &["stage"], "Time that a window spends in a stage, or waiting for one (stage wait_*). Stage decode_image: images are decoded and resized."),
     ("kandle_windows_total", C, &["closed_by"], "Windows, by what closed them: records, bytes, wait, idle, memory, work (the limits of `window`), end (of a drain), stop."),
     ("kandle_window_records", H(COUNTS), &[], "Records in a window."),
     ("kandle_batch_records", H(COUNTS), &[], "Inputs in a batch; a record may have several."),
