@@ -129,6 +129,76 @@ fn predictions_are_compared_with_a_reference() {
     assert!(code == 2 && log.contains("drift.reference") && log.contains("No such file"), "{code} {log}");
 }
 
+/// The metrics of a task's predictions say what the predictions say.
+#[test]
+fn each_task_has_the_metrics_of_what_its_predictions_show() {
+    let model = |name: &str| {
+        format!("{{ source: {}, dtype: f32 }}", root().join("tests/fixtures").join(name).display())
+    };
+    let started = |name: &str, task: &str, model: &str, records: &[Value]| {
+        let place = Place::new(name, 1);
+        let output = format!("{{ topic: {} }}", place.output);
+        let more = [("task", task), ("model", model), ("output", output.as_str())];
+        let mut daemon = Daemon::start(&place.config(&more));
+        place.produce(records.iter().map(|record| Sent::new(0, record.to_string())));
+        let got = place.predictions(records.len());
+        let all = format!("kandle_records_total{{outcome=\"predicted\",topic=\"{}\"}}", place.input);
+        until("the window to be counted", || {
+            (metric(&mut daemon, &all) == Some(records.len() as f64)).then_some(())
+        });
+        (daemon, got)
+    };
+
+    // The fixture's vocabulary has no snowman.
+    let texts =
+        ["Records crash token 42 price.", "Update!", "", "\u{2603} \u{2603} records", "Slow records where."];
+    let records: Vec<Value> = texts.iter().map(|text| json!({ "text": text })).collect();
+    let task = "{ kind: token-classification, aggregation: simple }";
+    let (mut daemon, got) = started("entities", task, &model("tokens-bert"), &records);
+    let (mut labels, mut without) = (BTreeMap::<String, f64>::new(), 0.0);
+    for prediction in got.iter().map(Got::json) {
+        let entities = prediction["entities"].as_array().expect("entities");
+        without += f64::from(u8::from(entities.is_empty()));
+        for entity in entities {
+            *labels.entry(entity["label"].as_str().expect("a label").to_owned()).or_default() += 1.0;
+        }
+    }
+    assert!(without > 0.0 && labels.len() > 1, "{labels:?}");
+    assert_eq!(metric(&mut daemon, "kandle_records_without_entities_total"), Some(without));
+    for (label, count) in &labels {
+        assert_eq!(
+            metric(&mut daemon, &format!("kandle_predictions_total{{label=\"{label}\"}}")),
+            Some(*count)
+        );
+    }
+    assert_eq!(metric(&mut daemon, "kandle_prediction_score_count"), Some(labels.values().sum()));
+    assert_eq!(metric(&mut daemon, "kandle_prediction_entropy_count"), Some(0.0));
+    assert_eq!(metric(&mut daemon, "kandle_record_units_count{unit=\"tokens\"}"), Some(texts.len() as f64));
+    let sum = metric(&mut daemon, "kandle_record_units_sum{unit=\"tokens\"}");
+    assert_eq!(sum, metric(&mut daemon, "kandle_tokens_total"));
+    assert_eq!(metric(&mut daemon, "kandle_unknown_tokens_total"), Some(2.0));
+    daemon.stop();
+
+    let (mut daemon, _) = started("norms", "{ kind: text-embedding }", &model("embed-qwen3"), &records[..2]);
+    assert_eq!(metric(&mut daemon, "kandle_embedding_norm_count"), Some(2.0));
+    let length = metric(&mut daemon, "kandle_embedding_norm_sum").expect("measured") / 2.0;
+    assert!(length > 0.0 && (length - 1.0).abs() > 1e-3, "before it is scaled: {length}");
+    assert_eq!(metric(&mut daemon, "kandle_prediction_score_count"), Some(0.0));
+    daemon.stop();
+
+    let records = [
+        json!({ "text": "late parcel", "documents": ["where is it", "an invoice"] }),
+        json!({ "text": "x", "documents": [] }),
+    ];
+    let task = "{ kind: reranking, documents: /documents }";
+    let (mut daemon, got) = started("ranked", task, &model("pairs-bert"), &records);
+    assert_eq!(metric(&mut daemon, "kandle_prediction_score_count"), Some(1.0));
+    let best = got[0].json()["results"][0]["score"].as_f64().expect("a score");
+    let counted = metric(&mut daemon, "kandle_prediction_score_sum").expect("counted");
+    assert!((counted - best).abs() < 1e-6, "{counted} is not {best}");
+    daemon.stop();
+}
+
 #[test]
 fn a_range_with_predictions_of_two_models_needs_a_choice() {
     let place = Place::new("reference-two", 1);
