@@ -96,7 +96,7 @@ fn predictions_are_compared_with_a_reference() {
     let one = first.iter().find(|got| got.json()["label"] == *labels.keys().next().expect("a label"));
     let (partition, offset) = one.expect("a prediction").source();
     let text = tickets[(offset as usize * 2 + partition as usize) * 7 % tickets.len()]["text"].to_string();
-    place.produce((0..600).map(|i| Sent::new((i % 2) as i32, format!("{{\"id\":{i},\"text\":{text}}}"))));
+    place.produce((0..600).map(|i| Sent::new(i % 2, format!("{{\"id\":{i},\"text\":{text}}}"))));
     until("the drift", || metric(&mut daemon, label).filter(|psi| *psi > 0.2));
     daemon.wait_log("predictions have drifted");
     let drift = status(&mut daemon)["drift"].take();
@@ -277,7 +277,7 @@ fn record(i: usize) -> Sent {
     let value =
         format!(r#"{{ "id": {i}, "text": "where is parcel {i}?", "who": {{ "mail": "a@b", "n": 1.10 }} }}"#);
     Sent {
-        key: (i % 3 > 0).then(|| format!("customer-{i}").into_bytes()),
+        key: (!i.is_multiple_of(3)).then(|| format!("customer-{i}").into_bytes()),
         timestamp: Some(START + i as i64),
         ..Sent::new((i % 2) as i32, value)
     }
@@ -367,7 +367,7 @@ fn a_sample_that_is_too_large_is_left_out() {
             place.configure(&samples, "max.message.bytes", "2000");
         }
         let large = "x".repeat(3000);
-        let text = |i: usize| if i % 4 == 0 { large.as_str() } else { "small" };
+        let text = |i: usize| if i.is_multiple_of(4) { large.as_str() } else { "small" };
         place.produce((1..41).map(|i| Sent::ticket(0, i, text(i))));
         let got = place.predictions(41);
         assert_eq!((got.len(), sources(&got).len()), (41, 41), "{guarantee}: {}", daemon.log());

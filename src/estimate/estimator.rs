@@ -143,7 +143,7 @@ mod tests {
     use crate::estimate::{Lengths, Random, Windows, places, windows};
 
     fn uniform(random: &mut Random) -> f64 {
-        (random.next() >> 11) as f64 / (1u64 << 53) as f64
+        (random.number() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     fn normal(random: &mut Random) -> f64 {
@@ -284,7 +284,7 @@ mod tests {
                 windows: windows.len(),
                 is_whole: read as i64 == offsets,
             });
-            let mut machine = Machine::new(Random(random.next()));
+            let mut machine = Machine::new(Random(random.number()));
             let (mut at, mut longest) = (0.0, 0f64);
             for window in &windows {
                 let records: Vec<(usize, usize)> = window.iter().map(|&i| pool[i]).collect();
@@ -320,7 +320,6 @@ mod tests {
                 precise += u64::from(enough == Enough::Precise);
             }
         }
-        println!("{inside} of {JOBS} inside; {precise} of {long} precise");
         assert!(inside >= JOBS * 92 / 100, "{inside} of {JOBS}");
         // Not by intervals that are as wide as the limit allows.
         assert!(precise >= long * 8 / 10, "{precise} of {long}");

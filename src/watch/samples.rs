@@ -38,7 +38,7 @@ impl Sampler {
                 if path.starts_with(hidden) {
                     redact_included.push(vec![name.clone()]);
                 } else if let Some(inside) = hidden.strip_prefix(&path[..]) {
-                    redact_included.push([&[name.clone()], inside].concat());
+                    redact_included.push([std::slice::from_ref(&name), inside].concat());
                 }
             }
         }
