@@ -695,8 +695,8 @@ fn a_model_that_cannot_be_loaded_fails_with_the_reason() {
     assert!(
         message.contains("\"llama\"")
             && message.contains(
-                "albert, bert, camembert, deberta-v2, distilbert, electra, gemma3_text, gte, modernbert, mpnet, new, \
-                 nomic_bert"
+                "albert, bert, camembert, clip, clip_text_model, deberta-v2, distilbert, electra, gemma3_text, gte, \
+                 modernbert, mpnet, new, nomic_bert"
             ),
         "{message}"
     );
