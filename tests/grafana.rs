@@ -245,18 +245,27 @@ fn every_query_has_data_from_a_kandle_under_load() {
         ("shadow", shadow.as_str()),
     ];
     let mut daemon = Daemon::start(&place.config(&more));
+    // Only a job of embeddings has lengths of vectors.
+    let vectors = Arc::new(Place::new("grafana-vectors", 3));
+    let model = format!("{{ source: {} }}", support::models::fixture("embed-qwen3").display());
+    let mut embedder = Daemon::start(&vectors.config(&[
+        ("task", "{ kind: text-embedding }"),
+        ("model", &model),
+        ("output", "{ topic: $OUTPUT }"),
+    ]));
     let prometheus = Prometheus::start(
         &format!(
             "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\n\
              rule_files: [alerts.yaml]\n\
-             scrape_configs: [{{ job_name: kandle, static_configs: [{{ targets: ['{}'], labels: {{ namespace: test }} }}] }}]\n",
+             scrape_configs: [{{ job_name: kandle, static_configs: [{{ targets: ['{}', '{}'], labels: {{ namespace: test }} }}] }}]\n",
             daemon.address(),
+            embedder.address(),
         ),
         &root().join("grafana/alerts.yaml"),
         &[],
     );
     let stop = Arc::new(AtomicBool::new(false));
-    let load = load(&place, &stop);
+    let loads = [&place, &vectors].map(|place| load(place, &stop));
     let panels = queries();
     assert!(panels.len() > 40, "{} panels", panels.len());
     let mut open: Vec<(String, String, String)> = panels
@@ -294,8 +303,9 @@ fn every_query_has_data_from_a_kandle_under_load() {
         preview(&prometheus, Path::new(&folder));
     }
     stop.store(true, Ordering::Relaxed);
-    load.join().expect("the load ends");
+    loads.into_iter().for_each(|load| load.join().expect("the load ends"));
     daemon.stop();
+    embedder.stop();
 }
 
 /// Writes the data of each panel over two minutes, for grafana/preview.py.
