@@ -245,21 +245,19 @@ fn replays_choose_the_same_records_and_give_the_same_report() {
     assert_eq!(one, other);
 }
 
+/// Settings of a job that is killed: its shadow sees all records, and the group soon notices that a member is gone.
+fn killed_job(place: &Place, topic: &str, delivery: &str, window: &str) -> String {
+    let (shadow, input) = (section(topic, "share: 1.0"), brief_sessions(place));
+    place.config(&[("shadow", &*shadow), ("delivery", delivery), ("input", &*input), ("window", window)])
+}
+
 /// A window is published once the shadow's predictions of it are, so that a killed drain lacks none of them.
 #[test]
 fn a_killed_drain_has_all_predictions_of_the_shadow_after_the_next() {
     for delivery in GUARANTEES {
         let (place, topic) = place("shadow-drain", &[]);
         place.produce((0..1000).map(|i| Sent::ticket((i % 2) as i32, i, "where is my order?")));
-        let shadow = section(&topic, "share: 1.0");
-        let input = brief_sessions(&place);
-        let more = [
-            ("shadow", &*shadow),
-            ("delivery", delivery),
-            ("input", &*input),
-            ("window", "{ max_records: 50 }"),
-        ];
-        let text = place.config(&more);
+        let text = killed_job(&place, &topic, delivery, "{ max_records: 50 }");
         let mut drain = Daemon::spawn("drain", &text, |command| {
             command.env("FAILPOINTS", "shadow=6*off->return");
         });
@@ -305,15 +303,7 @@ fn a_drain_needs_the_topic_of_its_shadow() {
 fn a_killed_job_with_a_shadow_loses_nothing_of_the_model() {
     for delivery in GUARANTEES {
         let (place, topic) = place("shadow-killed", &[]);
-        let shadow = section(&topic, "share: 1.0");
-        let input = brief_sessions(&place);
-        let more = [
-            ("shadow", &*shadow),
-            ("delivery", delivery),
-            ("input", &*input),
-            ("window", "{ max_records: 50, max_wait: 50ms }"),
-        ];
-        let config = place.config(&more);
+        let config = killed_job(&place, &topic, delivery, "{ max_records: 50, max_wait: 50ms }");
         place.produce((0..2000).map(|i| Sent::ticket((i % 2) as i32, i, "where is my order?")));
         let mut ledger = Ledger::of(&place);
         for round in 1..3 {

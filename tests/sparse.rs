@@ -176,7 +176,10 @@ fn a_model_without_a_sparse_head_is_refused() {
             "sparse_linear.pt",
         ],
     );
-    contains(refusal(&fixture("qwen3"), &[]), &["model_type \"qwen3\"", "docs/models.md lists the architectures"]);
+    contains(
+        refusal(&fixture("qwen3"), &[]),
+        &["model_type \"qwen3\"", "docs/models.md lists the architectures"],
+    );
     contains(refusal(&fixture("embed-qwen3"), &[]), &["transformer_task", "fill-mask"]);
     contains(
         refusal(&fixture("sparse-distilbert"), &["task.overflow=chunk"]),

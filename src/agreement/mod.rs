@@ -24,6 +24,7 @@ use std::cmp::Ordering;
 use crate::settings::{self, Encoding};
 use crate::task::Kind;
 pub use spans::f1;
+pub(crate) use vectors::floats;
 
 /// A number that says how much two predictions agree.
 #[derive(Debug, PartialEq)]

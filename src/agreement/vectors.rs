@@ -57,6 +57,13 @@ pub(super) fn compare_sparse(a: &[u8], b: &[u8]) -> Result<Pair, Unlike> {
     Ok(pair(cosine(both.into_values())))
 }
 
+/// The values of `task.encoding: base64`: little-endian f32. `None` if the text is not that.
+pub(crate) fn floats(text: &str) -> Option<Vec<f64>> {
+    let bytes = STANDARD.decode(text).ok()?;
+    let (values, []) = bytes.as_chunks::<4>() else { return None };
+    Some(values.iter().map(|value| f64::from(f32::from_le_bytes(*value))).collect())
+}
+
 fn dense(json: &[u8], bits: bool) -> Result<Vec<f64>, Unlike> {
     let Dense { embedding } = read(json)?;
     match embedding {
@@ -68,11 +75,7 @@ fn dense(json: &[u8], bits: bool) -> Result<Vec<f64>, Unlike> {
             Ok(bytes.into_iter().flat_map(signs).collect())
         }
         Vector::Numbers(numbers) => Ok(numbers),
-        Vector::Base64(text) => {
-            let bytes = STANDARD.decode(text).map_err(|_| Unlike::Unreadable)?;
-            let (values, []) = bytes.as_chunks::<4>() else { return Err(Unlike::Unreadable) };
-            Ok(values.iter().map(|value| f64::from(f32::from_le_bytes(*value))).collect())
-        }
+        Vector::Base64(text) => floats(&text).ok_or(Unlike::Unreadable),
     }
 }
 

@@ -6,6 +6,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::agreement::floats;
 use crate::flow::{Encoded, Outcome};
 
 /// How alike the predictions of two versions are.
@@ -117,14 +118,6 @@ fn collect(value: &Value, numbers: &mut Vec<f64>) {
         Value::Object(members) => members.values().for_each(|value| collect(value, numbers)),
         _ => {}
     }
-}
-
-/// `task.encoding: base64`: little-endian f32.
-fn floats(text: &str) -> Option<Vec<f64>> {
-    use base64::Engine as _;
-    let bytes = base64::engine::general_purpose::STANDARD.decode(text).ok()?;
-    let (floats, rest) = bytes.as_chunks::<4>();
-    rest.is_empty().then(|| floats.iter().map(|float| f64::from(f32::from_le_bytes(*float))).collect())
 }
 
 /// `None` if one of them has no direction.

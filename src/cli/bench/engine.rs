@@ -23,21 +23,11 @@ use crate::telemetry::Metrics;
 
 #[derive(Args)]
 pub struct Options {
-    /// As `model.source`: a directory, a hub id, or `bundled`
-    #[arg(long)]
-    model: String,
+    #[command(flatten)]
+    model: super::ModelOptions,
     /// File of texts: one JSON object per line, with `text`
     #[arg(long)]
     input: PathBuf,
-    /// Cores to use (default: all that the process may use)
-    #[arg(long)]
-    threads: Option<usize>,
-    /// auto, cpu, cuda, cuda:N or metal
-    #[arg(long, default_value = "auto")]
-    device: String,
-    /// auto, f32, bf16, f16 or int8
-    #[arg(long, default_value = "auto")]
-    dtype: String,
     /// Texts per window
     #[arg(long, default_value_t = 1024)]
     window: usize,
@@ -47,12 +37,6 @@ pub struct Options {
     /// Write the embeddings to this file: one JSON object per line, with `embedding`
     #[arg(long)]
     output: Option<PathBuf>,
-    /// One more setting, as for `run`
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    set: Vec<String>,
-    /// Print the result as JSON
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Deserialize)]
@@ -83,25 +67,7 @@ struct Report {
 }
 
 pub fn bench(options: &Options) -> anyhow::Result<()> {
-    let mut set = vec![
-        // Required settings that the measurement does not use.
-        "kafka.brokers=none:1".to_owned(),
-        "input.topics=none".to_owned(),
-        "input.group=none".to_owned(),
-        "input.format=text".to_owned(),
-        "output.topic=predictions".to_owned(),
-        "dead_letters.topic=dead".to_owned(),
-        "task.kind=text-embedding".to_owned(),
-        format!("model.source={}", options.model),
-        format!("model.device={}", options.device),
-        format!("model.dtype={}", options.dtype),
-    ];
-    if let Some(threads) = options.threads {
-        set.push(format!("batch.lanes={threads}"));
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    }
-    set.extend(options.set.iter().cloned());
-    let settings = super::settings(set)?;
+    let settings = options.model.settings("text", "text-embedding")?;
     let file = std::fs::File::open(&options.input).with_context(|| options.input.display().to_string())?;
     let texts = BufReader::new(file)
         .lines()
@@ -154,7 +120,7 @@ pub fn bench(options: &Options) -> anyhow::Result<()> {
         peak_operations_per_second: peak,
         peak_share: peak.map(|peak| operations as f64 / seconds / peak),
     };
-    if options.json {
+    if options.model.json {
         outln!("{}", super::super::pretty(&serde_json::to_value(&report)?));
     } else {
         outln!(

@@ -24,21 +24,11 @@ use crate::window::{ClosedBy, Gatherer, Limits, Window};
 
 #[derive(Args)]
 pub struct Options {
-    /// As `model.source`: a directory, or a hub id
-    #[arg(long)]
-    model: String,
+    #[command(flatten)]
+    model: super::ModelOptions,
     /// Directory of image files, which are taken in the order of their names
     #[arg(long)]
     input: PathBuf,
-    /// Cores to use (default: all that the process may use)
-    #[arg(long)]
-    threads: Option<usize>,
-    /// auto, cpu, cuda, cuda:N or metal
-    #[arg(long, default_value = "auto")]
-    device: String,
-    /// auto, f32, bf16, f16 or int8
-    #[arg(long, default_value = "auto")]
-    dtype: String,
     /// Number of passes over the files; the fastest counts
     #[arg(long, default_value_t = 1)]
     rounds: usize,
@@ -48,12 +38,6 @@ pub struct Options {
     /// Write the predictions to this file: one per line
     #[arg(long, conflicts_with = "preprocess")]
     output: Option<PathBuf>,
-    /// One more setting, as for `run`: task.kind=image-embedding for the vectors in place of the classes
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    set: Vec<String>,
-    /// Print the result as JSON
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Serialize)]
@@ -69,31 +53,13 @@ struct Report {
 }
 
 pub fn bench(options: &Options) -> anyhow::Result<()> {
-    let mut set = vec![
-        // Required settings that the measurement does not use.
-        "kafka.brokers=none:1".to_owned(),
-        "input.topics=none".to_owned(),
-        "input.group=none".to_owned(),
-        "input.format=image".to_owned(),
-        "output.topic=predictions".to_owned(),
-        "dead_letters.topic=dead".to_owned(),
-        "task.kind=image-classification".to_owned(),
-        format!("model.source={}", options.model),
-        format!("model.device={}", options.device),
-        format!("model.dtype={}", options.dtype),
-    ];
-    if let Some(threads) = options.threads {
-        set.push(format!("batch.lanes={threads}"));
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    }
-    set.extend(options.set.iter().cloned());
-    let settings = super::settings(set)?;
+    let settings = options.model.settings("image", "image-classification")?;
     let files = read(&options.input)?;
     let report = match options.preprocess {
         true => preprocess(&settings, &files, options.rounds)?,
         false => predict(&settings, &files, options)?,
     };
-    if options.json {
+    if options.model.json {
         outln!("{}", super::super::pretty(&serde_json::to_value(&report)?));
     } else {
         outln!(
@@ -259,16 +225,18 @@ mod tests {
         }
         let output = folder.path().join("out");
         let options = |preprocess| Options {
-            model: fixtures.join("image-vit").display().to_string(),
+            model: crate::cli::bench::ModelOptions {
+                model: fixtures.join("image-vit").display().to_string(),
+                threads: None,
+                device: "cpu".to_owned(),
+                dtype: "f32".to_owned(),
+                set: Vec::new(),
+                json: true,
+            },
             input: input.clone(),
-            threads: None,
-            device: "cpu".to_owned(),
-            dtype: "f32".to_owned(),
             rounds: 2,
             preprocess,
             output: (!preprocess).then(|| output.clone()),
-            set: Vec::new(),
-            json: true,
         };
         bench(&options(false)).expect("measured");
         let lines = std::fs::read_to_string(&output).expect("predictions");

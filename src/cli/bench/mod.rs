@@ -7,7 +7,7 @@ mod latency;
 mod pipeline;
 mod topics;
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use crate::settings::{self, Settings, Sources};
 
@@ -17,7 +17,8 @@ pub enum Command {
     Calibrate(super::Configuration),
     /// Measure a model over a file of texts, including tokenising, without Kafka
     Engine(engine::Options),
-    /// Measure a model over image files, including decoding and preprocessing, without Kafka
+    /// Measure a model over image files, including decoding and preprocessing, without Kafka. For vectors in place of
+    /// classes: --set task.kind=image-embedding
     Images(images::Options),
     /// Measure latency at low load, from a record's produce call to its prediction, on a broker
     Latency(latency::Options),
@@ -32,6 +33,57 @@ pub fn bench(command: Command) -> anyhow::Result<()> {
         Command::Images(options) => images::bench(&options),
         Command::Latency(options) => latency::bench(&options),
         Command::Pipeline(options) => pipeline::bench(options),
+    }
+}
+
+/// What a measurement of a model without Kafka needs.
+#[derive(Args)]
+struct ModelOptions {
+    /// As `model.source`: a directory, a hub id, or a bundled model
+    #[arg(long)]
+    model: String,
+    /// Cores to use (default: all that the process may use)
+    #[arg(long)]
+    threads: Option<usize>,
+    /// auto, cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// auto, f32, bf16, f16 or int8
+    #[arg(long, default_value = "auto")]
+    dtype: String,
+    /// One more setting, as for `run`
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl ModelOptions {
+    /// The settings of a job with this model. With `threads`, limits the pool of threads of the process to them.
+    ///
+    /// # Errors
+    /// A setting is wrong, or the pool exists already.
+    fn settings(&self, format: &str, kind: &str) -> anyhow::Result<Settings> {
+        let mut set = vec![
+            // Required settings that the measurement does not use.
+            "kafka.brokers=none:1".to_owned(),
+            "input.topics=none".to_owned(),
+            "input.group=none".to_owned(),
+            format!("input.format={format}"),
+            "output.topic=predictions".to_owned(),
+            "dead_letters.topic=dead".to_owned(),
+            format!("task.kind={kind}"),
+            format!("model.source={}", self.model),
+            format!("model.device={}", self.device),
+            format!("model.dtype={}", self.dtype),
+        ];
+        if let Some(threads) = self.threads {
+            set.push(format!("batch.lanes={threads}"));
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+        }
+        set.extend(self.set.iter().cloned());
+        settings(set)
     }
 }
 
